@@ -1,0 +1,72 @@
+//! The one description of how this workspace turns `.proto` files into Rust.
+//!
+//! Build scripts of the service crates call [`compile`]; this crate's own build script includes
+//! the file as a module. protox reads the files, so nobody installs protoc.
+
+use std::error::Error;
+use std::path::{Path, PathBuf};
+
+use prost::Message as _;
+use prost_types::FileDescriptorSet;
+
+/// The environment variable in which Cargo hands the include directory of `node.common.v1` to the
+/// build scripts of dependents (`links = "node_common_proto"`).
+pub const COMMON_INCLUDE: &str = "DEP_NODE_COMMON_PROTO_INCLUDE";
+
+/// Compiles `file` (relative to `<crate>/proto`) into `OUT_DIR`, and writes the encoded
+/// `FileDescriptorSet` to `OUT_DIR/descriptor.bin`.
+///
+/// - `bytes` fields become [`bytes::Bytes`], so that payloads are slices of the receive buffer.
+/// - Generated clients and servers stand behind the features `client` and `server`; the client is
+///   generic over its transport.
+/// - Messages of `node.common.v1` map to `::proto_common::v1`, unless `file` defines them.
+/// - Every `.proto` that was read, imported ones too, triggers a rebuild when it changes.
+///
+/// # Errors
+///
+/// When a file cannot be read or does not compile; the message names file, line and column.
+pub fn compile(file: &str) -> Result<(), Box<dyn Error>> {
+    let manifest_dir = PathBuf::from(std::env::var("CARGO_MANIFEST_DIR")?);
+    let out_dir = PathBuf::from(std::env::var("OUT_DIR")?);
+    let own = manifest_dir.join("proto");
+    let mut includes = vec![own.clone()];
+    println!("cargo::rerun-if-env-changed={COMMON_INCLUDE}");
+    if let Ok(common) = std::env::var(COMMON_INCLUDE) {
+        includes.push(PathBuf::from(common));
+    }
+
+    let mut compiler = protox::Compiler::new(&includes)?;
+    compiler.include_imports(true).include_source_info(true);
+    compiler.open_file(own.join(file))?;
+    for read in compiler.files() {
+        if let Some(path) = read.path() {
+            println!("cargo::rerun-if-changed={}", path.display());
+        }
+    }
+    let descriptors = compiler.file_descriptor_set();
+    std::fs::write(out_dir.join("descriptor.bin"), without_comments(&descriptors).encode_to_vec())?;
+
+    let mut builder = tonic_prost_build::configure()
+        .build_transport(false)
+        .bytes(".")
+        .client_mod_attribute(".", "#[cfg(feature = \"client\")]")
+        .server_mod_attribute(".", "#[cfg(feature = \"server\")]");
+    if !is_common(Path::new(file)) {
+        builder = builder.extern_path(".node.common.v1", "::proto_common::v1");
+    }
+    builder.compile_fds(descriptors)?;
+    Ok(())
+}
+
+fn is_common(file: &Path) -> bool {
+    file.starts_with("node/common")
+}
+
+/// Server reflection needs the descriptors, not the comments, which are most of their size.
+fn without_comments(descriptors: &FileDescriptorSet) -> FileDescriptorSet {
+    let mut descriptors = descriptors.clone();
+    for file in &mut descriptors.file {
+        file.source_code_info = None;
+    }
+    descriptors
+}

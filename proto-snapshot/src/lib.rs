@@ -1,0 +1,7 @@
+//! SplitSnapshotService (`node.snapshot.v1`): Moving a split snapshot between the nodes of a sharded store: messages, client and server runtime.
+
+pub mod v1;
+
+/// The encoded `google.protobuf.FileDescriptorSet` of `node.snapshot.v1` and its imports, for server
+/// reflection.
+pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptor.bin"));
