@@ -7,5 +7,5 @@ mod codegen;
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo::rerun-if-changed=src/codegen.rs");
     println!("cargo::metadata=INCLUDE={}/proto", std::env::var("CARGO_MANIFEST_DIR")?);
-    codegen::compile("node/common/v1/common.proto")
+    codegen::compile()
 }

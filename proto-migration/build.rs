@@ -1,5 +1,5 @@
 //! Generates messages, client and server of `node.migration.v1`.
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    proto_common::codegen::compile("node/migration/v1/migration.proto")
+    proto_common::codegen::compile()
 }

@@ -1,5 +1,5 @@
 //! Generates messages, client and server of `node.snapshot.v1`.
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    proto_common::codegen::compile("node/snapshot/v1/snapshot.proto")
+    proto_common::codegen::compile()
 }

@@ -13,23 +13,26 @@ use prost_types::FileDescriptorSet;
 /// build scripts of dependents (`links = "node_common_proto"`).
 pub const COMMON_INCLUDE: &str = "DEP_NODE_COMMON_PROTO_INCLUDE";
 
-/// Compiles `file` (relative to `<crate>/proto`) into `OUT_DIR`, and writes the encoded
-/// `FileDescriptorSet` to `OUT_DIR/descriptor.bin`.
+/// Compiles every `.proto` file below `<crate>/proto` into `OUT_DIR`, one Rust file for each package,
+/// and writes the encoded `FileDescriptorSet` to `OUT_DIR/descriptor.bin`.
 ///
 /// - `bytes` fields become [`bytes::Bytes`], so that payloads are slices of the receive buffer.
 /// - Generated clients and servers stand behind the features `client` and `server`; the client is
 ///   generic over its transport.
-/// - Messages of `node.common.v1` map to `::proto_common::v1`, unless `file` defines them.
-/// - Every `.proto` that was read, imported ones too, triggers a rebuild when it changes.
+/// - Messages of `node.common.v1` map to `::proto_common::v1`, except in the crate that defines them.
+/// - Every `.proto` that was read, imported ones too, triggers a rebuild when it changes, and so does
+///   a file that is new in `<crate>/proto`.
 ///
 /// # Errors
 ///
-/// When a file cannot be read or does not compile; the message names file, line and column.
-pub fn compile(file: &str) -> Result<(), Box<dyn Error>> {
+/// When there is no file, or one cannot be read or does not compile; the message names file, line
+/// and column.
+pub fn compile() -> Result<(), Box<dyn Error>> {
     let manifest_dir = PathBuf::from(std::env::var("CARGO_MANIFEST_DIR")?);
     let out_dir = PathBuf::from(std::env::var("OUT_DIR")?);
     let own = manifest_dir.join("proto");
     let mut includes = vec![own.clone()];
+    println!("cargo::rerun-if-changed={}", own.display());
     println!("cargo::rerun-if-env-changed={COMMON_INCLUDE}");
     if let Ok(common) = std::env::var(COMMON_INCLUDE) {
         includes.push(PathBuf::from(common));
@@ -37,7 +40,7 @@ pub fn compile(file: &str) -> Result<(), Box<dyn Error>> {
 
     let mut compiler = protox::Compiler::new(&includes)?;
     compiler.include_imports(true).include_source_info(true);
-    compiler.open_file(own.join(file))?;
+    compiler.open_files(proto_files(&own)?)?;
     for read in compiler.files() {
         if let Some(path) = read.path() {
             println!("cargo::rerun-if-changed={}", path.display());
@@ -51,15 +54,35 @@ pub fn compile(file: &str) -> Result<(), Box<dyn Error>> {
         .bytes(".")
         .client_mod_attribute(".", "#[cfg(feature = \"client\")]")
         .server_mod_attribute(".", "#[cfg(feature = \"server\")]");
-    if !is_common(Path::new(file)) {
+    if !own.join("node/common").is_dir() {
         builder = builder.extern_path(".node.common.v1", "::proto_common::v1");
     }
     builder.compile_fds(descriptors)?;
     Ok(())
 }
 
-fn is_common(file: &Path) -> bool {
-    file.starts_with("node/common")
+/// The `.proto` files below `directory`, sorted, so that the generated code does not depend on the
+/// order in which the file system lists them.
+fn proto_files(directory: &Path) -> Result<Vec<PathBuf>, Box<dyn Error>> {
+    let mut found = Vec::new();
+    let mut pending = vec![directory.to_owned()];
+    while let Some(directory) = pending.pop() {
+        let entries =
+            std::fs::read_dir(&directory).map_err(|error| format!("{}: {error}", directory.display()))?;
+        for entry in entries {
+            let path = entry?.path();
+            if path.is_dir() {
+                pending.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "proto") {
+                found.push(path);
+            }
+        }
+    }
+    if found.is_empty() {
+        return Err(format!("{}: no .proto file", directory.display()).into());
+    }
+    found.sort();
+    Ok(found)
 }
 
 /// Server reflection needs the descriptors, not the comments, which are most of their size.
