@@ -1,0 +1,262 @@
+//! Where snapshots are kept: the traits to implement for a store of your own, and
+//! [`FileSnapshotStore`], which keeps them in a directory.
+//!
+//! The receiver decides what is written when; a store writes, makes durable, puts in place. It holds no
+//! protocol state: [`Staging::records`] is all that a resumed transfer needs.
+//!
+//! # What makes a store crash-safe
+//!
+//! 1. [`Staging::sync`] returns after the data of all earlier writes is durable *and then* the records
+//!    are. A record without its data would be believed after a crash.
+//! 2. [`Staging::seal`], [`Staging::place`], [`Staging::activate`] and [`Staging::remove`] are repeated from the start after a crash, in this
+//!    order; each must do nothing where its work is done already.
+//! 3. [`Staging::activate`] changes which snapshot is current in one atomic step.
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use proto_common::error::Error;
+use proto_common::fence::Fence;
+use proto_common::ids::{ShardId, TransferId};
+
+use crate::extent::{Extent, ExtentRecord};
+use crate::reason::Reason;
+use crate::spec::{FileTotal, SnapshotPoint, TransferPlan};
+
+mod file;
+
+pub use file::{FileSnapshotStore, FileStoreOptions};
+
+/// Why a store could not do what it was asked for.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StoreError {
+    /// The disk has no room. The transfer can go on once there is.
+    #[error("no room for {needed_bytes} bytes, {available_bytes} are available")]
+    NoSpace {
+        /// Bytes that are needed.
+        needed_bytes: u64,
+        /// Bytes that are available.
+        available_bytes: u64,
+    },
+    /// A newer snapshot of the shard is in place.
+    #[error("a snapshot of term {} and index {} is installed", installed.term, installed.index)]
+    Stale {
+        /// The newer snapshot.
+        installed: SnapshotPoint,
+    },
+    /// What is stored is not what was written. Names the file.
+    #[error("{file} is damaged: {what}")]
+    Damaged {
+        /// Path below the store's directory.
+        file: String,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// Anything else that the storage answered. The message to peers leaves the path out.
+    #[error("{action}")]
+    Io {
+        /// What was tried, without paths.
+        action: &'static str,
+        /// The answer.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+impl StoreError {
+    /// Whether trying again later can help.
+    #[must_use]
+    pub fn is_retryable(&self) -> bool {
+        matches!(self, Self::NoSpace { .. } | Self::Io { .. })
+    }
+}
+
+/// What is known of a shard, durably, for ever.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ShardState {
+    /// The highest fence seen.
+    pub fence: Fence,
+    /// The newest snapshot ever installed, if there was one.
+    pub high_water: Option<SnapshotPoint>,
+    /// The transfer whose snapshot is current.
+    pub current: Option<TransferId>,
+}
+
+/// Who may write into a staging area: the attempt and its session.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Claim {
+    /// The attempt; 0 before the first.
+    pub attempt: u64,
+    /// The session that claimed it.
+    pub session: [u8; 16],
+}
+
+/// How far a staging area was when the process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StagingState {
+    /// Waiting for data.
+    Open,
+    /// [`Staging::seal`] was called: it has to be installed.
+    Sealed,
+}
+
+/// A chunk to be written; its checksum was verified.
+#[derive(Debug, Clone)]
+pub struct StagedChunk {
+    /// Number of the file in the manifest.
+    pub file: u32,
+    /// Offset of the first byte.
+    pub offset: u64,
+    /// The bytes.
+    pub payload: Bytes,
+}
+
+/// A snapshot in its final place.
+#[derive(Debug, Clone)]
+pub struct PlacedSnapshot {
+    /// The directory that holds the files, for stores on a file system.
+    pub path: Option<PathBuf>,
+    /// What it is.
+    pub plan: TransferPlan,
+}
+
+/// Keeps staged and installed snapshots. One process uses a store at a time.
+///
+/// Every method may be called from any task at any time, for different transfers at once. A future that is dropped
+/// may leave its work half done, as a crash would; it must not leave it wrong.
+pub trait SnapshotStore: Send + Sync + 'static {
+    /// One transfer's staging area.
+    type Staging: Staging;
+
+    /// What an earlier process left. Called once, before anything else.
+    fn recover(&self) -> impl Future<Output = Result<Recovered<Self::Staging>, StoreError>> + Send;
+
+    /// What is known of `shard`.
+    fn shard(&self, shard: &ShardId) -> impl Future<Output = Result<ShardState, StoreError>> + Send;
+
+    /// Persists `fence` as the highest seen of `shard`; a lower one changes nothing.
+    fn raise_fence(&self, shard: &ShardId, fence: Fence) -> impl Future<Output = Result<(), StoreError>> + Send;
+
+    /// Makes a staging area for `plan` and reserves its space. There is none of this ID.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::NoSpace`] before anything is kept.
+    fn stage(&self, plan: &TransferPlan) -> impl Future<Output = Result<Arc<Self::Staging>, StoreError>> + Send;
+
+    /// Appends an opaque record to the history of finished transfers, durably. The store keeps at least
+    /// the last [`history_limit`](FileStoreOptions::history_limit) and may drop older ones.
+    fn record_finished(&self, record: &[u8]) -> impl Future<Output = Result<(), StoreError>> + Send;
+}
+
+/// What [`SnapshotStore::recover`] found.
+#[derive(Debug)]
+pub struct Recovered<S> {
+    /// Unfinished transfers.
+    pub staged: Vec<Arc<S>>,
+    /// Finished ones, oldest first, as given to [`SnapshotStore::record_finished`].
+    pub finished: Vec<Vec<u8>>,
+    /// What was damaged and had to be left out, in sentences for the log.
+    pub damage: Vec<String>,
+}
+
+/// One transfer's staging area.
+///
+/// The receiver calls `write` and `sync` concurrently, but nothing beside `seal` and what follows.
+pub trait Staging: Send + Sync + std::fmt::Debug + 'static {
+    /// What is staged.
+    fn plan(&self) -> &TransferPlan;
+
+    /// How far it was when it was opened.
+    fn state(&self) -> StagingState;
+
+    /// Who claimed it last.
+    fn claim(&self) -> Claim;
+
+    /// Persists who may write.
+    fn set_claim(&self, claim: Claim) -> impl Future<Output = Result<(), StoreError>> + Send;
+
+    /// The extents that were durable when the area was opened, disjoint, in any order; empty for a new one.
+    fn records(&self) -> Vec<ExtentRecord>;
+
+    /// When bytes were last added, in milliseconds since the Unix epoch; decides when it is stale.
+    fn last_activity_unix_ms(&self) -> u64;
+
+    /// Writes chunks. They need not be durable yet.
+    fn write(&self, chunks: Vec<StagedChunk>) -> impl Future<Output = Result<(), StoreError>> + Send;
+
+    /// Makes durable all that `write` calls that *returned* before have written, then `records`, which
+    /// describe them.
+    fn sync(&self, records: Vec<ExtentRecord>) -> impl Future<Output = Result<(), StoreError>> + Send;
+
+    /// CRC-64/NVME of the stored bytes of an extent.
+    fn checksum(&self, extent: Extent) -> impl Future<Output = Result<u64, StoreError>> + Send;
+
+    /// Replaces all records by `records`, durably: what is not in them is no longer there.
+    fn reset_records(&self, records: Vec<ExtentRecord>) -> impl Future<Output = Result<(), StoreError>> + Send;
+
+    /// Fills file number `file` from installed files by its BLAKE3 digest, verifying the digest while
+    /// copying, durably. Returns the CRC-64/NVME of the content, `None` when there is no such file (or the store does not reuse).
+    /// The record of it is the caller's to `sync`.
+    fn reuse(&self, file: u32) -> impl Future<Output = Result<Option<u64>, StoreError>> + Send;
+
+    /// Everything is there, with these totals (one per file, in order): creates empty files, makes the whole durable and persists
+    /// that it has to be installed.
+    fn seal(&self, totals: &[FileTotal]) -> impl Future<Output = Result<(), StoreError>> + Send;
+
+    /// Moves the sealed files to their final place, durably.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Stale`] when a newer snapshot of the shard is in place.
+    fn place(&self) -> impl Future<Output = Result<PlacedSnapshot, StoreError>> + Send;
+
+    /// Makes the placed snapshot the shard's current one and raises the high-water mark, in one atomic step.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Stale`] when a newer snapshot of the shard is in place.
+    fn activate(&self) -> impl Future<Output = Result<(), StoreError>> + Send;
+
+    /// Ends the transfer: removes the staging area and all that is staged or placed in it but not current, and frees what
+    /// was reserved, durably.
+    fn remove(&self) -> impl Future<Output = Result<(), StoreError>> + Send;
+}
+
+/// The digests of installed files, for stores that reuse them.
+pub(crate) type DigestIndex = HashMap<[u8; 32], (PathBuf, u64)>;
+
+impl From<StoreError> for Error {
+    fn from(error: StoreError) -> Self {
+        // Paths stay in the log: a peer has no use for them.
+        let retry = std::time::Duration::from_secs(1);
+        match error {
+            StoreError::NoSpace { needed_bytes, available_bytes } => Reason::InsufficientDisk
+                .error(format!(
+                    "the receiver has {available_bytes} bytes for a snapshot that needs {needed_bytes}; free some space, the transfer resumes by itself"
+                ))
+                .metadata("needed_bytes", needed_bytes.to_string())
+                .metadata("available_bytes", available_bytes.to_string())
+                .retry_after(retry),
+            StoreError::Stale { installed } => Reason::StaleSnapshot
+                .error(format!(
+                    "a newer snapshot of the shard is installed: term {}, index {}; send a newer one",
+                    installed.term, installed.index
+                ))
+                .metadata("installed_term", installed.term.to_string())
+                .metadata("installed_index", installed.index.to_string()),
+            StoreError::Damaged { ref what, .. } => {
+                let message = format!("what is staged at the receiver is damaged: {what}");
+                Reason::StagedDataDamaged.error(message).caused_by(error)
+            }
+            StoreError::Io { action, ref source } => {
+                let message = format!("the receiver failed to {action}: {}", source.kind());
+                Reason::StorageFailed.error(message).retry_after(retry).caused_by(error)
+            }
+        }
+    }
+}
