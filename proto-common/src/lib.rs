@@ -1,8 +1,40 @@
 //! Messages and building blocks that the node-to-node protocol crates share.
+//!
+//! | always there | with any of `client`, `server`, `channel`, `listen` | with one feature |
+//! |---|---|---|
+//! | [`v1`], [`ids`], [`slots`], [`fence`], [`error`], [`path`], [`guard`], [`clock`], [`text`] | `status`, `checksum`, `rate`, `retry`, `meter`, `registry` | `connect` (`client`), `durable` (`server`), `tuning` (`channel` or `listen`), `codegen` |
 
+#[cfg(feature = "_rpc")]
+pub mod checksum;
+pub mod clock;
 #[cfg(feature = "codegen")]
 pub mod codegen;
+#[cfg(feature = "client")]
+pub mod connect;
+#[cfg(feature = "server")]
+pub mod durable;
+pub mod error;
+pub mod fence;
+pub mod guard;
+pub mod ids;
+#[cfg(feature = "_rpc")]
+pub mod meter;
+pub mod path;
+#[cfg(feature = "_rpc")]
+pub mod rate;
+#[cfg(feature = "_rpc")]
+pub mod registry;
+#[cfg(feature = "_rpc")]
+pub mod retry;
+pub mod slots;
+#[cfg(feature = "_rpc")]
+pub mod status;
+pub mod text;
+#[cfg(any(feature = "channel", feature = "listen"))]
+pub mod tuning;
 pub mod v1;
+
+pub use error::Error;
 
 /// The encoded `google.protobuf.FileDescriptorSet` of `node.common.v1`.
 pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptor.bin"));

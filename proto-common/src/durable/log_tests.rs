@@ -1,0 +1,145 @@
+use std::fs;
+
+use proptest::prelude::*;
+
+use super::*;
+
+fn frame(record: &[u8]) -> Vec<u8> {
+    let mut frame = Vec::new();
+    encode(record, &mut frame).unwrap();
+    frame
+}
+
+fn read(path: &Path) -> (Vec<Vec<u8>>, Option<Damage>) {
+    let (_, records, damage) = RecordLog::open(path).unwrap();
+    (records, damage)
+}
+
+#[test]
+fn appends_survive_reopening() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("log");
+    let (mut log, records, damage) = RecordLog::open(&path).unwrap();
+    assert!(records.is_empty() && damage.is_none());
+    log.append(b"one").unwrap();
+    log.append(b"").unwrap();
+    log.sync().unwrap();
+    assert_eq!(log.file_len(), fs::metadata(&path).unwrap().len());
+
+    let (mut log, records, damage) = RecordLog::open(&path).unwrap();
+    assert_eq!((records, damage), (vec![b"one".to_vec(), vec![]], None));
+    log.append(b"two").unwrap();
+    log.rewrite([b"three", b"four!"]).unwrap();
+    log.append(b"five").unwrap();
+    assert_eq!(log.file_len(), fs::metadata(&path).unwrap().len());
+    assert_eq!(read(&path), (vec![b"three".to_vec(), b"four!".to_vec(), b"five".to_vec()], None));
+}
+
+#[test]
+fn a_bad_record_in_the_middle_is_kept_for_inspection() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("log");
+    let (good, mut bad, later) = (frame(b"good"), frame(b"spoiled"), frame(b"later"));
+    *bad.last_mut().unwrap() ^= 1;
+    fs::write(&path, [good.clone(), bad.clone(), later.clone()].concat()).unwrap();
+    let (mut log, records, damage) = RecordLog::open(&path).unwrap();
+    let lost = [bad, later].concat();
+    assert_eq!(records, [b"good".to_vec()]);
+    assert_eq!(damage, Some(Damage::BadRecord { offset: length(&good), bytes: length(&lost) }));
+    assert_eq!(fs::read(dir.path().join("log.damaged")).unwrap(), lost);
+    log.append(b"next").unwrap();
+    assert_eq!(read(&path), (vec![b"good".to_vec(), b"next".to_vec()], None));
+}
+
+#[test]
+fn zeros_and_absurd_lengths_are_damage_and_allocate_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("log");
+    for tail in [vec![0; 4096], vec![0xff; 4096]] {
+        fs::write(&path, [frame(b"good"), tail].concat()).unwrap();
+        let (records, damage) = read(&path);
+        assert_eq!(records, [b"good".to_vec()]);
+        assert_eq!(damage, Some(Damage::BadRecord { offset: 16, bytes: 4096 }));
+    }
+}
+
+#[test]
+fn a_record_beyond_the_limit_changes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("log");
+    let (mut log, ..) = RecordLog::open(&path).unwrap();
+    log.append(b"one").unwrap();
+    let large = vec![0; MAX_RECORD_LEN + 1];
+    assert_eq!(log.append(&large).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+    assert_eq!(log.rewrite([&large]).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+    log.append(b"two").unwrap();
+    log.sync().unwrap();
+    assert_eq!(read(&path), (vec![b"one".to_vec(), b"two".to_vec()], None));
+}
+
+#[test]
+fn after_a_failed_write_nothing_more_is_accepted() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("log");
+    let (mut log, ..) = RecordLog::open(&path).unwrap();
+    log.append(b"one").unwrap();
+    // A handle that cannot write stands in for a disk that fails.
+    log.file = File::open(&path).unwrap();
+    assert!(log.append(b"two").is_err());
+    log.file = OpenOptions::new().append(true).open(&path).unwrap();
+    assert!(log.append(b"three").unwrap_err().to_string().contains("open the log again"));
+    assert!(log.sync().is_err());
+    assert_eq!(read(&path), (vec![b"one".to_vec()], None));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn a_crash_at_any_byte_leaves_a_prefix(
+        records in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..40), 1..8),
+        cut in any::<prop::sample::Index>(),
+    ) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        let frames: Vec<_> = records.iter().map(|record| frame(record)).collect();
+        let file = frames.concat();
+        let cut = cut.index(file.len() + 1);
+        fs::write(&path, &file[..cut]).unwrap();
+        let mut whole = 0;
+        let mut end = 0;
+        while whole < frames.len() && end + frames[whole].len() <= cut {
+            end += frames[whole].len();
+            whole += 1;
+        }
+        let (mut log, found, damage) = RecordLog::open(&path).unwrap();
+        prop_assert_eq!(&found[..], &records[..whole]);
+        let torn = (end < cut).then(|| Damage::TornTail {
+            offset: end.try_into().unwrap(),
+            bytes: (cut - end).try_into().unwrap(),
+        });
+        prop_assert_eq!(damage, torn);
+        log.append(b"next").unwrap();
+        let (found, damage) = read(&path);
+        prop_assert_eq!(found.len(), whole + 1);
+        prop_assert_eq!(damage, None);
+    }
+
+    #[test]
+    fn no_flipped_bit_goes_unnoticed(
+        records in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..40), 1..8),
+        at in any::<prop::sample::Index>(),
+        bit in 0..8,
+    ) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        let mut file: Vec<u8> = records.iter().flat_map(|record| frame(record)).collect();
+        let at = at.index(file.len());
+        file[at] ^= 1 << bit;
+        fs::write(&path, file).unwrap();
+        let (found, damage) = read(&path);
+        prop_assert!(damage.is_some());
+        prop_assert!(found.len() < records.len());
+        prop_assert_eq!(&found[..], &records[..found.len()]);
+    }
+}

@@ -1,0 +1,291 @@
+//! Names of files in a snapshot: relative paths that are safe to create below a directory.
+
+use std::cmp::Ordering;
+use std::fmt;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use thiserror::Error;
+
+use crate::error::{CommonReason, Error};
+use crate::text::printable;
+
+/// Longest name, in bytes, separators included. Well below `PATH_MAX` (4096 on Linux), so that it also fits
+/// behind the path of any sensible store.
+pub const MAX_FILE_NAME_LEN: usize = 1024;
+
+/// Longest component, in bytes: `NAME_MAX` of all common file systems.
+pub const MAX_COMPONENT_LEN: usize = 255;
+
+/// How much of a refused name an error message shows, in bytes.
+const SHOWN_LEN: usize = 128;
+
+/// A relative, `/`-separated name: at most [`MAX_FILE_NAME_LEN`] bytes of UTF-8, every component 1 to
+/// [`MAX_COMPONENT_LEN`] bytes without control characters and backslash, and not `.` or `..`.
+///
+/// Names are compared by bytes. A file system that folds case or normalizes Unicode may still take two different
+/// names for one file; a store on such a system has to refuse that itself.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub struct FileName(Arc<str>);
+
+/// Why a text is not a [`FileName`], or why names do not form a tree.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("the file name \"{shown}\" {problem}")]
+pub struct FileNameError {
+    problem: FileNameProblem,
+    shown: String,
+}
+
+/// What is wrong with a file name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum FileNameProblem {
+    /// No bytes at all.
+    #[error("is empty")]
+    Empty,
+    /// More than [`MAX_FILE_NAME_LEN`] bytes.
+    #[error("has {0} bytes, the limit is {MAX_FILE_NAME_LEN}")]
+    TooLong(usize),
+    /// It starts with a slash.
+    #[error("is absolute; names are relative to the snapshot")]
+    Absolute,
+    /// Two slashes in a row, or one at the end.
+    #[error("has an empty component")]
+    EmptyComponent,
+    /// A component is `.` or `..`.
+    #[error("has a component \".\" or \"..\"")]
+    Dots,
+    /// A component is longer than [`MAX_COMPONENT_LEN`] bytes.
+    #[error("has a component of {0} bytes, the limit is {MAX_COMPONENT_LEN}")]
+    ComponentTooLong(usize),
+    /// A control character or a backslash, at this byte.
+    #[error("has a control character or a backslash at byte {0}")]
+    Character(usize),
+    /// The same name occurs twice.
+    #[error("occurs twice")]
+    Duplicate,
+    /// Another name lies below this one, as if it were a directory.
+    #[error("is a file, and another file lies below it as if it were a directory")]
+    AlsoDirectory,
+}
+
+impl FileNameError {
+    fn new(problem: FileNameProblem, name: &str) -> Self {
+        Self { problem, shown: printable(name, SHOWN_LEN) }
+    }
+
+    /// What is wrong.
+    #[must_use]
+    pub fn problem(&self) -> FileNameProblem {
+        self.problem
+    }
+
+    /// The error for a caller that sent it in `field` (a path such as `manifest.files[3].name`).
+    #[must_use]
+    pub fn at(self, field: impl Into<String>) -> Error {
+        Error::from(self.clone()).violation(field, self.to_string())
+    }
+}
+
+impl From<FileNameError> for Error {
+    fn from(error: FileNameError) -> Self {
+        Self::new(CommonReason::InvalidFileName, error.to_string())
+    }
+}
+
+impl FileName {
+    /// Validates `name`.
+    ///
+    /// # Errors
+    ///
+    /// [`FileNameError`] if it breaks the rule of the type.
+    pub fn new(name: &str) -> Result<Self, FileNameError> {
+        check(name).map_err(|problem| FileNameError::new(problem, name))?;
+        Ok(Self(Arc::from(name)))
+    }
+
+    /// The name as text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// Its components from the outermost directory to the file; at least one.
+    pub fn components(&self) -> impl DoubleEndedIterator<Item = &str> {
+        self.0.split('/')
+    }
+}
+
+fn check(name: &str) -> Result<(), FileNameProblem> {
+    use FileNameProblem as P;
+    if name.is_empty() {
+        return Err(P::Empty);
+    }
+    if name.len() > MAX_FILE_NAME_LEN {
+        return Err(P::TooLong(name.len()));
+    }
+    if name.starts_with('/') {
+        return Err(P::Absolute);
+    }
+    if let Some(at) = name.find(|c: char| c.is_control() || c == '\\') {
+        return Err(P::Character(at));
+    }
+    for component in name.split('/') {
+        match component {
+            "" => return Err(P::EmptyComponent),
+            "." | ".." => return Err(P::Dots),
+            _ if component.len() > MAX_COMPONENT_LEN => return Err(P::ComponentTooLong(component.len())),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Checks that `names` can all be files of one directory: none occurs twice, and none is also the directory of another.
+///
+/// Takes O(n log n) time and one reference per name of memory.
+///
+/// # Errors
+///
+/// [`FileNameError`] with [`FileNameProblem::Duplicate`] or [`FileNameProblem::AlsoDirectory`], for the first such name in order.
+pub fn check_tree<'a>(names: impl IntoIterator<Item = &'a FileName>) -> Result<(), FileNameError> {
+    let mut names: Vec<&FileName> = names.into_iter().collect();
+    names.sort_unstable();
+    for pair in names.windows(2) {
+        let [first, second] = pair else { continue };
+        // Ordered by components, all that lies below a name follows it at once.
+        match second.0.strip_prefix(&*first.0) {
+            Some("") => return Err(FileNameError::new(FileNameProblem::Duplicate, first.as_str())),
+            Some(below) if below.starts_with('/') => {
+                return Err(FileNameError::new(FileNameProblem::AlsoDirectory, first.as_str()));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// By components, so that a directory's files are neighbours: `a/b` comes before `a-b`, although `-` sorts before `/`.
+impl Ord for FileName {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.components().cmp(other.components())
+    }
+}
+
+impl PartialOrd for FileName {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl fmt::Display for FileName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&self.0)
+    }
+}
+
+impl fmt::Debug for FileName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "FileName({:?})", &*self.0)
+    }
+}
+
+impl AsRef<str> for FileName {
+    fn as_ref(&self) -> &str {
+        self.as_str()
+    }
+}
+
+impl FromStr for FileName {
+    type Err = FileNameError;
+
+    fn from_str(name: &str) -> Result<Self, FileNameError> {
+        Self::new(name)
+    }
+}
+
+impl TryFrom<String> for FileName {
+    type Error = FileNameError;
+
+    fn try_from(name: String) -> Result<Self, FileNameError> {
+        Self::new(&name)
+    }
+}
+
+impl From<FileName> for String {
+    fn from(name: FileName) -> Self {
+        name.as_str().to_owned()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::{Component, Path};
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn problem(name: &str) -> FileNameProblem {
+        FileName::new(name).unwrap_err().problem()
+    }
+
+    fn tree(names: &[&str]) -> Result<(), FileNameProblem> {
+        let names: Vec<_> = names.iter().map(|name| FileName::new(name).unwrap()).collect();
+        check_tree(&names).map_err(|error| error.problem())
+    }
+
+    #[test]
+    fn accepts_ordinary_names() {
+        for name in ["a", "a/b", "dir.d/000012.sst", ".hidden", "...", "caf\u{e9}/\u{1f980}", "a b", "C:"] {
+            assert_eq!(FileName::new(name).unwrap().as_str(), name);
+        }
+        assert!(FileName::new(&["x".repeat(255), "y".repeat(255)].join("/")).is_ok());
+    }
+
+    #[test]
+    fn refuses_what_leaves_the_directory_or_cannot_be_created() {
+        use FileNameProblem as P;
+        assert_eq!(problem(""), P::Empty);
+        assert_eq!(problem("/x"), P::Absolute);
+        assert_eq!(problem("../x"), P::Dots);
+        assert_eq!(problem("a/../x"), P::Dots);
+        assert_eq!(problem("a/."), P::Dots);
+        assert_eq!(problem("a//b"), P::EmptyComponent);
+        assert_eq!(problem("a/"), P::EmptyComponent);
+        assert_eq!(problem("a\\b"), P::Character(1));
+        assert_eq!(problem("a\0"), P::Character(1));
+        assert_eq!(problem("a\u{85}"), P::Character(1));
+        assert_eq!(problem(&"x".repeat(256)), P::ComponentTooLong(256));
+        assert_eq!(problem(&"x".repeat(10_240)), P::TooLong(10_240));
+        assert!(FileName::new(&"x".repeat(10_240)).unwrap_err().to_string().len() < 250);
+    }
+
+    #[test]
+    fn a_tree_has_no_duplicates_and_no_file_that_is_a_directory() {
+        assert_eq!(tree(&["a", "b/c", "b/d", "a-b"]), Ok(()));
+        assert_eq!(tree(&["a", "b", "a"]), Err(FileNameProblem::Duplicate));
+        assert_eq!(tree(&["a/b", "a-b", "a.b", "a"]), Err(FileNameProblem::AlsoDirectory));
+        assert_eq!(tree(&["a/b/c/d", "x", "a/b"]), Err(FileNameProblem::AlsoDirectory));
+    }
+
+    proptest! {
+        #[test]
+        fn a_valid_name_stays_below_the_directory(name in "[a./\\\\x\u{0}]{0,12}|\\PC{0,20}") {
+            if let Ok(name) = FileName::new(&name) {
+                let path = Path::new(name.as_str());
+                prop_assert!(path.components().all(|c| matches!(c, Component::Normal(_))));
+                prop_assert_eq!(path.components().count(), name.components().count());
+            }
+        }
+
+        #[test]
+        fn the_tree_check_agrees_with_comparing_all_pairs(names in prop::collection::vec("[a-](/[a-]){0,2}", 0..8)) {
+            let names: Vec<_> = names.iter().map(|name| FileName::new(name).unwrap()).collect();
+            let clash = names.iter().enumerate().any(|(i, a)| {
+                names.iter().enumerate().any(|(j, b)| i != j && (a == b || b.as_str().starts_with(&format!("{a}/"))))
+            });
+            prop_assert_eq!(check_tree(&names).is_err(), clash);
+        }
+    }
+}
