@@ -114,7 +114,7 @@ mod tests {
             bit in 0..8,
         ) {
             let mut damaged = data.clone();
-            damaged[at.index(data.len())] ^= 1 << bit;
+            damaged[at.index(data.len())] ^= 1_u8 << bit;
             prop_assert_ne!(crc64(&damaged), crc64(&data));
         }
     }

@@ -150,7 +150,7 @@ mod tests {
             let mut holds: Vec<RangeHold> = Vec::new();
             for (start, len, release) in steps {
                 if release && !holds.is_empty() {
-                    holds.remove(usize::from(start) % holds.len());
+                    drop(holds.remove(usize::from(start) % holds.len()));
                 } else {
                     let wanted = range(start, start + len);
                     let free = holds.iter().all(|hold| !hold.range().overlaps(wanted));

@@ -82,7 +82,7 @@ impl RateLimiter {
     /// Changes the limit, or removes it. Whoever waits goes on at the new rate at once.
     pub fn set_rate(&self, bytes_per_second: Option<NonZeroU64>) {
         let mut bucket = self.bucket();
-        bucket.refill(0);
+        bucket.refill();
         bucket.rate = bytes_per_second;
         bucket.level = bucket.level.min(bucket.burst());
         drop(bucket);
@@ -94,19 +94,21 @@ impl RateLimiter {
 
     /// Waits until `bytes` may be sent, and returns how long that took.
     ///
-    /// `bytes` may be more than the bucket holds: it then waits for all of them. Cancel safe: a dropped future has taken nothing.
+    /// `bytes` may be more than the bucket holds: it then gathers all of them first. Cancel safe: a dropped future gives back what
+    /// it had gathered, as far as the bucket holds it.
     pub async fn acquire(&self, bytes: u64) -> Duration {
         if self.rate().is_none() {
             return Duration::ZERO;
         }
         let start = Instant::now();
         let _next = self.shared.ordinary.lock().await;
+        let mut share = Share::new(self, bytes);
         loop {
             let turn = self.shared.turn.lock().await;
-            let Err(missing) = self.take(bytes) else { return start.elapsed() };
+            let Some(pause) = share.gather() else { return start.elapsed() };
             // Waiting without the turn lets urgent callers pass.
             drop(turn);
-            self.wait(missing).await;
+            self.wait(pause).await;
         }
     }
 
@@ -120,8 +122,9 @@ impl RateLimiter {
         }
         let start = Instant::now();
         let _turn = self.shared.turn.lock().await;
-        while let Err(missing) = self.take(bytes) {
-            self.wait(missing).await;
+        let mut share = Share::new(self, bytes);
+        while let Some(pause) = share.gather() {
+            self.wait(pause).await;
         }
         start.elapsed()
     }
@@ -130,30 +133,14 @@ impl RateLimiter {
     pub fn charge(&self, bytes: u64) {
         let mut bucket = self.bucket();
         if bucket.rate.is_some() {
-            bucket.refill(0);
+            bucket.refill();
             bucket.level = bucket.level.saturating_sub(nano_bytes(bytes));
         }
     }
 
-    /// Takes `bytes`, or says how long it lasts until they are there.
-    fn take(&self, bytes: u64) -> Result<(), Duration> {
-        let mut bucket = self.bucket();
-        let Some(rate) = bucket.rate else { return Ok(()) };
-        let wanted = nano_bytes(bytes);
-        bucket.refill(wanted);
-        let missing = wanted.saturating_sub(bucket.level);
-        if missing <= 0 {
-            bucket.level -= wanted;
-            return Ok(());
-        }
-        let rate = i128::from(rate.get());
-        let nanos = missing / rate + i128::from(missing % rate != 0);
-        Err(Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX)))
-    }
-
-    async fn wait(&self, missing: Duration) {
+    async fn wait(&self, pause: Duration) {
         // tokio's timer has milliseconds and wakes late rather than early; looking again is cheap either way.
-        let _ = timeout(missing, self.shared.changed.notified()).await;
+        let _ = timeout(pause, self.shared.changed.notified()).await;
     }
 
     fn bucket(&self) -> MutexGuard<'_, Bucket> {
@@ -161,15 +148,55 @@ impl RateLimiter {
     }
 }
 
+/// What one caller has of what it wants, in billionths of a byte.
+struct Share<'a> {
+    limiter: &'a RateLimiter,
+    gathered: i128,
+    missing: i128,
+}
+
+impl<'a> Share<'a> {
+    fn new(limiter: &'a RateLimiter, bytes: u64) -> Self {
+        Self { limiter, gathered: 0, missing: nano_bytes(bytes) }
+    }
+
+    /// Takes what is there; then says when to look again, or `None` if nothing is missing.
+    fn gather(&mut self) -> Option<Duration> {
+        let mut bucket = self.limiter.bucket();
+        bucket.refill();
+        let rate = i128::from(bucket.rate?.get());
+        let there = self.missing.min(bucket.level).max(0);
+        bucket.level -= there;
+        self.gathered += there;
+        self.missing -= there;
+        if self.missing == 0 {
+            return None;
+        }
+        // Half a bucket at a time: a full one would lose what comes in while we wake up late.
+        let next = self.missing.min((bucket.burst() / 2).max(1)).saturating_sub(bucket.level);
+        let nanos = next / rate + i128::from(next % rate != 0);
+        Some(Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX)))
+    }
+}
+
+impl Drop for Share<'_> {
+    fn drop(&mut self) {
+        let mut bucket = self.limiter.bucket();
+        if self.missing > 0 && bucket.rate.is_some() {
+            let burst = bucket.burst();
+            bucket.level = bucket.level.saturating_add(self.gathered).min(burst.max(bucket.level));
+        }
+    }
+}
+
 impl Bucket {
-    /// Adds what came in since the last time, up to `wanted` if somebody waits for more than the bucket holds.
-    fn refill(&mut self, wanted: i128) {
+    /// Adds what came in since the last time.
+    fn refill(&mut self) {
         let now = Instant::now();
         let nanos = i128::try_from(now.saturating_duration_since(self.at).as_nanos()).unwrap_or(i128::MAX);
         self.at = now;
         let gained = nanos.saturating_mul(self.rate.map_or(0, |rate| rate.get().into()));
-        let full = self.burst().max(wanted).max(self.level);
-        self.level = self.level.saturating_add(gained).min(full);
+        self.level = self.level.saturating_add(gained).min(self.burst());
     }
 
     fn burst(&self) -> i128 {

@@ -67,6 +67,9 @@ pub fn endpoint(address: &str) -> Result<tonic::transport::Endpoint, crate::Erro
     if !matches!(parsed.scheme_str(), Some("http" | "https")) {
         return Err(refuse("its scheme is neither http nor https"));
     }
+    if parsed.host().is_none_or(str::is_empty) {
+        return Err(refuse("it has no host"));
+    }
     if parsed.port_u16().is_none_or(|port| port == 0) {
         return Err(refuse("it has no port"));
     }

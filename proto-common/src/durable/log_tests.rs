@@ -135,7 +135,7 @@ proptest! {
         let path = dir.path().join("log");
         let mut file: Vec<u8> = records.iter().flat_map(|record| frame(record)).collect();
         let at = at.index(file.len());
-        file[at] ^= 1 << bit;
+        file[at] ^= 1_u8 << bit;
         fs::write(&path, file).unwrap();
         let (found, damage) = read(&path);
         prop_assert!(damage.is_some());

@@ -1,42 +1,45 @@
 //! Listing tasks page by page, without gaps and without repeats while they start and end.
 
-use std::ops::Bound;
-
-use super::Registry;
+use super::{Active, Finished, Registry};
 use crate::error::{CommonReason, Error};
 use crate::v1::Direction;
 
 /// One page of a list.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Page<T> {
-    /// The tasks: active ones first, the longest running first; then finished ones, the latest first.
+    /// The tasks: first those that were active when the list began, the longest running first; then finished ones, the latest first.
     pub items: Vec<T>,
     /// Asks for the next page; empty if this is the last.
     pub next_page_token: String,
 }
 
-/// Where a list goes on. All numbers are those of [`Tasks`](super::Tasks).
+/// Where a list goes on. It has two parts: first what was active when it began or started since, in the order of starting, then
+/// what had finished before. A task that ends meanwhile stays in the first part, so it is neither skipped nor repeated.
+///
+/// All numbers are those of [`Tasks`](super::Tasks).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Token {
     /// Tasks that finished from here on did so after the list began.
     began: u64,
-    /// Active tasks below this number are done.
-    active: u64,
-    /// Finished tasks from this number on are done.
+    /// First part: tasks that started before this are done.
+    started: u64,
+    /// Second part: tasks that finished from here on are done. `FIRST_PART` until it is reached.
     finished: u64,
 }
 
+const FIRST_PART: u64 = u64::MAX;
+
 impl Token {
     fn encode(self, nonce: u32) -> String {
-        let Self { began, active, finished } = self;
-        format!("{nonce:x}.{began:x}.{active:x}.{finished:x}")
+        let Self { began, started, finished } = self;
+        format!("{nonce:x}.{began:x}.{started:x}.{finished:x}")
     }
 
     fn decode(token: &str, nonce: u32) -> Option<Self> {
         let mut numbers = token.splitn(4, '.').map(|part| u64::from_str_radix(part, 16).ok());
         let mut next = || numbers.next().flatten();
-        let (theirs, began, active, finished) = (next()?, next()?, next()?, next()?);
-        (theirs == u64::from(nonce)).then_some(Self { began, active, finished })
+        let (theirs, began, started, finished) = (next()?, next()?, next()?, next()?);
+        (theirs == u64::from(nonce)).then_some(Self { began, started, finished })
     }
 }
 
@@ -63,36 +66,54 @@ impl<T: Clone + Send + Sync + 'static> Registry<T> {
         };
         let tasks = self.shared.tasks();
         let mut token = if page_token.is_empty() {
-            Token { began: tasks.next_finished, active: 0, finished: u64::MAX }
+            Token { began: tasks.next_finished, started: 0, finished: FIRST_PART }
         } else {
             Token::decode(page_token, self.shared.nonce).ok_or_else(bad_token)?
         };
-
         let mut items = Vec::new();
-        if token.finished == u64::MAX {
-            for (&number, task) in tasks.active.range(token.active..) {
+        let more = |items, token: Token| Ok(Page { items, next_page_token: token.encode(self.shared.nonce) });
+
+        if token.finished == FIRST_PART {
+            let ended =
+                tasks.finished.range(token.began..).map(|(_, task)| (task.started, Entry::Finished(task)));
+            let mut first_part: Vec<_> = ended.filter(|&(started, _)| started >= token.started).collect();
+            first_part
+                .extend(tasks.active.range(token.started..).map(|(&at, task)| (at, Entry::Active(task))));
+            first_part.sort_unstable_by_key(|&(started, _)| started);
+            for (started, entry) in first_part {
                 if items.len() == size {
-                    return Ok(Page { items, next_page_token: token.encode(self.shared.nonce) });
+                    return more(items, token);
                 }
-                token.active = number + 1;
-                let state = task.state.borrow();
-                if filter(task.key.0, &state.value) {
-                    items.push(state.value.clone());
-                }
+                token.started = started + 1;
+                items.extend(entry.accepted_by(&filter));
             }
+            token.finished = token.began;
         }
-        let older = (Bound::Unbounded, Bound::Excluded(token.finished));
-        for (&number, task) in tasks.finished.range(older).rev() {
-            let listed_while_active = number >= token.began && task.started < token.active;
-            if !listed_while_active && filter(task.key.0, &task.value) {
-                if items.len() == size {
-                    return Ok(Page { items, next_page_token: token.encode(self.shared.nonce) });
-                }
-                items.push(task.value.clone());
+        for (&number, task) in tasks.finished.range(..token.finished).rev() {
+            if items.len() == size {
+                return more(items, token);
             }
             token.finished = number;
+            items.extend(Entry::Finished(task).accepted_by(&filter));
         }
         Ok(Page { items, next_page_token: String::new() })
+    }
+}
+
+enum Entry<'a, T> {
+    Active(&'a Active<T>),
+    Finished(&'a Finished<T>),
+}
+
+impl<T: Clone> Entry<'_, T> {
+    fn accepted_by(&self, filter: impl Fn(Direction, &T) -> bool) -> Option<T> {
+        match self {
+            Self::Active(task) => {
+                let state = task.state.borrow();
+                filter(task.key.0, &state.value).then(|| state.value.clone())
+            }
+            Self::Finished(task) => filter(task.key.0, &task.value).then(|| task.value.clone()),
+        }
     }
 }
 
