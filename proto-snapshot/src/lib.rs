@@ -1,7 +1,32 @@
-//! SplitSnapshotService (`node.snapshot.v1`): Moving a split snapshot between the nodes of a sharded store: messages, client and server runtime.
+//! SplitSnapshotService (`node.snapshot.v1`): moves a split snapshot between the nodes of a sharded store.
 
+#[cfg(feature = "_rpc")]
+pub mod extent;
+#[cfg(feature = "server")]
+pub mod hook;
+#[cfg(feature = "_rpc")]
+pub mod limits;
+pub mod reason;
+#[cfg(feature = "server")]
+pub mod receiver;
+#[cfg(feature = "client")]
+pub mod sender;
+#[cfg(feature = "client")]
+pub mod source;
+pub mod spec;
+#[cfg(feature = "server")]
+pub mod store;
+#[cfg(feature = "_rpc")]
+pub mod transfers;
 pub mod v1;
 
+pub use reason::Reason;
+#[cfg(feature = "server")]
+pub use receiver::SnapshotReceiver;
+#[cfg(feature = "client")]
+#[cfg(feature = "client")]
+#[cfg(feature = "server")]
+pub use store::SnapshotStore;
 /// The encoded `google.protobuf.FileDescriptorSet` of `node.snapshot.v1` and its imports, for server
 /// reflection.
 pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptor.bin"));

@@ -135,11 +135,4 @@ impl Reason {
         let description = description.into();
         Error::new(self, format!("{path}: {description}")).violation(path, description)
     }
-
-    /// Whether `error` was given for this reason.
-    #[must_use]
-    pub fn is(self, error: &Error) -> bool {
-        use proto_common::error::Reason as _;
-        error.reason() == self.as_str()
-    }
 }

@@ -95,14 +95,17 @@ impl TransferSpec {
         if header.content_version.len() > MAX_CONTENT_VERSION {
             return Err(Reason::InvalidField.field(
                 "header.content_version",
-                format!("has {} bytes, at most {MAX_CONTENT_VERSION} are allowed", header.content_version.len()),
+                format!(
+                    "has {} bytes, at most {MAX_CONTENT_VERSION} are allowed",
+                    header.content_version.len()
+                ),
             ));
         }
         Ok(Self {
-            transfer_id: id("header.transfer_id", &header.transfer_id, TransferId::new)?,
-            source_shard: id("header.source_shard_id", &header.source_shard_id, ShardId::new)?,
-            target_shard: id("header.target_shard_id", &header.target_shard_id, ShardId::new)?,
-            source_node: id("header.source_node_id", &header.source_node_id, NodeId::new)?,
+            transfer_id: id("header.transfer_id", &header.transfer_id, |text| TransferId::new(text))?,
+            source_shard: id("header.source_shard_id", &header.source_shard_id, |text| ShardId::new(text))?,
+            target_shard: id("header.target_shard_id", &header.target_shard_id, |text| ShardId::new(text))?,
+            source_node: id("header.source_node_id", &header.source_node_id, |text| NodeId::new(text))?,
             slots: SlotRange::try_from(slots)
                 .map_err(|error| Reason::InvalidSlotRange.field("header.slots", error.to_string()))?,
             point: SnapshotPoint { term: header.snapshot_term, index: header.snapshot_index },
@@ -113,7 +116,8 @@ impl TransferSpec {
     /// The name of the first field in which `other` differs, as in `Header`.
     #[must_use]
     pub fn difference(&self, other: &Self) -> Option<&'static str> {
-        let Self { transfer_id, source_shard, target_shard, source_node, slots, point, content_version } = self;
+        let Self { transfer_id, source_shard, target_shard, source_node, slots, point, content_version } =
+            self;
         if *transfer_id != other.transfer_id {
             Some("transfer_id")
         } else if *source_shard != other.source_shard {
@@ -161,8 +165,10 @@ impl Manifest {
                 total = match total {
                     Some(sum) => Some(
                         sum.checked_add(size).filter(|sum| i64::try_from(*sum).is_ok()).ok_or_else(|| {
-                            Reason::SnapshotTooLarge
-                                .field("manifest.files.size", format!("{} makes it larger than 2^63 - 1 bytes", file.name))
+                            Reason::SnapshotTooLarge.field(
+                                "manifest.files.size",
+                                format!("{} makes it larger than 2^63 - 1 bytes", file.name),
+                            )
                         })?,
                     ),
                     None => None,
@@ -251,8 +257,10 @@ impl TryFrom<request::File> for ManifestFile {
         if let Some(size) = size
             && i64::try_from(size).is_err()
         {
-            return Err(Reason::SnapshotTooLarge
-                .field("manifest.files.size", format!("{name} has {size} bytes, at most 2^63 - 1 are possible")));
+            return Err(Reason::SnapshotTooLarge.field(
+                "manifest.files.size",
+                format!("{name} has {size} bytes, at most 2^63 - 1 are possible"),
+            ));
         }
         let blake3 = match blake3 {
             None => None,
@@ -274,8 +282,15 @@ impl From<SnapshotPoint> for (u64, u64) {
 /// The part of a transfer's progress that never changes.
 impl From<&TransferSpec> for v1::TransferProgress {
     fn from(spec: &TransferSpec) -> Self {
-        let TransferSpec { transfer_id, source_shard, target_shard, source_node, slots, point, content_version: _ } =
-            spec;
+        let TransferSpec {
+            transfer_id,
+            source_shard,
+            target_shard,
+            source_node,
+            slots,
+            point,
+            content_version: _,
+        } = spec;
         Self {
             transfer_id: transfer_id.to_string(),
             source_shard_id: source_shard.to_string(),

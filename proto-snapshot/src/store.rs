@@ -26,10 +26,6 @@ use crate::extent::{Extent, ExtentRecord};
 use crate::reason::Reason;
 use crate::spec::{FileTotal, SnapshotPoint, TransferPlan};
 
-mod file;
-
-pub use file::{FileSnapshotStore, FileStoreOptions};
-
 /// Why a store could not do what it was asked for.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -139,14 +135,21 @@ pub trait SnapshotStore: Send + Sync + 'static {
     fn shard(&self, shard: &ShardId) -> impl Future<Output = Result<ShardState, StoreError>> + Send;
 
     /// Persists `fence` as the highest seen of `shard`; a lower one changes nothing.
-    fn raise_fence(&self, shard: &ShardId, fence: Fence) -> impl Future<Output = Result<(), StoreError>> + Send;
+    fn raise_fence(
+        &self,
+        shard: &ShardId,
+        fence: Fence,
+    ) -> impl Future<Output = Result<(), StoreError>> + Send;
 
     /// Makes a staging area for `plan` and reserves its space. There is none of this ID.
     ///
     /// # Errors
     ///
     /// [`StoreError::NoSpace`] before anything is kept.
-    fn stage(&self, plan: &TransferPlan) -> impl Future<Output = Result<Arc<Self::Staging>, StoreError>> + Send;
+    fn stage(
+        &self,
+        plan: &TransferPlan,
+    ) -> impl Future<Output = Result<Arc<Self::Staging>, StoreError>> + Send;
 
     /// Appends an opaque record to the history of finished transfers, durably. The store keeps at least
     /// the last [`history_limit`](FileStoreOptions::history_limit) and may drop older ones.
@@ -197,7 +200,10 @@ pub trait Staging: Send + Sync + std::fmt::Debug + 'static {
     fn checksum(&self, extent: Extent) -> impl Future<Output = Result<u64, StoreError>> + Send;
 
     /// Replaces all records by `records`, durably: what is not in them is no longer there.
-    fn reset_records(&self, records: Vec<ExtentRecord>) -> impl Future<Output = Result<(), StoreError>> + Send;
+    fn reset_records(
+        &self,
+        records: Vec<ExtentRecord>,
+    ) -> impl Future<Output = Result<(), StoreError>> + Send;
 
     /// Fills file number `file` from installed files by its BLAKE3 digest, verifying the digest while
     /// copying, durably. Returns the CRC-64/NVME of the content, `None` when there is no such file (or the store does not reuse).

@@ -1,0 +1,64 @@
+//! What the owner of a store has to say about a snapshot: whether it may come, and how it becomes part of the state machine.
+
+use std::any::Any;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+
+use proto_common::error::Error;
+
+use crate::spec::TransferPlan;
+use crate::store::PlacedSnapshot;
+
+/// A boxed future, as hooks return.
+pub type HookFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T, Error>> + Send + 'a>>;
+
+/// Something that is held for as long as a transfer is unfinished, e.g. the
+/// [`RangeHold`](proto_common::guard::RangeHold) of its slots.
+pub type Hold = Box<dyn Any + Send + Sync>;
+
+/// Lets the owner of a store take part in a transfer.
+pub trait InstallHook: Send + Sync + 'static {
+    /// Called before a transfer is accepted, and again for each unfinished one when the node starts. What it returns is dropped when
+    /// the transfer ends.
+    ///
+    /// # Errors
+    ///
+    /// Go to the sender as they are: give the code and reason that fit.
+    fn admit<'a>(&'a self, plan: &'a TransferPlan) -> HookFuture<'a, Hold> {
+        let _ = plan;
+        Box::pin(async { Ok(Box::new(()) as Hold) })
+    }
+
+    /// Merges a complete, verified snapshot into the state machine. It lies in its final place but is
+    /// not the shard's current one until this returns `Ok`; the sender sees the phase INSTALLING.
+    ///
+    /// **Must be idempotent**: it is called again when the node crashed before its success was
+    /// recorded. It runs in a task of the receiver, so a sender that disconnects doesn't end it.
+    ///
+    /// # Errors
+    ///
+    /// One that [is retryable](Error::is_retryable) is shown in the progress and the hook is called again,
+    /// with growing pauses. Any other ends the transfer as FAILED with `INSTALL_REFUSED`.
+    fn install<'a>(&'a self, snapshot: &'a PlacedSnapshot) -> HookFuture<'a, ()>;
+}
+
+/// Takes every snapshot and leaves it as files.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct KeepFiles;
+
+impl InstallHook for KeepFiles {
+    fn install<'a>(&'a self, _snapshot: &'a PlacedSnapshot) -> HookFuture<'a, ()> {
+        Box::pin(async { Ok(()) })
+    }
+}
+
+impl<H: InstallHook + ?Sized> InstallHook for Arc<H> {
+    fn admit<'a>(&'a self, plan: &'a TransferPlan) -> HookFuture<'a, Hold> {
+        (**self).admit(plan)
+    }
+
+    fn install<'a>(&'a self, snapshot: &'a PlacedSnapshot) -> HookFuture<'a, ()> {
+        (**self).install(snapshot)
+    }
+}

@@ -1,0 +1,79 @@
+//! What a receiver takes, in one place.
+
+use std::time::Duration;
+
+/// Limits of a receiver. Each default is safe for a node with 4 GiB of memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Limits {
+    /// Transfers with a connected sender at once. Default 256: at one receive budget for all of
+    /// them, more senders make each slower, not the node larger.
+    pub transfers: usize,
+    /// Transfers with staged data, connected or not. Default 1024.
+    pub staged: usize,
+    /// Streams of one transfer, control stream included. Default 8.
+    pub lanes: u32,
+    /// Payload of a chunk, in bytes. Default 1 MiB.
+    pub chunk_bytes: u32,
+    /// Files in a manifest. Default 131072.
+    pub files: u64,
+    /// Names of a manifest, in bytes. Default 64 MiB.
+    pub name_bytes: u64,
+    /// Size of a snapshot, in bytes. Default 2^63 - 1.
+    pub snapshot_bytes: u64,
+    /// Payload bytes on their way from the sockets to the store, over all transfers; shared out as
+    /// credit. Each stream gets at least one chunk. Default 128 MiB.
+    pub receive_budget_bytes: u64,
+    /// Credit of one stream at most, in bytes. Default 8 MiB: what fills a 10 Gbit/s link at 5 ms, and
+    /// the size of the HTTP/2 stream window.
+    pub stream_credit_bytes: u64,
+    /// Payload bytes per second that senders are asked for, per transfer. Default: no limit.
+    pub bytes_per_second: Option<std::num::NonZeroU64>,
+    /// Silence after which a stream is given up. Default 30 s.
+    pub idle: Duration,
+    /// Time that a sender has for its header and manifest, per frame. Default 30 s.
+    pub first_frame: Duration,
+    /// Bytes that may be received but not durable yet, per transfer. Default 64 MiB, as the protocol
+    /// promises; lower ones are kept too.
+    pub unsynced_bytes: u64,
+    /// Time after which received bytes are made durable at the latest. Default 500 ms, so that with the
+    /// sync itself the protocol's 1 s is kept on an ordinary disk.
+    pub unsynced_time: Duration,
+    /// Age at which staged data that nobody resumes is collected. Default 24 h.
+    pub stale_after: Duration,
+    /// Finished transfers that are remembered. Default 1000.
+    pub history: usize,
+    /// Open watches. Default 1024.
+    pub watchers: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            transfers: 256,
+            staged: 1024,
+            lanes: 8,
+            chunk_bytes: 1 << 20,
+            files: 131_072,
+            name_bytes: 64 << 20,
+            snapshot_bytes: i64::MAX.unsigned_abs(),
+            receive_budget_bytes: 128 << 20,
+            stream_credit_bytes: 8 << 20,
+            bytes_per_second: None,
+            idle: Duration::from_secs(30),
+            first_frame: Duration::from_secs(30),
+            unsynced_bytes: 64 << 20,
+            unsynced_time: Duration::from_millis(500),
+            stale_after: Duration::from_secs(24 * 60 * 60),
+            history: 1000,
+            watchers: 1024,
+        }
+    }
+}
+
+/// Largest message on a stream: a page of 768 KiB or a chunk of 1 MiB, and room for what surrounds
+/// them. tonic refuses larger ones before they are read; the session names the refusal `CHUNK_TOO_LARGE`.
+pub const MAX_MESSAGE_BYTES: usize = 4 << 20;
+
+/// Encoded size at which a page of a list is closed.
+pub const PAGE_BYTES: usize = 768 << 10;

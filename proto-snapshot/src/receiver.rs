@@ -1,0 +1,363 @@
+//! The receiving side: a service that takes snapshots into a store.
+//!
+//! | question | where |
+//! |---|---|
+//! | where is a frame handled? | `receiver/session.rs` (chunks, end), `receiver/handshake.rs` (header, manifest) |
+//! | who may write? | `receiver/incoming.rs` |
+//! | which bytes are there? | `receiver/ledger.rs` |
+//! | where do bytes become durable? | [`Staging::sync`](crate::store::Staging::sync), called by `receiver/incoming.rs` |
+//! | how is a snapshot put in place? | `receiver/completion.rs` |
+//! | how do I keep snapshots elsewhere? | implement [`SnapshotStore`] |
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use proto_common::error::Error;
+use proto_common::ids::{NodeId, TransferId};
+use proto_common::v1::NodeIdentity;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+mod admission;
+mod completion;
+mod control;
+mod handshake;
+mod incoming;
+mod ledger;
+mod service;
+mod session;
+
+use self::admission::Admission;
+use self::incoming::{Incoming, Stage, initial_progress};
+use self::session::Budget;
+use crate::hook::{InstallHook, KeepFiles};
+use crate::limits::{Limits, MAX_MESSAGE_BYTES};
+use crate::reason::Reason;
+use crate::store::{SnapshotStore, Staging, StagingState, StoreError};
+use crate::transfers::{HistorySink, Transfers};
+use crate::v1::split_snapshot_service_server::SplitSnapshotServiceServer;
+use crate::v1::{TransferPhase, TransferProgress};
+
+/// How often stale staging is looked for; at most a quarter of its age.
+const COLLECT_INTERVAL: Duration = Duration::from_secs(60);
+
+/// Takes snapshots into a store. Cheap to clone; all clones are one receiver.
+///
+/// Its tasks (installs, collection of stale staging) run until [`shutdown`](Self::shutdown).
+pub struct SnapshotReceiver<S: SnapshotStore> {
+    inner: Arc<Inner<S>>,
+}
+
+impl<S: SnapshotStore> Clone for SnapshotReceiver<S> {
+    fn clone(&self) -> Self {
+        Self { inner: Arc::clone(&self.inner) }
+    }
+}
+
+impl<S: SnapshotStore> std::fmt::Debug for SnapshotReceiver<S> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SnapshotReceiver")
+            .field("node_id", &self.inner.identity.node_id)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Makes a [`SnapshotReceiver`].
+pub struct SnapshotReceiverBuilder<S: SnapshotStore> {
+    store: S,
+    identity: NodeIdentity,
+    limits: Limits,
+    hook: Arc<dyn InstallHook>,
+    transfers: Option<Transfers>,
+}
+
+impl<S: SnapshotStore> std::fmt::Debug for SnapshotReceiverBuilder<S> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SnapshotReceiverBuilder").field("limits", &self.limits).finish_non_exhaustive()
+    }
+}
+
+/// What all calls and tasks of a receiver share.
+struct Inner<S: SnapshotStore> {
+    store: Arc<S>,
+    identity: NodeIdentity,
+    limits: Limits,
+    hook: Arc<dyn InstallHook>,
+    transfers: Transfers,
+    places: Admission,
+    budget: Arc<Budget>,
+    slots: Mutex<HashMap<TransferId, Arc<Slot<S::Staging>>>>,
+    tasks: TaskTracker,
+    stopping: CancellationToken,
+}
+
+/// The place of one transfer ID. Whoever creates, takes over or removes the transfer holds `attach`.
+struct Slot<A: Staging> {
+    attach: tokio::sync::Mutex<()>,
+    incoming: Mutex<Option<Arc<Incoming<A>>>>,
+}
+
+impl<A: Staging> Slot<A> {
+    fn new(incoming: Option<Arc<Incoming<A>>>) -> Arc<Self> {
+        Arc::new(Self { attach: tokio::sync::Mutex::new(()), incoming: Mutex::new(incoming) })
+    }
+
+    fn get(&self) -> Option<Arc<Incoming<A>>> {
+        self.incoming.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set(&self, incoming: Option<Arc<Incoming<A>>>) {
+        *self.incoming.lock().unwrap_or_else(PoisonError::into_inner) = incoming;
+    }
+}
+
+impl<S: SnapshotStore> SnapshotReceiverBuilder<S> {
+    /// Cluster, store and version that the receiver tells of itself, beside its node ID.
+    #[must_use]
+    pub fn identity(mut self, identity: NodeIdentity) -> Self {
+        self.identity = NodeIdentity { node_id: self.identity.node_id, ..identity };
+        self
+    }
+
+    /// Other limits than the default ones.
+    #[must_use]
+    pub fn limits(mut self, limits: Limits) -> Self {
+        self.limits = limits;
+        self
+    }
+
+    /// What the store's owner has to say. Default: [`KeepFiles`].
+    #[must_use]
+    pub fn hook(mut self, hook: impl InstallHook) -> Self {
+        self.hook = Arc::new(hook);
+        self
+    }
+
+    /// The node's registry, where it has one already. Default: a new one.
+    #[must_use]
+    pub fn transfers(mut self, transfers: Transfers) -> Self {
+        self.transfers = Some(transfers);
+        self
+    }
+
+    /// Recovers what an earlier process left, goes on with installs that it had begun, and starts.
+    ///
+    /// # Errors
+    ///
+    /// When the store cannot be read.
+    pub async fn start(self) -> Result<SnapshotReceiver<S>, StoreError> {
+        let Self { store, identity, limits, hook, transfers } = self;
+        let transfers = transfers.unwrap_or_else(|| Transfers::new(&limits));
+        let store = Arc::new(store);
+        let recovered = store.recover().await?;
+        for damage in &recovered.damage {
+            tracing::warn!(damage, "left out on recovery");
+        }
+        transfers.persist_in(&recovered.finished, Arc::new(StoreHistory(Arc::clone(&store))));
+        let inner = Arc::new(Inner {
+            store,
+            identity,
+            places: Admission::new(limits.transfers),
+            limits,
+            hook,
+            transfers,
+            budget: Arc::default(),
+            slots: Mutex::default(),
+            tasks: TaskTracker::new(),
+            stopping: CancellationToken::new(),
+        });
+        for staging in recovered.staged {
+            inner.readopt(staging).await?;
+        }
+        let collector = Arc::clone(&inner);
+        inner.tasks.spawn(async move { collector.collect_stale().await });
+        Ok(SnapshotReceiver { inner })
+    }
+}
+
+impl<S: SnapshotStore> SnapshotReceiver<S> {
+    /// A receiver of the node `node_id` that keeps its snapshots in `store`.
+    pub fn builder(node_id: &NodeId, store: S) -> SnapshotReceiverBuilder<S> {
+        SnapshotReceiverBuilder {
+            store,
+            identity: NodeIdentity { node_id: node_id.to_string(), ..NodeIdentity::default() },
+            limits: Limits::default(),
+            hook: Arc::new(KeepFiles),
+            transfers: None,
+        }
+    }
+
+    /// The service, to be added to a tonic server.
+    #[must_use]
+    pub fn into_service(self) -> SplitSnapshotServiceServer<Self> {
+        SplitSnapshotServiceServer::new(self)
+            .max_decoding_message_size(MAX_MESSAGE_BYTES)
+            .max_encoding_message_size(MAX_MESSAGE_BYTES)
+    }
+
+    /// All transfers of the node; for its senders to report to.
+    #[must_use]
+    pub fn transfers(&self) -> Transfers {
+        self.inner.transfers.clone()
+    }
+
+    /// The store behind it.
+    #[must_use]
+    pub fn store(&self) -> &S {
+        &self.inner.store
+    }
+
+    /// Refuses new streams, ends open ones with `SHUTTING_DOWN` after what they brought is durable, ends watches, and waits for
+    /// that and for installs that are under way. Everything unfinished is resumable. Cancel safe; may be called again.
+    pub async fn shutdown(&self) {
+        self.inner.stopping.cancel();
+        self.inner.tasks.close();
+        self.inner.tasks.wait().await;
+    }
+}
+
+impl<S: SnapshotStore> Inner<S> {
+    fn slots(&self) -> MutexGuard<'_, HashMap<TransferId, Arc<Slot<S::Staging>>>> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn find(&self, id: &TransferId) -> Option<Arc<Incoming<S::Staging>>> {
+        self.slots().get(id).and_then(|slot| slot.get())
+    }
+
+    /// Takes a staging area of an earlier process.
+    async fn readopt(self: &Arc<Self>, staging: Arc<S::Staging>) -> Result<(), StoreError> {
+        let plan = staging.plan().clone();
+        let id = &plan.spec.transfer_id;
+        let known = self.transfers.registry().get(Some(proto_common::v1::Direction::In), id.as_str());
+        if let Some(known) = known
+            && matches!(
+                known.phase(),
+                TransferPhase::Cancelled | TransferPhase::Expired | TransferPhase::Failed
+            )
+        {
+            // Its end is on record, the crash came before the removal.
+            return staging.remove().await;
+        }
+        let sealed = staging.state() == StagingState::Sealed;
+        let phase = if sealed { TransferPhase::Installing } else { TransferPhase::Interrupted };
+        let hold = match self.hook.admit(&plan).await {
+            Ok(hold) => hold,
+            Err(error) => {
+                // It was admitted before; what changed since is for the install to find out.
+                tracing::warn!(transfer_id = %id, error = %error, "no longer admitted");
+                Box::new(())
+            }
+        };
+        let tracker = match self.transfers.registry().insert(
+            proto_common::v1::Direction::In,
+            id.as_str(),
+            initial_progress(&plan, phase),
+        ) {
+            Ok(tracker) => tracker,
+            Err(error) => {
+                tracing::error!(transfer_id = %id, error = %error, "cannot be shown; left as it is");
+                return Ok(());
+            }
+        };
+        let stage = if sealed { Stage::Installing } else { Stage::Open };
+        let incoming = Incoming::new(staging, hold, tracker, stage);
+        self.slots().insert(id.clone(), Slot::new(Some(Arc::clone(&incoming))));
+        if sealed {
+            self.spawn_install(incoming);
+        } else {
+            self.show_expiry(&incoming);
+        }
+        Ok(())
+    }
+
+    /// Shows when staged data that nobody resumes is collected.
+    fn show_expiry(&self, incoming: &Incoming<S::Staging>) {
+        let stale = u64::try_from(self.limits.stale_after.as_millis()).unwrap_or(u64::MAX);
+        let expires = incoming.staging.last_activity_unix_ms().saturating_add(stale);
+        incoming.show(|transfer| transfer.expires_unix_ms = Some(expires));
+    }
+
+    async fn collect_stale(&self) {
+        let every = COLLECT_INTERVAL.min(self.limits.stale_after / 4).max(Duration::from_millis(50));
+        loop {
+            self.collect_once().await;
+            tokio::select! {
+                () = self.stopping.cancelled() => return,
+                () = tokio::time::sleep(every) => {}
+            }
+        }
+    }
+
+    async fn collect_once(&self) {
+        let now = proto_common::clock::now_unix_ms();
+        let slots: Vec<_> = self.slots().values().cloned().collect();
+        for slot in slots {
+            // A transfer that is being attached is not stale.
+            let Ok(_attach) = slot.attach.try_lock() else { continue };
+            let Some(incoming) = slot.get() else { continue };
+            let expired =
+                incoming.shown().and_then(|shown| shown.expires_unix_ms).is_some_and(|at| at <= now);
+            if !expired
+                || incoming.stream_count() > 0
+                || incoming.stage() != Stage::Open
+                || incoming.close().is_err()
+            {
+                continue;
+            }
+            let held = incoming.ledger().durable_bytes();
+            tracing::info!(transfer_id = %incoming.plan.spec.transfer_id, staged_bytes = held, "collecting stale staging");
+            if let Err(error) = self.end(&incoming, TransferPhase::Expired, None).await {
+                tracing::warn!(transfer_id = %incoming.plan.spec.transfer_id, error = %error, "cannot collect");
+            }
+        }
+    }
+
+    /// Ends a transfer that is closed to all others: writes the history, removes the staging area, then shows it as finished.
+    async fn end(
+        &self,
+        incoming: &Arc<Incoming<S::Staging>>,
+        phase: TransferPhase,
+        error: Option<&Error>,
+    ) -> Result<TransferProgress, Error> {
+        incoming.show(|_| {});
+        let Some(mut last) = incoming.shown() else {
+            return Err(Reason::Internal.error("the transfer has ended already"));
+        };
+        last.lanes = 0;
+        last.finish(phase);
+        if let Some(error) = error {
+            last.progress.get_or_insert_default().error = Some(error.clone().into());
+        }
+        // In this order: a crash between the two removes it at the next start.
+        self.transfers.record(&last).await;
+        incoming.staging.remove().await?;
+        incoming.finish(last.clone());
+        let id = &incoming.plan.spec.transfer_id;
+        let mut slots = self.slots();
+        if let Some(slot) = slots.get(id)
+            && slot.get().is_some_and(|current| Arc::ptr_eq(&current, incoming))
+        {
+            slot.set(None);
+            slots.remove(id);
+        }
+        Ok(last)
+    }
+}
+
+/// The store as the home of the history.
+struct StoreHistory<S>(Arc<S>);
+
+impl<S: SnapshotStore> HistorySink for StoreHistory<S> {
+    fn record(&self, record: Vec<u8>) -> std::pin::Pin<Box<dyn Future<Output = ()> + Send + '_>> {
+        Box::pin(async move {
+            if let Err(error) = self.0.record_finished(&record).await {
+                tracing::error!(
+                    error = &error as &dyn std::error::Error,
+                    "the history of transfers is incomplete"
+                );
+            }
+        })
+    }
+}

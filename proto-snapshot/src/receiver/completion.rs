@@ -1,0 +1,199 @@
+//! From `End` to `Installed`: verify, seal, place, let the owner merge it, activate.
+//!
+//! Runs in a task of the receiver, since a handler's future is dropped when its peer disconnects. After a crash, a sealed
+//! transfer starts again at [`Inner::spawn_install`].
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use proto_common::clock::now_unix_ms;
+use proto_common::error::Error;
+use proto_common::retry::Backoff;
+
+use super::Inner;
+use super::incoming::{Incoming, cancelled};
+use crate::extent::Extent;
+use crate::reason::Reason;
+use crate::spec::FileTotal;
+use crate::store::{SnapshotStore, Staging, StoreError};
+use crate::v1::TransferPhase;
+use crate::v1::transfer_split_snapshot_response::Installed;
+
+impl<S: SnapshotStore> Inner<S> {
+    /// Completes a transfer whose `End` has come, in a task of its own. The outcome goes to
+    /// [`Incoming::outcome`].
+    pub(super) fn spawn_completion(
+        self: &Arc<Self>,
+        incoming: Arc<Incoming<S::Staging>>,
+        totals: Vec<FileTotal>,
+    ) {
+        let inner = Arc::clone(self);
+        self.tasks.spawn(async move {
+            incoming.show(|transfer| transfer.enter(TransferPhase::Verifying));
+            match inner.verify(&incoming, &totals).await {
+                Ok(()) => inner.install(&incoming).await,
+                Err(error) => {
+                    incoming.show(|transfer| {
+                        if !incoming_closed(&error) {
+                            transfer.enter(TransferPhase::Failed);
+                        }
+                        transfer.progress.get_or_insert_default().error = Some(error.clone().into());
+                    });
+                    inner.show_expiry(&incoming);
+                    incoming.complete(Err(error));
+                }
+            }
+        });
+    }
+
+    /// Installs a sealed transfer, in a task of its own.
+    pub(super) fn spawn_install(self: &Arc<Self>, incoming: Arc<Incoming<S::Staging>>) {
+        let inner = Arc::clone(self);
+        self.tasks.spawn(async move { inner.install(&incoming).await });
+    }
+
+    /// Checks all that was promised and seals.
+    async fn verify(&self, incoming: &Arc<Incoming<S::Staging>>, totals: &[FileTotal]) -> Result<(), Error> {
+        incoming.flush().await?;
+        incoming.ledger().check_totals(totals)?;
+        self.read_back(incoming).await?;
+        let spec = &incoming.plan.spec;
+        // From here on a cancel is refused.
+        if !incoming.begin_installing() {
+            return Err(cancelled());
+        }
+        tracing::debug!(transfer_id = %spec.transfer_id, "verified");
+        incoming.show(|transfer| transfer.enter(TransferPhase::Installing));
+        loop {
+            match incoming.staging.seal(totals).await {
+                Ok(()) => return Ok(()),
+                Err(error) if error.is_retryable() => self.pause_after(incoming, &error.into()).await?,
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// Reads what an earlier process wrote: its records say that it was durable, the disk has the last word.
+    async fn read_back(&self, incoming: &Arc<Incoming<S::Staging>>) -> Result<(), Error> {
+        let mut damaged: Vec<Extent> = Vec::new();
+        let inherited = incoming.ledger().inherited();
+        for record in inherited {
+            if incoming.staging.checksum(record.extent).await? != record.crc {
+                damaged.push(record.extent);
+            }
+        }
+        let remaining = incoming.ledger().verified(&damaged);
+        let Some(remaining) = remaining else { return Ok(()) };
+        incoming.staging.reset_records(remaining).await?;
+        let bytes: u64 = damaged.iter().map(|extent| extent.len).sum();
+        tracing::warn!(transfer_id = %incoming.plan.spec.transfer_id, bytes, "staged data is damaged; dropped");
+        Err(Reason::StagedDataDamaged
+            .error(format!("{bytes} bytes that were staged before a restart are damaged; they were dropped, send them again"))
+            .metadata("bytes", bytes.to_string())
+            .retry_after(Duration::from_millis(100)))
+    }
+
+    /// Takes a sealed transfer to its end. Goes on until it is installed, refused for good, or the receiver stops.
+    async fn install(&self, incoming: &Arc<Incoming<S::Staging>>) {
+        let result = self.install_steps(incoming).await;
+        let stopping = self.stopping.is_cancelled();
+        match result {
+            Ok(installed) => incoming.complete(Ok(installed)),
+            Err(error) if stopping && error.is_retryable() => incoming.complete(Err(error)),
+            Err(error) => {
+                tracing::error!(transfer_id = %incoming.plan.spec.transfer_id, error = %error, "not installed");
+                if let Err(error) = self.end(incoming, TransferPhase::Failed, Some(&error)).await {
+                    tracing::error!(transfer_id = %incoming.plan.spec.transfer_id, error = %error, "cannot be removed");
+                }
+                incoming.complete(Err(error));
+            }
+        }
+    }
+
+    async fn install_steps(&self, incoming: &Arc<Incoming<S::Staging>>) -> Result<Installed, Error> {
+        let placed = loop {
+            match incoming.staging.place().await {
+                Ok(placed) => break placed,
+                Err(error) => self.retry_store(incoming, error).await?,
+            }
+        };
+        let mut backoff = Backoff::default().start();
+        loop {
+            match self.hook.install(&placed).await {
+                Ok(()) => break,
+                Err(error) => {
+                    incoming.show(|transfer| {
+                        transfer.progress.get_or_insert_default().error = Some(error.clone().into());
+                    });
+                    let Some(pause) = backoff.next(&error) else {
+                        return Err(Reason::InstallRefused
+                            .error(format!("the store's owner refused the snapshot: {}", error.message()))
+                            .caused_by(error));
+                    };
+                    tracing::warn!(transfer_id = %incoming.plan.spec.transfer_id, error = %error, "the install hook will be repeated");
+                    self.pause(pause).await?;
+                }
+            }
+        }
+        loop {
+            match incoming.staging.activate().await {
+                Ok(()) => break,
+                Err(error) => self.retry_store(incoming, error).await?,
+            }
+        }
+        let reused_bytes = incoming.ledger().reused_bytes();
+        incoming.show(|transfer| transfer.progress.get_or_insert_default().error = None);
+        let last = loop {
+            match self.end(incoming, TransferPhase::Installed, None).await {
+                Ok(last) => break last,
+                Err(error) => self.pause_after(incoming, &error).await?,
+            }
+        };
+        let total_bytes = last.progress.as_ref().map_or(0, |progress| progress.bytes_done);
+        tracing::info!(transfer_id = %incoming.plan.spec.transfer_id, total_bytes, "installed");
+        Ok(Installed {
+            total_bytes,
+            file_count: incoming.plan.manifest.file_count(),
+            reused_bytes,
+            installed_unix_ms: now_unix_ms(),
+            already_installed: false,
+        })
+    }
+
+    async fn retry_store(
+        &self,
+        incoming: &Arc<Incoming<S::Staging>>,
+        error: StoreError,
+    ) -> Result<(), Error> {
+        if error.is_retryable() {
+            tracing::warn!(transfer_id = %incoming.plan.spec.transfer_id, error = &error as &dyn std::error::Error, "the install will be repeated");
+            self.pause_after(incoming, &error.into()).await
+        } else {
+            Err(error.into())
+        }
+    }
+
+    async fn pause_after(&self, incoming: &Arc<Incoming<S::Staging>>, error: &Error) -> Result<(), Error> {
+        incoming
+            .show(|transfer| transfer.progress.get_or_insert_default().error = Some(error.clone().into()));
+        self.pause(Duration::from_secs(1)).await
+    }
+
+    async fn pause(&self, pause: Duration) -> Result<(), Error> {
+        tokio::select! {
+            () = self.stopping.cancelled() => Err(shutting_down()),
+            () = tokio::time::sleep(pause) => Ok(()),
+        }
+    }
+}
+
+fn incoming_closed(error: &Error) -> bool {
+    error.is(Reason::TransferCancelled)
+}
+
+/// The receiver is going away.
+pub(super) fn shutting_down() -> Error {
+    Reason::ShuttingDown
+        .error("the node is shutting down; what arrived is kept, go on when it is back")
+        .retry_after(Duration::from_secs(1))
+}

@@ -1,0 +1,502 @@
+//! The life of one call of `TransferSplitSnapshot`, from its first frame to its last.
+
+use std::sync::Arc;
+
+use proto_common::error::Error;
+use proto_common::v1::Direction;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use super::admission::Place;
+use super::completion::shutting_down;
+use super::handshake::{CheckedLane, ControlHeader, FEATURES, Frames, ended_early, unexpected};
+use super::incoming::{Incoming, Outcome, Stage, StreamPermit, cancelled, initial_progress};
+use super::session::{Answers, Session, accept};
+use super::{Inner, Slot};
+use crate::extent::{Extent, ExtentRecord};
+use crate::reason::Reason;
+use crate::spec::{Manifest, TransferPlan, TransferSpec};
+use crate::store::{ShardState, SnapshotStore, Staging, StoreError};
+use crate::v1::transfer_split_snapshot_request::Frame;
+use crate::v1::transfer_split_snapshot_response::{Accepted, Ack, Frame as Answer, Installed};
+use crate::v1::{TransferPhase, TransferProgress};
+
+/// What a control stream finds when it attaches.
+enum Attached<A: Staging> {
+    /// It may send what is missing.
+    Writer(StreamPermit<A>),
+    /// All is there; the outcome is awaited.
+    Completing(Arc<Incoming<A>>),
+    /// It was installed before.
+    Done(Installed),
+}
+
+impl<S: SnapshotStore> Inner<S> {
+    /// Serves one stream to its end.
+    pub(super) async fn serve(self: Arc<Self>, frames: Frames, answers: Answers) {
+        let served = tokio::select! {
+            result = self.stream(frames, &answers) => result,
+            // Sessions stop by themselves, in order; this is for the handshake of a stream that is not one yet.
+            () = self.stopping_handshake() => Err(shutting_down()),
+        };
+        if let Err(error) = served {
+            tracing::debug!(error = %error, reason = error.reason(), "stream ended");
+            answers.fail(error).await;
+        }
+    }
+
+    /// Resolves some time after the stop began, when every session has been told.
+    async fn stopping_handshake(&self) {
+        self.stopping.cancelled().await;
+        let running: Vec<_> = self.slots().values().filter_map(|slot| slot.get()).collect();
+        for incoming in running {
+            incoming.stop_streams(&shutting_down()).await;
+        }
+    }
+
+    async fn stream(self: &Arc<Self>, mut frames: Frames, answers: &Answers) -> Result<(), Error> {
+        match frames.next_within(self.limits.first_frame).await? {
+            Some(Frame::Header(header)) => {
+                let header = ControlHeader::check(header, &self.identity.node_id, &self.limits)?;
+                self.control(header, frames, answers).await
+            }
+            Some(Frame::LaneHeader(header)) => self.lane(CheckedLane::check(&header)?, frames, answers).await,
+            Some(other) => Err(unexpected(&other, "a header")),
+            None => Err(ended_early()),
+        }
+    }
+
+    async fn control(
+        self: &Arc<Self>,
+        header: ControlHeader,
+        mut frames: Frames,
+        answers: &Answers,
+    ) -> Result<(), Error> {
+        let spec = &header.spec;
+        // A transfer that is being written keeps its place when its sender reconnects.
+        let _place = self.place(&header)?;
+        let shard = self.store.shard(&spec.target_shard).await?;
+        if let Some(fence) = header.fence {
+            fence.check(shard.fence, &spec.target_shard)?;
+        }
+        let manifest = header.read_manifest(&mut frames, &self.limits).await?;
+        let attached = self.attach(&header, manifest, answers).await?;
+        let permit = match attached {
+            Attached::Done(installed) => return self.answer_installed(answers, installed).await,
+            Attached::Completing(incoming) => {
+                self.accept_complete(answers).await?;
+                return self.await_outcome(&incoming, answers).await;
+            }
+            Attached::Writer(permit) => permit,
+        };
+        let incoming = Arc::clone(permit.incoming());
+        let result = self.write_and_complete(&header, &permit, frames, answers).await;
+        // What arrived becomes durable before anybody asks what is missing.
+        let flushed = incoming.flush().await;
+        drop(permit);
+        let result = result.and_then(|done| flushed.map(|()| done));
+        match result {
+            Ok(()) => self.await_outcome(&incoming, answers).await,
+            Err(error) => {
+                if incoming.stage() == Stage::Open && incoming.stream_count() == 0 {
+                    incoming.show(|transfer| {
+                        let phase = if error.is_retryable() {
+                            TransferPhase::Interrupted
+                        } else {
+                            TransferPhase::Failed
+                        };
+                        transfer.enter(phase);
+                        transfer.progress.get_or_insert_default().error = Some(error.clone().into());
+                    });
+                    self.show_expiry(&incoming);
+                }
+                Err(error)
+            }
+        }
+    }
+
+    fn place(&self, header: &ControlHeader) -> Result<Option<Place>, Error> {
+        let connected =
+            self.find(&header.spec.transfer_id).is_some_and(|incoming| incoming.stream_count() > 0);
+        if connected {
+            Ok(None)
+        } else {
+            self.places.enter(&header.spec.transfer_id, header.priority).map(Some)
+        }
+    }
+
+    /// Takes chunks until `End`, then starts the completion.
+    async fn write_and_complete(
+        self: &Arc<Self>,
+        header: &ControlHeader,
+        permit: &StreamPermit<S::Staging>,
+        mut frames: Frames,
+        answers: &Answers,
+    ) -> Result<(), Error> {
+        let incoming = permit.incoming();
+        self.reuse(incoming, permit, answers).await?;
+        incoming.show(|transfer| {
+            transfer.enter(TransferPhase::Transferring);
+            transfer.priority = header.priority.into();
+            transfer.connections += 1;
+            transfer.expires_unix_ms = None;
+            transfer.progress.get_or_insert_default().error = None;
+        });
+        let (missing, durable_bytes, reused_bytes) = {
+            let ledger = incoming.ledger();
+            (ledger.missing(), ledger.durable_bytes(), ledger.reused_bytes())
+        };
+        let sizes_known = incoming.plan.manifest.total_bytes().is_some();
+        let budget = self.budget.join();
+        let credit = Session::<S::Staging>::first_credit(&budget, &self.limits);
+        let terms = Accepted {
+            max_lanes: if sizes_known { self.limits.lanes.min(header.lanes) } else { 1 },
+            durable_bytes,
+            reused_bytes,
+            ..self.terms(credit)
+        };
+        accept(answers, terms, missing).await?;
+        let mut session = Session {
+            permit,
+            frames: &mut frames,
+            answers,
+            limits: &self.limits,
+            budget: &budget,
+            control: true,
+        };
+        // The syncer ends with the session, but never in the middle of a sync.
+        let session_over = CancellationToken::new();
+        let _end_syncer = session_over.clone().drop_guard();
+        let (syncing, limits) = (Arc::clone(incoming), self.limits.clone());
+        self.tasks.spawn(async move { syncing.sync_until(session_over, &limits).await });
+        let totals = session.run(credit).await?;
+        let Some(totals) = totals else {
+            return Err(Reason::Internal.error("the control stream ended without totals"));
+        };
+        if !incoming.begin_verifying() {
+            return Err(permit.stopped().unwrap_or_else(cancelled));
+        }
+        self.spawn_completion(Arc::clone(incoming), totals);
+        Ok(())
+    }
+
+    async fn lane(
+        self: &Arc<Self>,
+        header: CheckedLane,
+        mut frames: Frames,
+        answers: &Answers,
+    ) -> Result<(), Error> {
+        let incoming = self.find(&header.transfer_id).ok_or_else(|| {
+            Reason::NoSuchAttempt
+                .error("the transfer has no control stream; open that first")
+                .retry_after(std::time::Duration::from_millis(100))
+        })?;
+        let permit = incoming.attach_lane(header.claim, header.lane, header.generation, &self.limits).await?;
+        let missing = incoming.ledger().missing();
+        let budget = self.budget.join();
+        let credit = Session::<S::Staging>::first_credit(&budget, &self.limits);
+        accept(answers, Accepted { max_lanes: self.limits.lanes, ..self.terms(credit) }, missing).await?;
+        Session {
+            permit: &permit,
+            frames: &mut frames,
+            answers,
+            limits: &self.limits,
+            budget: &budget,
+            control: false,
+        }
+        .run(credit)
+        .await
+        .map(|_| ())
+    }
+
+    /// What every `Accepted` says.
+    fn terms(&self, credit_limit: u64) -> Accepted {
+        Accepted {
+            max_chunk_bytes: self.limits.chunk_bytes,
+            credit_limit,
+            max_bytes_per_second: self.limits.bytes_per_second.map(std::num::NonZeroU64::get),
+            idle_timeout_ms: u64::try_from(self.limits.idle.as_millis()).unwrap_or(u64::MAX),
+            max_lanes: 1,
+            receiver: Some(self.identity.clone()),
+            supported_features: FEATURES.map(str::to_owned).to_vec(),
+            ..Accepted::default()
+        }
+    }
+
+    async fn accept_complete(&self, answers: &Answers) -> Result<(), Error> {
+        accept(answers, Accepted { already_installed: true, ..self.terms(0) }, Vec::new()).await
+    }
+
+    async fn answer_installed(&self, answers: &Answers, installed: Installed) -> Result<(), Error> {
+        self.accept_complete(answers).await?;
+        answers.send(Answer::Installed(installed)).await
+    }
+
+    /// Waits for the completion and tells the sender.
+    async fn await_outcome(&self, incoming: &Incoming<S::Staging>, answers: &Answers) -> Result<(), Error> {
+        let mut outcome = incoming.outcome();
+        let mut alive = tokio::time::interval(self.limits.idle / 3);
+        loop {
+            tokio::select! {
+                () = answers.closed() => return Err(ended_early()),
+                done = ended(&mut outcome) => {
+                    let installed = done.unwrap_or_else(|| Err(shutting_down()))?;
+                    return answers.send(Answer::Installed(installed)).await;
+                }
+                _ = alive.tick() => {
+                    let durable_bytes = incoming.ledger().durable_bytes();
+                    let phase = if incoming.stage() == Stage::Installing {
+                        TransferPhase::Installing
+                    } else {
+                        TransferPhase::Verifying
+                    };
+                    answers.offer(Answer::Ack(Ack { durable_bytes, phase: phase.into(), ..Ack::default() }));
+                }
+            }
+        }
+    }
+
+    /// Finds or makes the transfer and makes this stream its only writer.
+    async fn attach(
+        self: &Arc<Self>,
+        header: &ControlHeader,
+        manifest: Manifest,
+        answers: &Answers,
+    ) -> Result<Attached<S::Staging>, Error> {
+        let id = &header.spec.transfer_id;
+        loop {
+            if self.stopping.is_cancelled() {
+                return Err(shutting_down());
+            }
+            let slot = {
+                let mut slots = self.slots();
+                let known = slots.len();
+                match slots.get(id) {
+                    Some(slot) => Arc::clone(slot),
+                    None if known >= self.limits.staged => {
+                        return Err(Reason::TooManyTransfers
+                            .error(format!(
+                                "{known} transfers are staged here; cancel some, or wait until they expire"
+                            ))
+                            .metadata("limit", self.limits.staged.to_string())
+                            .retry_after(std::time::Duration::from_secs(10)));
+                    }
+                    None => Arc::clone(slots.entry(id.clone()).or_insert_with(|| Slot::new(None))),
+                }
+            };
+            let _attach = tokio::select! {
+                attach = slot.attach.lock() => attach,
+                () = answers.closed() => return Err(ended_early()),
+            };
+            // It may have ended, and been made anew, while we waited.
+            if !self.slots().get(id).is_some_and(|current| Arc::ptr_eq(current, &slot)) {
+                continue;
+            }
+            let attached = self.attach_in(&slot, header, manifest).await;
+            if slot.get().is_none() {
+                let mut slots = self.slots();
+                if slots.get(id).is_some_and(|current| Arc::ptr_eq(current, &slot)) {
+                    slots.remove(id);
+                }
+            }
+            return attached;
+        }
+    }
+
+    async fn attach_in(
+        self: &Arc<Self>,
+        slot: &Slot<S::Staging>,
+        header: &ControlHeader,
+        manifest: Manifest,
+    ) -> Result<Attached<S::Staging>, Error> {
+        let spec = &header.spec;
+        let mut existing = slot.get();
+        if let Some(incoming) = &existing {
+            let discards = header.discard_staged && incoming.stage() == Stage::Open;
+            if !discards {
+                check_same(&incoming.plan, spec, &manifest)?;
+            }
+            if matches!(incoming.stage(), Stage::Verifying | Stage::Installing) {
+                return Ok(Attached::Completing(Arc::clone(incoming)));
+            }
+            incoming.check_claim(header.claim, header.generation)?;
+            let superseded = Reason::Superseded
+                .error(format!(
+                    "attempt {} was claimed by another stream; this one must stop",
+                    header.claim.attempt
+                ))
+                .metadata("attempt", header.claim.attempt.to_string());
+            incoming.stop_streams(&superseded).await;
+            // `End` may have come with the last frames of the old stream.
+            if incoming.stage() != Stage::Open {
+                return match incoming.stage() {
+                    Stage::Closed => Err(cancelled()),
+                    _ => Ok(Attached::Completing(Arc::clone(incoming))),
+                };
+            }
+            if discards {
+                incoming.close()?;
+                incoming.staging.remove().await?;
+                if let Some(shown) = incoming.shown() {
+                    incoming.finish(shown);
+                }
+                slot.set(None);
+                existing = None;
+            }
+        }
+        let shard = self.store.shard(&spec.target_shard).await?;
+        if existing.is_none()
+            && let Some(installed) = self.finished(spec, &manifest, &shard)?
+        {
+            return Ok(Attached::Done(installed));
+        }
+        if let Some(installed) = shard.high_water
+            && spec.point < installed
+        {
+            return Err(StoreError::Stale { installed }.into());
+        }
+        let incoming = match existing {
+            Some(incoming) => incoming,
+            None => {
+                let incoming = self.create(TransferPlan { spec: spec.clone(), manifest }).await?;
+                slot.set(Some(Arc::clone(&incoming)));
+                incoming
+            }
+        };
+        if let Some(fence) = header.fence {
+            self.store.raise_fence(&spec.target_shard, fence).await?;
+        }
+        incoming.attach(header.claim, header.generation).await.map(Attached::Writer)
+    }
+
+    /// Whether the transfer ended before, and how.
+    fn finished(
+        &self,
+        spec: &TransferSpec,
+        manifest: &Manifest,
+        shard: &ShardState,
+    ) -> Result<Option<Installed>, Error> {
+        let known = self.transfers.registry().get(Some(Direction::In), spec.transfer_id.as_str());
+        let installed = |bytes: u64, at: u64| Installed {
+            total_bytes: bytes,
+            file_count: manifest.file_count(),
+            reused_bytes: 0,
+            installed_unix_ms: at,
+            already_installed: true,
+        };
+        match known.as_ref().map(|known| (known, known.phase())) {
+            Some((known, TransferPhase::Installed)) => {
+                check_same_shown(known, spec)?;
+                let progress = known.progress.clone().unwrap_or_default();
+                Ok(Some(installed(progress.bytes_done, progress.finished_unix_ms.unwrap_or(0))))
+            }
+            Some((_, TransferPhase::Cancelled)) => Err(cancelled()),
+            // The history forgets, the shard does not.
+            _ if shard.current.as_ref() == Some(&spec.transfer_id) => {
+                Ok(Some(installed(manifest.total_bytes().unwrap_or(0), 0)))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// Stages a transfer that is new here.
+    async fn create(&self, plan: TransferPlan) -> Result<Arc<Incoming<S::Staging>>, Error> {
+        let hold = self.hook.admit(&plan).await?;
+        let staging = self.store.stage(&plan).await?;
+        let progress = initial_progress(&plan, TransferPhase::Preparing);
+        match self.transfers.registry().insert(Direction::In, plan.spec.transfer_id.as_str(), progress) {
+            Ok(tracker) => Ok(Incoming::new(staging, hold, tracker, Stage::Open)),
+            Err(error) => {
+                staging.remove().await?;
+                Err(error)
+            }
+        }
+    }
+
+    /// Fills files from installed ones, by digest.
+    async fn reuse(
+        &self,
+        incoming: &Arc<Incoming<S::Staging>>,
+        permit: &StreamPermit<S::Staging>,
+        answers: &Answers,
+    ) -> Result<(), Error> {
+        let wanted: Vec<(u32, u64)> = {
+            let ledger = incoming.ledger();
+            let files = incoming.plan.manifest.numbered().filter(|(_, file)| file.blake3.is_some());
+            files
+                .filter_map(|(number, file)| Some((number, file.size?)))
+                .filter(|(number, size)| *size > 0 && ledger.is_empty(*number))
+                .collect()
+        };
+        if wanted.is_empty() {
+            return Ok(());
+        }
+        incoming.show(|transfer| transfer.enter(TransferPhase::Preparing));
+        let mut alive = tokio::time::interval(self.limits.idle / 3);
+        for (file, len) in wanted {
+            let mut reused = std::pin::pin!(incoming.staging.reuse(file));
+            let found = loop {
+                tokio::select! {
+                    found = &mut reused => break found?,
+                    _ = alive.tick() => {
+                        answers.offer(Answer::Ack(Ack {
+                            durable_bytes: incoming.ledger().durable_bytes(),
+                            phase: TransferPhase::Preparing.into(),
+                            ..Ack::default()
+                        }));
+                    }
+                }
+            };
+            if let Some(crc) = found {
+                incoming.ledger().reused(ExtentRecord { extent: Extent { file, offset: 0, len }, crc })?;
+            }
+            if let Some(stop) = permit.stopped() {
+                return Err(stop);
+            }
+        }
+        incoming.flush().await
+    }
+}
+
+/// The outcome, once there is one.
+async fn ended(outcome: &mut watch::Receiver<Outcome>) -> Outcome {
+    outcome.wait_for(Option::is_some).await.map_or(None, |outcome| outcome.clone())
+}
+
+/// Refuses another specification under the same ID.
+fn check_same(plan: &TransferPlan, spec: &TransferSpec, manifest: &Manifest) -> Result<(), Error> {
+    if let Some(field) = plan.spec.difference(spec) {
+        return Err(other_specification(spec, &format!("header.{field}")));
+    }
+    match plan.manifest.difference(manifest) {
+        Some(what) => Err(other_specification(spec, &format!("manifest, {what}"))),
+        None => Ok(()),
+    }
+}
+
+/// The same against the history, which keeps all but manifest and content version.
+fn check_same_shown(known: &TransferProgress, spec: &TransferSpec) -> Result<(), Error> {
+    let sent = TransferProgress::from(spec);
+    let field = if known.source_shard_id != sent.source_shard_id {
+        "source_shard_id"
+    } else if known.target_shard_id != sent.target_shard_id {
+        "target_shard_id"
+    } else if known.source_node_id != sent.source_node_id {
+        "source_node_id"
+    } else if known.slots != sent.slots {
+        "slots"
+    } else if known.snapshot_index != sent.snapshot_index {
+        "snapshot_index"
+    } else if known.snapshot_term != sent.snapshot_term {
+        "snapshot_term"
+    } else {
+        return Ok(());
+    };
+    Err(other_specification(spec, &format!("header.{field}")))
+}
+
+fn other_specification(spec: &TransferSpec, field: &str) -> Error {
+    Reason::SpecificationMismatch
+        .error(format!("transfer {} exists with another {field}; use a new ID", spec.transfer_id))
+        .metadata("field", field)
+}

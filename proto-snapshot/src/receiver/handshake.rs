@@ -1,0 +1,293 @@
+//! What comes before any byte: header and manifest are read, checked and bounded.
+
+use std::time::Duration;
+
+use proto_common::error::{Code, Error};
+use proto_common::fence::Fence;
+use proto_common::ids::{NodeId, TransferId};
+use proto_common::v1::Priority;
+use tonic::Streaming;
+
+use crate::limits::{Limits, MAX_MESSAGE_BYTES};
+use crate::reason::Reason;
+use crate::spec::{Manifest, ManifestFile, TransferSpec, id};
+use crate::store::Claim;
+use crate::v1::TransferSplitSnapshotRequest;
+use crate::v1::transfer_split_snapshot_request::{Frame, Header, LaneHeader};
+
+/// Features that this version has.
+pub(crate) const FEATURES: [&str; 4] = ["lanes", "reuse", "unknown-size", "crc64nvme"];
+
+/// Features in a header at most; more than any version will have.
+const MAX_FEATURES: usize = 64;
+
+/// The frames of one stream, with the time that the peer has for each.
+pub(super) struct Frames {
+    stream: Streaming<TransferSplitSnapshotRequest>,
+}
+
+/// A header whose every field was checked.
+#[derive(Debug)]
+pub(super) struct ControlHeader {
+    pub(super) spec: TransferSpec,
+    pub(super) fence: Option<Fence>,
+    pub(super) claim: Claim,
+    pub(super) generation: u64,
+    pub(super) priority: Priority,
+    pub(super) file_count: u64,
+    pub(super) name_bytes: u64,
+    pub(super) total_bytes: Option<u64>,
+    pub(super) lanes: u32,
+    pub(super) discard_staged: bool,
+}
+
+/// A lane's header whose every field was checked.
+#[derive(Debug)]
+pub(super) struct CheckedLane {
+    pub(super) transfer_id: TransferId,
+    pub(super) claim: Claim,
+    pub(super) lane: u32,
+    pub(super) generation: u64,
+}
+
+impl Frames {
+    pub(super) fn new(stream: Streaming<TransferSplitSnapshotRequest>) -> Self {
+        Self { stream }
+    }
+
+    /// The next frame; `None` at the end of the stream. Cancel safe.
+    pub(super) async fn next(&mut self) -> Result<Option<Frame>, Error> {
+        match self.stream.message().await {
+            Ok(None) => Ok(None),
+            Ok(Some(TransferSplitSnapshotRequest { frame: Some(frame) })) => Ok(Some(frame)),
+            Ok(Some(TransferSplitSnapshotRequest { frame: None })) => Err(Reason::UnknownFrame
+                .field("frame", "is not set, or of a kind that this version does not know")),
+            // tonic's refusal of a large message, which carries no details.
+            Err(status) if status.code() == tonic::Code::OutOfRange => Err(Reason::ChunkTooLarge
+                .error(format!(
+                    "a message is larger than {MAX_MESSAGE_BYTES} bytes; send smaller chunks and pages"
+                ))
+                .metadata("max_message_bytes", MAX_MESSAGE_BYTES.to_string())),
+            Err(status) => {
+                let error = Error::from(status);
+                // A peer that is gone and a peer that sends garbage both end the stream; only the latter hears of it.
+                Err(if error.code() == Code::Internal && error.message().contains("decode") {
+                    Reason::UnknownFrame.error("a message could not be decoded").caused_by(error)
+                } else {
+                    ended_early().caused_by(error)
+                })
+            }
+        }
+    }
+
+    /// The next frame, within `limit`.
+    pub(super) async fn next_within(&mut self, limit: Duration) -> Result<Option<Frame>, Error> {
+        tokio::time::timeout(limit, self.next()).await.map_err(|_| idle(limit))?
+    }
+}
+
+/// The stream was closed without `End`.
+pub(super) fn ended_early() -> Error {
+    Reason::StreamEndedEarly
+        .error("the stream was closed before End; what arrived is kept, open the stream again to go on")
+        .retry_after(Duration::from_millis(100))
+}
+
+/// Nothing came for `limit`.
+pub(super) fn idle(limit: Duration) -> Error {
+    Reason::IdleTimeout
+        .error(format!(
+            "no frame arrived for {limit:?}; what arrived is kept, open the stream again to go on"
+        ))
+        .retry_after(Duration::from_millis(100))
+}
+
+/// A frame of a known kind at the wrong time.
+pub(super) fn unexpected(frame: &Frame, expected: &str) -> Error {
+    let name = match frame {
+        Frame::Header(_) => "header",
+        Frame::LaneHeader(_) => "lane_header",
+        Frame::Manifest(_) => "manifest",
+        Frame::Chunk(_) => "chunk",
+        Frame::End(_) => "end",
+        Frame::Heartbeat(_) => "heartbeat",
+    };
+    Reason::UnexpectedFrame.field(name, format!("came where {expected} was expected"))
+}
+
+impl ControlHeader {
+    pub(super) fn check(header: Header, node: &str, limits: &Limits) -> Result<Self, Error> {
+        let spec = TransferSpec::from_header(&header)?;
+        // Every field is named, so that a new one cannot be forgotten here.
+        let Header {
+            transfer_id: _,
+            source_shard_id: _,
+            target_shard_id: _,
+            source_node_id: _,
+            target_node_id,
+            slots: _,
+            snapshot_index: _,
+            snapshot_term: _,
+            content_version: _,
+            fence,
+            attempt,
+            session,
+            generation,
+            priority,
+            file_count,
+            name_bytes,
+            total_bytes,
+            lanes,
+            discard_staged,
+            required_features,
+            supported_features,
+        } = header;
+        if required_features.len().max(supported_features.len()) > MAX_FEATURES {
+            return Err(Reason::InvalidField
+                .field("header.required_features", format!("at most {MAX_FEATURES} features can be named")));
+        }
+        if let Some(unknown) = required_features.iter().find(|name| !FEATURES.contains(&name.as_str())) {
+            let unknown = proto_common::text::printable(unknown, 64);
+            return Err(Reason::UnsupportedFeature
+                .error(format!(
+                    "the sender requires the feature {unknown}, this receiver has {}",
+                    FEATURES.join(", ")
+                ))
+                .metadata("feature", unknown));
+        }
+        if !target_node_id.is_empty() {
+            let target = id("header.target_node_id", &target_node_id, |text| NodeId::new(text))?;
+            if target.as_str() != node {
+                return Err(Reason::WrongNode
+                    .error(format!("the sender means node {target}, this is node {node}; check the address"))
+                    .metadata("node_id", node));
+            }
+        }
+        let generation = at_least_1("header.generation", generation)?;
+        if discard_staged && generation != 1 {
+            return Err(Reason::InvalidField
+                .field("header.discard_staged", "needs an attempt of its own, with generation 1"));
+        }
+        let priority = Priority::try_from(priority)
+            .map_err(|_| Reason::InvalidField.field("header.priority", format!("{priority} is not known")))?;
+        for (field, value, limit) in [
+            ("header.file_count", file_count, limits.files),
+            ("header.name_bytes", name_bytes, limits.name_bytes),
+        ] {
+            if value > limit {
+                return Err(Reason::ManifestTooLarge
+                    .field(field, format!("is {value}, at most {limit} are taken; pack the files into fewer"))
+                    .metadata("limit", limit.to_string()));
+            }
+        }
+        if file_count == 0 {
+            return Err(
+                Reason::InvalidField.field("header.file_count", "is 0, a snapshot has at least one file")
+            );
+        }
+        if let Some(total) = total_bytes
+            && total > limits.snapshot_bytes.min(i64::MAX.unsigned_abs())
+        {
+            return Err(Reason::SnapshotTooLarge
+                .field(
+                    "header.total_bytes",
+                    format!("is {total}, at most {} are taken", limits.snapshot_bytes),
+                )
+                .metadata("limit", limits.snapshot_bytes.to_string()));
+        }
+        Ok(Self {
+            spec,
+            fence: fence.map(Fence::from),
+            claim: claim("header", attempt, &session)?,
+            generation,
+            priority: if priority == Priority::Unspecified { Priority::Rebalance } else { priority },
+            file_count,
+            name_bytes,
+            total_bytes,
+            lanes: lanes.max(1),
+            discard_staged,
+        })
+    }
+
+    /// Reads the manifest pages, never more than the header declared.
+    pub(super) async fn read_manifest(
+        &self,
+        frames: &mut Frames,
+        limits: &Limits,
+    ) -> Result<Manifest, Error> {
+        let mut files: Vec<ManifestFile> = Vec::new();
+        let mut name_bytes = 0_u64;
+        let mismatch = |what: String| Reason::ManifestMismatch.field("manifest.files", what);
+        loop {
+            let page = match frames.next_within(limits.first_frame).await? {
+                Some(Frame::Manifest(page)) => page,
+                Some(Frame::Heartbeat(_)) => continue,
+                Some(other) => return Err(unexpected(&other, "a manifest page")),
+                None => return Err(ended_early()),
+            };
+            if page.files.is_empty() && !page.last {
+                return Err(mismatch("a page that is not the last has no files".to_owned()));
+            }
+            for file in page.files {
+                let file = ManifestFile::try_from(file)?;
+                name_bytes = name_bytes.saturating_add(file.name.as_str().len() as u64);
+                files.push(file);
+                if files.len() as u64 > self.file_count || name_bytes > self.name_bytes {
+                    return Err(mismatch(format!(
+                        "the header declares {} files and {} bytes of names, the manifest has more",
+                        self.file_count, self.name_bytes
+                    )));
+                }
+            }
+            if page.last {
+                break;
+            }
+        }
+        if files.len() as u64 != self.file_count || name_bytes != self.name_bytes {
+            return Err(mismatch(format!(
+                "the header declares {} files and {} bytes of names, the manifest has {} and {name_bytes}",
+                self.file_count,
+                self.name_bytes,
+                files.len()
+            )));
+        }
+        let manifest = Manifest::new(files)?;
+        if manifest.total_bytes() != self.total_bytes {
+            return Err(Reason::ManifestMismatch.field(
+                "header.total_bytes",
+                format!(
+                    "is {:?}, the sizes in the manifest add up to {:?}",
+                    self.total_bytes,
+                    manifest.total_bytes()
+                ),
+            ));
+        }
+        Ok(manifest)
+    }
+}
+
+impl CheckedLane {
+    pub(super) fn check(header: &LaneHeader) -> Result<Self, Error> {
+        let LaneHeader { transfer_id, attempt, session, lane, generation } = header;
+        Ok(Self {
+            transfer_id: id("lane_header.transfer_id", transfer_id, |text| TransferId::new(text))?,
+            claim: claim("lane_header", *attempt, session)?,
+            lane: *lane,
+            generation: at_least_1("lane_header.generation", *generation)?,
+        })
+    }
+}
+
+fn claim(header: &str, attempt: u64, session: &[u8]) -> Result<Claim, Error> {
+    Ok(Claim {
+        attempt: at_least_1(&format!("{header}.attempt"), attempt)?,
+        session: session.try_into().map_err(|_| {
+            Reason::InvalidField
+                .field(&format!("{header}.session"), format!("has {} bytes, a session has 16", session.len()))
+        })?,
+    })
+}
+
+fn at_least_1(field: &str, value: u64) -> Result<u64, Error> {
+    if value == 0 { Err(Reason::InvalidField.field(field, "is 0, must be at least 1")) } else { Ok(value) }
+}

@@ -1,0 +1,531 @@
+//! One incoming transfer that is not finished: who writes into it, what is there, what is shown of it.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use proto_common::clock::now_unix_ms;
+use proto_common::error::Error;
+use proto_common::meter::Meter;
+use proto_common::registry::Tracker;
+use proto_common::v1 as common;
+use tokio::sync::{Notify, OwnedMutexGuard, watch};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::ledger::Ledger;
+use crate::extent::ExtentRecord;
+use crate::hook::Hold;
+use crate::limits::Limits;
+use crate::reason::Reason;
+use crate::spec::TransferPlan;
+use crate::store::{Claim, Staging};
+use crate::v1::transfer_split_snapshot_response::Installed;
+use crate::v1::{TransferPhase, TransferProgress};
+
+/// The end of a transfer's completion: `None` while it goes on.
+pub(super) type Outcome = Option<Result<Installed, Error>>;
+
+/// See the module.
+pub(super) struct Incoming<A: Staging> {
+    pub(super) plan: TransferPlan,
+    pub(super) staging: Arc<A>,
+    ledger: Mutex<Ledger>,
+    state: Mutex<State>,
+    /// One sync at a time, in the order of their records.
+    sync: tokio::sync::Mutex<()>,
+    sync_wanted: Notify,
+    /// Counts up when something was written or synced, or when it failed.
+    changes: watch::Sender<u64>,
+    meter: Mutex<Meter>,
+    wire_bytes: AtomicU64,
+    /// `None` once it has moved to the history.
+    tracker: Mutex<Option<Tracker<TransferProgress>>>,
+    _hold: Hold,
+}
+
+/// How far the transfer is, as far as concurrent calls are concerned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Stage {
+    /// Takes data.
+    Open,
+    /// `End` came; being checked. Can be cancelled.
+    Verifying,
+    /// To be installed, whatever happens.
+    Installing,
+    /// Cancelled or expired; being removed.
+    Closed,
+}
+
+struct State {
+    stage: Stage,
+    claim: Claim,
+    generation: u64,
+    streams: HashMap<u32, StreamEntry>,
+    /// Highest generation seen of each lane of the attempt.
+    lane_generations: HashMap<u32, u64>,
+    outcome: watch::Sender<Outcome>,
+    /// A write or sync failed: only durable bytes count at the next attach.
+    failed: Option<Error>,
+    next_stream: u64,
+}
+
+struct StreamEntry {
+    key: u64,
+    stop: watch::Sender<Option<Error>>,
+    /// Held by the stream's session for as long as it may write.
+    quiet: Arc<tokio::sync::Mutex<()>>,
+}
+
+/// A stream's right to write; given up when dropped.
+pub(super) struct StreamPermit<A: Staging> {
+    incoming: Arc<Incoming<A>>,
+    lane: u32,
+    key: u64,
+    pub(super) stop: watch::Receiver<Option<Error>>,
+    _quiet: OwnedMutexGuard<()>,
+}
+
+impl<A: Staging> Incoming<A> {
+    pub(super) fn new(
+        staging: Arc<A>,
+        hold: Hold,
+        tracker: Tracker<TransferProgress>,
+        stage: Stage,
+    ) -> Arc<Self> {
+        let plan = staging.plan().clone();
+        let ledger = Ledger::open(plan.manifest.clone(), staging.records());
+        let claim = staging.claim();
+        let incoming = Arc::new(Self {
+            plan,
+            staging,
+            ledger: Mutex::new(ledger),
+            state: Mutex::new(State {
+                stage,
+                claim,
+                generation: 0,
+                streams: HashMap::new(),
+                lane_generations: HashMap::new(),
+                outcome: watch::Sender::new(None),
+                failed: None,
+                next_stream: 0,
+            }),
+            sync: tokio::sync::Mutex::new(()),
+            sync_wanted: Notify::new(),
+            changes: watch::Sender::new(0),
+            meter: Mutex::new(Meter::default()),
+            wire_bytes: AtomicU64::new(0),
+            tracker: Mutex::new(Some(tracker)),
+            _hold: hold,
+        });
+        incoming.show(|_| {});
+        incoming
+    }
+
+    pub(super) fn ledger(&self) -> MutexGuard<'_, Ledger> {
+        self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn stage(&self) -> Stage {
+        self.state().stage
+    }
+
+    pub(super) fn claim(&self) -> Claim {
+        self.state().claim
+    }
+
+    /// Told when something was written, synced, or failed.
+    pub(super) fn changes(&self) -> watch::Receiver<u64> {
+        self.changes.subscribe()
+    }
+
+    pub(super) fn outcome(&self) -> watch::Receiver<Outcome> {
+        self.state().outcome.subscribe()
+    }
+
+    /// Whether a stream with this claim and generation may take over as control stream.
+    pub(super) fn check_claim(&self, claim: Claim, generation: u64) -> Result<(), Error> {
+        let state = self.state();
+        if state.stage == Stage::Closed {
+            return Err(cancelled());
+        }
+        let current = state.claim;
+        let message = if claim.attempt < current.attempt {
+            format!("attempt {} was superseded by attempt {}", claim.attempt, current.attempt)
+        } else if claim.attempt == current.attempt && claim.session != current.session {
+            format!("attempt {} was claimed by another sender", claim.attempt)
+        } else if claim == current && generation <= state.generation {
+            format!("generation {generation} was superseded by generation {}", state.generation)
+        } else {
+            return Ok(());
+        };
+        Err(superseded(current.attempt, &message))
+    }
+
+    /// Ends all streams with `error` and waits until none writes.
+    pub(super) async fn stop_streams(&self, error: &Error) {
+        loop {
+            let streams: Vec<_> = {
+                let state = self.state();
+                state.streams.values().map(|entry| (entry.stop.clone(), Arc::clone(&entry.quiet))).collect()
+            };
+            if streams.is_empty() {
+                return;
+            }
+            for (stop, _) in &streams {
+                tell(stop, error);
+            }
+            // A lane may have come meanwhile, so look again.
+            for (_, quiet) in streams {
+                drop(quiet.lock().await);
+            }
+        }
+    }
+
+    /// Makes a control stream of `claim` the writer. The caller has checked the claim, holds the transfer's attach lock and has stopped all
+    /// other streams.
+    pub(super) async fn attach(
+        self: &Arc<Self>,
+        claim: Claim,
+        generation: u64,
+    ) -> Result<StreamPermit<A>, Error> {
+        if self.claim() != claim {
+            self.staging.set_claim(claim).await?;
+        }
+        let failed = {
+            let mut state = self.state();
+            if state.claim.attempt != claim.attempt {
+                state.lane_generations.clear();
+            }
+            state.claim = claim;
+            state.generation = generation;
+            state.failed.take()
+        };
+        if failed.is_some() {
+            self.ledger().roll_back();
+        } else {
+            self.flush().await?;
+            self.ledger().forget_claims();
+        }
+        self.register(0)
+    }
+
+    /// Lets a lane of the current attempt write, after the stream that it replaces is quiet.
+    pub(super) async fn attach_lane(
+        self: &Arc<Self>,
+        claim: Claim,
+        lane: u32,
+        generation: u64,
+        limits: &Limits,
+    ) -> Result<StreamPermit<A>, Error> {
+        let old = {
+            let mut state = self.state();
+            let current = state.claim;
+            if claim.attempt < current.attempt || (claim.attempt == current.attempt && claim != current) {
+                return Err(superseded(current.attempt, "the lane's attempt was superseded"));
+            }
+            if claim != current || state.stage != Stage::Open || !state.streams.contains_key(&0) {
+                return Err(Reason::NoSuchAttempt
+                    .error(format!("attempt {} has no control stream that is transferring", claim.attempt))
+                    .retry_after(std::time::Duration::from_millis(100)));
+            }
+            if lane == 0 || lane >= limits.lanes {
+                return Err(Reason::InvalidField
+                    .field("lane_header.lane", format!("is {lane}, must be 1..{}", limits.lanes)));
+            }
+            let seen = state.lane_generations.entry(lane).or_insert(0);
+            if generation <= *seen {
+                return Err(superseded(
+                    current.attempt,
+                    &format!("generation {generation} of lane {lane} was superseded by {seen}"),
+                ));
+            }
+            *seen = generation;
+            state.streams.get(&lane).map(|entry| (entry.stop.clone(), Arc::clone(&entry.quiet)))
+        };
+        if let Some((stop, quiet)) = old {
+            tell(&stop, &superseded(claim.attempt, &format!("lane {lane} was opened again")));
+            drop(quiet.lock().await);
+        }
+        self.register(lane)
+    }
+
+    fn register(self: &Arc<Self>, lane: u32) -> Result<StreamPermit<A>, Error> {
+        let mut state = self.state();
+        if state.stage == Stage::Closed {
+            return Err(cancelled());
+        }
+        if lane != 0 && !state.streams.contains_key(&0) {
+            return Err(Reason::NoSuchAttempt
+                .error("the control stream ended while the lane was opened")
+                .retry_after(std::time::Duration::from_millis(100)));
+        }
+        let quiet = Arc::new(tokio::sync::Mutex::new(()));
+        let held = Arc::clone(&quiet)
+            .try_lock_owned()
+            .map_err(|_| Reason::Internal.error("a new stream is not quiet"))?;
+        let (stop, stopped) = watch::channel(None);
+        let key = state.next_stream;
+        state.next_stream += 1;
+        state.streams.insert(lane, StreamEntry { key, stop, quiet });
+        drop(state);
+        Ok(StreamPermit { incoming: Arc::clone(self), lane, key, stop: stopped, _quiet: held })
+    }
+
+    /// Streams that are connected.
+    pub(super) fn stream_count(&self) -> usize {
+        self.state().streams.len()
+    }
+
+    /// Takes `End`: from here on the completion owns the transfer. False when it is not open any more.
+    pub(super) fn begin_verifying(&self) -> bool {
+        let mut state = self.state();
+        let open = state.stage == Stage::Open;
+        if open {
+            state.stage = Stage::Verifying;
+            state.outcome.send_replace(None);
+        }
+        open
+    }
+
+    /// The point that cancelling and installing race for. False when it was cancelled.
+    pub(super) fn begin_installing(&self) -> bool {
+        let mut state = self.state();
+        let won = matches!(state.stage, Stage::Verifying | Stage::Installing);
+        if won {
+            state.stage = Stage::Installing;
+        }
+        won
+    }
+
+    /// Closes the transfer to all but its removal; returns what it was before.
+    ///
+    /// # Errors
+    ///
+    /// `TOO_LATE_TO_CANCEL` once it is to be installed.
+    pub(super) fn close(&self) -> Result<Stage, Error> {
+        let mut state = self.state();
+        if state.stage == Stage::Installing {
+            return Err(Reason::TooLateToCancel
+                .error("the transfer is complete and being installed; it can no longer be cancelled")
+                .metadata("phase", TransferPhase::Installing.as_str_name()));
+        }
+        Ok(std::mem::replace(&mut state.stage, Stage::Closed))
+    }
+
+    /// Ends the completion: streams that wait for it are told.
+    pub(super) fn complete(&self, result: Result<Installed, Error>) {
+        let mut state = self.state();
+        if result.is_err() && state.stage == Stage::Verifying {
+            state.stage = Stage::Open;
+        }
+        state.outcome.send_replace(Some(result));
+    }
+
+    /// Writing or syncing failed: every stream ends, and what is not durable has to be sent again.
+    pub(super) fn fail(&self, error: &Error) {
+        let mut state = self.state();
+        state.failed.get_or_insert_with(|| error.clone());
+        for entry in state.streams.values() {
+            tell(&entry.stop, error);
+        }
+        drop(state);
+        self.changed();
+    }
+
+    fn check_failed(&self) -> Result<(), Error> {
+        self.state().failed.clone().map_or(Ok(()), Err)
+    }
+
+    pub(super) fn changed(&self) {
+        self.changes.send_modify(|count| *count = count.wrapping_add(1));
+    }
+
+    /// Counts bytes that a stream brought and the store took.
+    pub(super) fn written(&self, records: &[ExtentRecord], limits: &Limits) {
+        let bytes: u64 = records.iter().map(|record| record.extent.len).sum();
+        self.wire_bytes.fetch_add(bytes, Ordering::Relaxed);
+        let unsynced = {
+            let mut ledger = self.ledger();
+            for record in records {
+                ledger.written(*record);
+            }
+            ledger.unsynced_bytes()
+        };
+        if unsynced >= limits.unsynced_bytes / 4 {
+            self.sync_wanted.notify_one();
+        }
+        self.changed();
+    }
+
+    /// Waits until `bytes` more may be written before the next sync.
+    pub(super) async fn room_for(&self, bytes: u64, limits: &Limits) -> Result<(), Error> {
+        let mut changes = self.changes();
+        loop {
+            self.check_failed()?;
+            let unsynced = self.ledger().unsynced_bytes();
+            if unsynced == 0 || unsynced.saturating_add(bytes) <= limits.unsynced_bytes {
+                return Ok(());
+            }
+            self.sync_wanted.notify_one();
+            // The sender lives in `self`.
+            let _ = changes.changed().await;
+        }
+    }
+
+    /// Makes everything durable that was written before the call.
+    pub(super) async fn flush(&self) -> Result<(), Error> {
+        let _one = self.sync.lock().await;
+        self.check_failed()?;
+        let records = self.ledger().take_pending();
+        if records.is_empty() {
+            return Ok(());
+        }
+        match self.staging.sync(records.clone()).await {
+            Ok(()) => {
+                self.ledger().synced(&records);
+                self.changed();
+                Ok(())
+            }
+            Err(error) => {
+                tracing::warn!(transfer_id = %self.plan.spec.transfer_id, error = &error as &dyn std::error::Error, "sync failed");
+                let error = Error::from(error);
+                self.fail(&error);
+                Err(error)
+            }
+        }
+    }
+
+    /// Syncs when much or long enough was written, until `over`.
+    pub(super) async fn sync_until(&self, over: CancellationToken, limits: &Limits) {
+        while !over.is_cancelled() {
+            tokio::select! {
+                () = over.cancelled() => {}
+                () = self.sync_wanted.notified() => {}
+                () = tokio::time::sleep(limits.unsynced_time) => {}
+            }
+            // A failure has ended the streams, which end this.
+            let _ = self.flush().await;
+            self.show(|_| {});
+        }
+    }
+
+    /// Changes what is shown, and brings its counters up to date.
+    pub(super) fn show(&self, change: impl FnOnce(&mut TransferProgress)) {
+        let (durable, reused, files) = {
+            let ledger = self.ledger();
+            (ledger.durable_bytes(), ledger.reused_bytes(), ledger.complete_files())
+        };
+        let (attempt, lanes) = {
+            let state = self.state();
+            (state.claim.attempt, state.streams.len())
+        };
+        let total = self.plan.manifest.total_bytes();
+        let now = Instant::now().into_std();
+        let (rate, eta) = {
+            let mut meter = self.meter.lock().unwrap_or_else(PoisonError::into_inner);
+            meter.record(now, durable);
+            let eta = total.and_then(|total| meter.eta(now, total.saturating_sub(durable)));
+            (meter.rate(now), eta)
+        };
+        let tracker = self.tracker();
+        let Some(tracker) = tracker.as_ref() else { return };
+        tracker.update(|transfer| {
+            transfer.attempt = attempt;
+            transfer.lanes = u32::try_from(lanes).unwrap_or(u32::MAX);
+            transfer.wire_bytes = self.wire_bytes.load(Ordering::Relaxed);
+            transfer.reused_bytes = reused;
+            let progress = transfer.progress.get_or_insert_default();
+            if progress.bytes_done != durable {
+                progress.last_activity_unix_ms = now_unix_ms();
+            }
+            progress.bytes_done = durable;
+            progress.bytes_total = total;
+            progress.items_done = files;
+            progress.items_total = Some(self.plan.manifest.file_count());
+            progress.bytes_per_second = rate;
+            progress.eta_ms = eta.map(|eta| u64::try_from(eta.as_millis()).unwrap_or(u64::MAX));
+            change(transfer);
+        });
+    }
+
+    fn tracker(&self) -> MutexGuard<'_, Option<Tracker<TransferProgress>>> {
+        self.tracker.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What is shown now; `None` once it has moved to the history.
+    pub(super) fn shown(&self) -> Option<TransferProgress> {
+        self.tracker().as_ref().map(Tracker::get)
+    }
+
+    /// Moves it to the history, as `transfer`.
+    pub(super) fn finish(&self, transfer: TransferProgress) {
+        let tracker = self.tracker().take();
+        if let Some(tracker) = tracker {
+            tracker.finish(|shown| *shown = transfer);
+        }
+    }
+}
+
+impl<A: Staging> StreamPermit<A> {
+    pub(super) fn incoming(&self) -> &Arc<Incoming<A>> {
+        &self.incoming
+    }
+
+    /// Why this stream has to end, if it has to.
+    pub(super) fn stopped(&self) -> Option<Error> {
+        self.stop.borrow().clone()
+    }
+}
+
+impl<A: Staging> Drop for StreamPermit<A> {
+    fn drop(&mut self) {
+        let mut state = self.incoming.state();
+        if state.streams.get(&self.lane).is_some_and(|entry| entry.key == self.key) {
+            state.streams.remove(&self.lane);
+            if self.lane == 0 {
+                let error = Reason::StreamEndedEarly.error("the control stream of this lane has ended");
+                for entry in state.streams.values() {
+                    tell(&entry.stop, &error);
+                }
+            }
+        }
+    }
+}
+
+/// Tells a stream why it has to end; the first reason stays.
+fn tell(stop: &watch::Sender<Option<Error>>, error: &Error) {
+    stop.send_if_modified(|reason| {
+        let first = reason.is_none();
+        reason.get_or_insert_with(|| error.clone());
+        first
+    });
+}
+
+/// What the counters of a new transfer start from.
+pub(super) fn initial_progress(plan: &TransferPlan, phase: TransferPhase) -> TransferProgress {
+    let mut transfer = TransferProgress::from(&plan.spec);
+    transfer.progress = Some(common::Progress {
+        direction: common::Direction::In.into(),
+        bytes_total: plan.manifest.total_bytes(),
+        items_total: Some(plan.manifest.file_count()),
+        started_unix_ms: now_unix_ms(),
+        ..common::Progress::default()
+    });
+    transfer.enter(phase);
+    transfer
+}
+
+pub(super) fn cancelled() -> Error {
+    Reason::TransferCancelled.error("the transfer was cancelled; send the snapshot under a new ID")
+}
+
+fn superseded(attempt: u64, message: &str) -> Error {
+    Reason::Superseded
+        .error(format!("{message}; this sender must stop: another one is sending under this ID"))
+        .metadata("attempt", attempt.to_string())
+}

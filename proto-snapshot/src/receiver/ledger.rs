@@ -1,0 +1,309 @@
+//! Which bytes of a transfer are there: claimed by a stream, written, durable.
+//!
+//! A chunk is *claimed* when it is accepted from a stream (so that no other stream brings it too), *written* when the
+//! store has taken it, *durable* after a sync. What is missing is what is not claimed.
+
+use proto_common::error::Error;
+
+use crate::extent::{Extent, ExtentRecord, FileExtents};
+use crate::reason::Reason;
+use crate::spec::{FileTotal, Manifest};
+use crate::v1::transfer_split_snapshot_response as response;
+
+/// The books of one transfer.
+#[derive(Debug)]
+pub(super) struct Ledger {
+    manifest: Manifest,
+    claimed: Vec<FileExtents>,
+    written: Vec<FileExtents>,
+    /// Durable before this process started; read back before they are installed.
+    inherited: Vec<ExtentRecord>,
+    /// Made durable since this process started.
+    durable: Vec<FileExtents>,
+    pending: Vec<ExtentRecord>,
+    pending_bytes: u64,
+    syncing_bytes: u64,
+    durable_bytes: u64,
+    reused_bytes: u64,
+}
+
+impl Ledger {
+    /// The books of a staging area that was opened with `records`. Records that do not fit the manifest
+    /// or each other are left out: their bytes are asked for again.
+    pub(super) fn open(manifest: Manifest, records: Vec<ExtentRecord>) -> Self {
+        let files = manifest.files().len();
+        let mut ledger = Self {
+            manifest,
+            claimed: vec![FileExtents::default(); files],
+            written: vec![FileExtents::default(); files],
+            inherited: Vec::new(),
+            durable: vec![FileExtents::default(); files],
+            pending: Vec::new(),
+            pending_bytes: 0,
+            syncing_bytes: 0,
+            durable_bytes: 0,
+            reused_bytes: 0,
+        };
+        for record in records {
+            if ledger.check_bounds(record.extent).is_ok() && insert(&mut ledger.written, record) {
+                ledger.durable_bytes += record.extent.len;
+                ledger.inherited.push(record);
+            }
+        }
+        ledger.claimed = ledger.written.clone();
+        ledger
+    }
+
+    fn check_bounds(&self, extent: Extent) -> Result<(), Error> {
+        let Some(file) = self.manifest.get(extent.file) else {
+            return Err(Reason::ExtentOutOfBounds.field(
+                "chunk.file",
+                format!("is {}, the manifest has {} files", extent.file, self.manifest.file_count()),
+            ));
+        };
+        let end = extent.offset.checked_add(extent.len).filter(|end| i64::try_from(*end).is_ok());
+        let size = file.size.unwrap_or(i64::MAX.unsigned_abs());
+        if end.is_none_or(|end| end > size) {
+            return Err(Reason::ExtentOutOfBounds
+                .field(
+                    "chunk.offset",
+                    format!(
+                        "{} bytes at offset {} reach beyond the {size} bytes of {}",
+                        extent.len, extent.offset, file.name
+                    ),
+                )
+                .metadata("file", extent.file.to_string())
+                .metadata("offset", extent.offset.to_string()));
+        }
+        Ok(())
+    }
+
+    /// Claims the bytes of a chunk for the stream that brings it.
+    pub(super) fn claim(&mut self, extent: Extent) -> Result<(), Error> {
+        self.check_bounds(extent)?;
+        let Some(claimed) = file_mut(&mut self.claimed, extent.file) else {
+            return Err(Reason::Internal.error("the ledger and the manifest differ"));
+        };
+        // Checksums of claims are not used; those of what is written are.
+        claimed.insert(extent.offset, extent.len, 0).map_err(|overlap| {
+            Reason::OverlappingExtent
+                .field(
+                    "chunk.offset",
+                    format!(
+                        "{} bytes at offset {} of file {} overlap {} bytes at offset {} that are there already; \
+                         send only what Accepted lists as missing",
+                        extent.len, extent.offset, extent.file, overlap.len, overlap.offset
+                    ),
+                )
+                .metadata("file", extent.file.to_string())
+                .metadata("offset", extent.offset.to_string())
+        })
+    }
+
+    /// The store has taken these bytes.
+    pub(super) fn written(&mut self, record: ExtentRecord) {
+        let Extent { file, offset, len } = record.extent;
+        let fits = insert(&mut self.written, record);
+        debug_assert!(fits, "claimed twice: {record:?}");
+        if fits {
+            match self.pending.last_mut() {
+                // Chunks in order become one record.
+                Some(last) if last.extent.file == file && last.extent.end() == offset => {
+                    last.crc = proto_common::checksum::combine(last.crc, record.crc, len);
+                    last.extent.len += len;
+                }
+                _ => self.pending.push(record),
+            }
+            self.pending_bytes += len;
+        }
+    }
+
+    /// Counts a file that was found by its digest; its record is pending like any other.
+    pub(super) fn reused(&mut self, record: ExtentRecord) -> Result<(), Error> {
+        self.claim(record.extent)?;
+        self.written(record);
+        self.reused_bytes += record.extent.len;
+        Ok(())
+    }
+
+    /// Hands out what has to be synced; [`Self::synced`] says that it was.
+    pub(super) fn take_pending(&mut self) -> Vec<ExtentRecord> {
+        self.syncing_bytes += std::mem::take(&mut self.pending_bytes);
+        std::mem::take(&mut self.pending)
+    }
+
+    /// `records` are durable.
+    pub(super) fn synced(&mut self, records: &[ExtentRecord]) {
+        for record in records {
+            self.syncing_bytes = self.syncing_bytes.saturating_sub(record.extent.len);
+            self.durable_bytes += record.extent.len;
+            let fits = insert(&mut self.durable, *record);
+            debug_assert!(fits, "synced twice: {record:?}");
+        }
+    }
+
+    /// A write or a sync failed and no stream writes any more: only what is durable is there. What a failed
+    /// sync had in hand is lost, since the kernel may have dropped it and a second sync would not say so.
+    pub(super) fn roll_back(&mut self) {
+        self.pending.clear();
+        self.pending_bytes = 0;
+        self.syncing_bytes = 0;
+        self.written = self.durable.clone();
+        for record in &self.inherited {
+            let fits = insert(&mut self.written, *record);
+            debug_assert!(fits, "inherited and durable overlap: {record:?}");
+        }
+        self.claimed = self.written.clone();
+    }
+
+    /// Written but not durable, in bytes.
+    pub(super) fn unsynced_bytes(&self) -> u64 {
+        self.pending_bytes + self.syncing_bytes
+    }
+
+    /// Whether a file has no byte yet.
+    pub(super) fn is_empty(&self, file: u32) -> bool {
+        usize::try_from(file)
+            .ok()
+            .and_then(|file| self.claimed.get(file))
+            .is_none_or(|runs| runs.bytes() == 0)
+    }
+
+    pub(super) fn durable_bytes(&self) -> u64 {
+        self.durable_bytes
+    }
+
+    pub(super) fn reused_bytes(&self) -> u64 {
+        self.reused_bytes
+    }
+
+    /// Files whose every byte is durable or written.
+    pub(super) fn complete_files(&self) -> u64 {
+        let complete = self
+            .manifest
+            .files()
+            .iter()
+            .zip(&self.written)
+            .filter(|(file, runs)| file.size.is_some_and(|size| runs.bytes() == size));
+        complete.count() as u64
+    }
+
+    /// No stream writes: what was claimed but not written is missing again.
+    pub(super) fn forget_claims(&mut self) {
+        self.claimed = self.written.clone();
+    }
+
+    /// What no stream has brought or is bringing, in order.
+    pub(super) fn missing(&self) -> Vec<response::Extent> {
+        let mut missing = Vec::new();
+        for ((number, file), runs) in self.manifest.numbered().zip(&self.claimed) {
+            match file.size {
+                Some(size) => {
+                    missing.extend(runs.gaps(size).into_iter().map(|(offset, len)| response::Extent {
+                        file: number,
+                        offset,
+                        length: Some(len),
+                    }))
+                }
+                None => {
+                    let end = runs.end();
+                    missing.extend(runs.gaps(end).into_iter().map(|(offset, len)| response::Extent {
+                        file: number,
+                        offset,
+                        length: Some(len),
+                    }));
+                    missing.push(response::Extent { file: number, offset: end, length: None });
+                }
+            }
+        }
+        missing
+    }
+
+    /// Checks `End` against the manifest and what was written.
+    pub(super) fn check_totals(&self, totals: &[FileTotal]) -> Result<(), Error> {
+        for (((number, file), runs), total) in self.manifest.numbered().zip(&self.written).zip(totals) {
+            if let Some(size) = file.size
+                && size != total.size
+            {
+                return Err(totals_mismatch(
+                    number,
+                    format!("{} has {} bytes in End and {size} in the manifest", file.name, total.size),
+                ));
+            }
+            if runs.end() > total.size {
+                return Err(totals_mismatch(
+                    number,
+                    format!("{} has {} bytes in End, {} arrived", file.name, total.size, runs.end()),
+                ));
+            }
+            if let Some((offset, len)) = runs.gaps(total.size).first() {
+                return Err(Reason::MissingExtents
+                    .error(format!(
+                        "End came while bytes are missing, first {len} at offset {offset} of {}; send them, then End",
+                        file.name
+                    ))
+                    .metadata("file", number.to_string())
+                    .metadata("offset", offset.to_string())
+                    .metadata("length", len.to_string()));
+            }
+            if runs.whole(total.size) != Some(total.crc) {
+                return Err(Reason::FileChecksumMismatch
+                    .error(format!(
+                        "{} is not what the sender read: its checksum over all bytes differs; cancel the transfer \
+                         and send the snapshot under a new ID",
+                        file.name
+                    ))
+                    .metadata("file", number.to_string()));
+            }
+        }
+        Ok(())
+    }
+
+    /// What an earlier process left, to be read back.
+    pub(super) fn inherited(&self) -> Vec<ExtentRecord> {
+        self.inherited.clone()
+    }
+
+    /// The inherited records have been read back; `damaged` ones do not match and are missing from now on.
+    /// Returns all records that remain, where something was damaged.
+    pub(super) fn verified(&mut self, damaged: &[Extent]) -> Option<Vec<ExtentRecord>> {
+        let inherited = std::mem::take(&mut self.inherited);
+        for record in inherited {
+            if damaged.contains(&record.extent) {
+                self.durable_bytes = self.durable_bytes.saturating_sub(record.extent.len);
+            } else {
+                let fits = insert(&mut self.durable, record);
+                debug_assert!(fits, "inherited and durable overlap: {record:?}");
+            }
+        }
+        if damaged.is_empty() {
+            return None;
+        }
+        self.written = self.durable.clone();
+        self.claimed = self.durable.clone();
+        Some(
+            (0_u32..)
+                .zip(&self.durable)
+                .flat_map(|(file, runs)| {
+                    runs.runs().map(move |(offset, len, crc)| ExtentRecord {
+                        extent: Extent { file, offset, len },
+                        crc,
+                    })
+                })
+                .collect(),
+        )
+    }
+}
+
+fn totals_mismatch(file: u32, message: String) -> Error {
+    Reason::TotalsMismatch.error(message).metadata("file", file.to_string())
+}
+
+fn insert(files: &mut [FileExtents], record: ExtentRecord) -> bool {
+    let Extent { file, offset, len } = record.extent;
+    file_mut(files, file).is_some_and(|runs| runs.insert(offset, len, record.crc).is_ok())
+}
+
+fn file_mut(files: &mut [FileExtents], file: u32) -> Option<&mut FileExtents> {
+    files.get_mut(usize::try_from(file).ok()?)
+}

@@ -1,0 +1,194 @@
+//! The five calls of the service.
+
+use std::pin::Pin;
+use std::sync::Arc;
+
+use futures::{Stream, StreamExt as _};
+use proto_common::error::{CommonReason, Error};
+use proto_common::ids::TransferId;
+use proto_common::v1::Direction;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::completion::shutting_down;
+use super::handshake::Frames;
+use super::incoming::{Stage, cancelled};
+use super::session::Answers;
+use super::{Inner, SnapshotReceiver};
+use crate::reason::Reason;
+use crate::spec::id;
+use crate::store::SnapshotStore;
+use crate::v1::split_snapshot_service_server::SplitSnapshotService;
+use crate::v1::{
+    CancelTransferRequest, CancelTransferResponse, GetTransferProgressRequest, GetTransferProgressResponse,
+    ListTransfersRequest, ListTransfersResponse, TransferPhase, TransferProgress,
+    TransferSplitSnapshotRequest, TransferSplitSnapshotResponse, WatchTransferProgressRequest,
+    WatchTransferProgressResponse,
+};
+
+/// Answers of one stream that may wait for the peer to read them.
+const ANSWERS: usize = 32;
+/// How much of a cancel's reason is kept, in bytes.
+const MAX_CANCEL_REASON: usize = 256;
+
+type Answered<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl<S: SnapshotStore> SplitSnapshotService for SnapshotReceiver<S> {
+    type TransferSplitSnapshotStream = ReceiverStream<Result<TransferSplitSnapshotResponse, Status>>;
+    type WatchTransferProgressStream = Answered<WatchTransferProgressResponse>;
+
+    async fn transfer_split_snapshot(
+        &self,
+        request: Request<Streaming<TransferSplitSnapshotRequest>>,
+    ) -> Result<Response<Self::TransferSplitSnapshotStream>, Status> {
+        if self.inner.stopping.is_cancelled() {
+            return Err(shutting_down().into());
+        }
+        let (sender, answers) = mpsc::channel(ANSWERS);
+        let frames = Frames::new(request.into_inner());
+        // Not in the handler: its future is dropped when the peer disconnects, and writers must end in order.
+        self.inner.tasks.spawn(Arc::clone(&self.inner).serve(frames, Answers::new(sender)));
+        Ok(Response::new(ReceiverStream::new(answers)))
+    }
+
+    async fn get_transfer_progress(
+        &self,
+        request: Request<GetTransferProgressRequest>,
+    ) -> Result<Response<GetTransferProgressResponse>, Status> {
+        let GetTransferProgressRequest { transfer_id, direction } = request.into_inner();
+        let id = transfer_id_of(&transfer_id)?;
+        let transfer = self.inner.get(wanted(direction)?, &id)?;
+        Ok(Response::new(GetTransferProgressResponse { transfer: Some(transfer) }))
+    }
+
+    async fn watch_transfer_progress(
+        &self,
+        request: Request<WatchTransferProgressRequest>,
+    ) -> Result<Response<Self::WatchTransferProgressStream>, Status> {
+        let WatchTransferProgressRequest { transfer_id, direction } = request.into_inner();
+        let id = transfer_id_of(&transfer_id)?;
+        let watch =
+            self.inner.transfers.registry().watch(wanted(direction)?, id.as_str()).map_err(|error| {
+                if error.is(CommonReason::LimitExceeded) {
+                    let refused = Reason::TooManyWatchers.error(error.message());
+                    refused.retry_after(error.retry_after_hint().unwrap_or(std::time::Duration::from_secs(1)))
+                } else {
+                    not_found(&id)
+                }
+            })?;
+        let stopping = self.inner.stopping.clone();
+        let states = watch
+            .map(|transfer| Ok(WatchTransferProgressResponse { transfer: Some(transfer) }))
+            .take_until(async move { stopping.cancelled_owned().await });
+        Ok(Response::new(Box::pin(states)))
+    }
+
+    async fn list_transfers(
+        &self,
+        request: Request<ListTransfersRequest>,
+    ) -> Result<Response<ListTransfersResponse>, Status> {
+        let ListTransfersRequest { page_size, page_token, direction, active_only } = request.into_inner();
+        let direction = wanted(direction)?;
+        let size = if page_size == 0 { 100 } else { page_size };
+        let page = self.inner.transfers.registry().list(
+            |of, transfer| {
+                direction.is_none_or(|wanted| wanted == of) && !(active_only && transfer.is_finished())
+            },
+            size,
+            &page_token,
+        );
+        let page = page.map_err(Status::from)?;
+        Ok(Response::new(ListTransfersResponse {
+            transfers: page.items,
+            next_page_token: page.next_page_token,
+        }))
+    }
+
+    async fn cancel_transfer(
+        &self,
+        request: Request<CancelTransferRequest>,
+    ) -> Result<Response<CancelTransferResponse>, Status> {
+        let CancelTransferRequest { transfer_id, direction, reason } = request.into_inner();
+        let id = transfer_id_of(&transfer_id)?;
+        let direction = wanted(direction)?;
+        let inner = Arc::clone(&self.inner);
+        // A removal that has begun goes on when the caller hangs up.
+        let cancelling = self.inner.tasks.spawn(async move { inner.cancel(&id, direction, &reason).await });
+        let transfer = cancelling
+            .await
+            .map_err(|error| Reason::Internal.error("the cancellation panicked").caused_by(error))
+            .and_then(|result| result)?;
+        Ok(Response::new(CancelTransferResponse { transfer: Some(transfer) }))
+    }
+}
+
+impl<S: SnapshotStore> Inner<S> {
+    fn get(&self, direction: Option<Direction>, id: &TransferId) -> Result<TransferProgress, Error> {
+        self.transfers.registry().get(direction, id.as_str()).ok_or_else(|| not_found(id))
+    }
+
+    async fn cancel(
+        &self,
+        id: &TransferId,
+        direction: Option<Direction>,
+        reason: &str,
+    ) -> Result<TransferProgress, Error> {
+        let slot = self.slots().get(id).cloned();
+        if direction != Some(Direction::Out)
+            && let Some(slot) = slot
+            && let Some(incoming) = slot.get()
+        {
+            let before = incoming.close()?;
+            incoming.stop_streams(&cancelled()).await;
+            if before == Stage::Verifying {
+                // The check stops by itself when it sees that it was closed.
+                let _ = incoming.outcome().wait_for(Option::is_some).await;
+            }
+            let _attach = slot.attach.lock().await;
+            if before == Stage::Closed {
+                // Somebody else cancels it, and has now done so.
+                return self.get(Some(Direction::In), id);
+            }
+            let because = proto_common::text::printable(reason, MAX_CANCEL_REASON);
+            let message =
+                if because.is_empty() { "cancelled".to_owned() } else { format!("cancelled: {because}") };
+            let error = Reason::TransferCancelled.error(message);
+            return self.end(&incoming, TransferPhase::Cancelled, Some(&error)).await;
+        }
+        if direction != Some(Direction::In)
+            && let Some(cancel) = self.transfers.outgoing_cancel(id)
+        {
+            cancel.cancel();
+            let mut watch = self.transfers.registry().watch(Some(Direction::Out), id.as_str())?;
+            while watch.next().await.is_some() {}
+        }
+        let transfer = self.get(direction, id)?;
+        match transfer.phase() {
+            TransferPhase::Cancelled | TransferPhase::Expired | TransferPhase::Failed => Ok(transfer),
+            phase => Err(Reason::TooLateToCancel
+                .error(format!("the transfer is {}; it can no longer be cancelled", phase.as_str_name()))
+                .metadata("phase", phase.as_str_name())),
+        }
+    }
+}
+
+fn not_found(id: &TransferId) -> Error {
+    Reason::TransferNotFound
+        .error(format!("no transfer {id} is active here or in the history"))
+        .metadata("transfer_id", id.as_str())
+}
+
+fn transfer_id_of(text: &str) -> Result<TransferId, Error> {
+    id("transfer_id", text, |text| TransferId::new(text))
+}
+
+/// The direction that a request asks for; none where it leaves that open.
+fn wanted(direction: i32) -> Result<Option<Direction>, Error> {
+    match Direction::try_from(direction) {
+        Ok(Direction::Unspecified) => Ok(None),
+        Ok(direction) => Ok(Some(direction)),
+        Err(_) => Err(Reason::InvalidField.field("direction", format!("{direction} is not known"))),
+    }
+}

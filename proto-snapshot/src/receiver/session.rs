@@ -1,0 +1,378 @@
+//! One stream that brings chunks: the control stream or a lane.
+//!
+//! The session reads frames, checks and claims them, and hands them to a writer task, so that the socket is read while the store
+//! writes. It ends in a fixed order: the writer finishes what it has, then the right to write is given up.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use proto_common::checksum::crc64;
+use proto_common::error::Error;
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+use tonic::Status;
+
+use super::handshake::{Frames, ended_early, idle, unexpected};
+use super::incoming::{Incoming, StreamPermit};
+use crate::extent::{Extent, ExtentRecord};
+use crate::limits::{Limits, PAGE_BYTES};
+use crate::reason::Reason;
+use crate::spec::FileTotal;
+use crate::store::{StagedChunk, Staging};
+use crate::v1::transfer_split_snapshot_request::{Chunk, End, Frame};
+use crate::v1::transfer_split_snapshot_response::{Accepted, Ack, Extent as WireExtent, Frame as Answer};
+use crate::v1::{TransferPhase, TransferSplitSnapshotResponse};
+
+/// Chunks between the socket and the writer; their bytes are bounded by credit.
+const QUEUE: usize = 64;
+/// Chunks that the writer takes at once.
+const BATCH: usize = 16;
+
+/// The answers of one stream.
+#[derive(Debug, Clone)]
+pub(super) struct Answers {
+    sender: mpsc::Sender<Result<TransferSplitSnapshotResponse, Status>>,
+}
+
+impl Answers {
+    pub(super) fn new(sender: mpsc::Sender<Result<TransferSplitSnapshotResponse, Status>>) -> Self {
+        Self { sender }
+    }
+
+    /// Sends what must arrive.
+    pub(super) async fn send(&self, frame: Answer) -> Result<(), Error> {
+        self.sender
+            .send(Ok(TransferSplitSnapshotResponse { frame: Some(frame) }))
+            .await
+            .map_err(|_| ended_early())
+    }
+
+    /// Sends what the next of its kind repeats; false where the peer does not keep up.
+    pub(super) fn offer(&self, frame: Answer) -> bool {
+        self.sender.try_send(Ok(TransferSplitSnapshotResponse { frame: Some(frame) })).is_ok()
+    }
+
+    /// Ends the stream with an error. A peer that reads nothing is not waited for.
+    pub(super) async fn fail(&self, error: Error) {
+        let _ = self.sender.send_timeout(Err(Status::from(error)), Duration::from_secs(5)).await;
+    }
+
+    /// Resolves when the peer is gone.
+    pub(super) async fn closed(&self) {
+        self.sender.closed().await;
+    }
+}
+
+/// Shares the receive budget among the streams that are open.
+#[derive(Debug, Default)]
+pub(super) struct Budget {
+    streams: AtomicUsize,
+}
+
+impl Budget {
+    pub(super) fn grant(&self, limits: &Limits) -> u64 {
+        let streams = self.streams.load(Ordering::Relaxed).max(1) as u64;
+        let share = limits.receive_budget_bytes / streams;
+        share.min(limits.stream_credit_bytes).max(u64::from(limits.chunk_bytes))
+    }
+
+    pub(super) fn join(self: &Arc<Self>) -> BudgetShare {
+        self.streams.fetch_add(1, Ordering::Relaxed);
+        BudgetShare(Arc::clone(self))
+    }
+}
+
+/// A stream that counts; until dropped.
+#[derive(Debug)]
+pub(super) struct BudgetShare(Arc<Budget>);
+
+impl Drop for BudgetShare {
+    fn drop(&mut self) {
+        self.0.streams.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Sends `Accepted`, in as many pages as it takes; `terms` is the last page without its extents.
+pub(super) async fn accept(
+    answers: &Answers,
+    terms: Accepted,
+    missing: Vec<WireExtent>,
+) -> Result<(), Error> {
+    // Three varints of at most ten bytes, and tag and length of the extent: never more than this.
+    const EXTENT_BYTES: usize = 40;
+    let per_page = PAGE_BYTES / EXTENT_BYTES;
+    let mut rest = missing.as_slice();
+    while rest.len() > per_page {
+        let (page, more) = rest.split_at(per_page);
+        answers.send(Answer::Accepted(Accepted { missing: page.to_vec(), ..Accepted::default() })).await?;
+        rest = more;
+    }
+    answers.send(Answer::Accepted(Accepted { missing: rest.to_vec(), last: true, ..terms })).await
+}
+
+/// The data phase of one stream.
+pub(super) struct Session<'a, A: Staging> {
+    pub(super) permit: &'a StreamPermit<A>,
+    pub(super) frames: &'a mut Frames,
+    pub(super) answers: &'a Answers,
+    pub(super) limits: &'a Limits,
+    pub(super) budget: &'a BudgetShare,
+    /// Whether `End` may come.
+    pub(super) control: bool,
+}
+
+/// Checked chunks on their way to the store.
+struct Written {
+    bytes: AtomicU64,
+}
+
+impl<A: Staging> Session<'_, A> {
+    /// Credit that is given before the first `Ack`.
+    pub(super) fn first_credit(budget: &BudgetShare, limits: &Limits) -> u64 {
+        budget.0.grant(limits)
+    }
+
+    /// Takes chunks until `End` (whose totals it returns) or, on a lane, until the sender half-closes. `credit` is what was promised in
+    /// `Accepted`.
+    pub(super) async fn run(&mut self, credit: u64) -> Result<Option<Vec<FileTotal>>, Error> {
+        let incoming = Arc::clone(self.permit.incoming());
+        let written = Arc::new(Written { bytes: AtomicU64::new(0) });
+        let (queue, chunks) = mpsc::channel(QUEUE);
+        // The writer is never dropped half-way: it ends when the queue does, and it is waited for.
+        let writer =
+            tokio::spawn(write_all(Arc::clone(&incoming), chunks, Arc::clone(&written), self.limits.clone()));
+        let mut in_hand = None;
+        let result = self.read(&incoming, &queue, &mut in_hand, &written, credit).await;
+        // What was claimed must be written, or nobody would send it again while this attempt lasts.
+        if let Some(chunk) = in_hand {
+            let _ = queue.send(chunk).await;
+        }
+        drop(queue);
+        let wrote = writer.await.unwrap_or_else(|error| {
+            Err(Reason::Internal.error("the writer of the stream panicked").caused_by(error))
+        });
+        // The stop reason is the cause where both failed.
+        let result = match (result, wrote) {
+            (Err(error), _) => Err(self.permit.stopped().unwrap_or(error)),
+            (Ok(_), Err(error)) => Err(error),
+            (Ok(totals), Ok(())) => Ok(totals),
+        };
+        if result.is_ok() {
+            let ack = self.ack(&incoming, &written, credit);
+            self.answers.offer(Answer::Ack(ack));
+        }
+        result
+    }
+
+    async fn read(
+        &mut self,
+        incoming: &Incoming<A>,
+        queue: &mpsc::Sender<(StagedChunk, u64)>,
+        in_hand: &mut Option<(StagedChunk, u64)>,
+        written: &Written,
+        mut credit: u64,
+    ) -> Result<Option<Vec<FileTotal>>, Error> {
+        let mut stop = self.permit.stop.clone();
+        let mut changes = incoming.changes();
+        let mut alive = tokio::time::interval(self.limits.idle / 3);
+        alive.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut deadline = Instant::now() + self.limits.idle;
+        let mut taken = 0_u64;
+        let mut totals = Totals::default();
+        let mut last_ack = Ack::default();
+        loop {
+            tokio::select! {
+                biased;
+                _ = stop.wait_for(Option::is_some) => {
+                    return Err(self.permit.stopped().unwrap_or_else(ended_early));
+                }
+                () = self.answers.closed() => return Err(ended_early()),
+                _ = alive.tick() => {
+                    let ack = self.ack(incoming, written, credit);
+                    credit = ack.credit_limit;
+                    if self.answers.offer(Answer::Ack(ack)) {
+                        last_ack = ack;
+                    }
+                }
+                permit = queue.reserve(), if in_hand.is_some() => {
+                    let permit = permit.map_err(|_| ended_early())?;
+                    if let Some(chunk) = in_hand.take() {
+                        permit.send(chunk);
+                    }
+                    deadline = Instant::now() + self.limits.idle;
+                }
+                _ = changes.changed() => {
+                    let ack = self.ack(incoming, written, credit);
+                    let fresh = ack.credit_limit.saturating_sub(last_ack.credit_limit);
+                    if (ack.durable_bytes != last_ack.durable_bytes
+                        || fresh >= u64::from(self.limits.chunk_bytes)
+                        || ack.received_bytes == taken)
+                        && ack != last_ack
+                        && self.answers.offer(Answer::Ack(ack))
+                    {
+                        credit = ack.credit_limit;
+                        last_ack = ack;
+                    }
+                }
+                frame = self.frames.next(), if in_hand.is_none() => {
+                    deadline = Instant::now() + self.limits.idle;
+                    match frame? {
+                        Some(Frame::Chunk(chunk)) if !totals.begun() => {
+                            let bytes = chunk.payload.len() as u64;
+                            if taken.saturating_add(bytes) > credit {
+                                return Err(Reason::CreditExceeded.field(
+                                    "chunk.payload",
+                                    format!("{taken} bytes were sent, {bytes} more exceed the credit of {credit}"),
+                                ));
+                            }
+                            *in_hand = Some(self.check(incoming, chunk)?);
+                            taken += bytes;
+                        }
+                        Some(Frame::Heartbeat(_)) => {}
+                        Some(Frame::End(end)) if self.control => {
+                            if totals.add(end, incoming)? {
+                                return Ok(Some(totals.files));
+                            }
+                        }
+                        Some(other) => {
+                            let expected = if self.control { "a chunk or the end" } else { "a chunk" };
+                            return Err(unexpected(&other, expected));
+                        }
+                        None if self.control => return Err(ended_early()),
+                        None => return Ok(None),
+                    }
+                }
+                () = tokio::time::sleep_until(deadline), if in_hand.is_none() => return Err(idle(self.limits.idle)),
+            }
+        }
+    }
+
+    /// Checks a chunk and claims its bytes.
+    fn check(&self, incoming: &Incoming<A>, chunk: Chunk) -> Result<(StagedChunk, u64), Error> {
+        let Chunk { file, offset, crc64nvme, payload } = chunk;
+        let at =
+            |error: Error| error.metadata("file", file.to_string()).metadata("offset", offset.to_string());
+        if payload.is_empty() {
+            return Err(at(Reason::EmptyChunk.field("chunk.payload", "is empty")));
+        }
+        if payload.len() as u64 > u64::from(self.limits.chunk_bytes) {
+            return Err(at(Reason::ChunkTooLarge.field(
+                "chunk.payload",
+                format!("has {} bytes, Accepted allows {}", payload.len(), self.limits.chunk_bytes),
+            )));
+        }
+        let actual = crc64(&payload);
+        if actual != crc64nvme {
+            return Err(at(Reason::ChunkChecksumMismatch.field(
+                "chunk.crc64nvme",
+                format!(
+                    "is {crc64nvme:#018x}, the payload has {actual:#018x}; it was not stored, send it again"
+                ),
+            ))
+            .retry_after(Duration::from_millis(100)));
+        }
+        incoming.ledger().claim(Extent { file, offset, len: payload.len() as u64 })?;
+        Ok((StagedChunk { file, offset, payload }, crc64nvme))
+    }
+
+    fn ack(&self, incoming: &Incoming<A>, written: &Written, credit: u64) -> Ack {
+        let received = written.bytes.load(Ordering::Acquire);
+        Ack {
+            received_bytes: received,
+            durable_bytes: incoming.ledger().durable_bytes(),
+            credit_limit: received.saturating_add(self.budget.0.grant(self.limits)).max(credit),
+            phase: TransferPhase::Transferring.into(),
+        }
+    }
+}
+
+/// Writes what a session has checked, until its queue ends.
+async fn write_all<A: Staging>(
+    incoming: Arc<Incoming<A>>,
+    mut chunks: mpsc::Receiver<(StagedChunk, u64)>,
+    written: Arc<Written>,
+    limits: Limits,
+) -> Result<(), Error> {
+    let mut batch = Vec::with_capacity(BATCH);
+    while chunks.recv_many(&mut batch, BATCH).await > 0 {
+        let records: Vec<_> = batch
+            .iter()
+            .map(|(chunk, crc)| ExtentRecord {
+                extent: Extent { file: chunk.file, offset: chunk.offset, len: chunk.payload.len() as u64 },
+                crc: *crc,
+            })
+            .collect();
+        let bytes: u64 = records.iter().map(|record| record.extent.len).sum();
+        incoming.room_for(bytes, &limits).await?;
+        if let Err(error) = incoming.staging.write(batch.drain(..).map(|(chunk, _)| chunk).collect()).await {
+            tracing::warn!(
+                transfer_id = %incoming.plan.spec.transfer_id,
+                error = &error as &dyn std::error::Error,
+                "write failed"
+            );
+            let error = Error::from(error);
+            incoming.fail(&error);
+            return Err(error);
+        }
+        written.bytes.fetch_add(bytes, Ordering::Release);
+        incoming.written(&records, &limits);
+    }
+    Ok(())
+}
+
+/// The pages of `End`.
+#[derive(Debug, Default)]
+struct Totals {
+    pages: usize,
+    files: Vec<FileTotal>,
+}
+
+impl Totals {
+    fn begun(&self) -> bool {
+        self.pages > 0
+    }
+
+    /// Adds a page; true when it was the last.
+    fn add<A: Staging>(&mut self, end: End, incoming: &Incoming<A>) -> Result<bool, Error> {
+        self.pages += 1;
+        let manifest = &incoming.plan.manifest;
+        let mismatch = |what: String| Reason::TotalsMismatch.field("end.files", what);
+        if end.files.is_empty() && !end.last {
+            return Err(mismatch("a page that is not the last has no files".to_owned()));
+        }
+        for total in end.files {
+            if u64::from(total.file) != self.files.len() as u64
+                || u64::from(total.file) >= manifest.file_count()
+            {
+                return Err(mismatch(format!(
+                    "file {} comes at position {}; every file of the manifest comes once, in order",
+                    total.file,
+                    self.files.len()
+                )));
+            }
+            self.files.push(FileTotal { size: total.size, crc: total.crc64nvme });
+        }
+        if !end.last {
+            return Ok(false);
+        }
+        let bytes = self.files.iter().fold(0_u64, |sum, total| sum.saturating_add(total.size));
+        if self.files.len() as u64 != manifest.file_count()
+            || end.file_count != manifest.file_count()
+            || end.total_bytes != bytes
+        {
+            return Err(Reason::TotalsMismatch.field(
+                "end",
+                format!(
+                    "has {} entries, file_count {} and total_bytes {}; the manifest has {} files, the entries add up to \
+                     {bytes} bytes",
+                    self.files.len(),
+                    end.file_count,
+                    end.total_bytes,
+                    manifest.file_count()
+                ),
+            ));
+        }
+        Ok(true)
+    }
+}

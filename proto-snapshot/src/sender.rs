@@ -1,0 +1,241 @@
+//! The sending side: pushes a snapshot to a receiver, through any number of broken connections.
+//!
+//! | question | where |
+//! |---|---|
+//! | when is it tried again, when is it given up? | `sender/task.rs` |
+//! | what goes over the wire, in which order? | `sender/stream.rs` |
+//! | who sends which bytes, and with which checksums? | `sender/work.rs` |
+
+use std::num::NonZeroU64;
+use std::sync::Arc;
+use std::time::Duration;
+
+use proto_common::connect::Connect;
+use proto_common::error::Error;
+use proto_common::fence::Fence;
+use proto_common::ids::{NodeId, ShardId, TransferId};
+use proto_common::rate::RateLimiter;
+use proto_common::registry::Watch;
+use proto_common::retry::Backoff;
+use proto_common::slots::SlotRange;
+use proto_common::v1::{Direction, Priority};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+mod stream;
+mod task;
+mod work;
+
+use crate::reason::Reason;
+use crate::source::SnapshotSource;
+use crate::spec::SnapshotPoint;
+use crate::transfers::Transfers;
+use crate::v1::TransferProgress;
+pub use crate::v1::transfer_split_snapshot_response::Installed;
+
+/// Sends snapshots to one receiver. Cheap to clone.
+///
+/// It needs new connections, so it takes a factory of them: with the feature `channel`,
+/// [`SnapshotSender::connect`] makes one from an address.
+#[derive(Debug)]
+pub struct SnapshotSender<C: Connect> {
+    connect: Arc<C>,
+    options: SenderOptions,
+    transfers: Transfers,
+}
+
+impl<C: Connect> Clone for SnapshotSender<C> {
+    fn clone(&self) -> Self {
+        Self {
+            connect: Arc::clone(&self.connect),
+            options: self.options.clone(),
+            transfers: self.transfers.clone(),
+        }
+    }
+}
+
+/// How a sender works. The defaults are right for most.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct SenderOptions {
+    /// Streams, each on its own connection; the receiver may allow fewer. 0, the default, leaves the choice to the sender.
+    pub lanes: u32,
+    /// Payload bytes per second at most, over all lanes. Default: what the receiver asks for.
+    pub bytes_per_second: Option<NonZeroU64>,
+    /// Compute BLAKE3 digests before sending, so that the receiver can reuse files that it has. Reads
+    /// everything once more. Default: no.
+    pub digests: bool,
+    /// Pauses between attempts to connect.
+    pub backoff: Backoff,
+    /// Time without any progress after which a retryable error becomes final. Default 5 min; `None`: never.
+    pub give_up_after: Option<Duration>,
+}
+
+impl Default for SenderOptions {
+    fn default() -> Self {
+        Self {
+            lanes: 0,
+            bytes_per_second: None,
+            digests: false,
+            backoff: Backoff::default(),
+            give_up_after: Some(Duration::from_secs(5 * 60)),
+        }
+    }
+}
+
+/// What to send, and to whom it belongs. The files come from the source.
+#[derive(Debug, Clone)]
+pub struct SnapshotToSend {
+    /// Made by the caller: the same ID with the same specification continues a transfer.
+    pub transfer_id: TransferId,
+    /// The shard that is split.
+    pub source_shard: ShardId,
+    /// The shard that the snapshot becomes.
+    pub target_shard: ShardId,
+    /// The node that sends.
+    pub source_node: NodeId,
+    /// The node that must answer; `None`: whoever does.
+    pub target_node: Option<NodeId>,
+    /// The slots that move.
+    pub slots: SlotRange,
+    /// Where in the Raft log the snapshot was taken.
+    pub point: SnapshotPoint,
+    /// Fence of the target shard; `None`: "current", for operators.
+    pub fence: Option<Fence>,
+    /// Who gets a free place first.
+    pub priority: Priority,
+}
+
+/// A transfer that runs in a task of its own.
+///
+/// Dropping the handle stops the sending; what is durable at the receiver stays, and the same [`SnapshotToSend`] continues it.
+/// [`cancel`](Self::cancel) stops it and discards what is staged.
+#[derive(Debug)]
+pub struct TransferHandle {
+    id: TransferId,
+    transfers: Transfers,
+    cancel: CancellationToken,
+    task: Option<JoinHandle<Result<Installed, Error>>>,
+}
+
+#[cfg(feature = "channel")]
+impl SnapshotSender<tonic::transport::Endpoint> {
+    /// A sender to `address` (`host:port` or a URI), over connections tuned for bulk. Nothing is connected yet.
+    ///
+    /// # Errors
+    ///
+    /// `INVALID_FIELD` when the address cannot be one.
+    pub fn connect(address: &str) -> Result<Self, Error> {
+        Ok(Self::new(proto_common::tuning::endpoint(address)?))
+    }
+}
+
+impl<C: Connect> SnapshotSender<C> {
+    /// A sender over the connections that `connect` makes.
+    pub fn new(connect: C) -> Self {
+        Self {
+            connect: Arc::new(connect),
+            options: SenderOptions::default(),
+            transfers: Transfers::default(),
+        }
+    }
+
+    /// Other options than the default ones.
+    #[must_use]
+    pub fn options(mut self, options: SenderOptions) -> Self {
+        self.options = options;
+        self
+    }
+
+    /// Shows its transfers in the node's registry, whose service then answers for them and can cancel them.
+    #[must_use]
+    pub fn transfers(mut self, transfers: Transfers) -> Self {
+        self.transfers = transfers;
+        self
+    }
+
+    /// Starts to send `source`; must be called in a tokio runtime.
+    ///
+    /// Retries from the durable point with growing pauses until it is installed, until an error is final
+    /// ([`Error::is_retryable`] is false: a stale fence, another sender's attempt, a changed source), or until nothing has moved for
+    /// [`give_up_after`](SenderOptions::give_up_after).
+    ///
+    /// # Errors
+    ///
+    /// `ALREADY_EXISTS` when this node is sending under that ID already.
+    pub fn send<S: SnapshotSource>(
+        &self,
+        snapshot: SnapshotToSend,
+        source: S,
+    ) -> Result<TransferHandle, Error> {
+        let id = snapshot.transfer_id.clone();
+        let tracker = self.transfers.registry().insert(
+            Direction::Out,
+            id.as_str(),
+            task::initial_progress(&snapshot),
+        )?;
+        let cancel = CancellationToken::new();
+        self.transfers.register_outgoing(&id, cancel.clone());
+        let limiter = RateLimiter::with_rate(self.options.bytes_per_second);
+        let task = task::Task::new(self.clone(), snapshot, source, tracker, limiter, cancel.clone());
+        Ok(TransferHandle {
+            id,
+            transfers: self.transfers.clone(),
+            cancel,
+            task: Some(tokio::spawn(task.run())),
+        })
+    }
+}
+
+impl TransferHandle {
+    /// The transfer's ID.
+    #[must_use]
+    pub fn id(&self) -> &TransferId {
+        &self.id
+    }
+
+    /// How far it is.
+    #[must_use]
+    pub fn progress(&self) -> Option<TransferProgress> {
+        self.transfers.registry().get(Some(Direction::Out), self.id.as_str())
+    }
+
+    /// Its changes, as `WatchTransferProgress` gives them.
+    ///
+    /// # Errors
+    ///
+    /// When too many watch already.
+    pub fn watch(&self) -> Result<Watch<TransferProgress>, Error> {
+        self.transfers.registry().watch(Some(Direction::Out), self.id.as_str())
+    }
+
+    /// Stops the transfer and has the receiver discard what is staged. [`join`](Self::join) then returns `TRANSFER_CANCELLED`, or
+    /// `Installed` where it was too late.
+    pub fn cancel(&self) {
+        self.cancel.cancel();
+    }
+
+    /// Waits for the end. Cancel safe: it may be called again after its future was dropped.
+    ///
+    /// # Errors
+    ///
+    /// The error that ended the transfer.
+    pub async fn join(&mut self) -> Result<Installed, Error> {
+        let Some(task) = &mut self.task else {
+            return Err(Reason::Internal.error("the transfer was joined before"));
+        };
+        let result = task.await;
+        self.task = None;
+        result.unwrap_or_else(|error| {
+            Err(Reason::Internal.error("the sending task ended early").caused_by(error))
+        })
+    }
+}
+
+impl Drop for TransferHandle {
+    fn drop(&mut self) {
+        if let Some(task) = &self.task {
+            task.abort();
+        }
+    }
+}
