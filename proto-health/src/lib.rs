@@ -1,6 +1,9 @@
-//! HealthService (`node.health.v1`): Health and status between the nodes of a sharded store: messages, client and server.
+#![doc = include_str!("../README.md")]
 
+mod reason;
 pub mod v1;
+
+pub use reason::Reason;
 
 /// The encoded `google.protobuf.FileDescriptorSet` of `node.health.v1` and its imports, for server
 /// reflection.

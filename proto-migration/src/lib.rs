@@ -1,6 +1,12 @@
-//! MigrationService (`node.migration.v1`): Migrating slot ranges between the nodes of a sharded store under live writes: messages, client and server.
+#![doc = include_str!("../README.md")]
 
+mod reason;
+mod spec;
+mod state;
 pub mod v1;
+
+pub use reason::Reason;
+pub use spec::{MAX_VALUE_FORMAT_LEN, MigrationSpec};
 
 /// The encoded `google.protobuf.FileDescriptorSet` of `node.migration.v1` and its imports, for server
 /// reflection.

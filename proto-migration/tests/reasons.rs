@@ -1,0 +1,46 @@
+//! The typed reasons are the error table of the `.proto` file, no more and no less.
+
+#[path = "../../proto-common/tests/support/error_table.rs"]
+mod error_table;
+
+use std::collections::BTreeMap;
+
+use error_table::Row;
+use proto_common::error::{Code, CommonReason, Error, Reason as _};
+use proto_migration::Reason;
+
+const PROTO: &str = include_str!("../proto/node/migration/v1/migration.proto");
+
+#[test]
+fn reasons_equal_the_table_both_ways() {
+    let code_side: BTreeMap<String, Row> = Reason::ALL
+        .iter()
+        .map(|reason| {
+            let row = Row { code: reason.code().name().to_owned(), retry: reason.hints_retry() };
+            (reason.as_str().to_owned(), row)
+        })
+        .collect();
+    assert_eq!(code_side.len(), Reason::ALL.len(), "a reason stands there twice");
+    assert_eq!(code_side, error_table::parse(PROTO));
+}
+
+#[test]
+fn a_reason_that_services_share_has_one_code() {
+    for common in CommonReason::ALL {
+        if let Some(reason) = Reason::parse(common.as_str()) {
+            assert_eq!(reason.code(), common.code(), "{}", common.as_str());
+        }
+    }
+}
+
+#[test]
+fn what_the_table_calls_final_is_not_retried() {
+    for reason in Reason::ALL {
+        assert_eq!(Reason::parse(reason.as_str()), Some(*reason));
+        let error = Error::new(*reason, "as it is without RetryInfo");
+        let by_code = matches!(error.code(), Code::Unavailable | Code::Aborted | Code::DeadlineExceeded);
+        assert!(reason.hints_retry() || !by_code, "{} is retried for its code", reason.as_str());
+        assert_eq!(error.is_retryable(), by_code, "{}", reason.as_str());
+    }
+    assert_eq!(Reason::parse("NO_SUCH_REASON"), None);
+}
