@@ -45,8 +45,9 @@ impl MigrationSpec {
         asked: Option<&NodeId>,
     ) -> Result<Self, Error> {
         let Some(spec) = spec else {
-            return Err(Error::new(Reason::InvalidField, format!("{path} is missing"))
-                .violation(path, "is missing"));
+            return Err(
+                Error::new(Reason::InvalidField, format!("{path} is missing")).violation(path, "is missing")
+            );
         };
         let v1::MigrationSpec {
             slots,

@@ -1,4 +1,62 @@
-//! The node-to-node data plane of a sharded, replicated store.
+//! The node-to-node data plane of a sharded, replicated store: moving split snapshots, migrating slot
+//! ranges under live writes, telling health and status. It stands beside the store's consensus protocol,
+//! never inside it.
+//!
+//! - [`node`] has all messages, clients and servers of all enabled services, flat.
+//! - [`common`], `snapshot`, `migration` and `health` are the crates behind it: the same messages, and the
+//!   runtimes and building blocks beside them.
+//!
+//! # A server
+//!
+//! Our services are ordinary tonic services and share a server and its port with any other:
+//!
+#![cfg_attr(all(feature = "snapshot", feature = "server", feature = "listen"), doc = "```rust,no_run")]
+#![cfg_attr(not(all(feature = "snapshot", feature = "server", feature = "listen")), doc = "```rust,ignore")]
+//! use proto::common::tuning::tune_server;
+//! use proto::node::split_snapshot_service_server::{SplitSnapshotService, SplitSnapshotServiceServer};
+//! // The store's own consensus protocol, or any other service.
+//! use raft::raft_service_server::{RaftService, RaftServiceServer};
+//! use tonic::transport::{Error, Server};
+//!
+//! async fn serve(snapshots: impl SplitSnapshotService, raft: impl RaftService) -> Result<(), Error> {
+//!     tune_server(Server::builder())
+//!         .add_service(SplitSnapshotServiceServer::new(snapshots))
+//!         .add_service(RaftServiceServer::new(raft))
+//!         .serve(([127, 0, 0, 1], 7101).into())
+//!         .await
+//! }
+//! ```
+//!
+//! # A client
+//!
+#![cfg_attr(all(feature = "snapshot", feature = "client", feature = "channel"), doc = "```rust,no_run")]
+#![cfg_attr(not(all(feature = "snapshot", feature = "client", feature = "channel")), doc = "```rust,ignore")]
+//! use proto::common::tuning::endpoint;
+//! use proto::node::split_snapshot_service_client::SplitSnapshotServiceClient;
+//! use proto::node::{GetTransferProgressRequest, TransferProgress};
+//!
+//! async fn progress(address: &str, id: &str) -> Result<Option<TransferProgress>, Box<dyn std::error::Error>> {
+//!     let mut client = SplitSnapshotServiceClient::new(endpoint(address)?.connect().await?);
+//!     let request = GetTransferProgressRequest { transfer_id: id.to_owned(), ..Default::default() };
+//!     Ok(client.get_transfer_progress(request).await?.into_inner().transfer)
+//! }
+//! ```
+//!
+//! # Features
+//!
+//! | feature | default | adds |
+//! |---|---|---|
+//! | `snapshot` | yes | the crate `snapshot`: SplitSnapshotService |
+//! | `migration` | yes | the crate `migration`: MigrationService |
+//! | `health` | yes | the crate `health`: HealthService |
+//! | `client` | yes | generated clients and the runtimes on top of them, generic over the channel; no transport |
+//! | `server` | yes | generated server traits and services, and the runtimes behind them; no transport |
+//! | `channel` | by `transport` | tonic's channel, tuned for bulk |
+//! | `listen` | by `transport` | tonic's `Server`, tuned for bulk |
+//! | `transport` | yes | `channel` and `listen` |
+//! | `tls` | no | rustls on whichever of `channel` and `listen` is on |
+//!
+//! Without any of them there are messages and border types, and neither tonic nor tokio.
 
 pub use proto_common as common;
 #[cfg(feature = "health")]
@@ -11,6 +69,16 @@ pub use proto_snapshot as snapshot;
 /// All messages, clients and servers of all enabled services, flat.
 ///
 /// Names are unique over all services, so nothing shadows anything.
+///
+#[cfg_attr(all(feature = "snapshot", feature = "client", feature = "server"), doc = "```rust")]
+#[cfg_attr(not(all(feature = "snapshot", feature = "client", feature = "server")), doc = "```rust,ignore")]
+/// use proto::node::{
+///     split_snapshot_service_server::{SplitSnapshotService, SplitSnapshotServiceServer},
+///     split_snapshot_service_client::SplitSnapshotServiceClient,
+///     TransferSplitSnapshotRequest,
+///     TransferSplitSnapshotResponse,
+/// };
+/// ```
 pub mod node {
     pub use proto_common::v1::*;
     #[cfg(feature = "health")]
@@ -20,3 +88,8 @@ pub mod node {
     #[cfg(feature = "snapshot")]
     pub use proto_snapshot::v1::*;
 }
+
+/// The examples of the README, compiled.
+#[cfg(all(doctest, feature = "snapshot", feature = "client", feature = "server", feature = "transport"))]
+#[doc = include_str!("../../README.md")]
+struct ReadmeExamples;
