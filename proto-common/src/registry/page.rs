@@ -44,7 +44,7 @@ impl Token {
 }
 
 impl<T: Clone + Send + Sync + 'static> Registry<T> {
-    /// One page of the tasks that `filter` accepts.
+    /// One page of the tasks that `filter` accepts. `filter` must not call into the registry, and must not block.
     ///
     /// `page_size` 0 means the limit; more than the limit is cut to it. The first page has an empty token, each
     /// further one the token of the page before, with the same filter. A task that exists all the time is listed exactly once, even if it ends between two pages. One that
