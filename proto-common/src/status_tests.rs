@@ -139,6 +139,8 @@ fn is_plain(error: &Error) -> bool {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
     #[test]
     fn round_trip(error in any_error().prop_filter("escaped on receipt", is_plain)) {
         let back = over_the_wire(error.clone());
@@ -149,8 +151,8 @@ proptest! {
 
     #[test]
     fn trailers_stay_small(
-        message in "\\PC{0,3000}",
-        facts in prop::collection::btree_map("\\PC{1,100}", "\\PC{0,1000}", 0..20),
+        message in "\\PC{0,1500}",
+        facts in prop::collection::btree_map("\\PC{1,50}", "\\PC{0,600}", 0..12),
     ) {
         let mut error = Error::new(CommonReason::InvalidField, message);
         for (key, value) in facts {

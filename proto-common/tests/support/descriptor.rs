@@ -4,6 +4,7 @@ use prost::Message as _;
 use prost_types::{FileDescriptorProto, FileDescriptorSet};
 
 /// Decodes `encoded` and checks that it is complete: each import of a file stands before it.
+#[allow(clippy::expect_used, reason = "a test fails by panicking")]
 pub(crate) fn decode(encoded: &[u8]) -> FileDescriptorSet {
     let set = FileDescriptorSet::decode(encoded).expect("a FileDescriptorSet");
     for (position, file) in set.file.iter().enumerate() {
