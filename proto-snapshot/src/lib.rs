@@ -24,9 +24,12 @@ pub use reason::Reason;
 #[cfg(feature = "server")]
 pub use receiver::SnapshotReceiver;
 #[cfg(feature = "client")]
+pub use sender::SnapshotSender;
 #[cfg(feature = "client")]
+pub use source::{DirectorySource, FileSource, SnapshotSource, StreamSource};
 #[cfg(feature = "server")]
-pub use store::SnapshotStore;
+pub use store::{FileSnapshotStore, SnapshotStore};
+
 /// The encoded `google.protobuf.FileDescriptorSet` of `node.snapshot.v1` and its imports, for server
 /// reflection.
 pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptor.bin"));

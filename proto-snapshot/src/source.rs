@@ -11,6 +11,15 @@ use proto_common::error::Error;
 use crate::reason::Reason;
 use crate::spec::ManifestFile;
 
+mod dir;
+mod disk;
+mod file;
+mod stream;
+
+pub use dir::DirectorySource;
+pub use file::FileSource;
+pub use stream::{OpenStream, StreamSource};
+
 /// The pieces of an extent, in order.
 pub type PieceStream = Pin<Box<dyn Stream<Item = Result<Bytes, SourceError>> + Send>>;
 

@@ -12,7 +12,6 @@
 //!    order; each must do nothing where its work is done already.
 //! 3. [`Staging::activate`] changes which snapshot is current in one atomic step.
 
-use std::collections::HashMap;
 use std::future::Future;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -25,6 +24,10 @@ use proto_common::ids::{ShardId, TransferId};
 use crate::extent::{Extent, ExtentRecord};
 use crate::reason::Reason;
 use crate::spec::{FileTotal, SnapshotPoint, TransferPlan};
+
+mod file;
+
+pub use file::{FileSnapshotStore, FileStaging, FileStoreOptions};
 
 /// Why a store could not do what it was asked for.
 #[derive(Debug, thiserror::Error)]
@@ -206,7 +209,7 @@ pub trait Staging: Send + Sync + std::fmt::Debug + 'static {
     ) -> impl Future<Output = Result<(), StoreError>> + Send;
 
     /// Fills file number `file` from installed files by its BLAKE3 digest, verifying the digest while
-    /// copying, durably. Returns the CRC-64/NVME of the content, `None` when there is no such file (or the store does not reuse).
+    /// copying; it becomes durable with the next `sync`, as what `write` wrote does. Nothing of the file may be staged. Returns the CRC-64/NVME of the content, `None` when there is no such file (or the store does not reuse).
     /// The record of it is the caller's to `sync`.
     fn reuse(&self, file: u32) -> impl Future<Output = Result<Option<u64>, StoreError>> + Send;
 
@@ -232,9 +235,6 @@ pub trait Staging: Send + Sync + std::fmt::Debug + 'static {
     /// was reserved, durably.
     fn remove(&self) -> impl Future<Output = Result<(), StoreError>> + Send;
 }
-
-/// The digests of installed files, for stores that reuse them.
-pub(crate) type DigestIndex = HashMap<[u8; 32], (PathBuf, u64)>;
 
 impl From<StoreError> for Error {
     fn from(error: StoreError) -> Self {

@@ -1,0 +1,277 @@
+//! Reading files off the async threads and ahead of the socket.
+
+use std::fs::{File, Metadata};
+use std::io;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
+use futures::StreamExt as _;
+use proto_common::path::FileName;
+use tokio::sync::mpsc;
+
+use crate::spec::ManifestFile;
+
+use super::{Description, PieceStream, SourceError};
+
+/// Pieces that wait for the socket; one more is being read. Together four, as [`SnapshotSource::open`](super::SnapshotSource::open)
+/// promises: enough that a read and a send overlap, little enough that memory stays at 4 MiB per stream.
+const AHEAD: usize = 3;
+
+/// Read at once for a digest.
+const DIGEST_PIECE: usize = 1 << 20;
+
+/// What tells whether a file is still the same one with the same content.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Identity {
+    inode: u64,
+    size: u64,
+    modified: (i64, i64),
+}
+
+impl Identity {
+    pub(super) fn of(metadata: &Metadata) -> Self {
+        Self {
+            inode: metadata.ino(),
+            size: metadata.size(),
+            modified: (metadata.mtime(), metadata.mtime_nsec()),
+        }
+    }
+
+    fn difference(&self, now: &Self) -> Option<String> {
+        if self.inode != now.inode {
+            Some("it was replaced by another file".to_owned())
+        } else if self.size != now.size {
+            Some(format!("it had {} bytes and has {}", self.size, now.size))
+        } else if self.modified != now.modified {
+            Some("it was written to".to_owned())
+        } else {
+            None
+        }
+    }
+}
+
+/// One file.
+#[derive(Debug, Clone)]
+pub(super) struct Entry {
+    pub(super) name: FileName,
+    pub(super) path: PathBuf,
+    pub(super) identity: Identity,
+}
+
+/// The files of a source, as they were when it was described.
+#[derive(Debug)]
+pub(super) struct Listing {
+    entries: Vec<Entry>,
+}
+
+/// What is guarded is replaced as a whole, so a panic elsewhere leaves it usable.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Set when nobody waits for the result any more.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Stop(Arc<AtomicBool>);
+
+struct StopOnDrop(Stop);
+
+impl Drop for StopOnDrop {
+    fn drop(&mut self) {
+        self.0.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Does `job` on a blocking thread, and lets it know when the future is dropped.
+pub(super) async fn off_thread<T: Send + 'static>(
+    job: impl FnOnce(Stop) -> Result<T, SourceError> + Send + 'static,
+) -> Result<T, SourceError> {
+    let stop = Stop::default();
+    let _stop = StopOnDrop(stop.clone());
+    match tokio::task::spawn_blocking(move || job(stop)).await {
+        Ok(result) => result,
+        Err(error) => Err(SourceError::Io { name: "the source".to_owned(), source: io::Error::other(error) }),
+    }
+}
+
+impl Entry {
+    fn failed(&self, source: io::Error) -> SourceError {
+        match source.kind() {
+            io::ErrorKind::NotFound => self.changed("it was removed"),
+            _ => SourceError::Io { name: self.name.to_string(), source },
+        }
+    }
+
+    fn changed(&self, what: impl Into<String>) -> SourceError {
+        SourceError::Changed { name: self.name.to_string(), what: what.into() }
+    }
+
+    fn open(&self) -> Result<File, SourceError> {
+        let file = File::open(&self.path).map_err(|error| self.failed(error))?;
+        self.check(&file)?;
+        Ok(file)
+    }
+
+    /// Whether the file is still what was described.
+    fn check(&self, file: &File) -> Result<(), SourceError> {
+        let now = file.metadata().map_err(|error| self.failed(error))?;
+        self.identity.difference(&Identity::of(&now)).map_or(Ok(()), |what| Err(self.changed(what)))
+    }
+
+    /// Exactly `len` bytes at `offset`.
+    fn read_at(&self, file: &File, offset: u64, len: usize) -> Result<Bytes, SourceError> {
+        let mut buffer = Vec::with_capacity(len);
+        while buffer.len() < len {
+            let at = offset + u64::try_from(buffer.len()).unwrap_or(u64::MAX);
+            // Into memory that nobody has to fill with zeros first.
+            match rustix::io::pread(file, rustix::buffer::spare_capacity(&mut buffer), at) {
+                Ok(0) => return Err(self.changed(format!("it ends at {at}"))),
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(self.failed(error.into())),
+            }
+        }
+        buffer.truncate(len);
+        Ok(buffer.into())
+    }
+
+    fn digest(&self, stop: &Stop) -> Result<[u8; 32], SourceError> {
+        let file = self.open()?;
+        sequential(&file);
+        let mut hasher = blake3::Hasher::new();
+        let mut at = 0;
+        while at < self.identity.size {
+            if stop.0.load(Ordering::Relaxed) {
+                return Err(self.failed(io::ErrorKind::Interrupted.into()));
+            }
+            let bytes = self.read_at(&file, at, next(at, self.identity.size, DIGEST_PIECE))?;
+            hasher.update(&bytes);
+            at += u64::try_from(bytes.len()).unwrap_or(u64::MAX);
+        }
+        self.check(&file)?;
+        Ok(hasher.finalize().into())
+    }
+}
+
+/// The length of the piece at `at`.
+fn next(at: u64, end: u64, piece: usize) -> usize {
+    usize::try_from(end - at).map_or(piece, |left| left.min(piece))
+}
+
+impl Listing {
+    /// `entries` in the order of their numbers.
+    pub(super) fn new(entries: Vec<Entry>) -> Self {
+        Self { entries }
+    }
+
+    pub(super) fn describe(&self, digests: bool, stop: &Stop) -> Result<Description, SourceError> {
+        let files = self.entries.iter().map(|entry| {
+            Ok(ManifestFile {
+                name: entry.name.clone(),
+                size: Some(entry.identity.size),
+                blake3: digests.then(|| entry.digest(stop)).transpose()?,
+            })
+        });
+        Ok(Description { files: files.collect::<Result<_, _>>()?, content_version: self.content_version() })
+    }
+
+    /// A hash over name, inode, modification time and size of all files.
+    fn content_version(&self) -> String {
+        let mut hasher = blake3::Hasher::new();
+        for Entry { name, path: _, identity: Identity { inode, size, modified } } in &self.entries {
+            hasher.update(name.as_str().as_bytes());
+            // No name contains it, so no two listings make the same bytes.
+            hasher.update(&[0]);
+            hasher.update(&inode.to_le_bytes());
+            hasher.update(&size.to_le_bytes());
+            hasher.update(&modified.0.to_le_bytes());
+            hasher.update(&modified.1.to_le_bytes());
+        }
+        format!("stat-{}", hasher.finalize().to_hex())
+    }
+}
+
+/// [`SnapshotSource::open`](super::SnapshotSource::open) for a listing.
+pub(super) async fn read(
+    listing: Option<Arc<Listing>>,
+    file: u32,
+    offset: u64,
+    len: Option<u64>,
+    piece: usize,
+) -> Result<PieceStream, SourceError> {
+    let entry = usize::try_from(file).ok().and_then(|file| listing.as_ref()?.entries.get(file));
+    let entry = entry.cloned().ok_or_else(|| SourceError::Io {
+        name: format!("file number {file}"),
+        source: io::Error::new(io::ErrorKind::InvalidInput, "it was not described"),
+    })?;
+    let piece = piece.max(1);
+    let size = entry.identity.size;
+    let end = match len {
+        Some(len) => offset.checked_add(len),
+        None => Some(size),
+    };
+    let Some(end) = end.filter(|end| *end <= size && offset <= *end) else {
+        let source = io::Error::new(io::ErrorKind::InvalidInput, format!("it has {size} bytes"));
+        return Err(SourceError::Io { name: entry.name.to_string(), source });
+    };
+    if end == offset {
+        return Ok(futures::stream::empty().boxed());
+    }
+    // A small file is not worth a task that outlives this call.
+    if let Ok(len) = usize::try_from(end - offset)
+        && len <= piece
+    {
+        let bytes = off_thread(move |_| {
+            let file = entry.open()?;
+            let bytes = entry.read_at(&file, offset, len)?;
+            entry.check(&file)?;
+            Ok(bytes)
+        })
+        .await?;
+        return Ok(futures::stream::once(async { Ok(bytes) }).boxed());
+    }
+    let (entry, opened) = off_thread(move |_| {
+        let file = entry.open()?;
+        sequential(&file);
+        Ok((entry, file))
+    })
+    .await?;
+    let (sender, mut receiver) = mpsc::channel(AHEAD);
+    // Ends when it has read all, or with the next piece after the receiver is dropped.
+    drop(tokio::task::spawn_blocking(move || send(&entry, &opened, offset, end, piece, &sender)));
+    Ok(futures::stream::poll_fn(move |cx| receiver.poll_recv(cx)).boxed())
+}
+
+fn send(
+    entry: &Entry,
+    file: &File,
+    offset: u64,
+    end: u64,
+    piece: usize,
+    to: &mpsc::Sender<Result<Bytes, SourceError>>,
+) {
+    let mut at = offset;
+    while at < end {
+        let len = next(at, end, piece);
+        let mut read = entry.read_at(file, at, len);
+        at += u64::try_from(len).unwrap_or(u64::MAX);
+        if at >= end {
+            // Before the last piece is handed out: a file that changed meanwhile is never sent as a whole.
+            read = read.and_then(|bytes| entry.check(file).map(|()| bytes));
+        }
+        let failed = read.is_err();
+        if to.blocking_send(read).is_err() || failed {
+            return;
+        }
+    }
+}
+
+/// Tells the kernel to read far ahead. Only a hint: what it answers does not matter.
+#[cfg(target_os = "linux")]
+fn sequential(file: &File) {
+    let _ = rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::Sequential);
+}
+
+#[cfg(not(target_os = "linux"))]
+fn sequential(_file: &File) {}

@@ -1,0 +1,387 @@
+//! A store in a directory. Where things lie is told in [`layout`]; where bytes become durable, in [`sync`].
+
+mod handles;
+mod history;
+mod index;
+mod install;
+mod layout;
+mod record;
+mod recover;
+mod reuse;
+mod space;
+mod staging;
+mod sync;
+#[cfg(test)]
+mod tests;
+mod trash;
+mod write;
+
+use std::collections::{HashMap, HashSet};
+use std::fs::{File, TryLockError};
+use std::hash::{BuildHasher as _, RandomState};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use proto_common::durable::{RecordLog, sync_dir};
+use proto_common::fence::Fence;
+use proto_common::ids::{ShardId, TransferId};
+
+use crate::spec::{FileTotal, TransferPlan};
+
+use super::{Claim, PlacedSnapshot, Recovered, ShardState, SnapshotStore, StagingState, StoreError};
+use handles::Handles;
+use history::History;
+use index::Index;
+use layout::{Area, Layout};
+use record::{Kind, PlanRecord, Shard, ShardRecord};
+use space::Space;
+pub use staging::FileStaging;
+use staging::Parts;
+use trash::Trash;
+use write::{FileSpace, on_disk};
+
+/// Settings of a [`FileSnapshotStore`].
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct FileStoreOptions {
+    /// Finished transfers that are remembered at least; at most twice as many lie in the file. Default: 1000.
+    pub history_limit: usize,
+    /// Bytes of the file system that are never promised to a transfer, so that the node's other files find room.
+    /// Default: 64 MiB.
+    pub min_free_bytes: u64,
+    /// Bytes of snapshots, staged and installed, that the store may hold. Default: what the file system has.
+    pub capacity_bytes: Option<u64>,
+    /// Whether bytes of installed files may be copied instead of sent again. The store's owner then declares that it does not
+    /// change them; a file that was changed all the same is found out by its digest and not used. Default: yes.
+    pub reuse_installed: bool,
+    /// Snapshots of a shard that are kept beside the current one, the latest first. Default: 0, they are deleted once the
+    /// transfer that replaced them has ended.
+    pub keep_previous: usize,
+    /// Staged files that are held open, for all transfers together. Default: 256, a quarter of the usual limit of a process.
+    pub max_open_files: usize,
+}
+
+impl Default for FileStoreOptions {
+    fn default() -> Self {
+        Self {
+            history_limit: 1000,
+            min_free_bytes: 64 << 20,
+            capacity_bytes: None,
+            reuse_installed: true,
+            keep_previous: 0,
+            max_open_files: 256,
+        }
+    }
+}
+
+/// Keeps snapshots in a directory of a local file system on Unix. One process uses it at a time.
+///
+/// An installed snapshot lies in `installed/<shard>/<transfer_id>/` as a tree of plain files with the names of the manifest;
+/// [`current`](Self::current) tells which one counts. It is deleted when a newer one is current and the transfer of that has ended
+/// ([`FileStoreOptions::keep_previous`]). The file system has to tell names apart that differ in case or Unicode normalization.
+///
+/// The async methods do their work on Tokio's blocking threads. Dropping a future does not stop what it began; whatever needs
+/// the staging area for itself waits for it.
+#[derive(Debug)]
+pub struct FileSnapshotStore {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+pub(crate) struct Shared {
+    layout: Layout,
+    options: FileStoreOptions,
+    /// Locked for as long as anything of the store is in use.
+    _lock: File,
+    space: Arc<Space>,
+    handles: Handles,
+    index: Index,
+    history: History,
+    trash: Trash,
+    /// Transfers with a staging area.
+    live: Mutex<HashSet<TransferId>>,
+    serials: AtomicU64,
+    /// Held while the record of a shard is changed; a shard has one of them, chosen by hash.
+    shard_locks: [Mutex<()>; 16],
+    hasher: RandomState,
+}
+
+impl FileSnapshotStore {
+    /// Opens the store in `dir`, and makes it if there is none. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Io`] of kind `WouldBlock` when another process, or another store of this one, uses it;
+    /// [`StoreError::Damaged`] when it was made by a version that this one does not know.
+    pub fn open(dir: impl Into<PathBuf>, options: FileStoreOptions) -> Result<Self, StoreError> {
+        let failed = |error| StoreError::io("open a store", error);
+        let dir = dir.into();
+        std::fs::create_dir_all(&dir).map_err(failed)?;
+        let dir = dir.canonicalize().map_err(failed)?;
+        let layout = Layout::new(dir.clone());
+        let lock = File::options().read(true).write(true).create(true).truncate(false).open(layout.lock());
+        let lock = lock.map_err(failed)?;
+        lock.try_lock().map_err(|error| match error {
+            TryLockError::WouldBlock => {
+                StoreError::io("lock a store that is in use", io::ErrorKind::WouldBlock.into())
+            }
+            TryLockError::Error(error) => failed(error),
+        })?;
+        recover::check_format(&layout.format())?;
+        for dir in layout.directories() {
+            install::make_dir(&dir).map_err(failed)?;
+        }
+        if let Some(parent) = dir.parent() {
+            sync_dir(parent).map_err(failed)?;
+        }
+        let shared = Shared {
+            space: Space::new(dir, options.min_free_bytes, options.capacity_bytes),
+            handles: Handles::new(options.max_open_files),
+            index: Index::default(),
+            history: History::new(layout.history(), options.history_limit),
+            trash: Trash::new(layout.trash()),
+            live: Mutex::default(),
+            serials: AtomicU64::new(0),
+            shard_locks: Default::default(),
+            hasher: RandomState::new(),
+            _lock: lock,
+            layout,
+            options,
+        };
+        Ok(Self { shared: Arc::new(shared) })
+    }
+
+    /// The current snapshot of `shard`; `None` before the first.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Damaged`] when the record of the shard or of the snapshot is.
+    pub async fn current(&self, shard: &ShardId) -> Result<Option<PlacedSnapshot>, StoreError> {
+        let (shared, shard) = (Arc::clone(&self.shared), shard.clone());
+        blocking("read what is installed", move || {
+            let _shard = lock(shared.shard_lock(&shard));
+            let Some(id) = shared.read_shard(&shard)?.state.current else { return Ok(None) };
+            let (plan, _) = shared.read_manifest(&shard, &id)?.ok_or_else(|| StoreError::Damaged {
+                file: shared.layout.shown(&shared.layout.manifest(&shard, &id)),
+                what: "is missing".to_owned(),
+            })?;
+            Ok(Some(PlacedSnapshot { path: Some(shared.layout.installed(&shard, &id)), plan }))
+        })
+        .await
+    }
+
+    /// The directory that the store is in.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        self.shared.layout.root()
+    }
+}
+
+impl Drop for FileSnapshotStore {
+    fn drop(&mut self) {
+        self.shared.trash.stop();
+    }
+}
+
+impl SnapshotStore for FileSnapshotStore {
+    type Staging = FileStaging;
+
+    async fn recover(&self) -> Result<Recovered<FileStaging>, StoreError> {
+        let shared = Arc::clone(&self.shared);
+        let recovered = blocking("read what is staged", move || shared.recover()).await?;
+        self.shared.trash.clean();
+        Ok(recovered)
+    }
+
+    async fn shard(&self, shard: &ShardId) -> Result<ShardState, StoreError> {
+        let (shared, shard) = (Arc::clone(&self.shared), shard.clone());
+        blocking("read the record of a shard", move || Ok(shared.read_shard(&shard)?.state)).await
+    }
+
+    async fn raise_fence(&self, shard: &ShardId, fence: Fence) -> Result<(), StoreError> {
+        let (shared, shard) = (Arc::clone(&self.shared), shard.clone());
+        blocking("persist a fence", move || {
+            let _shard = lock(shared.shard_lock(&shard));
+            let mut known = shared.read_shard(&shard)?;
+            if fence <= known.state.fence {
+                return Ok(());
+            }
+            known.state.fence = fence;
+            shared.write_shard(&shard, &known)
+        })
+        .await
+    }
+
+    async fn stage(&self, plan: &TransferPlan) -> Result<Arc<FileStaging>, StoreError> {
+        let (shared, plan) = (Arc::clone(&self.shared), plan.clone());
+        blocking("make a staging area", move || {
+            let result = shared.stage(plan);
+            result.map_err(|error| shared.space.explain(error, 0))
+        })
+        .await
+        .map(Arc::new)
+    }
+
+    async fn record_finished(&self, record: &[u8]) -> Result<(), StoreError> {
+        let (shared, record) = (Arc::clone(&self.shared), record.to_vec());
+        blocking("record a finished transfer", move || shared.history.add(&record)).await
+    }
+}
+
+impl Shared {
+    fn stage(self: &Arc<Self>, plan: TransferPlan) -> Result<FileStaging, StoreError> {
+        const ACTION: &str = "make a staging area";
+        let failed = |error| StoreError::io(ACTION, error);
+        let id = plan.spec.transfer_id.clone();
+        if self.read_shard(&plan.spec.target_shard)?.state.current.as_ref() == Some(&id) {
+            return Err(StoreError::invalid(ACTION, "a snapshot of this ID is current already"));
+        }
+        let space: Vec<FileSpace> = plan.manifest.files().iter().map(FileSpace::new).collect();
+        let sizes = || plan.manifest.files().iter().filter_map(|file| file.size);
+        let bytes = sizes().fold(0, u64::saturating_add);
+        let reservation = self.space.reserve(bytes, sizes().map(on_disk).fold(0, u64::saturating_add))?;
+        // Only one of two calls for an ID goes on.
+        if !lock(&self.live).insert(id.clone()) {
+            return Err(StoreError::invalid(ACTION, "there is one of this ID"));
+        }
+        let made = || {
+            let (new, dir) = (self.layout.staging_new(&id), self.layout.staging(&id));
+            if exists(&dir).map_err(failed)? {
+                return Err(StoreError::invalid(ACTION, "there is one of this ID"));
+            }
+            match std::fs::remove_dir_all(&new) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+                _ => {}
+            }
+            std::fs::create_dir(&new).map_err(failed)?;
+            let half = Area::new(new.clone());
+            record::write(&half.meta(), Kind::Meta, &PlanRecord::new(&plan, &[])).map_err(failed)?;
+            drop(RecordLog::open(half.records()).map_err(failed)?);
+            std::fs::rename(&new, &dir).map_err(failed)?;
+            sync_dir(self.layout.staging_root()).map_err(failed)?;
+            let area = Area::new(dir);
+            let (log, ..) = RecordLog::open(area.records()).map_err(failed)?;
+            let parts = Parts {
+                plan,
+                area,
+                reservation,
+                state: StagingState::Open,
+                space,
+                dirs: HashSet::new(),
+                claim: Claim { attempt: 0, session: [0; 16] },
+                log,
+                durable: HashMap::new(),
+                last_activity: unix_ms(),
+            };
+            FileStaging::open(self, parts)
+        };
+        let staging = made();
+        if staging.is_err() {
+            let _ = std::fs::remove_dir_all(self.layout.staging_new(&id));
+            lock(&self.live).remove(&id);
+        }
+        staging
+    }
+
+    fn shard_lock(&self, shard: &ShardId) -> &Mutex<()> {
+        let hash = self.hasher.hash_one(shard);
+        let [first, ..] = hash.to_le_bytes();
+        &self.shard_locks[usize::from(first) % self.shard_locks.len()]
+    }
+
+    fn read_shard(&self, shard: &ShardId) -> Result<Shard, StoreError> {
+        let path = self.layout.current(shard);
+        match record::read::<ShardRecord>(&self.layout, &path, Kind::Shard)? {
+            None => Ok(Shard::default()),
+            Some(found) => found.shard(shard.as_str()).ok_or_else(|| StoreError::Damaged {
+                file: self.layout.shown(&path),
+                what: "is the record of another shard".to_owned(),
+            }),
+        }
+    }
+
+    fn write_shard(&self, shard: &ShardId, known: &Shard) -> Result<(), StoreError> {
+        let record = ShardRecord::new(shard.as_str(), known);
+        install::make_dir(&self.layout.shard(shard))
+            .and_then(|()| record::write(&self.layout.current(shard), Kind::Shard, &record))
+            .map_err(|error| StoreError::io("persist the record of a shard", error))
+    }
+
+    /// Plan and totals of an installed snapshot.
+    fn read_manifest(
+        &self,
+        shard: &ShardId,
+        id: &TransferId,
+    ) -> Result<Option<(TransferPlan, Vec<FileTotal>)>, StoreError> {
+        let path = self.layout.manifest(shard, id);
+        let Some(found) = record::read::<PlanRecord>(&self.layout, &path, Kind::Manifest)? else {
+            return Ok(None);
+        };
+        let decoded = found.decode_plan().filter(|(plan, totals)| {
+            plan.spec.transfer_id == *id
+                && plan.spec.target_shard == *shard
+                && totals.len() == plan.manifest.files().len()
+        });
+        let decoded = decoded.ok_or_else(|| StoreError::Damaged {
+            file: self.layout.shown(&path),
+            what: "is the record of another snapshot".to_owned(),
+        })?;
+        Ok(Some(decoded))
+    }
+
+    /// Counts a snapshot that is in place, and offers its files for reuse.
+    fn add_installed(&self, plan: &TransferPlan, totals: &[FileTotal]) {
+        let dir = self.layout.installed(&plan.spec.target_shard, &plan.spec.transfer_id);
+        if let Some(bytes) = self.index.add(plan, totals, dir, self.options.reuse_installed) {
+            self.space.add_installed(bytes);
+        }
+    }
+}
+
+impl StoreError {
+    fn io(action: &'static str, source: io::Error) -> Self {
+        match source.kind() {
+            // The numbers are put in by who knows them.
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                Self::NoSpace { needed_bytes: 0, available_bytes: 0 }
+            }
+            _ => Self::Io { action, source },
+        }
+    }
+
+    /// The caller broke a rule of the trait.
+    fn invalid(action: &'static str, why: &'static str) -> Self {
+        Self::Io { action, source: io::Error::new(io::ErrorKind::InvalidInput, why) }
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    action: &'static str,
+    job: impl FnOnce() -> Result<T, StoreError> + Send + 'static,
+) -> Result<T, StoreError> {
+    match tokio::task::spawn_blocking(job).await {
+        Ok(result) => result,
+        Err(error) => Err(StoreError::Io { action, source: io::Error::other(error) }),
+    }
+}
+
+/// A panic elsewhere leaves nothing here that could not be used: what is guarded is changed in single steps.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn exists(path: &Path) -> io::Result<bool> {
+    match std::fs::symlink_metadata(path) {
+        Ok(_) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+fn unix_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}

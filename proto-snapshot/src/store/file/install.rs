@@ -1,0 +1,263 @@
+//! From staged to current: seal, place, activate, remove. Each does nothing where its work is done, so that a crash between any two of
+//! their steps is repaired by doing all of them again.
+
+use std::collections::HashSet;
+use std::fs::OpenOptions;
+use std::io;
+use std::path::Path;
+
+use proto_common::durable::sync_dir;
+use proto_common::ids::{ShardId, TransferId};
+
+use crate::spec::FileTotal;
+use crate::store::{PlacedSnapshot, StoreError};
+
+use super::layout::MANIFEST_SUFFIX;
+use super::record::{self, Kind, PlanRecord, SealedRecord, Shard};
+use super::staging::{Gate, Inner};
+use super::{Shared, exists, lock};
+
+impl Inner {
+    pub(super) fn seal(&self, totals: &[FileTotal]) -> Result<(), StoreError> {
+        let mut gate = self.exclusive();
+        match *gate {
+            Gate::Open => {}
+            Gate::Sealed => return Ok(()),
+            Gate::Removed => {
+                return Err(StoreError::invalid("seal a snapshot", "its staging area was removed"));
+            }
+        }
+        if totals.len() != self.plan.manifest.files().len() {
+            return Err(StoreError::invalid("seal a snapshot", "there is not one total per file"));
+        }
+        let mut state = self.lock_state();
+        self.make_dirs(&mut state, &self.area.tree)?;
+        drop(state);
+        for ((number, _), total) in self.plan.manifest.numbered().zip(totals) {
+            self.complete(number, total)?;
+        }
+        self.flush()?;
+        if !self.lock_state().lost.is_empty() {
+            return Err(StoreError::invalid("seal a snapshot", "bytes may be lost since a sync failed"));
+        }
+        record::write(&self.area.sealed(), Kind::Sealed, &SealedRecord::new(totals))
+            .map_err(|error| StoreError::io("seal a snapshot", error))?;
+        self.shared.handles.forget_area(self.serial);
+        self.reservation.consume(u64::MAX);
+        *gate = Gate::Sealed;
+        Ok(())
+    }
+
+    /// Creates the file if it is empty, and checks its length.
+    fn complete(&self, number: u32, total: &FileTotal) -> Result<(), StoreError> {
+        let path = self.path(number)?;
+        let len = match std::fs::symlink_metadata(&path) {
+            Ok(found) => found.len(),
+            Err(error) if error.kind() == io::ErrorKind::NotFound && total.size == 0 => {
+                self.open_file(number)?;
+                self.lock_state().dirty.entry(number).or_default();
+                0
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(self.damaged(&path, "is missing"));
+            }
+            Err(error) => return Err(StoreError::io("seal a snapshot", error)),
+        };
+        if len < total.size {
+            return Err(self.damaged(&path, format!("has {len} bytes of {}", total.size)));
+        }
+        if len > total.size {
+            // Written before a crash and never recorded: not part of what was agreed on.
+            let file = OpenOptions::new().write(true).open(&path);
+            file.and_then(|file| file.set_len(total.size))
+                .map_err(|error| StoreError::io("seal a snapshot", error))?;
+            self.lock_state().dirty.entry(number).or_default();
+        }
+        Ok(())
+    }
+
+    pub(super) fn place(&self) -> Result<PlacedSnapshot, StoreError> {
+        const ACTION: &str = "put a snapshot in place";
+        let gate = self.exclusive();
+        if *gate != Gate::Sealed {
+            return Err(StoreError::invalid(ACTION, "it is not sealed"));
+        }
+        let totals = self.totals()?;
+        let (shared, spec) = (&*self.shared, &self.plan.spec);
+        let (shard, id) = (&spec.target_shard, &spec.transfer_id);
+        let _shard = lock(shared.shard_lock(shard));
+        let known = shared.read_shard(shard)?;
+        self.refuse_stale(&known)?;
+        let failed = |error| StoreError::io(ACTION, error);
+        let target = shared.layout.installed(shard, id);
+        make_dir(&shared.layout.installed_shard(shard)).map_err(failed)?;
+        make_dir(&shared.layout.shard(shard)).map_err(failed)?;
+        let manifest = PlanRecord::new(&self.plan, &totals);
+        record::write(&shared.layout.manifest(shard, id), Kind::Manifest, &manifest).map_err(failed)?;
+        if exists(&self.area.tree).map_err(failed)? {
+            if known.state.current.as_ref() == Some(id) {
+                return Err(StoreError::invalid(ACTION, "a snapshot of this ID is current already"));
+            }
+            // A transfer of this ID that nobody remembers left it.
+            shared.trash.take(&target).map_err(failed)?;
+            std::fs::rename(&self.area.tree, &target).map_err(failed)?;
+        } else if !exists(&target).map_err(failed)? {
+            return Err(self.damaged(&self.area.tree, "is missing"));
+        }
+        // Also when it was moved before: the last call may have failed right here.
+        sync_dir(shared.layout.installed_shard(shard)).map_err(failed)?;
+        sync_dir(&self.area.dir).map_err(failed)?;
+        Ok(PlacedSnapshot { path: Some(target), plan: self.plan.clone() })
+    }
+
+    pub(super) fn activate(&self) -> Result<(), StoreError> {
+        const ACTION: &str = "make a snapshot current";
+        let gate = self.exclusive();
+        if *gate != Gate::Sealed {
+            return Err(StoreError::invalid(ACTION, "it is not sealed"));
+        }
+        let totals = self.totals()?;
+        let (shared, spec) = (&*self.shared, &self.plan.spec);
+        let (shard, id) = (&spec.target_shard, &spec.transfer_id);
+        let _shard = lock(shared.shard_lock(shard));
+        let mut known = shared.read_shard(shard)?;
+        self.refuse_stale(&known)?;
+        let target = shared.layout.installed(shard, id);
+        if !exists(&target).map_err(|error| StoreError::io(ACTION, error))? {
+            return Err(self.damaged(&target, "is missing"));
+        }
+        if known.state.current.as_ref() != Some(id) {
+            known.previous.retain(|previous| previous != id);
+            known.previous.splice(0..0, known.state.current.replace(id.clone()));
+            known.previous.truncate(shared.options.keep_previous);
+        }
+        known.state.high_water = Some(spec.point);
+        // Also when it says so already: the last call may have failed between replacing the file and syncing its directory.
+        shared.write_shard(shard, &known)?;
+        self.reservation.release();
+        shared.add_installed(&self.plan, &totals);
+        Ok(())
+    }
+
+    pub(super) fn remove(&self) -> Result<(), StoreError> {
+        const ACTION: &str = "remove a staging area";
+        let mut gate = self.exclusive();
+        *gate = Gate::Removed;
+        let (shared, spec) = (&*self.shared, &self.plan.spec);
+        let (shard, id) = (&spec.target_shard, &spec.transfer_id);
+        shared.handles.forget_area(self.serial);
+        let _shard = lock(shared.shard_lock(shard));
+        // If nobody knows what is current, nothing that may be is touched.
+        match shared.read_shard(shard) {
+            Ok(known) if known.state.current.as_ref() == Some(id) => shared.prune(shard, &known, None)?,
+            Ok(known) => shared.prune(shard, &known, Some(id))?,
+            Err(error) => tracing::warn!(%error, %shard, "old snapshots of the shard are kept"),
+        }
+        let failed = |error| StoreError::io(ACTION, error);
+        let gone = shared.layout.staging_gone(id);
+        match std::fs::rename(&self.area.dir, &gone) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+            _ => {}
+        }
+        sync_dir(shared.layout.staging_root()).map_err(failed)?;
+        match std::fs::remove_dir_all(&gone) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+            _ => {}
+        }
+        self.reservation.release();
+        lock(&shared.live).remove(id);
+        Ok(())
+    }
+
+    fn totals(&self) -> Result<Vec<FileTotal>, StoreError> {
+        let path = self.area.sealed();
+        let sealed: Option<SealedRecord> = record::read(&self.shared.layout, &path, Kind::Sealed)?;
+        let totals = sealed
+            .map(|sealed| sealed.totals())
+            .filter(|totals| totals.len() == self.plan.manifest.files().len());
+        totals.ok_or_else(|| self.damaged(&path, "does not match the manifest"))
+    }
+
+    fn refuse_stale(&self, known: &Shard) -> Result<(), StoreError> {
+        match known.state.high_water {
+            Some(installed) if installed > self.plan.spec.point => Err(StoreError::Stale { installed }),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Shared {
+    /// Moves snapshots of `shard` that are no longer needed to the trash: all that are neither current, nor kept, nor those of a
+    /// transfer that is still under way (a hook may be reading them); or only `only`.
+    pub(super) fn prune(
+        &self,
+        shard: &ShardId,
+        known: &Shard,
+        only: Option<&TransferId>,
+    ) -> Result<(), StoreError> {
+        let failed = |error| StoreError::io("remove old snapshots", error);
+        let keep: HashSet<&TransferId> = known.state.current.iter().chain(&known.previous).collect();
+        let dir = self.layout.installed_shard(shard);
+        let mut moved = false;
+        for id in self.snapshots_of(shard).map_err(failed)? {
+            let wanted = match only {
+                Some(only) => id == *only,
+                None => !lock(&self.live).contains(&id),
+            };
+            if !wanted || keep.contains(&id) {
+                continue;
+            }
+            if let Some(bytes) = self.index.remove(shard, &id) {
+                self.space.remove_installed(bytes);
+            }
+            self.trash.take(&self.layout.installed(shard, &id)).map_err(failed)?;
+            match std::fs::remove_file(self.layout.manifest(shard, &id)) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+                _ => moved = true,
+            }
+        }
+        if moved && exists(&dir).map_err(failed)? {
+            sync_dir(dir).map_err(failed)?;
+        }
+        Ok(())
+    }
+
+    /// The snapshots of `shard` of which there is a directory or a manifest.
+    fn snapshots_of(&self, shard: &ShardId) -> io::Result<HashSet<TransferId>> {
+        let mut found = HashSet::new();
+        for name in names(&self.layout.installed_shard(shard))? {
+            found.extend(TransferId::new(&name));
+        }
+        for name in names(&self.layout.shard(shard))? {
+            found.extend(name.strip_suffix(MANIFEST_SUFFIX).and_then(|id| TransferId::new(id).ok()));
+        }
+        Ok(found)
+    }
+}
+
+/// The names in a directory, as far as they are UTF-8; none if there is no directory.
+pub(super) fn names(dir: &Path) -> io::Result<Vec<String>> {
+    let entries = match std::fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error),
+    };
+    let mut names = Vec::new();
+    for entry in entries {
+        names.extend(entry?.file_name().into_string());
+    }
+    Ok(names)
+}
+
+/// Makes `dir` durably, if it is not there.
+pub(super) fn make_dir(dir: &Path) -> io::Result<()> {
+    match std::fs::create_dir(dir) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+        _ => {}
+    }
+    // Also when it is there: whoever made it may not have come to this.
+    match dir.parent() {
+        Some(parent) => sync_dir(parent),
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,369 @@
+//! What an earlier process left: read with suspicion. Damage to one file costs what that file says and nothing else.
+
+use std::collections::{HashMap, HashSet};
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::UNIX_EPOCH;
+
+use proto_common::durable::{Damage, RecordLog, sync_dir, write_atomic};
+use proto_common::ids::{ShardId, TransferId};
+
+use crate::extent::FileExtents;
+use crate::spec::TransferPlan;
+use crate::store::{Claim, Recovered, StagingState, StoreError};
+
+use super::install::names;
+use super::layout::{Area, MANIFEST_SUFFIX};
+use super::record::{self, ClaimRecord, Kind, PlanRecord, SealedRecord};
+use super::staging::{FileStaging, Parts, read_records};
+use super::write::FileSpace;
+use super::{Shared, exists, lock, unix_ms};
+
+/// Damaged staging areas that are kept for a look at them, without their files.
+const QUARANTINED: usize = 16;
+
+/// A staging area that cannot be used, and why.
+enum Unusable {
+    /// Its files are damaged.
+    Damaged(String),
+    Failed(StoreError),
+}
+
+impl From<StoreError> for Unusable {
+    fn from(error: StoreError) -> Self {
+        match error {
+            StoreError::Damaged { .. } => Self::Damaged(error.to_string()),
+            error => Self::Failed(error),
+        }
+    }
+}
+
+fn failed(error: io::Error) -> StoreError {
+    StoreError::io("read what is staged", error)
+}
+
+impl Shared {
+    pub(super) fn recover(self: &Arc<Self>) -> Result<Recovered<FileStaging>, StoreError> {
+        let mut damage = Vec::new();
+        let mut staged = Vec::new();
+        let root = self.layout.staging_root();
+        for name in names(&root).map_err(failed)? {
+            if name.starts_with(".new.") || name.starts_with(".gone.") {
+                fs::remove_dir_all(root.join(&name)).map_err(failed)?;
+                continue;
+            }
+            let Ok(id) = TransferId::new(&name) else {
+                damage.push(format!("staging/{name:?} is nothing of the store's; it was left alone"));
+                continue;
+            };
+            match self.recover_staging(&id, &mut damage) {
+                Ok(staging) => {
+                    lock(&self.live).insert(id);
+                    staged.push(Arc::new(staging));
+                }
+                Err(Unusable::Failed(error)) => return Err(error),
+                Err(Unusable::Damaged(what)) => {
+                    damage.push(format!("staging/{id} was set aside: {what}"));
+                    self.quarantine(&id).map_err(failed)?;
+                }
+            }
+        }
+        for name in names(&self.layout.shards_root()).map_err(failed)? {
+            if let Ok(shard) = ShardId::new(&name) {
+                self.recover_shard(&shard, &mut damage)?;
+            }
+        }
+        for name in names(&self.layout.installed_root()).map_err(failed)? {
+            if let Ok(shard) = ShardId::new(&name)
+                && !exists(&self.layout.current(&shard)).map_err(failed)?
+            {
+                self.report_unclaimed(&shard, &mut damage)?;
+            }
+        }
+        let finished = self.history.load(&mut damage)?;
+        Ok(Recovered { staged, finished, damage })
+    }
+
+    fn recover_staging(
+        self: &Arc<Self>,
+        id: &TransferId,
+        damage: &mut Vec<String>,
+    ) -> Result<FileStaging, Unusable> {
+        let area = Area::new(self.layout.staging(id));
+        let shown = |path: &Path| self.layout.shown(path);
+        let meta: Option<PlanRecord> = record::read(&self.layout, &area.meta(), Kind::Meta)?;
+        let plan = meta.and_then(PlanRecord::decode_plan).map(|(plan, _)| plan);
+        let plan = plan.filter(|plan| plan.spec.transfer_id == *id);
+        let plan = plan
+            .ok_or_else(|| Unusable::Damaged(format!("{} is missing or of another", shown(&area.meta()))))?;
+        let claim: Option<ClaimRecord> = record::read(&self.layout, &area.claim(), Kind::Claim)?;
+        let claim = match claim {
+            None => Claim { attempt: 0, session: [0; 16] },
+            Some(claim) => claim.claim().ok_or_else(|| {
+                Unusable::Damaged(format!("{} has a session of a wrong length", shown(&area.claim())))
+            })?,
+        };
+        let target = self.layout.installed(&plan.spec.target_shard, id);
+        let placed = !exists(&area.tree).map_err(failed)? && exists(&target).map_err(failed)?;
+        // The log of a placed snapshot no longer matters, but it is there.
+        let (mut log, records, cut) = RecordLog::open(area.records()).map_err(failed)?;
+        if let Some(cut) = cut {
+            damage.push(format!("{}: {}", shown(&area.records()), describe(cut)));
+        }
+        let mut durable =
+            read_records(&plan, &records, |what| damage.push(format!("{}: {what}", shown(&area.records()))));
+        let found = Found::look(&plan, &area).map_err(failed)?;
+        if !placed
+            && found.drop_missing(&plan, &mut durable, |what| damage.push(format!("staging/{id}: {what}")))
+        {
+            let all = super::staging::all_records(&durable);
+            log.rewrite(record::encode_extents(&all)).map_err(failed)?;
+        }
+        let state = self.recover_state(&area, &plan, placed, &found, damage)?;
+        let current = self
+            .read_shard(&plan.spec.target_shard)
+            .is_ok_and(|shard| shard.state.current.as_ref() == Some(id));
+        let (bytes, outstanding) = match (current, placed) {
+            (true, _) => (0, 0),
+            (false, true) => (plan.manifest.total_bytes().unwrap_or(0), 0),
+            (false, false) => found.promised(&plan),
+        };
+        let parts = Parts {
+            last_activity: modified_unix_ms(&area.records()),
+            reservation: self.space.adopt(bytes, outstanding),
+            space: found.space,
+            dirs: found.dirs,
+            plan,
+            area,
+            state,
+            claim,
+            log,
+            durable,
+        };
+        Ok(FileStaging::open(self, parts)?)
+    }
+
+    /// Whether the area was sealed. A seal that cannot be believed is taken back: the sender is asked for the totals again.
+    fn recover_state(
+        &self,
+        area: &Area,
+        plan: &TransferPlan,
+        placed: bool,
+        found: &Found,
+        damage: &mut Vec<String>,
+    ) -> Result<StagingState, Unusable> {
+        let path = area.sealed();
+        let shown = self.layout.shown(&path);
+        let problem = match record::read::<SealedRecord>(&self.layout, &path, Kind::Sealed) {
+            Ok(None) => None,
+            Ok(Some(sealed)) => {
+                let totals = sealed.totals();
+                let complete = totals.len() == plan.manifest.files().len()
+                    && (placed
+                        || totals.iter().zip(&found.sizes).all(|(total, size)| *size == Some(total.size)));
+                if complete {
+                    return Ok(StagingState::Sealed);
+                }
+                Some(format!("{shown} does not match the files"))
+            }
+            Err(StoreError::Damaged { what, .. }) => Some(format!("{shown} {what}")),
+            Err(error) => return Err(Unusable::Failed(error)),
+        };
+        if placed || !(found.tree || problem.is_none()) {
+            return Err(Unusable::Damaged(
+                problem.unwrap_or_else(|| format!("its files were moved, but {shown} is missing")),
+            ));
+        }
+        if let Some(problem) = problem {
+            damage.push(format!("{problem}; it is taken back"));
+            fs::remove_file(&path).and_then(|()| sync_dir(&area.dir)).map_err(failed)?;
+        }
+        Ok(StagingState::Open)
+    }
+
+    /// Sets the records of a staging area aside and deletes its files, which are nothing without them.
+    fn quarantine(&self, id: &TransferId) -> io::Result<()> {
+        let area = Area::new(self.layout.staging(id));
+        self.trash.take(&area.tree)?;
+        self.trash.take(&area.reuse())?;
+        let dir = self.layout.quarantine();
+        fs::rename(&area.dir, dir.join(format!("{:016x}.{id}", unix_ms())))?;
+        sync_dir(&dir)?;
+        sync_dir(self.layout.staging_root())?;
+        let mut kept = names(&dir)?;
+        kept.sort_unstable();
+        for oldest in kept.iter().take(kept.len().saturating_sub(QUARANTINED)) {
+            self.trash.take(&dir.join(oldest))?;
+        }
+        Ok(())
+    }
+
+    /// Indexes what is installed, and moves away what an interrupted removal left.
+    fn recover_shard(&self, shard: &ShardId, damage: &mut Vec<String>) -> Result<(), StoreError> {
+        let known = match self.read_shard(shard) {
+            Ok(known) => known,
+            Err(error @ StoreError::Damaged { .. }) => {
+                damage.push(format!(
+                    "{error}; transfers to shard {shard} are refused until it is repaired or removed"
+                ));
+                return Ok(());
+            }
+            Err(error) => return Err(error),
+        };
+        if !exists(&self.layout.current(shard)).map_err(failed)? {
+            return Ok(());
+        }
+        self.prune(shard, &known, None)?;
+        for name in names(&self.layout.shard(shard)).map_err(failed)? {
+            let Some(id) = name.strip_suffix(MANIFEST_SUFFIX).and_then(|id| TransferId::new(id).ok()) else {
+                continue;
+            };
+            // Those of transfers under way are added when they become current.
+            if known.state.current.as_ref() != Some(&id) && !known.previous.contains(&id) {
+                continue;
+            }
+            match self.read_manifest(shard, &id) {
+                Ok(Some((plan, totals))) => self.add_installed(&plan, &totals),
+                Ok(None) => {}
+                Err(error @ StoreError::Damaged { .. }) => {
+                    damage.push(format!("{error}; files of that snapshot are not reused"));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Without a `CURRENT` record nothing tells what is installed: a first transfer under way, or a lost record.
+    fn report_unclaimed(&self, shard: &ShardId, damage: &mut Vec<String>) -> Result<(), StoreError> {
+        for name in names(&self.layout.installed_shard(shard)).map_err(failed)? {
+            if TransferId::new(&name).is_ok_and(|id| !lock(&self.live).contains(&id)) {
+                damage.push(format!(
+                    "installed/{shard}/{name} is not current and no transfer's; it was left alone"
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What lies in the tree of a staging area.
+struct Found {
+    tree: bool,
+    /// Length of each file, by number.
+    sizes: Vec<Option<u64>>,
+    space: Vec<FileSpace>,
+    dirs: HashSet<PathBuf>,
+}
+
+impl Found {
+    fn look(plan: &TransferPlan, area: &Area) -> io::Result<Self> {
+        let tree = exists(&area.tree)?;
+        let mut found = Self { tree, sizes: Vec::new(), space: Vec::new(), dirs: HashSet::new() };
+        let mut absent = HashSet::new();
+        for file in plan.manifest.files() {
+            let path = area.tree.join(file.name.as_str());
+            let metadata = match tree.then(|| fs::symlink_metadata(&path)) {
+                Some(Ok(metadata)) if metadata.is_file() => Some(metadata),
+                Some(Err(error)) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => None,
+            };
+            found.sizes.push(metadata.as_ref().map(fs::Metadata::len));
+            found.space.push(match &metadata {
+                Some(metadata) => {
+                    FileSpace::found(file, metadata.len(), metadata.blocks().saturating_mul(512))
+                }
+                None => FileSpace::new(file),
+            });
+            let mut dir = path.parent();
+            while let Some(at) = dir.filter(|at| at.starts_with(&area.tree) && !found.dirs.contains(*at)) {
+                if absent.contains(at) {
+                    break;
+                }
+                if exists(at)? {
+                    found.dirs.insert(at.to_owned());
+                } else {
+                    absent.insert(at.to_owned());
+                }
+                dir = at.parent();
+            }
+        }
+        Ok(found)
+    }
+
+    /// Drops records of bytes that are not there; whether there were any.
+    fn drop_missing(
+        &self,
+        plan: &TransferPlan,
+        durable: &mut HashMap<u32, FileExtents>,
+        mut damage: impl FnMut(String),
+    ) -> bool {
+        let mut dropped = false;
+        for ((number, file), size) in plan.manifest.numbered().zip(&self.sizes) {
+            let Some(extents) = durable.get_mut(&number) else { continue };
+            let size = size.unwrap_or(0);
+            let beyond: Vec<u64> = extents
+                .runs()
+                .filter(|(offset, len, _)| offset + len > size)
+                .map(|(offset, ..)| offset)
+                .collect();
+            if let Some(first) = beyond.first() {
+                damage(format!(
+                    "tree/{} has {size} bytes, less than was recorded from {first} on; that is asked for again",
+                    file.name
+                ));
+                dropped = true;
+            }
+            for offset in beyond {
+                extents.remove(offset);
+            }
+        }
+        dropped
+    }
+
+    /// Bytes of content that are promised, and those of the disk that are still to be written.
+    fn promised(&self, plan: &TransferPlan) -> (u64, u64) {
+        let mut promised = (0_u64, 0_u64);
+        for (file, space) in plan.manifest.files().iter().zip(&self.space) {
+            promised.0 = promised.0.saturating_add(file.size.unwrap_or(space.granted()));
+            promised.1 = promised.1.saturating_add(space.remaining());
+        }
+        promised
+    }
+}
+
+pub(super) fn describe(damage: Damage) -> String {
+    match damage {
+        Damage::TornTail { offset, bytes } => {
+            format!("an unfinished record of {bytes} bytes at {offset} was cut off")
+        }
+        Damage::BadRecord { offset, bytes } => {
+            format!("damaged at {offset}; {bytes} bytes from there on were set aside as *.damaged")
+        }
+    }
+}
+
+fn modified_unix_ms(path: &Path) -> u64 {
+    let modified = fs::metadata(path).and_then(|metadata| metadata.modified()).ok();
+    let since = modified.and_then(|modified| modified.duration_since(UNIX_EPOCH).ok());
+    since.map_or_else(unix_ms, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
+}
+
+/// Says which layout the directory has, or makes sure that it is ours.
+pub(super) fn check_format(path: &Path) -> Result<(), StoreError> {
+    const FORMAT: &[u8] = b"node snapshot store 1\n";
+    match fs::read(path) {
+        Ok(found) if found == FORMAT => Ok(()),
+        Ok(_) => Err(StoreError::Damaged {
+            file: "FORMAT".to_owned(),
+            what: "does not name a layout that this version knows".to_owned(),
+        }),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            write_atomic(path, FORMAT).map_err(|error| StoreError::io("make a store", error))
+        }
+        Err(error) => Err(StoreError::io("open a store", error)),
+    }
+}

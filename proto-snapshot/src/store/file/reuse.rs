@@ -1,0 +1,145 @@
+//! Filling a staged file from an installed one.
+//!
+//! The copy is made beside the tree and moved into it when its digest is right: a source that changed behind the store's back
+//! leaves no trace. A file system that can share blocks (`FICLONE`: Btrfs, XFS, bcachefs) copies nothing, and the clone is read once for
+//! its checksums; elsewhere it is a loop of reads and writes rather than `copy_file_range`, because every byte has to be
+//! seen for the checksums anyhow.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read as _, Write as _};
+use std::path::Path;
+
+use proto_common::checksum::Crc64Hasher;
+
+use crate::store::StoreError;
+
+use super::staging::Inner;
+use super::write::READ_LEN;
+
+struct Copied {
+    len: u64,
+    blake3: [u8; 32],
+    crc: u64,
+}
+
+impl Inner {
+    pub(super) fn reuse(&self, number: u32) -> Result<Option<u64>, StoreError> {
+        let file = self.file(number)?;
+        let (Some(digest), Some(size)) = (file.blake3, file.size) else { return Ok(None) };
+        if !self.shared.options.reuse_installed || size == 0 {
+            return Ok(None);
+        }
+        let index = &self.shared.index;
+        for source in index.with_digest(&digest) {
+            if let Some(copied) = self.copy_in(number, &source.path(), size, &digest)? {
+                return Ok(Some(copied.crc));
+            }
+        }
+        let mut unknown = index.take_unknown(&file.name, size).into_iter();
+        while let Some(source) = unknown.next() {
+            // The bytes are read to learn the digest; if it is the right one, the file is there with that.
+            let found = self.copy_any(number, &source.path(), size)?;
+            let Some(found) = found else { continue };
+            index.learn(source, found.blake3);
+            if found.blake3 == digest {
+                unknown.for_each(|rest| index.put_back(rest, size));
+                self.move_in(number, size)?;
+                return Ok(Some(found.crc));
+            }
+        }
+        Ok(None)
+    }
+
+    fn copy_in(
+        &self,
+        number: u32,
+        source: &Path,
+        size: u64,
+        digest: &[u8; 32],
+    ) -> Result<Option<Copied>, StoreError> {
+        let copied = self.copy_any(number, source, size)?;
+        let copied = copied.filter(|copied| copied.blake3 == *digest);
+        if copied.is_some() {
+            self.move_in(number, size)?;
+        }
+        Ok(copied)
+    }
+
+    /// Copies `source` beside the tree; `None` if it cannot be read or does not have `size` bytes.
+    fn copy_any(&self, number: u32, source: &Path, size: u64) -> Result<Option<Copied>, StoreError> {
+        let Ok(mut from) = File::open(source) else { return Ok(None) };
+        if !from.metadata().is_ok_and(|found| found.is_file() && found.len() == size) {
+            return Ok(None);
+        }
+        let failed = |error| StoreError::io("copy an installed file", error);
+        let dir = self.area.reuse();
+        match std::fs::create_dir(&dir) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(failed(error)),
+            _ => {}
+        }
+        let path = dir.join(number.to_string());
+        let result = copy(&mut from, &path, size).map_err(failed);
+        if !matches!(&result, Ok(Some(copied)) if copied.len == size) {
+            let _ = std::fs::remove_file(&path);
+        }
+        Ok(result?.filter(|copied| copied.len == size))
+    }
+
+    /// Moves the copy into the tree. The next sync makes it durable.
+    fn move_in(&self, number: u32, size: u64) -> Result<(), StoreError> {
+        let path = self.path(number)?;
+        let mut state = self.lock_state();
+        let parent = path.parent().unwrap_or(&self.area.tree);
+        self.make_dirs(&mut state, parent)?;
+        std::fs::rename(self.area.reuse().join(number.to_string()), &path)
+            .map_err(|error| StoreError::io("move a copied file", error))?;
+        // Whoever has the replaced file open would write to nowhere.
+        self.shared.handles.forget(self.serial, number);
+        state.dirty_dirs.insert(parent.to_owned());
+        state.dirty.insert(number, vec![(0, size)]);
+        state.lost.retain(|lost| lost.file != number);
+        let remaining = state.space_of(number).map_or(0, |space| space.settle());
+        drop(state);
+        self.reservation.consume(remaining);
+        Ok(())
+    }
+}
+
+/// Copies `from` to a new file at `path`, at most `size` bytes. `None` if `from` cannot be read.
+fn copy(from: &mut File, path: &Path, size: u64) -> io::Result<Option<Copied>> {
+    let mut to = OpenOptions::new().read(true).write(true).create(true).truncate(true).open(path)?;
+    let cloned = clone(&to, from);
+    let mut blake3 = blake3::Hasher::new();
+    let mut crc = Crc64Hasher::new();
+    let mut buffer = vec![0; READ_LEN];
+    let mut len = 0;
+    // Of a clone, what counts is what is in the clone.
+    let mut source = if cloned { to.try_clone()? } else { from.try_clone()? };
+    while len <= size {
+        let read = match source.read(&mut buffer) {
+            Ok(0) => break,
+            Ok(read) => read,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(_) => return Ok(None),
+        };
+        let bytes = &buffer[..read];
+        if !cloned {
+            to.write_all(bytes)?;
+        }
+        blake3.update(bytes);
+        crc.update(bytes);
+        len += u64::try_from(read).unwrap_or(u64::MAX);
+    }
+    Ok(Some(Copied { len, blake3: blake3.finalize().into(), crc: crc.finish() }))
+}
+
+/// Makes `to` share the blocks of `from`, if the file system can.
+#[cfg(target_os = "linux")]
+fn clone(to: &File, from: &File) -> bool {
+    rustix::fs::ioctl_ficlone(to, from).is_ok()
+}
+
+#[cfg(not(target_os = "linux"))]
+fn clone(_to: &File, _from: &File) -> bool {
+    false
+}

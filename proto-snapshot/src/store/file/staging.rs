@@ -1,0 +1,392 @@
+//! One transfer's staging area.
+
+use std::collections::{HashMap, HashSet};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use proto_common::durable::RecordLog;
+
+use crate::extent::{Extent, ExtentRecord, FileExtents};
+use crate::spec::{FileTotal, ManifestFile, TransferPlan};
+use crate::store::{Claim, PlacedSnapshot, StagedChunk, Staging, StagingState, StoreError};
+
+use super::layout::Area;
+use super::record::{self, ClaimRecord, Kind, decode_extents, encode_extents};
+use super::space::Reservation;
+use super::write::FileSpace;
+use super::{Shared, blocking, lock, unix_ms};
+
+/// The staging area of a [`FileSnapshotStore`](super::FileSnapshotStore).
+#[derive(Debug)]
+pub struct FileStaging {
+    inner: Arc<Inner>,
+}
+
+/// What the blocking halves of the methods share. They outlive a future that is dropped, so each of them holds the gate while it
+/// works: [`Inner::closed_for_writing`] waits for those that began and refuses the rest.
+#[derive(Debug)]
+pub(super) struct Inner {
+    pub(super) shared: Arc<Shared>,
+    /// Key of this area's open files.
+    pub(super) serial: u64,
+    pub(super) plan: TransferPlan,
+    pub(super) area: Area,
+    /// The directory, open since before the first write, so that `syncfs` on it reports every failed write since.
+    pub(super) dir: File,
+    pub(super) reservation: Reservation,
+    pub(super) state: Mutex<State>,
+    pub(super) records: Mutex<Records>,
+    opened_state: StagingState,
+    opened_records: Vec<ExtentRecord>,
+    claim: Mutex<Claim>,
+    gate: RwLock<Gate>,
+    last_activity: AtomicU64,
+}
+
+/// What may still be done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Gate {
+    Open,
+    Sealed,
+    Removed,
+}
+
+/// What was changed and is not durable yet.
+#[derive(Debug, Default)]
+pub(super) struct State {
+    /// Directories that exist.
+    pub(super) dirs: HashSet<PathBuf>,
+    /// Files written to since the last sync, with the runs that were written.
+    pub(super) dirty: HashMap<u32, Vec<(u64, u64)>>,
+    /// Directories with entries that were made since the last sync.
+    pub(super) dirty_dirs: HashSet<PathBuf>,
+    /// What a failed sync may have dropped: the kernel forgets such pages, and a second sync would succeed without them. It has to
+    /// be written again before it may be recorded.
+    pub(super) lost: Vec<Extent>,
+    /// What of the reservation each file still needs, by number.
+    pub(super) space: Vec<FileSpace>,
+}
+
+/// The record log and what it says. Its lock also puts syncs one after the other: a sync must not return while an earlier one still
+/// works on what it covers.
+#[derive(Debug)]
+pub(super) struct Records {
+    /// `None` after a failure; opened and rewritten by the next sync.
+    log: Option<RecordLog>,
+    durable: HashMap<u32, FileExtents>,
+    runs_written: u64,
+}
+
+/// What [`Inner::open`] needs.
+pub(super) struct Parts {
+    pub(super) plan: TransferPlan,
+    pub(super) area: Area,
+    pub(super) reservation: Reservation,
+    pub(super) state: StagingState,
+    pub(super) space: Vec<FileSpace>,
+    pub(super) dirs: HashSet<PathBuf>,
+    pub(super) claim: Claim,
+    pub(super) log: RecordLog,
+    pub(super) durable: HashMap<u32, FileExtents>,
+    pub(super) last_activity: u64,
+}
+
+impl FileStaging {
+    pub(super) fn open(shared: &Arc<Shared>, parts: Parts) -> Result<Self, StoreError> {
+        let Parts { plan, area, reservation, state, space, dirs, claim, log, durable, last_activity } = parts;
+        let dir = File::open(&area.dir).map_err(|error| StoreError::io("open a staging area", error))?;
+        let opened_records = all_records(&durable);
+        let gate = match state {
+            StagingState::Open => Gate::Open,
+            StagingState::Sealed => Gate::Sealed,
+        };
+        let inner = Inner {
+            shared: Arc::clone(shared),
+            serial: shared.serials.fetch_add(1, Ordering::Relaxed),
+            // A crash may have come before a directory was synced, and nothing tells; so the first sync takes them all.
+            state: Mutex::new(State { dirty_dirs: dirs.clone(), dirs, space, ..State::default() }),
+            records: Mutex::new(Records { log: Some(log), durable, runs_written: 0 }),
+            plan,
+            area,
+            dir,
+            reservation,
+            opened_state: state,
+            opened_records,
+            claim: Mutex::new(claim),
+            gate: RwLock::new(gate),
+            last_activity: AtomicU64::new(last_activity),
+        };
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// Does `job` on a blocking thread. What it began goes on when the future is dropped.
+    async fn run<T: Send + 'static>(
+        &self,
+        action: &'static str,
+        job: impl FnOnce(&Inner) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let inner = Arc::clone(&self.inner);
+        blocking(action, move || {
+            let result = job(&inner);
+            result.map_err(|error| inner.shared.space.explain(error, inner.reservation.outstanding()))
+        })
+        .await
+    }
+}
+
+impl Staging for FileStaging {
+    fn plan(&self) -> &TransferPlan {
+        &self.inner.plan
+    }
+
+    fn state(&self) -> StagingState {
+        self.inner.opened_state
+    }
+
+    fn claim(&self) -> Claim {
+        *lock(&self.inner.claim)
+    }
+
+    async fn set_claim(&self, claim: Claim) -> Result<(), StoreError> {
+        self.run("persist a claim", move |inner| {
+            let _open = inner.alive()?;
+            // Held while writing: of two claims, the file keeps the one that memory keeps.
+            let mut current = lock(&inner.claim);
+            record::write(&inner.area.claim(), Kind::Claim, &ClaimRecord::from(claim))
+                .map_err(|error| StoreError::io("persist a claim", error))?;
+            *current = claim;
+            Ok(())
+        })
+        .await
+    }
+
+    fn records(&self) -> Vec<ExtentRecord> {
+        self.inner.opened_records.clone()
+    }
+
+    fn last_activity_unix_ms(&self) -> u64 {
+        self.inner.last_activity.load(Ordering::Relaxed)
+    }
+
+    async fn write(&self, chunks: Vec<StagedChunk>) -> Result<(), StoreError> {
+        self.run("write", move |inner| {
+            let _open = inner.open_for_writing()?;
+            inner.write(&chunks)?;
+            inner.last_activity.store(unix_ms(), Ordering::Relaxed);
+            Ok(())
+        })
+        .await
+    }
+
+    async fn sync(&self, records: Vec<ExtentRecord>) -> Result<(), StoreError> {
+        self.run("sync", move |inner| {
+            let _open = inner.open_for_writing()?;
+            let mut log = lock(&inner.records);
+            inner.flush()?;
+            inner.refuse_lost(&records)?;
+            inner.record(&mut log, &records)
+        })
+        .await
+    }
+
+    async fn checksum(&self, extent: Extent) -> Result<u64, StoreError> {
+        self.run("read", move |inner| {
+            let _alive = inner.alive()?;
+            inner.checksum(extent)
+        })
+        .await
+    }
+
+    async fn reset_records(&self, records: Vec<ExtentRecord>) -> Result<(), StoreError> {
+        self.run("replace the records", move |inner| {
+            let _open = inner.open_for_writing()?;
+            let mut log = lock(&inner.records);
+            inner.flush()?;
+            inner.refuse_lost(&records)?;
+            let mut durable = HashMap::new();
+            for record in &records {
+                insert(&mut durable, record)?;
+            }
+            log.durable = durable;
+            inner.rewrite(&mut log)
+        })
+        .await
+    }
+
+    async fn reuse(&self, file: u32) -> Result<Option<u64>, StoreError> {
+        self.run("copy an installed file", move |inner| {
+            let _open = inner.open_for_writing()?;
+            inner.reuse(file)
+        })
+        .await
+    }
+
+    async fn seal(&self, totals: &[FileTotal]) -> Result<(), StoreError> {
+        let totals = totals.to_vec();
+        self.run("seal a snapshot", move |inner| inner.seal(&totals)).await
+    }
+
+    async fn place(&self) -> Result<PlacedSnapshot, StoreError> {
+        self.run("put a snapshot in place", Inner::place).await
+    }
+
+    async fn activate(&self) -> Result<(), StoreError> {
+        self.run("make a snapshot current", Inner::activate).await
+    }
+
+    async fn remove(&self) -> Result<(), StoreError> {
+        self.run("remove a staging area", Inner::remove).await?;
+        self.inner.shared.trash.clean();
+        Ok(())
+    }
+}
+
+impl Inner {
+    /// Holds off [`closed_for_writing`](Self::closed_for_writing) while the guard lives.
+    fn open_for_writing(&self) -> Result<RwLockReadGuard<'_, Gate>, StoreError> {
+        let gate = self.alive()?;
+        match *gate {
+            Gate::Open => Ok(gate),
+            Gate::Sealed | Gate::Removed => Err(StoreError::invalid("write", "the snapshot is sealed")),
+        }
+    }
+
+    /// Holds off removal while the guard lives.
+    fn alive(&self) -> Result<RwLockReadGuard<'_, Gate>, StoreError> {
+        let gate = self.gate.read().unwrap_or_else(PoisonError::into_inner);
+        match *gate {
+            Gate::Open | Gate::Sealed => Ok(gate),
+            Gate::Removed => Err(StoreError::invalid("use a staging area", "it was removed")),
+        }
+    }
+
+    /// Waits for all who use the area, also for those whose futures were dropped, and keeps others out.
+    pub(super) fn exclusive(&self) -> RwLockWriteGuard<'_, Gate> {
+        self.gate.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn file(&self, number: u32) -> Result<&ManifestFile, StoreError> {
+        self.plan
+            .manifest
+            .get(number)
+            .ok_or_else(|| StoreError::invalid("find a file", "it is not in the manifest"))
+    }
+
+    pub(super) fn path(&self, number: u32) -> Result<PathBuf, StoreError> {
+        Ok(self.area.tree.join(self.file(number)?.name.as_str()))
+    }
+
+    pub(super) fn damaged(&self, path: &Path, what: impl Into<String>) -> StoreError {
+        StoreError::Damaged { file: self.shared.layout.shown(path), what: what.into() }
+    }
+
+    pub(super) fn lock_state(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
+    }
+
+    /// Appends what is new in `records`, durably. Their data is durable already.
+    fn record(&self, log: &mut Records, records: &[ExtentRecord]) -> Result<(), StoreError> {
+        if records.is_empty() {
+            return Ok(());
+        }
+        for ExtentRecord { extent, .. } in records {
+            let known =
+                log.durable.get(&extent.file).and_then(|file| file.overlap(extent.offset, extent.len));
+            if known.is_some()
+                || extent.len == 0
+                || self.file(extent.file)?.size.is_some_and(|size| extent.end() > size)
+            {
+                return Err(StoreError::invalid(
+                    "record an extent",
+                    "it is recorded already, or not part of the file",
+                ));
+            }
+        }
+        if log.log.is_none() || log.is_wasteful() {
+            self.rewrite(log)?;
+        }
+        // Until all of it is durable, a failure leaves the log to be rewritten from what is known.
+        let Some(mut file) = log.log.take() else { return Ok(()) };
+        let written: Result<(), _> =
+            encode_extents(records).try_for_each(|record| file.append(&record)).and_then(|()| file.sync());
+        written.map_err(|error| StoreError::io("record extents", error))?;
+        log.log = Some(file);
+        for record in records {
+            insert(&mut log.durable, record)?;
+            log.runs_written += 1;
+        }
+        Ok(())
+    }
+
+    /// Replaces the log by what is durable.
+    fn rewrite(&self, log: &mut Records) -> Result<(), StoreError> {
+        let failed = |error| StoreError::io("rewrite the records", error);
+        let mut file = match log.log.take() {
+            Some(file) => file,
+            None => RecordLog::open(self.area.records()).map_err(failed)?.0,
+        };
+        let all = all_records(&log.durable);
+        file.rewrite(encode_extents(&all)).map_err(failed)?;
+        log.runs_written = u64::try_from(all.len()).unwrap_or(u64::MAX);
+        log.log = Some(file);
+        Ok(())
+    }
+}
+
+impl Records {
+    /// Whether merging the runs would make the log much smaller. A file that arrives in order in chunks of 1 MiB is one run, but one
+    /// record per chunk.
+    fn is_wasteful(&self) -> bool {
+        const WORTH_IT: u64 = 16 * 1024;
+        self.runs_written > WORTH_IT
+            && self.runs_written / 4 > self.durable.values().map(|file| file.runs().count() as u64).sum()
+    }
+}
+
+fn insert(durable: &mut HashMap<u32, FileExtents>, record: &ExtentRecord) -> Result<(), StoreError> {
+    let ExtentRecord { extent: Extent { file, offset, len }, crc } = *record;
+    durable
+        .entry(file)
+        .or_default()
+        .insert(offset, len, crc)
+        .map_err(|_| StoreError::invalid("record an extent", "it is recorded already"))
+}
+
+pub(super) fn all_records(durable: &HashMap<u32, FileExtents>) -> Vec<ExtentRecord> {
+    durable
+        .iter()
+        .flat_map(|(&file, extents)| {
+            extents
+                .runs()
+                .map(move |(offset, len, crc)| ExtentRecord { extent: Extent { file, offset, len }, crc })
+        })
+        .collect()
+}
+
+/// The runs in a record log. What cannot be right is left out and described in `damage`: it will be sent again.
+pub(super) fn read_records(
+    plan: &TransferPlan,
+    records: &[Vec<u8>],
+    mut damage: impl FnMut(String),
+) -> HashMap<u32, FileExtents> {
+    let mut durable: HashMap<u32, FileExtents> = HashMap::new();
+    for record in records {
+        let Some(extents) = decode_extents(record) else {
+            damage("a record is not a list of extents".to_owned());
+            continue;
+        };
+        for record in extents {
+            let Extent { file, offset, len } = record.extent;
+            let size = plan.manifest.get(file).map(|file| file.size.unwrap_or(i64::MAX.unsigned_abs()));
+            let fits = size.zip(offset.checked_add(len)).is_some_and(|(size, end)| len > 0 && end <= size);
+            if !fits || insert(&mut durable, &record).is_err() {
+                damage(format!(
+                    "the record of {len} bytes at {offset} of file {file} contradicts the manifest or another"
+                ));
+            }
+        }
+    }
+    durable
+}

@@ -1,0 +1,149 @@
+//! Making written bytes durable.
+
+use std::collections::{HashMap, HashSet};
+use std::fs::File;
+use std::io;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use crate::extent::{Extent, ExtentRecord};
+use crate::store::StoreError;
+
+use super::staging::Inner;
+
+/// From so many files and directories on, the whole file system is synced at once.
+const MANY: usize = 64;
+
+/// Fewer are synced by this many threads: a device takes several flushes at once, and a journal commits them together.
+const THREADS: usize = 8;
+
+impl Inner {
+    /// Makes durable all that was written and created by calls that returned before this one.
+    ///
+    /// After an error nothing of that is believed any more: the kernel marks pages clean although it could not write them, and tells only
+    /// once. It counts as lost until it is written again.
+    pub(super) fn flush(&self) -> Result<(), StoreError> {
+        let mut state = self.lock_state();
+        let dirty = std::mem::take(&mut state.dirty);
+        let dirs = std::mem::take(&mut state.dirty_dirs);
+        drop(state);
+        let result = if dirty.is_empty() && dirs.is_empty() {
+            Ok(())
+        } else if dirty.len() + dirs.len() >= MANY && syncfs_reports_errors() {
+            sync_file_system(&self.dir)
+        } else {
+            self.sync_each(&dirty, &dirs)
+        };
+        if let Err(error) = result {
+            let mut state = self.lock_state();
+            state.dirty_dirs.extend(dirs);
+            let lost = dirty.iter().flat_map(|(&file, runs)| {
+                runs.iter().map(move |&(offset, len)| Extent { file, offset, len })
+            });
+            state.lost.extend(lost);
+            return Err(StoreError::io("make data durable", error));
+        }
+        Ok(())
+    }
+
+    /// Data, then directories.
+    fn sync_each(&self, dirty: &HashMap<u32, Vec<(u64, u64)>>, dirs: &HashSet<PathBuf>) -> io::Result<()> {
+        let files: Vec<u32> = dirty.keys().copied().collect();
+        each(&files, |&number| match self.shared.handles.get(self.serial, number) {
+            Some(handle) => handle.sync_data(),
+            // Closed to make room for others; any descriptor of a file syncs all of it.
+            None => File::open(self.path(number).map_err(io::Error::other)?)?.sync_data(),
+        })?;
+        let dirs: Vec<&PathBuf> = dirs.iter().collect();
+        each(&dirs, |dir| File::open(dir)?.sync_all())
+    }
+
+    /// Refuses records of bytes that a failed sync may have dropped and that were not written again.
+    pub(super) fn refuse_lost(&self, records: &[ExtentRecord]) -> Result<(), StoreError> {
+        let state = self.lock_state();
+        let lost = |record: &&ExtentRecord| {
+            let extent = record.extent;
+            state.lost.iter().any(|lost| {
+                lost.file == extent.file && lost.offset < extent.end() && extent.offset < lost.end()
+            })
+        };
+        match records.iter().find(lost) {
+            None => Ok(()),
+            Some(_) => Err(StoreError::invalid(
+                "record an extent",
+                "its bytes may be lost since a sync failed; write them again",
+            )),
+        }
+    }
+}
+
+/// Does `job` with each of `items`, a few at once; all are tried, the first error is returned.
+fn each<T: Sync>(items: &[T], job: impl Fn(&T) -> io::Result<()> + Sync) -> io::Result<()> {
+    let next = AtomicUsize::new(0);
+    let work = || {
+        let mut result = Ok(());
+        while let Some(item) = items.get(next.fetch_add(1, Ordering::Relaxed)) {
+            result = result.and(job(item));
+        }
+        result
+    };
+    if items.len() <= 2 {
+        return work();
+    }
+    std::thread::scope(|scope| {
+        let helpers: Vec<_> = (1..THREADS.min(items.len())).map(|_| scope.spawn(work)).collect();
+        helpers.into_iter().fold(work(), |result, helper| {
+            result.and(helper.join().unwrap_or_else(|_| Err(io::Error::other("a sync thread panicked"))))
+        })
+    })
+}
+
+#[cfg(target_os = "linux")]
+fn sync_file_system(dir: &File) -> io::Result<()> {
+    Ok(rustix::fs::syncfs(dir)?)
+}
+
+#[cfg(not(target_os = "linux"))]
+fn sync_file_system(_dir: &File) -> io::Result<()> {
+    Err(io::ErrorKind::Unsupported.into())
+}
+
+/// Linux 5.8 and later return from `syncfs` the errors of writing back; before, it said nothing of them.
+fn syncfs_reports_errors() -> bool {
+    use std::sync::OnceLock;
+    static REPORTS: OnceLock<bool> = OnceLock::new();
+    *REPORTS.get_or_init(|| {
+        cfg!(target_os = "linux")
+            && std::fs::read_to_string("/proc/sys/kernel/osrelease")
+                .ok()
+                .and_then(|release| version(&release))
+                .is_some_and(|version| version >= (5, 8))
+    })
+}
+
+fn version(release: &str) -> Option<(u32, u32)> {
+    let mut parts = release.split(|c: char| !c.is_ascii_digit());
+    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_kernel_versions() {
+        assert_eq!(version("6.18.44-fc"), Some((6, 18)));
+        assert_eq!(version("5.8-rc1"), Some((5, 8)));
+        assert_eq!(version("x"), None);
+    }
+
+    #[test]
+    fn tries_all_and_returns_an_error() {
+        let done = AtomicUsize::new(0);
+        let result = each(&[0; 100], |_| {
+            if done.fetch_add(1, Ordering::Relaxed) == 3 { Err(io::Error::other("disk")) } else { Ok(()) }
+        });
+        assert_eq!(result.unwrap_err().to_string(), "disk");
+        assert_eq!(done.into_inner(), 100);
+    }
+}

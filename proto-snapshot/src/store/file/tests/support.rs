@@ -1,0 +1,146 @@
+//! Plans, contents and walks that the tests share.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use bytes::Bytes;
+use proto_common::checksum::crc64;
+use proto_common::ids::{NodeId, ShardId, TransferId};
+use proto_common::path::FileName;
+use proto_common::slots::SlotRange;
+
+use crate::extent::{Extent, ExtentRecord};
+use crate::spec::{FileTotal, Manifest, ManifestFile, SnapshotPoint, TransferPlan, TransferSpec};
+use crate::store::file::{FileSnapshotStore, FileStaging, FileStoreOptions};
+use crate::store::{Recovered, SnapshotStore as _, StagedChunk, Staging as _};
+
+/// Names and contents.
+pub(crate) type Files = Vec<(String, Vec<u8>)>;
+
+pub(crate) fn shard() -> ShardId {
+    ShardId::new("shard-1").unwrap()
+}
+
+pub(crate) fn spec(id: &str, index: u64) -> TransferSpec {
+    TransferSpec {
+        transfer_id: TransferId::new(id).unwrap(),
+        source_shard: ShardId::new("shard-0").unwrap(),
+        target_shard: shard(),
+        source_node: NodeId::new("n1").unwrap(),
+        slots: SlotRange::new(8192, 16384).unwrap(),
+        point: SnapshotPoint { term: 3, index },
+        content_version: "v1".to_owned(),
+    }
+}
+
+pub(crate) fn plan(id: &str, index: u64, files: &Files) -> TransferPlan {
+    let files = files.iter().map(|(name, content)| ManifestFile {
+        name: FileName::new(name).unwrap(),
+        size: Some(content.len() as u64),
+        blake3: None,
+    });
+    TransferPlan { spec: spec(id, index), manifest: Manifest::new(files.collect()).unwrap() }
+}
+
+/// The same with digests.
+pub(crate) fn plan_with_digests(id: &str, index: u64, files: &Files) -> TransferPlan {
+    let manifest = files.iter().map(|(name, content)| ManifestFile {
+        name: FileName::new(name).unwrap(),
+        size: Some(content.len() as u64),
+        blake3: Some(*blake3::hash(content).as_bytes()),
+    });
+    TransferPlan { spec: spec(id, index), manifest: Manifest::new(manifest.collect()).unwrap() }
+}
+
+/// Bytes that are the same each time and differ at each place.
+pub(crate) fn content(seed: u64, len: usize) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    (0..len)
+        .map(|_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 24) as u8
+        })
+        .collect()
+}
+
+pub(crate) fn chunk(files: &Files, file: u32, offset: usize, len: usize) -> (StagedChunk, ExtentRecord) {
+    let payload = Bytes::copy_from_slice(&files[file as usize].1[offset..offset + len]);
+    let extent = Extent { file, offset: offset as u64, len: len as u64 };
+    let record = ExtentRecord { extent, crc: crc64(&payload) };
+    (StagedChunk { file, offset: offset as u64, payload }, record)
+}
+
+pub(crate) fn totals(files: &Files) -> Vec<FileTotal> {
+    files.iter().map(|(_, content)| FileTotal { size: content.len() as u64, crc: crc64(content) }).collect()
+}
+
+/// Writes all of it in chunks and syncs.
+pub(crate) async fn fill(staging: &FileStaging, files: &Files) {
+    for (number, (_, content)) in (0_u32..).zip(files) {
+        for offset in (0..content.len()).step_by(64 << 10) {
+            let (chunk, record) = chunk(files, number, offset, (content.len() - offset).min(64 << 10));
+            staging.write(vec![chunk]).await.unwrap();
+            if offset % (256 << 10) == 0 {
+                staging.sync(vec![record]).await.unwrap();
+            } else {
+                staging.sync(vec![record]).await.unwrap();
+            }
+        }
+    }
+}
+
+pub(crate) async fn install(staging: &FileStaging, files: &Files) {
+    staging.seal(&totals(files)).await.unwrap();
+    staging.place().await.unwrap();
+    staging.activate().await.unwrap();
+    staging.remove().await.unwrap();
+}
+
+/// Options without the margin that a small disk might not have.
+pub(crate) fn options() -> FileStoreOptions {
+    FileStoreOptions { min_free_bytes: 0, ..FileStoreOptions::default() }
+}
+
+pub(crate) async fn open(dir: &Path) -> (FileSnapshotStore, Recovered<FileStaging>) {
+    open_with(dir, options()).await
+}
+
+pub(crate) async fn open_with(
+    dir: &Path,
+    options: FileStoreOptions,
+) -> (FileSnapshotStore, Recovered<FileStaging>) {
+    let store = FileSnapshotStore::open(dir, options).unwrap();
+    let recovered = store.recover().await.unwrap();
+    (store, recovered)
+}
+
+/// All files below `dir`.
+pub(crate) fn tree(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+    let mut found = BTreeMap::new();
+    let mut pending = vec![dir.to_owned()];
+    while let Some(at) = pending.pop() {
+        for entry in fs::read_dir(&at).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                pending.push(path);
+            } else {
+                let name = path.strip_prefix(dir).unwrap().to_str().unwrap().to_owned();
+                found.insert(name, fs::read(&path).unwrap());
+            }
+        }
+    }
+    found
+}
+
+pub(crate) fn as_tree(files: &Files) -> BTreeMap<String, Vec<u8>> {
+    files.iter().cloned().collect()
+}
+
+/// The content of the current snapshot.
+pub(crate) async fn current(store: &FileSnapshotStore) -> Option<(TransferId, BTreeMap<String, Vec<u8>>)> {
+    let current = store.current(&shard()).await.unwrap()?;
+    Some((current.plan.spec.transfer_id, tree(&current.path.unwrap())))
+}

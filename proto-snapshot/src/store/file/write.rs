@@ -1,0 +1,281 @@
+//! Writing chunks, and reading them back.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::FileExt as _;
+use std::path::Path;
+use std::sync::Arc;
+
+use proto_common::checksum::Crc64Hasher;
+
+use crate::extent::Extent;
+use crate::spec::ManifestFile;
+use crate::store::{StagedChunk, StoreError};
+
+use super::staging::{Inner, State};
+
+/// Files of at least this size get their blocks when they are created: they end up in few runs, and a full disk shows before the bytes
+/// have been sent. Below, the call costs more than it brings.
+const PREALLOCATE_FROM: u64 = 1 << 20;
+
+/// A file of unknown size reserves this much ahead.
+const GROWTH: u64 = 64 << 20;
+
+/// What a file takes on the disk is a multiple of this, on all common file systems.
+const BLOCK: u64 = 4096;
+
+/// Reading for checksums and copies.
+pub(super) const READ_LEN: usize = 1 << 20;
+
+/// What of the reservation one file still needs.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct FileSpace {
+    /// Bytes that are promised to it but not on the disk.
+    remaining: u64,
+    /// How far a file of unknown size may grow.
+    granted: u64,
+    /// Bytes written by this process.
+    written: u64,
+}
+
+impl FileSpace {
+    /// Of a file of which nothing is on the disk.
+    pub(super) fn new(file: &ManifestFile) -> Self {
+        Self { remaining: file.size.map_or(0, on_disk), ..Self::default() }
+    }
+
+    /// Of a file of which `content` bytes are there, in `blocks` bytes of the disk.
+    pub(super) fn found(file: &ManifestFile, content: u64, blocks: u64) -> Self {
+        match file.size {
+            Some(size) => Self { remaining: on_disk(size).saturating_sub(blocks), ..Self::default() },
+            None => Self { granted: content, ..Self::default() },
+        }
+    }
+
+    pub(super) fn remaining(&self) -> u64 {
+        self.remaining
+    }
+
+    /// All of it is on the disk; returns what was promised still.
+    pub(super) fn settle(&mut self) -> u64 {
+        std::mem::take(&mut self.remaining)
+    }
+
+    pub(super) fn granted(&self) -> u64 {
+        self.granted
+    }
+}
+
+/// What `size` bytes take on the disk.
+pub(super) fn on_disk(size: u64) -> u64 {
+    size.div_ceil(BLOCK).saturating_mul(BLOCK)
+}
+
+impl Inner {
+    pub(super) fn write(&self, chunks: &[StagedChunk]) -> Result<(), StoreError> {
+        chunks.iter().try_for_each(|chunk| self.write_chunk(chunk))
+    }
+
+    fn write_chunk(&self, chunk: &StagedChunk) -> Result<(), StoreError> {
+        let StagedChunk { file: number, offset, payload } = chunk;
+        let file = self.file(*number)?;
+        let len = u64::try_from(payload.len()).unwrap_or(u64::MAX);
+        let limit = file.size.unwrap_or(i64::MAX.unsigned_abs());
+        let end = offset.checked_add(len).filter(|end| *end <= limit);
+        let end = end.ok_or_else(|| StoreError::invalid("write", "the extent reaches beyond the file"))?;
+        if file.size.is_none() {
+            self.grow(*number, end)?;
+        }
+        let handle = self.open_file(*number)?;
+        let written = handle.write_all_at(payload, *offset).map_err(|error| StoreError::io("write", error));
+        // After the write: a sync that begins before this does not have to cover it, one that begins later finds it here.
+        let mut state = self.lock_state();
+        state.dirty.entry(*number).or_default().push((*offset, len));
+        if !state.lost.is_empty() && written.is_ok() {
+            state.lost = state.lost.iter().flat_map(|lost| without(*lost, *number, *offset, end)).collect();
+        }
+        let consumed = state.space_of(*number).map_or(0, |space| space.consume(file.size, len));
+        drop(state);
+        self.reservation.consume(consumed);
+        written
+    }
+
+    /// Reserves for a file of unknown size up to `end`: a step ahead if there is room for it, else what is needed now.
+    fn grow(&self, number: u32, end: u64) -> Result<(), StoreError> {
+        let mut state = self.lock_state();
+        let Some(space) = state.space_of(number) else { return Ok(()) };
+        let Some(needed) = end.checked_sub(space.granted).filter(|needed| *needed > 0) else { return Ok(()) };
+        let ahead = needed.div_ceil(GROWTH).saturating_mul(GROWTH);
+        let grown = match self.reservation.grow(ahead, ahead) {
+            Ok(()) => ahead,
+            Err(StoreError::NoSpace { .. }) => self.reservation.grow(needed, needed).map(|()| needed)?,
+            Err(error) => return Err(error),
+        };
+        space.granted += grown;
+        space.remaining += grown;
+        Ok(())
+    }
+
+    /// The file, open for reading and writing, made if there is none.
+    pub(super) fn open_file(&self, number: u32) -> Result<Arc<File>, StoreError> {
+        if let Some(handle) = self.shared.handles.get(self.serial, number) {
+            return Ok(handle);
+        }
+        // Under the lock until the handle is in the cache: nobody writes to a file whose directory is not marked.
+        let mut state = self.lock_state();
+        if let Some(handle) = self.shared.handles.get(self.serial, number) {
+            return Ok(handle);
+        }
+        let file = self.file(number)?;
+        let path = self.area.tree.join(file.name.as_str());
+        let failed = |error| StoreError::io("open a staged file", error);
+        let handle = match OpenOptions::new().read(true).write(true).open(&path) {
+            Ok(handle) => handle,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let parent = path.parent().unwrap_or(&self.area.tree);
+                self.make_dirs(&mut state, parent)?;
+                let handle = OpenOptions::new()
+                    .read(true)
+                    .write(true)
+                    .create(true)
+                    .truncate(false)
+                    .open(&path)
+                    .map_err(failed)?;
+                state.dirty_dirs.insert(parent.to_owned());
+                match self.preallocate(&mut state, number, file, &handle) {
+                    Ok(()) => handle,
+                    Err(error) => {
+                        // So that the next attempt allocates, too.
+                        let _ = std::fs::remove_file(&path);
+                        return Err(error);
+                    }
+                }
+            }
+            Err(error) => return Err(failed(error)),
+        };
+        let handle = Arc::new(handle);
+        self.shared.handles.put(self.serial, number, &handle);
+        Ok(handle)
+    }
+
+    /// Makes `dir`, which is the tree or lies below it, and what is above it.
+    pub(super) fn make_dirs(&self, state: &mut State, dir: &Path) -> Result<(), StoreError> {
+        if state.dirs.contains(dir) {
+            return Ok(());
+        }
+        if dir != self.area.tree
+            && let Some(parent) = dir.parent()
+        {
+            self.make_dirs(state, parent)?;
+        }
+        match std::fs::create_dir(dir) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(StoreError::io("make a directory", error)),
+        }
+        // Marked before anything can be put into it. The area itself holds the tree.
+        if let Some(parent) = dir.parent() {
+            state.dirty_dirs.insert(parent.to_owned());
+        }
+        state.dirty_dirs.insert(dir.to_owned());
+        state.dirs.insert(dir.to_owned());
+        Ok(())
+    }
+
+    fn preallocate(
+        &self,
+        state: &mut State,
+        number: u32,
+        file: &ManifestFile,
+        handle: &File,
+    ) -> Result<(), StoreError> {
+        let Some(size) = file.size.filter(|size| *size >= PREALLOCATE_FROM) else { return Ok(()) };
+        if !allocate(handle, size)? {
+            return Ok(());
+        }
+        if let Some(space) = state.space_of(number) {
+            self.reservation.consume(std::mem::take(&mut space.remaining));
+        }
+        Ok(())
+    }
+
+    pub(super) fn checksum(&self, extent: Extent) -> Result<u64, StoreError> {
+        let path = self.path(extent.file)?;
+        let handle = match self.shared.handles.get(self.serial, extent.file) {
+            Some(handle) => handle,
+            None => match File::open(&path) {
+                Ok(handle) => Arc::new(handle),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    return Err(self.damaged(&path, "is missing"));
+                }
+                Err(error) => return Err(StoreError::io("open a staged file", error)),
+            },
+        };
+        let mut hasher = Crc64Hasher::new();
+        let mut buffer = vec![0; READ_LEN.min(usize::try_from(extent.len).unwrap_or(READ_LEN))];
+        let (mut at, end) = (extent.offset, extent.end());
+        while at < end {
+            let want = usize::try_from(end - at).unwrap_or(READ_LEN).min(buffer.len());
+            let piece = &mut buffer[..want];
+            match handle.read_exact_at(piece, at) {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                    return Err(self.damaged(&path, format!("ends before {end}")));
+                }
+                Err(error) => return Err(StoreError::io("read a staged file", error)),
+            }
+            hasher.update(piece);
+            at += u64::try_from(want).unwrap_or(0);
+        }
+        Ok(hasher.finish())
+    }
+}
+
+impl State {
+    pub(super) fn space_of(&mut self, number: u32) -> Option<&mut FileSpace> {
+        self.space.get_mut(usize::try_from(number).ok()?)
+    }
+}
+
+impl FileSpace {
+    /// `len` bytes were written; returns what of the promise that has used up.
+    fn consume(&mut self, size: Option<u64>, len: u64) -> u64 {
+        self.written = self.written.saturating_add(len);
+        let used = match size {
+            // With the last byte, the rest of the last block is taken, too.
+            Some(size) if self.written >= size => self.remaining,
+            _ => len.min(self.remaining),
+        };
+        self.remaining -= used;
+        used
+    }
+}
+
+/// The parts of `lost` that `offset..end` of file `number` does not cover.
+fn without(lost: Extent, number: u32, offset: u64, end: u64) -> impl Iterator<Item = Extent> {
+    let Extent { file, offset: start, .. } = lost;
+    let (before, after) = if file == number && offset < lost.end() && end > start {
+        (offset.saturating_sub(start), lost.end().saturating_sub(end))
+    } else {
+        (lost.len, 0)
+    };
+    let rest = [(start, before), (lost.end() - after, after)];
+    rest.into_iter().filter(|(_, len)| *len > 0).map(move |(offset, len)| Extent { file, offset, len })
+}
+
+/// Gives the file its blocks without changing its size. `false` where the file system cannot.
+#[cfg(target_os = "linux")]
+fn allocate(file: &File, size: u64) -> Result<bool, StoreError> {
+    use rustix::fs::{FallocateFlags, fallocate};
+    use rustix::io::Errno;
+    match fallocate(file, FallocateFlags::KEEP_SIZE, 0, size) {
+        Ok(()) => Ok(true),
+        Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => Ok(false),
+        Err(error) => Err(StoreError::io("reserve space for a file", error.into())),
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn allocate(_file: &File, _size: u64) -> Result<bool, StoreError> {
+    Ok(false)
+}
