@@ -138,6 +138,8 @@ fn check_value_format(name: &str) -> Result<(), &'static str> {
 mod tests {
     use super::*;
 
+    type Change = fn(&mut v1::MigrationSpec);
+
     fn wire() -> v1::MigrationSpec {
         v1::MigrationSpec {
             slots: Some(proto_common::v1::SlotRange { start: 100, end: 200 }),
@@ -162,7 +164,7 @@ mod tests {
 
     #[test]
     fn each_bad_field_is_named() {
-        let bad: [(&str, &str, fn(&mut v1::MigrationSpec)); 8] = [
+        let bad: [(&str, &str, Change); 8] = [
             ("slots", "INVALID_SLOT_RANGE", |s| s.slots = None),
             ("slots", "INVALID_SLOT_RANGE", |s| s.slots.as_mut().expect("set").end = 16385),
             ("source_shard_id", "INVALID_ID", |s| s.source_shard_id = "../x".into()),
@@ -196,7 +198,7 @@ mod tests {
 
     #[test]
     fn a_difference_is_named_for_every_field() {
-        let changes: [(&str, fn(&mut v1::MigrationSpec)); 7] = [
+        let changes: [(&str, Change); 7] = [
             ("slots", |s| s.slots.as_mut().expect("set").end = 201),
             ("source_shard_id", |s| s.source_shard_id = "s3".into()),
             ("target_shard_id", |s| s.target_shard_id = "s3".into()),

@@ -1,4 +1,5 @@
 //! Numbers and examples that the comments of `migration.proto` promise to peers in other languages.
+#![allow(clippy::expect_used, reason = "a test fails by panicking")]
 
 use prost::Message as _;
 use proto_migration::v1::SlotDigest;

@@ -1,4 +1,5 @@
 //! The descriptors that server reflection hands out, and what the contract says about tags.
+#![allow(clippy::expect_used, reason = "a test fails by panicking")]
 
 #[path = "../../proto-common/tests/support/descriptor.rs"]
 mod descriptor;

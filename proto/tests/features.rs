@@ -1,5 +1,6 @@
 //! The feature table in the documentation is the one of `Cargo.toml`, and the facade forwards each
 //! feature to each service without dragging one in.
+#![allow(clippy::expect_used, reason = "a test fails by panicking")]
 
 use std::collections::BTreeMap;
 use std::path::Path;

@@ -1,5 +1,6 @@
 //! Top-level names are unique over all our packages, so that the flat `proto::node` never hides one.
 #![cfg(all(feature = "snapshot", feature = "migration", feature = "health"))]
+#![allow(clippy::expect_used, reason = "a test fails by panicking")]
 
 use std::collections::{BTreeMap, BTreeSet};
 
