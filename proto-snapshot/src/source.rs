@@ -6,9 +6,8 @@ use std::pin::Pin;
 
 use bytes::Bytes;
 use futures::Stream;
-use proto_common::error::Error;
+use proto_common::error::{Code, Error};
 
-use crate::reason::Reason;
 use crate::spec::ManifestFile;
 
 mod dir;
@@ -53,9 +52,16 @@ pub enum SourceError {
     },
 }
 
+/// Final errors with the reasons `SOURCE_UNSUPPORTED`, `SOURCE_CHANGED` and `SOURCE_UNREADABLE`.
 impl From<SourceError> for Error {
     fn from(error: SourceError) -> Self {
-        Reason::Internal.error(error.to_string()).caused_by(error)
+        // Not in the table of the protocol: no peer ever sees them.
+        let (code, reason) = match error {
+            SourceError::Unsupported { .. } => (Code::InvalidArgument, "SOURCE_UNSUPPORTED"),
+            SourceError::Changed { .. } => (Code::FailedPrecondition, "SOURCE_CHANGED"),
+            SourceError::Io { .. } => (Code::Internal, "SOURCE_UNREADABLE"),
+        };
+        Self::with_code(code, reason, error.to_string()).caused_by(error)
     }
 }
 

@@ -73,11 +73,6 @@ impl Admission {
             .metadata("limit", places.limit.to_string())
             .retry_after(RETRY_AFTER))
     }
-
-    /// Places that are taken.
-    pub(super) fn taken(&self) -> usize {
-        self.lock().taken
-    }
 }
 
 impl Drop for Place {
