@@ -197,7 +197,6 @@ impl<C: Connect, S: SnapshotSource> Task<C, S> {
             match result {
                 Ok(Ended::Installed(installed)) => return Ok(installed),
                 Ok(Ended::StartAnew) => {
-                    self.shared.checksums.start(&described.manifest);
                     claimed = Claimed {
                         attempt: claimed.attempt + 1,
                         session: rand::random(),
@@ -335,6 +334,10 @@ impl<C: Connect, S: SnapshotSource> Task<C, S> {
             && accepted.missing.iter().any(|gap| gap.length.is_none() && gap.offset > 0)
         {
             return Ok(Ended::StartAnew);
+        }
+        if !self.shared.source.can_seek() {
+            // What was read before is not what will be read now.
+            self.shared.checksums.start(&described.manifest);
         }
         self.shown.accepted(&accepted);
         self.set_rate(&accepted);
