@@ -5,7 +5,7 @@
 //! | where is a frame handled? | `receiver/session.rs` (chunks, end), `receiver/handshake.rs` (header, manifest) |
 //! | who may write? | `receiver/incoming.rs` |
 //! | which bytes are there? | `receiver/ledger.rs` |
-//! | where do bytes become durable? | [`Staging::sync`](crate::store::Staging::sync), called by `receiver/incoming.rs` |
+//! | where do bytes become durable? | [`Staging::sync`], called by `receiver/incoming.rs` |
 //! | how is a snapshot put in place? | `receiver/completion.rs` |
 //! | how do I keep snapshots elsewhere? | implement [`SnapshotStore`] |
 

@@ -1,6 +1,6 @@
 //! What a transfer moves: the validated forms of `Header` and `Manifest`.
 //!
-//! The receiver converts on receipt with [`TransferSpec::from_header`] and [`ManifestBuilder`]; from
+//! The receiver converts on receipt with [`TransferSpec::from_header`] and the `TryFrom` of each file; from
 //! there on nothing handles a name, an ID or a range that was not checked.
 
 use std::sync::Arc;
