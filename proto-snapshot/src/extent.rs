@@ -119,9 +119,9 @@ impl FileExtents {
     pub fn gaps(&self, size: u64) -> Vec<(u64, u64)> {
         let mut gaps = Vec::new();
         let mut at = 0;
-        for (&start, run) in &self.runs {
+        for (&start, run) in self.runs.range(..size) {
             if start > at {
-                gaps.push((at, start.min(size).saturating_sub(at)));
+                gaps.push((at, start - at));
             }
             at = start + run.len;
         }
@@ -145,5 +145,120 @@ impl FileExtents {
 impl Run {
     fn then(self, next: Self) -> Self {
         Self { len: self.len + next.len, crc: combine(self.crc, next.crc, next.len) }
+    }
+}
+
+#[cfg(test)]
+#[allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "the numbers of test data are small"
+)]
+mod tests {
+    use proptest::prelude::*;
+    use proto_common::checksum::crc64;
+
+    use super::*;
+
+    #[test]
+    fn neighbours_merge_in_any_order() {
+        let bytes = b"0123456789";
+        for order in [[0, 1, 2], [2, 1, 0], [0, 2, 1], [1, 0, 2]] {
+            let mut extents = FileExtents::default();
+            for part in order {
+                let (from, to) = [(0, 3), (3, 7), (7, 10)][part];
+                extents.insert(from, to - from, crc64(&bytes[from as usize..to as usize])).unwrap();
+            }
+            assert_eq!(extents.runs().collect::<Vec<_>>(), [(0, 10, crc64(bytes))]);
+            assert_eq!(extents.whole(10), Some(crc64(bytes)));
+            assert_eq!((extents.whole(9), extents.whole(11)), (None, None));
+        }
+    }
+
+    #[test]
+    fn an_overlap_changes_nothing_and_names_the_run() {
+        let mut extents = FileExtents::default();
+        extents.insert(10, 10, 1).unwrap();
+        extents.insert(30, 5, 2).unwrap();
+        let before: Vec<_> = extents.runs().collect();
+        for (offset, len, found) in [
+            (10, 10, Overlap { offset: 10, len: 10 }),
+            (0, 11, Overlap { offset: 10, len: 10 }),
+            (19, 1, Overlap { offset: 10, len: 10 }),
+            (12, 2, Overlap { offset: 10, len: 10 }),
+            (34, u64::MAX, Overlap { offset: 30, len: 5 }),
+        ] {
+            assert_eq!(extents.insert(offset, len, 0), Err(found), "{len} at {offset}");
+        }
+        assert_eq!(extents.runs().collect::<Vec<_>>(), before);
+        assert_eq!(extents.overlap(20, 10), None);
+        assert_eq!(extents.overlap(35, u64::MAX), None);
+        extents.insert(5, 0, 0).unwrap();
+        assert_eq!(extents.bytes(), 15);
+        assert_eq!(extents.end(), 35);
+        assert_eq!(extents.remove(10), Some(10));
+        assert_eq!(extents.remove(10), None);
+        assert_eq!(extents.runs().collect::<Vec<_>>(), [(30, 5, 2)]);
+    }
+
+    #[test]
+    fn an_empty_file_is_whole_from_the_start() {
+        let extents = FileExtents::default();
+        assert_eq!((extents.whole(0), extents.end(), extents.gaps(0)), (Some(0), 0, vec![]));
+        assert_eq!(extents.gaps(7), [(0, 7)]);
+    }
+
+    #[test]
+    fn the_end_of_an_extent_does_not_wrap() {
+        assert_eq!(Extent { file: 0, offset: u64::MAX, len: 2 }.end(), u64::MAX);
+        let mut extents = FileExtents::default();
+        extents.insert(u64::MAX - 1, 1, 0).unwrap();
+        assert_eq!(extents.gaps(u64::MAX), [(0, u64::MAX - 1)]);
+    }
+
+    proptest! {
+        /// Against one flag per byte.
+        #[test]
+        fn agrees_with_a_map_of_bytes(
+            inserts in prop::collection::vec((0..200_u64, 0..40_u64), 0..30),
+            size in 0..260_u64,
+        ) {
+            let bytes: Vec<u8> = (0..=255).cycle().take(240).collect();
+            let mut there = vec![false; 240];
+            let mut extents = FileExtents::default();
+            for (offset, len) in inserts {
+                let range = offset as usize..(offset + len) as usize;
+                let free = !there[range.clone()].contains(&true);
+                let overlap = extents.overlap(offset, len);
+                prop_assert_eq!(extents.insert(offset, len, crc64(&bytes[range.clone()])).is_ok(), free);
+                if len > 0 {
+                    prop_assert_eq!(overlap.is_none(), free);
+                }
+                if let Some(Overlap { offset: at, len }) = overlap {
+                    prop_assert!(there[at as usize..(at + len) as usize].iter().all(|there| *there));
+                }
+                if free {
+                    there[range].fill(true);
+                }
+            }
+            let mut at_last = None;
+            for (offset, len, crc) in extents.runs() {
+                prop_assert!(len > 0 && at_last.is_none_or(|end| end < offset), "neighbours are merged");
+                prop_assert_eq!(crc, crc64(&bytes[offset as usize..(offset + len) as usize]));
+                at_last = Some(offset + len);
+            }
+            prop_assert_eq!(extents.bytes(), there.iter().filter(|there| **there).count() as u64);
+            prop_assert_eq!(extents.end(), there.iter().rposition(|there| *there).map_or(0, |at| at as u64 + 1));
+            let mut missing: Vec<bool> = (0..size as usize).map(|at| !there.get(at).copied().unwrap_or(false)).collect();
+            for (offset, len) in extents.gaps(size) {
+                prop_assert!(len > 0);
+                for at in offset..offset + len {
+                    prop_assert!(std::mem::replace(&mut missing[at as usize], false), "byte {} twice or not missing", at);
+                }
+            }
+            prop_assert!(!missing.contains(&true), "a gap was left out");
+            let whole = extents.end() == size && extents.gaps(size).is_empty();
+            prop_assert_eq!(extents.whole(size).is_some(), whole);
+        }
     }
 }

@@ -14,6 +14,13 @@ mod dir;
 mod disk;
 mod file;
 mod stream;
+#[cfg(test)]
+#[allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "the numbers of test data are small"
+)]
+mod tests;
 
 pub use dir::DirectorySource;
 pub use file::FileSource;

@@ -303,3 +303,184 @@ impl From<&TransferSpec> for v1::TransferProgress {
         }
     }
 }
+
+#[cfg(test)]
+#[allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "the numbers of test data are small"
+)]
+mod tests {
+    use super::*;
+
+    fn header() -> request::Header {
+        request::Header {
+            transfer_id: "t1".to_owned(),
+            source_shard_id: "s0".to_owned(),
+            target_shard_id: "s1".to_owned(),
+            source_node_id: "n1".to_owned(),
+            slots: Some(proto_common::v1::SlotRange { start: 8192, end: 16384 }),
+            snapshot_index: 7,
+            snapshot_term: 3,
+            content_version: "v".to_owned(),
+            ..request::Header::default()
+        }
+    }
+
+    fn file(name: &str, size: Option<u64>) -> ManifestFile {
+        ManifestFile { name: FileName::new(name).unwrap(), size, blake3: None }
+    }
+
+    /// Reason and first field of an error.
+    fn blamed(error: &Error) -> (&str, &str) {
+        (error.reason(), error.violations().first().map_or("", |violation| violation.field.as_str()))
+    }
+
+    #[test]
+    fn a_valid_header_is_taken_over_as_it_is() {
+        let spec = TransferSpec::from_header(&header()).unwrap();
+        assert_eq!(spec.target_shard.as_str(), "s1");
+        assert_eq!(spec.point, SnapshotPoint { term: 3, index: 7 });
+        assert_eq!(spec.difference(&spec.clone()), None);
+        let shown = v1::TransferProgress::from(&spec);
+        assert_eq!((shown.snapshot_index, shown.snapshot_term), (7, 3));
+        assert_eq!(shown.slots, header().slots);
+        assert_eq!((shown.source_shard_id.as_str(), shown.target_shard_id.as_str()), ("s0", "s1"));
+    }
+
+    #[test]
+    fn every_field_of_the_header_is_checked_and_named() {
+        type Spoil = fn(&mut request::Header);
+        let cases: [(&str, &str, Spoil); 8] = [
+            ("INVALID_FIELD", "header.transfer_id", |h| h.transfer_id = "../x".to_owned()),
+            ("INVALID_FIELD", "header.source_shard_id", |h| h.source_shard_id.clear()),
+            ("INVALID_FIELD", "header.target_shard_id", |h| h.target_shard_id = ".hidden".to_owned()),
+            ("INVALID_FIELD", "header.source_node_id", |h| h.source_node_id = "x".repeat(129)),
+            ("INVALID_FIELD", "header.content_version", |h| h.content_version = "x".repeat(1025)),
+            ("INVALID_SLOT_RANGE", "header.slots", |h| h.slots = None),
+            ("INVALID_SLOT_RANGE", "header.slots", |h| h.slots.as_mut().unwrap().end = 16385),
+            ("INVALID_SLOT_RANGE", "header.slots", |h| h.slots.as_mut().unwrap().end = 8192),
+        ];
+        for (reason, field, spoil) in cases {
+            let mut header = header();
+            spoil(&mut header);
+            let error = TransferSpec::from_header(&header).unwrap_err();
+            assert_eq!(blamed(&error), (reason, field), "{error}");
+        }
+        let longest = request::Header { content_version: "x".repeat(MAX_CONTENT_VERSION), ..header() };
+        TransferSpec::from_header(&longest).unwrap();
+    }
+
+    #[test]
+    fn a_specification_is_all_of_its_fields_and_no_others() {
+        type Change = fn(&mut request::Header);
+        let spec = TransferSpec::from_header(&header()).unwrap();
+        let cases: [(&str, Change); 8] = [
+            ("transfer_id", |h| h.transfer_id.push('x')),
+            ("source_shard_id", |h| h.source_shard_id.push('x')),
+            ("target_shard_id", |h| h.target_shard_id.push('x')),
+            ("source_node_id", |h| h.source_node_id.push('x')),
+            ("slots", |h| h.slots.as_mut().unwrap().start = 8193),
+            ("snapshot_index", |h| h.snapshot_index += 1),
+            ("snapshot_term", |h| h.snapshot_term += 1),
+            ("content_version", |h| h.content_version.push('x')),
+        ];
+        for (field, change) in cases {
+            let mut header = header();
+            change(&mut header);
+            assert_eq!(spec.difference(&TransferSpec::from_header(&header).unwrap()), Some(field));
+        }
+        let same = request::Header {
+            attempt: 9,
+            session: vec![1; 16].into(),
+            generation: 4,
+            lanes: 8,
+            priority: 1,
+            discard_staged: true,
+            fence: Some(proto_common::v1::Fence { epoch: 1, term: 2 }),
+            supported_features: vec!["lanes".to_owned()],
+            ..header()
+        };
+        assert_eq!(spec.difference(&TransferSpec::from_header(&same).unwrap()), None);
+    }
+
+    #[test]
+    fn points_are_ordered_by_term_first() {
+        let point = |term, index| SnapshotPoint { term, index };
+        assert!(point(2, 1) > point(1, 9) && point(2, 2) > point(2, 1));
+    }
+
+    #[test]
+    fn a_manifest_counts_what_it_holds() {
+        let manifest = Manifest::new(vec![file("a/b", Some(3)), file("c", Some(0))]).unwrap();
+        assert_eq!((manifest.total_bytes(), manifest.file_count(), manifest.name_bytes()), (Some(3), 2, 4));
+        assert_eq!(manifest.get(1).unwrap().name.as_str(), "c");
+        assert!(manifest.get(2).is_none());
+        assert_eq!(manifest.numbered().map(|(number, _)| number).collect::<Vec<_>>(), [0, 1]);
+        let unknown = Manifest::new(vec![file("a", Some(3)), file("b", None), file("c", Some(4))]).unwrap();
+        assert_eq!(unknown.total_bytes(), None);
+        assert_eq!(Manifest::new(Vec::new()).unwrap().total_bytes(), Some(0));
+    }
+
+    #[test]
+    fn names_that_exclude_each_other_are_refused() {
+        for names in [["a", "a"], ["a", "a/b"], ["a/b/c", "a/b"]] {
+            let error = Manifest::new(names.map(|name| file(name, Some(1))).to_vec()).unwrap_err();
+            assert_eq!(blamed(&error), ("CONFLICTING_FILE_NAMES", "manifest.files.name"), "{names:?}");
+        }
+    }
+
+    #[test]
+    fn sizes_end_at_two_to_the_63() {
+        let most = i64::MAX as u64;
+        Manifest::new(vec![file("a", Some(most)), file("b", Some(0))]).unwrap();
+        for sizes in [[most, 1], [u64::MAX, 0], [u64::MAX, u64::MAX]] {
+            let files = vec![file("a", Some(sizes[0])), file("b", Some(sizes[1]))];
+            assert_eq!(blamed(&Manifest::new(files).unwrap_err()).0, "SNAPSHOT_TOO_LARGE", "{sizes:?}");
+        }
+        let wire = request::File { name: "a".to_owned(), size: Some(most + 1), blake3: None };
+        assert_eq!(blamed(&ManifestFile::try_from(wire).unwrap_err()).0, "SNAPSHOT_TOO_LARGE");
+    }
+
+    #[test]
+    fn a_file_survives_the_wire() {
+        let known = ManifestFile { blake3: Some([7; 32]), ..file("caf\u{e9}/x", Some(5)) };
+        for file in [known, file("a", None)] {
+            assert_eq!(ManifestFile::try_from(request::File::from(&file)).unwrap(), file);
+        }
+        let wire = |name: &str, digest: usize| request::File {
+            name: name.to_owned(),
+            size: Some(1),
+            blake3: Some(vec![0; digest].into()),
+        };
+        for (name, digest, reason) in [
+            ("../x", 32, "INVALID_FILE_NAME"),
+            ("", 32, "INVALID_FILE_NAME"),
+            ("a", 31, "INVALID_FIELD"),
+            ("a", 33, "INVALID_FIELD"),
+            ("a", 0, "INVALID_FIELD"),
+        ] {
+            assert_eq!(blamed(&ManifestFile::try_from(wire(name, digest)).unwrap_err()).0, reason);
+        }
+    }
+
+    #[test]
+    fn manifests_differ_by_name_and_size_and_by_digests_that_both_have() {
+        let with = |name: &str, size, digest: Option<u8>| {
+            let file = ManifestFile { blake3: digest.map(|byte| [byte; 32]), ..file(name, size) };
+            Manifest::new(vec![file]).unwrap()
+        };
+        let base = with("a", Some(1), Some(1));
+        assert_eq!(base.difference(&with("a", Some(1), Some(1))), None);
+        assert_eq!(base.difference(&with("a", Some(1), None)), None);
+        for other in [
+            with("b", Some(1), Some(1)),
+            with("a", Some(2), Some(1)),
+            with("a", None, Some(1)),
+            with("a", Some(1), Some(2)),
+        ] {
+            assert!(base.difference(&other).is_some(), "{other:?}");
+        }
+        assert!(base.difference(&Manifest::new(Vec::new()).unwrap()).unwrap().contains("file_count"));
+    }
+}

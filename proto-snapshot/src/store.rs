@@ -67,10 +67,15 @@ pub enum StoreError {
 }
 
 impl StoreError {
-    /// Whether trying again later can help.
+    /// Whether trying again later can help. Not if the caller broke a rule of these traits, which is an
+    /// [`Io`](Self::Io) of kind `InvalidInput`.
     #[must_use]
     pub fn is_retryable(&self) -> bool {
-        matches!(self, Self::NoSpace { .. } | Self::Io { .. })
+        match self {
+            Self::NoSpace { .. } => true,
+            Self::Io { source, .. } => source.kind() != std::io::ErrorKind::InvalidInput,
+            Self::Stale { .. } | Self::Damaged { .. } => false,
+        }
     }
 }
 
@@ -258,6 +263,10 @@ impl From<StoreError> for Error {
             StoreError::Damaged { ref what, .. } => {
                 let message = format!("what is staged at the receiver is damaged: {what}");
                 Reason::StagedDataDamaged.error(message).caused_by(error)
+            }
+            StoreError::Io { action, ref source } if source.kind() == std::io::ErrorKind::InvalidInput => {
+                let message = format!("the receiver failed to {action}: {source}");
+                Reason::Internal.error(message).caused_by(error)
             }
             StoreError::Io { action, ref source } => {
                 let message = format!("the receiver failed to {action}: {}", source.kind());

@@ -12,6 +12,11 @@ mod space;
 mod staging;
 mod sync;
 #[cfg(test)]
+#[allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "the numbers of test data are small"
+)]
 mod tests;
 mod trash;
 mod write;

@@ -121,6 +121,11 @@ impl FileStaging {
         Ok(Self { inner: Arc::new(inner) })
     }
 
+    #[cfg(test)]
+    pub(super) fn inner(&self) -> &Inner {
+        &self.inner
+    }
+
     /// Does `job` on a blocking thread. What it began goes on when the future is dropped.
     async fn run<T: Send + 'static>(
         &self,

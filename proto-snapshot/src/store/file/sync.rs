@@ -11,8 +11,10 @@ use crate::store::StoreError;
 
 use super::staging::Inner;
 
-/// From so many files and directories on, the whole file system is synced at once.
-const MANY: usize = 64;
+/// From so many files and directories on, the whole file system is synced at once. Measured on ext4 on a virtual disk, files of 4 KiB, one
+/// after the other, by eight threads, and by one `syncfs`: 64 files 311, 27 and 10 ms; 256 files 1212, 88 and 28 ms; 1000 files
+/// 4684, 249 and 82 ms. But `syncfs` also waits for what everybody else has written (once 325 ms for 8 files), so few files are not worth it.
+const MANY: usize = 256;
 
 /// Fewer are synced by this many threads: a device takes several flushes at once, and a journal commits them together.
 const THREADS: usize = 8;

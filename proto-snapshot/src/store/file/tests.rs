@@ -1,4 +1,13 @@
 //! Tests of the store as a user of the trait sees it; what can be lost worst, first.
 
 mod basic;
+mod crash;
+mod damage;
+mod install;
+mod power;
+mod random;
+mod reuse;
+mod space;
 mod support;
+
+use super::{FileSnapshotStore, FileStoreOptions};

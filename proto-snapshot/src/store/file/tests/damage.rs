@@ -1,0 +1,263 @@
+//! Flipped bits and cut files: each is harmless or reported by name, and costs what the file says and no more.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use proto_common::fence::Fence;
+
+use super::support::*;
+use crate::store::{Claim, SnapshotStore as _, Staging as _, StagingState, StoreError};
+
+fn files() -> Files {
+    vec![
+        ("a/b".to_owned(), content(1, 5000)),
+        ("c".to_owned(), content(2, 3000)),
+        ("e".to_owned(), Vec::new()),
+    ]
+}
+
+fn copy_tree(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let target = to.join(entry.file_name());
+        if entry.file_type().unwrap().is_dir() {
+            copy_tree(&entry.path(), &target);
+        } else {
+            fs::copy(entry.path(), target).unwrap();
+        }
+    }
+}
+
+/// A store with one transfer open, one sealed, one installed, and a history.
+async fn populated() -> tempfile::TempDir {
+    let dir = tempfile::tempdir_in(fast_dir()).unwrap();
+    let (store, _) = open(dir.path()).await;
+    let staging = store.stage(&plan("done", 1, &files())).await.unwrap();
+    fill(&staging, &files()).await;
+    install(&staging, &files()).await;
+    store.raise_fence(&shard(), Fence { epoch: 5, term: 6 }).await.unwrap();
+    for id in ["open", "sealed"] {
+        let staging = store.stage(&plan(id, 2, &files())).await.unwrap();
+        staging.set_claim(Claim { attempt: 3, session: [7; 16] }).await.unwrap();
+        let (one, record) = chunk(&files(), 0, 0, 2000);
+        staging.write(vec![one]).await.unwrap();
+        staging.sync(vec![record]).await.unwrap();
+        if id == "sealed" {
+            let (rest, record) = chunk(&files(), 0, 2000, 3000);
+            let (other, other_record) = chunk(&files(), 1, 0, 3000);
+            staging.write(vec![rest, other]).await.unwrap();
+            staging.sync(vec![record, other_record]).await.unwrap();
+            staging.seal(&totals(&files())).await.unwrap();
+        }
+    }
+    store.record_finished(b"one").await.unwrap();
+    store.record_finished(b"two").await.unwrap();
+    dir
+}
+
+/// What a user can see of a store.
+#[derive(Debug, PartialEq)]
+struct Seen {
+    staged: Vec<(String, StagingState, Claim, usize)>,
+    finished: Vec<Vec<u8>>,
+    shard: Option<(Fence, Option<u64>, Option<String>)>,
+    current: bool,
+    damage: Vec<String>,
+}
+
+/// Opens the store; whatever it believes of the staged bytes has to be true.
+async fn look(dir: &Path) -> Result<Seen, StoreError> {
+    let store = super::FileSnapshotStore::open(dir, options())?;
+    let recovered = store.recover().await?;
+    let mut staged = Vec::new();
+    for staging in recovered.staged {
+        for record in staging.records() {
+            let extent = record.extent;
+            let (_, expected) = chunk(&files(), extent.file, extent.offset as usize, extent.len as usize);
+            assert_eq!(record.crc, expected.crc, "a record that was never written: {record:?}");
+            assert_eq!(staging.checksum(extent).await?, record.crc);
+        }
+        assert_eq!(staging.plan().manifest, plan("x", 1, &files()).manifest);
+        let id = staging.plan().spec.transfer_id.to_string();
+        staged.push((id, staging.state(), staging.claim(), staging.records().len()));
+    }
+    staged.sort_by(|a, b| a.0.cmp(&b.0));
+    let state = store.shard(&shard()).await.ok();
+    let shard_seen = state.map(|state| {
+        (state.fence, state.high_water.map(|point| point.index), state.current.map(|id| id.to_string()))
+    });
+    let current = match store.current(&shard()).await {
+        Ok(current) => current.is_some_and(|current| tree(&current.path.unwrap()) == as_tree(&files())),
+        Err(StoreError::Damaged { .. }) => false,
+        Err(error) => return Err(error),
+    };
+    Ok(Seen { staged, finished: recovered.finished, shard: shard_seen, current, damage: recovered.damage })
+}
+
+/// Damages `file` in many ways, each in a fresh copy, and checks what the store makes of it.
+async fn damage_everywhere(file: &str, names: &str) {
+    let original = populated().await;
+    let whole = look(original.path()).await.unwrap();
+    assert_eq!((whole.staged.len(), whole.finished.len(), whole.current), (2, 2, true), "{whole:?}");
+    assert_eq!(whole.damage, Vec::<String>::new());
+    let content = fs::read(original.path().join(file)).unwrap();
+    assert!(!content.is_empty());
+    let mut variants: Vec<(String, Vec<u8>)> = Vec::new();
+    for at in 0..content.len() {
+        let mut flipped = content.clone();
+        flipped[at] ^= 1 << (at % 8);
+        variants.push((format!("bit {} of byte {at} flipped", at % 8), flipped));
+    }
+    for len in (0..content.len()).step_by(7) {
+        variants.push((format!("cut to {len} bytes"), content[..len].to_vec()));
+    }
+    variants.push(("with a byte more".to_owned(), [&content[..], b"x"].concat()));
+    variants.push(("all zeros".to_owned(), vec![0; content.len()]));
+    let mut noticed = 0;
+    for (how, bytes) in variants {
+        let copy = tempfile::tempdir_in(fast_dir()).unwrap();
+        copy_tree(original.path(), copy.path());
+        fs::write(copy.path().join(file), bytes).unwrap();
+        let seen = look(copy.path()).await.unwrap_or_else(|error| panic!("{file} {how}: {error:?}"));
+        if seen.damage.is_empty() {
+            // The log of extents may lose its last records at a record's border; they are asked for again.
+            let harmless =
+                if file.ends_with("records") || file == "history" { how.starts_with("cut") } else { false };
+            assert!(harmless || seen == whole, "{file} {how}: {seen:?}");
+            continue;
+        }
+        noticed += 1;
+        assert!(seen.damage.iter().any(|damage| damage.contains(names)), "{file} {how}: {:?}", seen.damage);
+        assert_eq!(seen.damage.len(), 1, "{file} {how}: {:?}", seen.damage);
+        // The rest is untouched.
+        let others = |seen: &Seen| {
+            seen.staged.iter().filter(|staged| !file.contains(&staged.0)).cloned().collect::<Vec<_>>()
+        };
+        assert_eq!(others(&seen), others(&whole), "{file} {how}");
+        if file != "history" {
+            assert_eq!(seen.finished, whole.finished, "{file} {how}");
+        }
+        if !file.starts_with("shards") {
+            assert_eq!((&seen.shard, seen.current), (&whole.shard, true), "{file} {how}");
+        }
+        // What was found to be damaged is dealt with: the next start is clean, but for what only a person can repair.
+        let again = look(copy.path()).await.unwrap();
+        assert!(file.starts_with("shards") || again.damage.is_empty(), "{file} {how}: {:?}", again.damage);
+    }
+    assert!(noticed * 10 > content.len() * 8, "{file}: {noticed}");
+}
+
+#[tokio::test]
+async fn damaged_meta() {
+    damage_everywhere("staging/open/meta", "staging/open").await;
+}
+
+#[tokio::test]
+async fn damaged_claim() {
+    damage_everywhere("staging/open/claim", "staging/open/claim").await;
+}
+
+#[tokio::test]
+async fn damaged_records() {
+    damage_everywhere("staging/sealed/records", "staging/sealed/records").await;
+}
+
+#[tokio::test]
+async fn damaged_seal() {
+    damage_everywhere("staging/sealed/sealed", "staging/sealed/sealed").await;
+}
+
+#[tokio::test]
+async fn damaged_manifest_of_an_installed_snapshot() {
+    damage_everywhere("shards/shard-1/done.manifest", "done.manifest").await;
+}
+
+#[tokio::test]
+async fn damaged_history() {
+    damage_everywhere("history", "history").await;
+}
+
+#[tokio::test]
+async fn damaged_current() {
+    damage_everywhere("shards/shard-1/CURRENT", "shards/shard-1/CURRENT").await;
+}
+
+#[tokio::test]
+async fn a_shard_whose_record_is_damaged_is_refused_and_loses_nothing() {
+    let dir = populated().await;
+    let path = dir.path().join("shards/shard-1/CURRENT");
+    let mut content = fs::read(&path).unwrap();
+    *content.last_mut().unwrap() ^= 1;
+    fs::write(&path, &content).unwrap();
+    let (store, recovered) = open(dir.path()).await;
+    let refused = |error: StoreError| assert!(matches!(error, StoreError::Damaged { .. }), "{error:?}");
+    refused(store.shard(&shard()).await.unwrap_err());
+    refused(store.raise_fence(&shard(), Fence { epoch: 9, term: 9 }).await.unwrap_err());
+    refused(store.stage(&plan("new", 9, &files())).await.unwrap_err());
+    let sealed = recovered.staged.iter().find(|staging| staging.plan().spec.transfer_id.as_str() == "sealed");
+    let sealed = sealed.unwrap();
+    refused(sealed.place().await.unwrap_err());
+    sealed.remove().await.unwrap();
+    assert_eq!(tree(&dir.path().join("installed/shard-1/done")), as_tree(&files()));
+    // Others go on.
+    let mut other = plan("other", 1, &files());
+    other.spec.target_shard = proto_common::ids::ShardId::new("shard-2").unwrap();
+    let staging = store.stage(&other).await.unwrap();
+    fill(&staging, &files()).await;
+    install(&staging, &files()).await;
+}
+
+#[tokio::test]
+async fn records_of_bytes_that_are_gone_are_dropped() {
+    let dir = populated().await;
+    fs::File::options()
+        .write(true)
+        .open(dir.path().join("staging/open/tree/a/b"))
+        .unwrap()
+        .set_len(100)
+        .unwrap();
+    fs::remove_file(dir.path().join("staging/sealed/tree/c")).unwrap();
+    let seen = {
+        let (_store, recovered) = open(dir.path()).await;
+        let records = |id: &str| {
+            let staging =
+                recovered.staged.iter().find(|staging| staging.plan().spec.transfer_id.as_str() == id);
+            staging.map(|staging| (staging.state(), staging.records().len())).unwrap()
+        };
+        assert_eq!(records("open"), (StagingState::Open, 0));
+        assert_eq!(records("sealed"), (StagingState::Open, 1));
+        recovered.damage
+    };
+    assert!(seen.iter().any(|damage| damage.contains("tree/a/b")), "{seen:?}");
+    assert!(seen.iter().any(|damage| damage.contains("tree/c")), "{seen:?}");
+    let (_store, recovered) = open(dir.path()).await;
+    assert_eq!(recovered.damage, Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn what_was_set_aside_is_bounded_and_holds_no_data() {
+    let dir = tempfile::tempdir_in(fast_dir()).unwrap();
+    for round in 0..20 {
+        let (store, _) = open(dir.path()).await;
+        let staging = store.stage(&plan("t", 1, &files())).await.unwrap();
+        fill(&staging, &files()).await;
+        drop((staging, store));
+        fs::write(dir.path().join("staging/t/meta"), format!("{round}")).unwrap();
+        let (_store, recovered) = open(dir.path()).await;
+        assert!(recovered.staged.is_empty());
+    }
+    let kept: Vec<PathBuf> =
+        fs::read_dir(dir.path().join("quarantine")).unwrap().map(|entry| entry.unwrap().path()).collect();
+    assert_eq!(kept.len(), 16);
+    assert!(kept.iter().all(|kept| kept.join("meta").exists() && !kept.join("tree").exists()));
+}
+
+#[tokio::test]
+async fn a_store_of_another_layout_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    drop(open(dir.path()).await);
+    fs::write(dir.path().join("FORMAT"), "node snapshot store 2\n").unwrap();
+    let error = super::FileSnapshotStore::open(dir.path(), options()).unwrap_err();
+    assert!(matches!(error, StoreError::Damaged { .. }), "{error:?}");
+}

@@ -1,0 +1,118 @@
+//! Bytes that are here already.
+
+use std::fs;
+
+use super::support::*;
+use crate::extent::{Extent, ExtentRecord};
+use crate::store::file::{FileSnapshotStore, FileStaging, FileStoreOptions};
+use crate::store::{SnapshotStore as _, Staging as _};
+use proto_common::checksum::crc64;
+
+fn files() -> Files {
+    vec![
+        ("same".to_owned(), content(1, 3_000_000)),
+        ("dir/moved".to_owned(), content(2, 5000)),
+        ("changed".to_owned(), content(3, 5000)),
+        ("empty".to_owned(), Vec::new()),
+    ]
+}
+
+fn next() -> Files {
+    let mut files = files();
+    files[1].0 = "other/place".to_owned();
+    files[2].1 = content(4, 5000);
+    files
+}
+
+async fn base(store: &FileSnapshotStore, with_digests: bool) {
+    let plan = if with_digests { plan_with_digests("base", 1, &files()) } else { plan("base", 1, &files()) };
+    let staging = store.stage(&plan).await.unwrap();
+    fill(&staging, &files()).await;
+    install(&staging, &files()).await;
+}
+
+/// Reuses what can be, fills the rest, installs; returns which files were reused.
+async fn reuse_and_install(store: &FileSnapshotStore, staging: &FileStaging, files: &Files) -> Vec<bool> {
+    let mut reused = Vec::new();
+    for (number, (_, content)) in (0_u32..).zip(files) {
+        let found = staging.reuse(number).await.unwrap();
+        reused.push(found.is_some());
+        let extent = Extent { file: number, offset: 0, len: content.len() as u64 };
+        match found {
+            Some(crc) => {
+                assert_eq!(crc, crc64(content));
+                staging.sync(vec![ExtentRecord { extent, crc }]).await.unwrap();
+            }
+            None if content.is_empty() => {}
+            None => {
+                let (chunk, record) = chunk(files, number, 0, content.len());
+                staging.write(vec![chunk]).await.unwrap();
+                staging.sync(vec![record]).await.unwrap();
+            }
+        }
+    }
+    install(staging, files).await;
+    assert_eq!(current(store).await.unwrap().1, as_tree(files));
+    reused
+}
+
+#[tokio::test]
+async fn files_are_found_by_digest_wherever_they_were() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, _) = open(dir.path()).await;
+    base(&store, true).await;
+    let staging = store.stage(&plan_with_digests("next", 2, &next())).await.unwrap();
+    assert_eq!(reuse_and_install(&store, &staging, &next()).await, [true, true, false, false]);
+    drop((staging, store));
+    // The index is made anew from what is installed.
+    let (store, _) = open(dir.path()).await;
+    let staging = store.stage(&plan_with_digests("third", 3, &next())).await.unwrap();
+    assert_eq!(reuse_and_install(&store, &staging, &next()).await, [true, true, true, false]);
+}
+
+#[tokio::test]
+async fn a_digest_that_was_not_sent_is_computed_for_a_file_of_the_same_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, _) = open(dir.path()).await;
+    base(&store, false).await;
+    let staging = store.stage(&plan_with_digests("next", 2, &next())).await.unwrap();
+    assert_eq!(reuse_and_install(&store, &staging, &next()).await, [true, false, false, false]);
+}
+
+#[tokio::test]
+async fn a_changed_source_is_not_used_and_does_no_harm() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, _) = open(dir.path()).await;
+    base(&store, true).await;
+    let installed = dir.path().join("installed/shard-1/base");
+    let mut content = fs::read(installed.join("same")).unwrap();
+    content[2_999_999] ^= 1;
+    fs::write(installed.join("same"), content).unwrap();
+    fs::remove_file(installed.join("dir/moved")).unwrap();
+    let staging = store.stage(&plan_with_digests("next", 2, &next())).await.unwrap();
+    assert_eq!(staging.reuse(0).await.unwrap(), None);
+    assert_eq!(staging.reuse(1).await.unwrap(), None);
+    assert!(!dir.path().join("staging/next/tree").exists(), "what was copied is not in the tree");
+    assert_eq!(reuse_and_install(&store, &staging, &next()).await, [false; 4]);
+}
+
+#[tokio::test]
+async fn a_store_that_does_not_reuse_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, _) = open_with(dir.path(), FileStoreOptions { reuse_installed: false, ..options() }).await;
+    base(&store, true).await;
+    let staging = store.stage(&plan_with_digests("next", 2, &next())).await.unwrap();
+    assert_eq!(reuse_and_install(&store, &staging, &next()).await, [false; 4]);
+}
+
+#[tokio::test]
+async fn a_replaced_snapshot_is_no_longer_offered() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, _) = open(dir.path()).await;
+    base(&store, true).await;
+    let other: Files = vec![("x".to_owned(), content(9, 100))];
+    let staging = store.stage(&plan_with_digests("other", 2, &other)).await.unwrap();
+    assert_eq!(reuse_and_install(&store, &staging, &other).await, [false]);
+    let staging = store.stage(&plan_with_digests("next", 3, &files())).await.unwrap();
+    assert_eq!(reuse_and_install(&store, &staging, &files()).await, [false; 4]);
+}

@@ -1,0 +1,233 @@
+//! Too little room: refused before any data moves, or failing cleanly midway and going on once there is some.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use bytes::Bytes;
+use proto_common::path::FileName;
+
+use super::support::*;
+use crate::spec::{Manifest, ManifestFile, TransferPlan};
+use crate::store::file::FileStoreOptions;
+use crate::store::{SnapshotStore as _, StagedChunk, Staging as _, StoreError};
+
+fn one(len: usize) -> Files {
+    vec![("file".to_owned(), content(len as u64, len))]
+}
+
+fn no_space(error: &StoreError) -> Option<(u64, u64)> {
+    match error {
+        StoreError::NoSpace { needed_bytes, available_bytes } => Some((*needed_bytes, *available_bytes)),
+        _ => None,
+    }
+}
+
+#[tokio::test]
+async fn the_quota_counts_what_is_promised_and_what_is_installed() {
+    let dir = tempfile::tempdir_in(fast_dir()).unwrap();
+    let limited = FileStoreOptions { capacity_bytes: Some(1_000_000), ..options() };
+    let (store, _) = open_with(dir.path(), limited.clone()).await;
+    let first = store.stage(&plan("t1", 1, &one(600_000))).await.unwrap();
+    let error = store.stage(&plan("t2", 2, &one(500_000))).await.unwrap_err();
+    assert_eq!(no_space(&error), Some((500_000, 400_000)));
+    assert!(error.is_retryable());
+    assert!(!dir.path().join("staging/t2").exists());
+    fill(&first, &one(600_000)).await;
+    install(&first, &one(600_000)).await;
+    assert!(store.stage(&plan("t2", 2, &one(500_000))).await.is_err(), "installed ones count");
+    let second = store.stage(&plan("t2", 2, &one(400_000))).await.unwrap();
+    second.remove().await.unwrap();
+    drop((first, second, store));
+
+    // The same after a restart, and with what is staged.
+    let (store, _) = open_with(dir.path(), limited.clone()).await;
+    let second = store.stage(&plan("t2", 2, &one(400_000))).await.unwrap();
+    assert!(store.stage(&plan("t3", 3, &one(1))).await.is_err());
+    drop((second, store));
+    let (store, mut recovered) = open_with(dir.path(), limited).await;
+    assert!(store.stage(&plan("t3", 3, &one(1))).await.is_err());
+    let second = recovered.staged.remove(0);
+    fill(&second, &one(400_000)).await;
+    install(&second, &one(400_000)).await;
+    // The first one was replaced.
+    store.stage(&plan("t3", 3, &one(600_000))).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_size_beyond_all_disks_is_refused() {
+    let dir = tempfile::tempdir_in(fast_dir()).unwrap();
+    let (store, _) = open(dir.path()).await;
+    let mut huge = plan("t1", 1, &one(1));
+    let file = ManifestFile { size: Some(i64::MAX as u64), ..huge.manifest.files()[0].clone() };
+    huge.manifest = Manifest::new(vec![file]).unwrap();
+    let error = store.stage(&huge).await.unwrap_err();
+    assert!(no_space(&error).is_some(), "{error:?}");
+    assert_eq!(fs::read_dir(dir.path().join("staging")).unwrap().count(), 0);
+}
+
+#[tokio::test]
+async fn min_free_bytes_are_never_promised() {
+    let dir = tempfile::tempdir_in(fast_dir()).unwrap();
+    let (store, _) =
+        open_with(dir.path(), FileStoreOptions { min_free_bytes: u64::MAX / 2, ..options() }).await;
+    let error = store.stage(&plan("t1", 1, &one(10))).await.unwrap_err();
+    assert_eq!(no_space(&error).unwrap().1, 0);
+    store.stage(&plan("t2", 2, &one(0))).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_large_file_gets_its_blocks_at_once_and_keeps_its_size() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, _) = open(dir.path()).await;
+    let files = one(8 << 20);
+    let staging = store.stage(&plan("t1", 1, &files)).await.unwrap();
+    assert_eq!(staging_outstanding(&staging), 8 << 20);
+    let (chunk, record) = chunk(&files, 0, 4096, 1000);
+    staging.write(vec![chunk]).await.unwrap();
+    let found = fs::metadata(dir.path().join("staging/t1/tree/file")).unwrap();
+    assert_eq!(found.len(), 5096);
+    if found.blocks() * 512 < 8 << 20 {
+        eprintln!("SKIPPED: this file system cannot preallocate");
+        return;
+    }
+    assert_eq!(staging_outstanding(&staging), 0);
+    staging.sync(vec![record]).await.unwrap();
+    drop((staging, store));
+    let (_store, mut recovered) = open(dir.path()).await;
+    assert_eq!(staging_outstanding(&recovered.staged.remove(0)), 0);
+}
+
+fn staging_outstanding(staging: &crate::store::file::FileStaging) -> u64 {
+    staging.inner().reservation.outstanding()
+}
+
+fn unknown(id: &str) -> TransferPlan {
+    let file = ManifestFile { name: FileName::new("dump").unwrap(), size: None, blake3: None };
+    TransferPlan { spec: spec(id, 1), manifest: Manifest::new(vec![file]).unwrap() }
+}
+
+#[tokio::test]
+async fn a_file_of_unknown_size_reserves_as_it_grows() {
+    let dir = tempfile::tempdir_in(fast_dir()).unwrap();
+    let limited = FileStoreOptions { capacity_bytes: Some(100_000), ..options() };
+    let (store, _) = open_with(dir.path(), limited.clone()).await;
+    let staging = store.stage(&unknown("t1")).await.unwrap();
+    let bytes = content(1, 150_000);
+    let at = |offset: usize, len: usize| StagedChunk {
+        file: 0,
+        offset: offset as u64,
+        payload: Bytes::copy_from_slice(&bytes[offset..offset + len]),
+    };
+    staging.write(vec![at(0, 60_000)]).await.unwrap();
+    let error = staging.write(vec![at(60_000, 60_000)]).await.unwrap_err();
+    assert_eq!(no_space(&error), Some((60_000, 40_000)));
+    staging.write(vec![at(60_000, 30_000)]).await.unwrap();
+    let files: Files = vec![("dump".to_owned(), bytes[..90_000].to_vec())];
+    let (_, record) = chunk(&files, 0, 0, 90_000);
+    staging.sync(vec![record]).await.unwrap();
+    drop((staging, store));
+    let (store, mut recovered) = open_with(dir.path(), limited).await;
+    let staging = recovered.staged.remove(0);
+    assert!(staging.write(vec![at(90_000, 20_000)]).await.is_err());
+    install(&staging, &files).await;
+    assert_eq!(current(&store).await.unwrap().1, as_tree(&files));
+    let error = store.stage(&plan("t2", 2, &one(20_000))).await.unwrap_err();
+    assert_eq!(no_space(&error), Some((20_000, 10_000)));
+}
+
+/// A file system of `len` bytes in memory; `None` where mounting is not permitted.
+struct Small(PathBuf);
+
+impl Small {
+    fn new(at: &Path, len: usize) -> Option<Self> {
+        fs::create_dir_all(at).unwrap();
+        let size = format!("size={len}");
+        let mount = Command::new("mount").args(["-t", "tmpfs", "-o", &size, "tmpfs"]).arg(at).output();
+        if mount.is_ok_and(|output| output.status.success()) {
+            return Some(Self(at.to_owned()));
+        }
+        eprintln!("SKIPPED: no right to mount a file system: a full disk is not tested");
+        None
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).output();
+    }
+}
+
+#[tokio::test]
+async fn a_disk_that_fills_up_midway_fails_cleanly_and_the_transfer_goes_on_when_there_is_room() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(small) = Small::new(&dir.path().join("small"), 2 << 20) else { return };
+    let (store, _) = open(&small.0.join("store")).await;
+    let error = store.stage(&plan("t0", 1, &one(4 << 20))).await.unwrap_err();
+    assert!(
+        no_space(&error).is_some_and(|(needed, available)| needed > available && available > 0),
+        "{error:?}"
+    );
+
+    let files: Files = (0..12).map(|n| (format!("f{n}"), content(n, 100_000))).collect();
+    let staging = store.stage(&plan("t1", 1, &files)).await.unwrap();
+    // Somebody else takes the room that was promised.
+    let hog = small.0.join("hog");
+    fs::write(&hog, vec![1; 1_300_000]).unwrap();
+    let mut done = 0;
+    let error = loop {
+        let (chunk, record) = chunk(&files, done, 0, 100_000);
+        match staging.write(vec![chunk]).await {
+            Ok(()) => staging.sync(vec![record]).await.unwrap(),
+            Err(error) => break error,
+        }
+        done += 1;
+    };
+    assert!(no_space(&error).is_some(), "{error:?}");
+    assert!(done > 0 && done < 12);
+    fs::remove_file(&hog).unwrap();
+    for file in done..12 {
+        let (chunk, record) = chunk(&files, file, 0, 100_000);
+        staging.write(vec![chunk]).await.unwrap();
+        staging.sync(vec![record]).await.unwrap();
+    }
+    install(&staging, &files).await;
+    assert_eq!(current(&store).await.unwrap().1, as_tree(&files));
+}
+
+/// The log of extents needs room as well; a sync that fails for lack of it works again later, in the same process.
+#[tokio::test]
+async fn records_that_did_not_fit_are_written_later() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(small) = Small::new(&dir.path().join("small"), 1 << 20) else { return };
+    let root = small.0.join("store");
+    let (store, _) = open(&root).await;
+    let files: Files = vec![("f".to_owned(), content(1, 400_000))];
+    let staging = store.stage(&plan("t1", 1, &files)).await.unwrap();
+    let (data, _) = chunk(&files, 0, 0, 400_000);
+    staging.write(vec![data]).await.unwrap();
+    let hog = small.0.join("hog");
+    let mut len = 1 << 20;
+    while len > 0 {
+        // All that is left, page by page at the end.
+        if std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&hog)
+            .and_then(|mut file| std::io::Write::write_all(&mut file, &vec![1; len]))
+            .is_err()
+        {
+            len /= 2;
+        }
+    }
+    let records: Vec<_> = (0..4000).map(|n| chunk(&files, 0, n * 100, 100).1).collect();
+    let error = staging.sync(records.clone()).await.unwrap_err();
+    assert!(no_space(&error).is_some(), "{error:?}");
+    fs::remove_file(&hog).unwrap();
+    staging.sync(records).await.unwrap();
+    drop((staging, store));
+    let (_store, mut recovered) = open(&root).await;
+    assert_eq!(recovered.damage, Vec::<String>::new());
+    assert_eq!(recovered.staged.remove(0).records(), [chunk(&files, 0, 0, 400_000).1]);
+}
