@@ -1,11 +1,9 @@
 //! Why the service refuses: the error table of `snapshot.proto`, typed.
 
-use std::time::Duration;
-
 use proto_common::error::{Code, Error};
 
 macro_rules! reasons {
-    ($($(#[$doc:meta])* $name:ident = $text:literal, $code:ident $(, $retry:ident)?;)+) => {
+    ($($(#[$doc:meta])* $name:ident = $text:literal, $code:ident;)+) => {
         /// A row of the error table in `snapshot.proto`.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
         #[non_exhaustive]
@@ -16,14 +14,6 @@ macro_rules! reasons {
         impl Reason {
             /// All reasons, in the order of the table.
             pub const ALL: &[Self] = &[$(Self::$name),+];
-
-            /// Whether trying again can help: errors of this reason carry `RetryInfo`.
-            #[must_use]
-            pub fn hints_retry(self) -> bool {
-                match self {
-                    $(Self::$name => false $(|| stringify!($retry) == "retry")?,)+
-                }
-            }
 
             /// The reason named `text` in an error, if this version knows it.
             #[must_use]
@@ -52,9 +42,7 @@ macro_rules! reasons {
 }
 
 reasons! {
-    /// An ID is not valid.
-    InvalidId = "INVALID_ID", InvalidArgument;
-    /// Another field is not valid.
+    /// An ID, fixed-length or enum field is not valid.
     InvalidField = "INVALID_FIELD", InvalidArgument;
     /// A slot range is empty or beyond 16384.
     InvalidSlotRange = "INVALID_SLOT_RANGE", InvalidArgument;
@@ -87,7 +75,7 @@ reasons! {
     /// More bytes than credit was given for.
     CreditExceeded = "CREDIT_EXCEEDED", InvalidArgument;
     /// Payload and checksum differ.
-    ChunkChecksumMismatch = "CHUNK_CHECKSUM_MISMATCH", DataLoss, retry;
+    ChunkChecksumMismatch = "CHUNK_CHECKSUM_MISMATCH", DataLoss;
     /// `End` while extents are missing.
     MissingExtents = "MISSING_EXTENTS", FailedPrecondition;
     /// Totals differ from what arrived.
@@ -95,9 +83,9 @@ reasons! {
     /// A whole-file checksum differs from what was stored.
     FileChecksumMismatch = "FILE_CHECKSUM_MISMATCH", DataLoss;
     /// Stored data no longer matches its record.
-    StagedDataDamaged = "STAGED_DATA_DAMAGED", DataLoss, retry;
+    StagedDataDamaged = "STAGED_DATA_DAMAGED", DataLoss;
     /// The stream was closed without `End`.
-    StreamEndedEarly = "STREAM_ENDED_EARLY", Aborted, retry;
+    StreamEndedEarly = "STREAM_ENDED_EARLY", Aborted;
     /// Same ID, other specification.
     SpecificationMismatch = "SPECIFICATION_MISMATCH", AlreadyExists;
     /// The fence is lower than the persisted one.
@@ -107,15 +95,15 @@ reasons! {
     /// Another sender claimed this ID.
     Superseded = "SUPERSEDED", FailedPrecondition;
     /// A lane without a control stream.
-    NoSuchAttempt = "NO_SUCH_ATTEMPT", FailedPrecondition, retry;
+    NoSuchAttempt = "NO_SUCH_ATTEMPT", FailedPrecondition;
     /// Slots of the range are held by another task.
-    RangeBusy = "RANGE_BUSY", Aborted, retry;
+    RangeBusy = "RANGE_BUSY", Aborted;
     /// No free place for one more transfer.
-    TooManyTransfers = "TOO_MANY_TRANSFERS", ResourceExhausted, retry;
+    TooManyTransfers = "TOO_MANY_TRANSFERS", ResourceExhausted;
     /// The snapshot does not fit on the disk.
-    InsufficientDisk = "INSUFFICIENT_DISK", ResourceExhausted, retry;
+    InsufficientDisk = "INSUFFICIENT_DISK", ResourceExhausted;
     /// No free place for one more watcher.
-    TooManyWatchers = "TOO_MANY_WATCHERS", ResourceExhausted, retry;
+    TooManyWatchers = "TOO_MANY_WATCHERS", ResourceExhausted;
     /// The transfer was cancelled.
     TransferCancelled = "TRANSFER_CANCELLED", Cancelled;
     /// A cancel came at INSTALLING or later.
@@ -123,32 +111,28 @@ reasons! {
     /// The store's owner refused the snapshot for good.
     InstallRefused = "INSTALL_REFUSED", FailedPrecondition;
     /// Nothing arrived for the idle timeout.
-    IdleTimeout = "IDLE_TIMEOUT", DeadlineExceeded, retry;
+    IdleTimeout = "IDLE_TIMEOUT", DeadlineExceeded;
     /// No such transfer.
     TransferNotFound = "TRANSFER_NOT_FOUND", NotFound;
     /// Reading or writing the staging area failed.
-    StorageFailed = "STORAGE_FAILED", Unavailable, retry;
+    StorageFailed = "STORAGE_FAILED", Unavailable;
     /// The node is going away.
-    ShuttingDown = "SHUTTING_DOWN", Unavailable, retry;
+    ShuttingDown = "SHUTTING_DOWN", Unavailable;
     /// A bug.
     Internal = "INTERNAL", Internal;
 }
 
-/// What a caller is told to wait where nothing better is known.
-const RETRY_AFTER: Duration = Duration::from_millis(100);
-
 impl Reason {
-    /// An error for this reason; with `RetryInfo` where trying again can help.
+    /// An error for this reason.
     #[must_use]
     pub fn error(self, message: impl Into<String>) -> Error {
-        let error = Error::new(self, message);
-        if self.hints_retry() { error.retry_after(RETRY_AFTER) } else { error }
+        Error::new(self, message)
     }
 
     /// An error that blames the field `path`.
     #[must_use]
     pub fn field(self, path: &str, description: impl Into<String>) -> Error {
         let description = description.into();
-        self.error(format!("{path}: {description}")).violation(path, description)
+        Error::new(self, format!("{path}: {description}")).violation(path, description)
     }
 }

@@ -88,7 +88,7 @@ impl TransferSpec {
     ///
     /// # Errors
     ///
-    /// `INVALID_ID`, `INVALID_FIELD` or `INVALID_SLOT_RANGE`, with the path of the field.
+    /// `INVALID_FIELD` or `INVALID_SLOT_RANGE`, with the path of the field.
     pub fn from_header(header: &request::Header) -> Result<Self, Error> {
         let slots =
             header.slots.ok_or_else(|| Reason::InvalidSlotRange.field("header.slots", "must be set"))?;
@@ -146,7 +146,7 @@ pub(crate) fn id<T, E: std::fmt::Display>(
     value: &str,
     parse: impl FnOnce(&str) -> Result<T, E>,
 ) -> Result<T, Error> {
-    parse(value).map_err(|error| Reason::InvalidId.field(path, error.to_string()))
+    parse(value).map_err(|error| Reason::InvalidField.field(path, error.to_string()))
 }
 
 impl Manifest {

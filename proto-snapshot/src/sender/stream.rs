@@ -107,9 +107,11 @@ impl Inbound {
     }
 
     async fn next(&mut self) -> Result<Option<Answer>, Error> {
-        let answer = tokio::time::timeout(self.idle, self.answers.message())
-            .await
-            .map_err(|_| Reason::IdleTimeout.error(format!("the receiver was silent for {:?}", self.idle)))?;
+        let answer = tokio::time::timeout(self.idle, self.answers.message()).await.map_err(|_| {
+            Reason::IdleTimeout
+                .error(format!("the receiver was silent for {:?}", self.idle))
+                .retry_after(Duration::from_millis(100))
+        })?;
         match answer? {
             None => Ok(None),
             Some(TransferSplitSnapshotResponse { frame: Some(frame) }) => Ok(Some(frame)),

@@ -1,0 +1,148 @@
+//! The command line.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::common::{NodeId, SlotRange};
+use crate::resp::Limits;
+use crate::serve::{Peer, ServeOptions};
+use crate::store::{NodeAddresses, StoreOptions};
+
+/// A key-value store that speaks the Redis protocol, one slot range per node, and moves slots to other nodes.
+#[derive(Debug, Parser)]
+#[command(version, propagate_version = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Serve one node until SIGINT or SIGTERM.
+    Serve(ServeArgs),
+}
+
+/// Of `node serve`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  One node that owns everything:
+    node serve --id n1 --data data/n1 --grpc 127.0.0.1:7101 --resp 127.0.0.1:7001 --slots 0-16383
+    redis-cli -p 7001 set greeting hello
+
+  A second one without slots, which knows the first:
+    node serve --id n2 --data data/n2 --grpc 127.0.0.1:7102 --resp 127.0.0.1:7002 --slots none \\
+      --peer n1=127.0.0.1:7101,127.0.0.1:7001,0-16383
+
+When it serves it prints one line, with the ports that it has (port 0 takes any free one):
+    ready id=n1 grpc=127.0.0.1:7101 resp=127.0.0.1:7001
+Logs go to stderr; RUST_LOG=debug shows more.")]
+pub struct ServeArgs {
+    /// The node's id: letters, digits, '.', '_' and '-'.
+    #[arg(long)]
+    id: NodeId,
+    /// Its data directory; made if it is not there.
+    #[arg(long, value_name = "DIR")]
+    data: PathBuf,
+    /// Where the gRPC services listen.
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7101")]
+    grpc: SocketAddr,
+    /// Where the Redis port listens.
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7001")]
+    resp: SocketAddr,
+    /// Slots that the node owns when its data directory is made, like 0-8191 or 0-99,200 or none.
+    /// An existing directory keeps what it has: saying again what it was made with, or what it has now, is fine, anything else is refused.
+    #[arg(long, value_name = "SLOTS", value_parser = parse_slots)]
+    slots: Option<Slots>,
+    /// Another node: ID=GRPC,RESP or ID=GRPC,RESP,SLOTS, with the slots that it owns when this
+    /// node's data directory is made. Can be given many times.
+    #[arg(long, value_name = "PEER", value_parser = parse_peer)]
+    peer: Vec<Peer>,
+    /// Memory for the database's cache, in MiB.
+    #[arg(long, value_name = "MIB", default_value_t = 256)]
+    cache_mib: usize,
+    /// The largest request that is taken, in MiB.
+    #[arg(long, value_name = "MIB", default_value_t = 64, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..=512))]
+    max_request_mib: usize,
+    /// Connections to the Redis port.
+    #[arg(long, value_name = "N", default_value_t = 10_000)]
+    max_clients: usize,
+}
+
+/// Slots of the command line.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Slots(Vec<SlotRange>);
+
+fn parse_slots(text: &str) -> Result<Slots, String> {
+    if text == "none" {
+        return Ok(Slots(Vec::new()));
+    }
+    text.split(',')
+        .map(|range| range.parse().map_err(|error| format!("{range:?}: {error}; write 0-16383, 5 or none")))
+        .collect::<Result<_, _>>()
+        .map(Slots)
+}
+
+fn parse_peer(text: &str) -> Result<Peer, String> {
+    let wanted = || format!("{text:?} is not ID=GRPC,RESP or ID=GRPC,RESP,SLOTS");
+    let (id, rest) = text.split_once('=').ok_or_else(wanted)?;
+    let mut rest = rest.splitn(3, ',');
+    let (grpc, resp) = rest.next().zip(rest.next()).ok_or_else(wanted)?;
+    for address in [grpc, resp] {
+        let port = address.rsplit_once(':').map(|(_, port)| port.parse::<u16>());
+        if !matches!(port, Some(Ok(_))) {
+            return Err(format!("{address:?} is not HOST:PORT"));
+        }
+    }
+    Ok(Peer {
+        id: NodeId::new(id).map_err(|error| error.to_string())?,
+        addresses: NodeAddresses { grpc: grpc.into(), resp: resp.into() },
+        slots: rest.next().map(parse_slots).transpose()?.map(|slots| slots.0).unwrap_or_default(),
+    })
+}
+
+impl From<ServeArgs> for ServeOptions {
+    fn from(args: ServeArgs) -> Self {
+        let ServeArgs { id, data, grpc, resp, slots, peer, cache_mib, max_request_mib, max_clients } = args;
+        Self {
+            id,
+            data,
+            grpc,
+            resp,
+            slots: slots.map(|slots| slots.0),
+            peers: peer,
+            store: StoreOptions { cache_bytes: cache_mib.saturating_mul(1 << 20) },
+            limits: Limits { request_bytes: max_request_mib.saturating_mul(1 << 20), ..Limits::default() },
+            max_clients,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn slots_and_peers() {
+        assert_eq!(parse_slots("none"), Ok(Slots(vec![])));
+        assert_eq!(parse_slots("0-99,200").unwrap().0.len(), 2);
+        assert!(parse_slots("5-3").is_err());
+        let peer = parse_peer("n2=127.0.0.1:7102,127.0.0.1:7002,0-5,9").unwrap();
+        assert_eq!((peer.id.as_str(), peer.slots.len()), ("n2", 2));
+        assert!(parse_peer("n2=127.0.0.1:7102,[::1]:7002").unwrap().slots.is_empty());
+        for wrong in ["n2", "n2=a:1", "n2=a,b", "=a:1,b:1", "n2=a:1,b:x"] {
+            assert!(parse_peer(wrong).is_err(), "{wrong}");
+        }
+    }
+}

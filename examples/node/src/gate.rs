@@ -1,0 +1,444 @@
+//! The gate that every request passes: whose a slot is, and whether requests to it have to wait.
+//!
+//! While slots change hands, requests to them are held, not refused. A hold first stops newcomers, then
+//! waits until the requests that were let in before are done; so when [`Gate::hold`] returns, nothing that
+//! it stops is under way, and nothing will be until the [`GateHold`] is dropped.
+
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
+
+use tokio::sync::Notify;
+
+use crate::common::{NodeId, SLOT_COUNT, SlotRange};
+use crate::store::Ownership;
+
+/// What a request does to its slot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Reads.
+    Read,
+    /// Writes, perhaps after reading.
+    Write,
+}
+
+/// What a hold stops.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum HoldMode {
+    /// Writes wait, reads go on.
+    Writes,
+    /// Reads and writes wait.
+    All,
+}
+
+/// What the gate says to a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// Go on.
+    Pass,
+    /// The slot is held: [wait](Gate::wait), then ask again.
+    Held,
+    /// Another node owns the slot.
+    Moved,
+    /// Nobody owns the slot.
+    Unowned,
+}
+
+/// Too many requests wait already.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("too many requests wait for slots that change hands")]
+pub struct TooManyWaiting;
+
+/// See the [module](self). Clones are the same gate.
+#[derive(Debug, Clone)]
+pub struct Gate {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    me: NodeId,
+    state: RwLock<State>,
+    reads: Box<[AtomicU32]>,
+    writes: Box<[AtomicU32]>,
+    /// The state changed: waiting requests ask again.
+    changed: Notify,
+    /// A request ended while somebody drains.
+    ended: Notify,
+    draining: AtomicUsize,
+    waiting: AtomicUsize,
+    max_waiting: usize,
+}
+
+#[derive(Debug)]
+struct State {
+    ownership: Arc<Ownership>,
+    /// The same by slot, since every request asks.
+    owners: Box<[Owner]>,
+    holds: Vec<(u64, SlotRange, HoldMode)>,
+    held: Box<[Option<HoldMode>]>,
+    next_hold: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Owner {
+    Me,
+    Other,
+    Nobody,
+}
+
+impl Gate {
+    /// The gate of node `me`. At most `max_waiting` requests wait for held slots.
+    #[must_use]
+    pub fn new(me: NodeId, ownership: Ownership, max_waiting: usize) -> Self {
+        let slots = usize::from(SLOT_COUNT);
+        let counters = || (0..slots).map(|_| AtomicU32::new(0)).collect();
+        let owners = owners(&me, &ownership);
+        Self {
+            shared: Arc::new(Shared {
+                me,
+                state: RwLock::new(State {
+                    ownership: Arc::new(ownership),
+                    owners,
+                    holds: Vec::new(),
+                    held: vec![None; slots].into(),
+                    next_hold: 0,
+                }),
+                reads: counters(),
+                writes: counters(),
+                changed: Notify::new(),
+                ended: Notify::new(),
+                draining: AtomicUsize::new(0),
+                waiting: AtomicUsize::new(0),
+                max_waiting,
+            }),
+        }
+    }
+
+    /// The picture of who owns what.
+    #[must_use]
+    pub fn ownership(&self) -> Arc<Ownership> {
+        Arc::clone(&self.shared.read().ownership)
+    }
+
+    /// Replaces the picture of who owns what. Call it after the change is durable.
+    pub fn set_ownership(&self, ownership: Ownership) {
+        let owners = owners(&self.shared.me, &ownership);
+        let mut state = self.shared.write();
+        state.owners = owners;
+        state.ownership = Arc::new(ownership);
+        drop(state);
+        self.shared.changed.notify_waiters();
+    }
+
+    /// Permits of no slots yet, to [enter](Permits::enter) with.
+    #[must_use]
+    pub fn permits(&self, access: Access) -> Permits {
+        Permits { shared: Arc::clone(&self.shared), access, slots: Vec::new() }
+    }
+
+    /// What the gate says to `access` at this moment, without letting anything in.
+    #[must_use]
+    pub fn verdict(&self, slot: u16, access: Access) -> Verdict {
+        self.shared.read().verdict(slot, access)
+    }
+
+    /// Waits until the slot is not held for `access`, and says whether it may pass. It may be held again
+    /// when the caller enters.
+    ///
+    /// Cancel safe: dropping the future gives up the place.
+    ///
+    /// # Errors
+    ///
+    /// [`TooManyWaiting`] at once.
+    pub async fn wait(&self, slot: u16, access: Access) -> Result<Verdict, TooManyWaiting> {
+        let waiting = self.shared.waiting.fetch_add(1, Ordering::Relaxed);
+        let _place = Place(&self.shared.waiting);
+        if waiting >= self.shared.max_waiting {
+            return Err(TooManyWaiting);
+        }
+        loop {
+            let changed = self.shared.changed.notified();
+            tokio::pin!(changed);
+            // Registered before looking, so that no change between looking and waiting is missed.
+            changed.as_mut().enable();
+            match self.verdict(slot, access) {
+                Verdict::Held => changed.await,
+                verdict => return Ok(verdict),
+            }
+        }
+    }
+
+    /// How many requests wait.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.shared.waiting.load(Ordering::Relaxed)
+    }
+
+    /// Holds `range` and returns once everything that the hold stops has drained. Holds may overlap; the
+    /// stricter one counts.
+    ///
+    /// Cancel safe: dropping the future releases the hold.
+    pub async fn hold(&self, range: SlotRange, mode: HoldMode) -> GateHold {
+        let hold = self.hold_undrained(range, mode);
+        self.shared.draining.fetch_add(1, Ordering::SeqCst);
+        let _draining = Place(&self.shared.draining);
+        loop {
+            let ended = self.shared.ended.notified();
+            tokio::pin!(ended);
+            ended.as_mut().enable();
+            if self.shared.is_drained(range, mode) {
+                return hold;
+            }
+            ended.await;
+        }
+    }
+
+    /// [`Gate::hold`] where nothing can be under way yet: before a node serves.
+    pub fn hold_undrained(&self, range: SlotRange, mode: HoldMode) -> GateHold {
+        let mut state = self.shared.write();
+        let id = state.next_hold;
+        state.next_hold += 1;
+        state.holds.push((id, range, mode));
+        state.spread();
+        GateHold { shared: Arc::clone(&self.shared), id, range }
+    }
+}
+
+fn owners(me: &NodeId, ownership: &Ownership) -> Box<[Owner]> {
+    let mut owners = vec![Owner::Nobody; usize::from(SLOT_COUNT)];
+    for claim in ownership.claims() {
+        let owner = if claim.owner == *me { Owner::Me } else { Owner::Other };
+        owners[usize::from(claim.range.start())..usize::from(claim.range.end())].fill(owner);
+    }
+    owners.into()
+}
+
+impl State {
+    fn verdict(&self, slot: u16, access: Access) -> Verdict {
+        let slot = usize::from(slot);
+        match (self.held[slot], access) {
+            (Some(HoldMode::All), _) | (Some(HoldMode::Writes), Access::Write) => return Verdict::Held,
+            _ => {}
+        }
+        match self.owners[slot] {
+            Owner::Me => Verdict::Pass,
+            Owner::Other => Verdict::Moved,
+            Owner::Nobody => Verdict::Unowned,
+        }
+    }
+
+    fn spread(&mut self) {
+        self.held.fill(None);
+        for &(_, range, mode) in &self.holds {
+            for held in &mut self.held[usize::from(range.start())..usize::from(range.end())] {
+                *held = (*held).max(Some(mode));
+            }
+        }
+    }
+}
+
+// A poisoned lock means that a panic happened between two statements that leave the state whole.
+impl Shared {
+    fn read(&self) -> std::sync::RwLockReadGuard<'_, State> {
+        self.state.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> std::sync::RwLockWriteGuard<'_, State> {
+        self.state.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn counters(&self, access: Access) -> &[AtomicU32] {
+        match access {
+            Access::Read => &self.reads,
+            Access::Write => &self.writes,
+        }
+    }
+
+    fn is_drained(&self, range: SlotRange, mode: HoldMode) -> bool {
+        let slots = usize::from(range.start())..usize::from(range.end());
+        let idle =
+            |counters: &[AtomicU32]| counters[slots.clone()].iter().all(|n| n.load(Ordering::SeqCst) == 0);
+        idle(&self.writes) && (mode == HoldMode::Writes || idle(&self.reads))
+    }
+}
+
+struct Place<'a>(&'a AtomicUsize);
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// Requests of one connection that were let in. Dropping it says that they are done.
+#[derive(Debug)]
+pub struct Permits {
+    shared: Arc<Shared>,
+    access: Access,
+    slots: Vec<u16>,
+}
+
+impl Permits {
+    /// Lets one more request in, if the slot is this node's and not held.
+    pub fn enter(&mut self, slot: u16) -> Verdict {
+        // Counted under the lock: a hold that comes later sees the count when it has the lock.
+        let state = self.shared.read();
+        let verdict = state.verdict(slot, self.access);
+        if verdict == Verdict::Pass {
+            self.shared.counters(self.access)[usize::from(slot)].fetch_add(1, Ordering::SeqCst);
+            self.slots.push(slot);
+        }
+        verdict
+    }
+}
+
+impl Drop for Permits {
+    fn drop(&mut self) {
+        let counters = self.shared.counters(self.access);
+        for &slot in &self.slots {
+            counters[usize::from(slot)].fetch_sub(1, Ordering::SeqCst);
+        }
+        if self.shared.draining.load(Ordering::SeqCst) > 0 {
+            self.shared.ended.notify_waiters();
+        }
+    }
+}
+
+/// Slots are held as long as this lives.
+#[derive(Debug)]
+#[must_use = "dropping it lets the requests through"]
+pub struct GateHold {
+    shared: Arc<Shared>,
+    id: u64,
+    range: SlotRange,
+}
+
+impl GateHold {
+    /// The held slots.
+    #[must_use]
+    pub fn range(&self) -> SlotRange {
+        self.range
+    }
+}
+
+impl Drop for GateHold {
+    fn drop(&mut self) {
+        let mut state = self.shared.write();
+        state.holds.retain(|(id, _, _)| *id != self.id);
+        state.spread();
+        drop(state);
+        self.shared.changed.notify_waiters();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::store::Claim;
+
+    fn gate(max_waiting: usize) -> Gate {
+        let me = NodeId::new("n1").unwrap();
+        let mut ownership = Ownership::default();
+        ownership.adopt(&Claim { range: "0-99".parse().unwrap(), owner: me.clone(), epoch: 1 });
+        ownership.adopt(&Claim {
+            range: "100-199".parse().unwrap(),
+            owner: NodeId::new("n2").unwrap(),
+            epoch: 1,
+        });
+        Gate::new(me, ownership, max_waiting)
+    }
+
+    fn range(text: &str) -> SlotRange {
+        text.parse().unwrap()
+    }
+
+    #[tokio::test]
+    async fn says_whose_a_slot_is() {
+        let gate = gate(1);
+        assert_eq!(gate.verdict(99, Access::Write), Verdict::Pass);
+        assert_eq!(gate.verdict(100, Access::Read), Verdict::Moved);
+        assert_eq!(gate.verdict(200, Access::Read), Verdict::Unowned);
+    }
+
+    #[tokio::test]
+    async fn a_hold_on_writes_stops_writes_of_its_slots_only() {
+        let gate = gate(1);
+        let hold = gate.hold(range("50-99"), HoldMode::Writes).await;
+        assert_eq!(gate.verdict(50, Access::Write), Verdict::Held);
+        assert_eq!(gate.verdict(50, Access::Read), Verdict::Pass);
+        assert_eq!(gate.verdict(49, Access::Write), Verdict::Pass);
+        drop(hold);
+        assert_eq!(gate.verdict(50, Access::Write), Verdict::Pass);
+    }
+
+    #[tokio::test]
+    async fn a_hold_waits_for_what_was_let_in() {
+        let gate = gate(1);
+        let mut permits = gate.permits(Access::Write);
+        assert_eq!(permits.enter(60), Verdict::Pass);
+        let mut holding = Box::pin(gate.hold(range("50-99"), HoldMode::Writes));
+        tokio::time::timeout(Duration::from_millis(30), &mut holding).await.unwrap_err();
+        assert_eq!(gate.verdict(60, Access::Write), Verdict::Held, "newcomers are stopped at once");
+        drop(permits);
+        let _hold = holding.await;
+    }
+
+    #[tokio::test]
+    async fn reads_drain_only_for_a_hold_on_all() {
+        let gate = gate(1);
+        let mut permits = gate.permits(Access::Read);
+        assert_eq!(permits.enter(60), Verdict::Pass);
+        drop(gate.hold(range("50-99"), HoldMode::Writes).await);
+        let mut holding = Box::pin(gate.hold(range("50-99"), HoldMode::All));
+        tokio::time::timeout(Duration::from_millis(30), &mut holding).await.unwrap_err();
+        drop(permits);
+        let _hold = holding.await;
+        assert_eq!(gate.verdict(60, Access::Read), Verdict::Held);
+    }
+
+    #[tokio::test]
+    async fn a_dropped_hold_in_waiting_is_released() {
+        let gate = gate(1);
+        let mut permits = gate.permits(Access::Write);
+        permits.enter(60);
+        let holding = gate.hold(range("50-99"), HoldMode::Writes);
+        tokio::time::timeout(Duration::from_millis(30), holding).await.unwrap_err();
+        assert_eq!(gate.verdict(60, Access::Write), Verdict::Pass);
+    }
+
+    #[tokio::test]
+    async fn waiting_requests_go_on_with_the_new_owner() {
+        let gate = gate(1);
+        let hold = gate.hold(range("0-99"), HoldMode::Writes).await;
+        let waiter = tokio::spawn({
+            let gate = gate.clone();
+            async move { gate.wait(7, Access::Write).await }
+        });
+        while gate.waiting() == 0 {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(gate.wait(7, Access::Write).await, Err(TooManyWaiting), "only one may wait");
+        let mut ownership = Ownership::clone(&gate.ownership());
+        ownership.adopt(&Claim { range: range("0-99"), owner: NodeId::new("n2").unwrap(), epoch: 2 });
+        gate.set_ownership(ownership);
+        assert!(!waiter.is_finished());
+        drop(hold);
+        assert_eq!(waiter.await.unwrap(), Ok(Verdict::Moved));
+        assert_eq!(gate.waiting(), 0);
+    }
+
+    #[tokio::test]
+    async fn the_stricter_of_two_holds_counts() {
+        let gate = gate(1);
+        let all = gate.hold(range("10-19"), HoldMode::All).await;
+        let writes = gate.hold(range("0-99"), HoldMode::Writes).await;
+        assert_eq!(gate.verdict(15, Access::Read), Verdict::Held);
+        drop(all);
+        assert_eq!(gate.verdict(15, Access::Read), Verdict::Pass);
+        assert_eq!(gate.verdict(15, Access::Write), Verdict::Held);
+        drop(writes);
+        assert_eq!(gate.verdict(15, Access::Write), Verdict::Pass);
+    }
+}

@@ -1,0 +1,20 @@
+//! A full node: a key-value store on an embedded database that speaks the Redis protocol, with the
+//! node-to-node services beside it.
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`store`] | the database: rows by slot, group commit, expiry, ownership, export and import |
+//! | [`gate`] | whose a slot is, and which requests have to wait |
+//! | [`node`] | both together: what a split is made of |
+//! | [`resp`] | the Redis port |
+//! | [`grpc`] | the gRPC port |
+//! | [`serve`], [`cli`] | `node serve` |
+
+pub mod cli;
+pub mod common;
+pub mod gate;
+pub mod grpc;
+pub mod node;
+pub mod resp;
+pub mod serve;
+pub mod store;

@@ -1,0 +1,218 @@
+//! A node: its database, the gate in front of it, and what it knows of other nodes.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Instant;
+
+use crate::common::{NodeId, SlotRange};
+use crate::gate::{Gate, GateHold, HoldMode};
+use crate::store::{
+    Claim, ExportSummary, Identity, Init, NodeAddresses, Store, StoreError, StoreOptions, unix_ms,
+};
+
+/// Requests that may wait for slots that change hands; more get `TRYAGAIN`.
+pub const MAX_WAITING: usize = 10_000;
+
+/// See the [module](self). Clones are the same node.
+#[derive(Debug, Clone)]
+pub struct Node {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    id: NodeId,
+    store_id: [u8; 16],
+    store: Store,
+    gate: Gate,
+    nodes: RwLock<BTreeMap<NodeId, NodeAddresses>>,
+    /// Changes of ownership, one after the other: what is durable and the gate must not overtake each other.
+    changing: tokio::sync::Mutex<()>,
+    started: Instant,
+    incarnation: u64,
+}
+
+impl Node {
+    /// Opens the node's data directory. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// See [`Store::open`].
+    pub fn open(directory: &Path, init: &Init, options: &StoreOptions) -> Result<Self, StoreError> {
+        let (store, identity) = Store::open(directory, init, options)?;
+        let Identity { node: id, store_id, ownership, fresh: _ } = identity;
+        let nodes = RwLock::new(store.nodes()?);
+        let gate = Gate::new(id.clone(), ownership, MAX_WAITING);
+        let inner = Inner {
+            id,
+            store_id,
+            store,
+            gate,
+            nodes,
+            changing: tokio::sync::Mutex::new(()),
+            started: Instant::now(),
+            incarnation: unix_ms(),
+        };
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// The node's id.
+    #[must_use]
+    pub fn id(&self) -> &NodeId {
+        &self.inner.id
+    }
+
+    /// 16 random bytes made with the data directory.
+    #[must_use]
+    pub fn store_id(&self) -> [u8; 16] {
+        self.inner.store_id
+    }
+
+    /// Rises with each start: the time of it, in milliseconds since the Unix epoch.
+    #[must_use]
+    pub fn incarnation(&self) -> u64 {
+        self.inner.incarnation
+    }
+
+    /// When it was opened.
+    #[must_use]
+    pub fn started(&self) -> Instant {
+        self.inner.started
+    }
+
+    /// The database.
+    #[must_use]
+    pub fn store(&self) -> &Store {
+        &self.inner.store
+    }
+
+    /// The gate that requests pass.
+    #[must_use]
+    pub fn gate(&self) -> &Gate {
+        &self.inner.gate
+    }
+
+    /// Where `node` can be reached, if that is known.
+    #[must_use]
+    pub fn addresses(&self, node: &NodeId) -> Option<NodeAddresses> {
+        self.inner.nodes.read().unwrap_or_else(PoisonError::into_inner).get(node).cloned()
+    }
+
+    /// All nodes that are known, this one included.
+    #[must_use]
+    pub fn nodes(&self) -> BTreeMap<NodeId, NodeAddresses> {
+        self.inner.nodes.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Remembers where nodes can be reached, durably.
+    ///
+    /// # Errors
+    ///
+    /// Nothing was changed.
+    pub async fn put_nodes(&self, nodes: BTreeMap<NodeId, NodeAddresses>) -> Result<(), StoreError> {
+        self.inner.store.put_nodes(nodes.clone()).await?;
+        self.inner.nodes.write().unwrap_or_else(PoisonError::into_inner).extend(nodes);
+        Ok(())
+    }
+
+    /// The slots that this node owns.
+    #[must_use]
+    pub fn own_ranges(&self) -> Vec<SlotRange> {
+        self.inner.gate.ownership().ranges_of(&self.inner.id).collect()
+    }
+
+    /// How many keys this node serves. Expired ones count until they are deleted, as in Redis. Takes the same time however
+    /// many there are.
+    #[must_use]
+    pub fn key_count(&self) -> u64 {
+        self.own_ranges().into_iter().map(|range| self.inner.store.rows_in(range)).sum()
+    }
+
+    /// Lets new writes to `range` wait, and returns when those that were let in before are durable.
+    ///
+    /// Cancel safe: dropping the future releases the writes.
+    pub async fn hold_writes(&self, range: SlotRange) -> GateHold {
+        self.inner.gate.hold(range, HoldMode::Writes).await
+    }
+
+    /// Writes all live rows of `range` to a snapshot file, as of one moment after the call. With the writes of
+    /// the range [held](Node::hold_writes), that is the last state before whatever follows.
+    ///
+    /// # Errors
+    ///
+    /// There is no file.
+    pub async fn consistent_export(
+        &self,
+        range: SlotRange,
+        path: PathBuf,
+    ) -> Result<ExportSummary, StoreError> {
+        let node = self.clone();
+        blocking(move || node.inner.store.export_file(&node.inner.id, range, &path)).await
+    }
+
+    /// Makes the rows of a snapshot file this node's, together with the slots, in one transaction. `claims` are who owns
+    /// what from then on, `nodes` where to find them. Repeating it changes nothing; `None` says that there was
+    /// nothing to be done, else it is the number of rows.
+    ///
+    /// Runs to its end when the future is dropped.
+    ///
+    /// # Errors
+    ///
+    /// No slot changed hands. See [`Store::import`].
+    pub async fn import(
+        &self,
+        path: PathBuf,
+        range: SlotRange,
+        claims: Vec<Claim>,
+        nodes: BTreeMap<NodeId, NodeAddresses>,
+    ) -> Result<Option<u64>, StoreError> {
+        let node = self.clone();
+        owned(async move {
+            let _changing = node.inner.changing.lock().await;
+            let mut others = nodes;
+            // What this node listens on, it knows best itself.
+            others.remove(&node.inner.id);
+            let (importing, known) = (node.clone(), others.clone());
+            let (rows, ownership) = blocking(move || {
+                importing.inner.store.import(&importing.inner.id, &path, range, &claims, &known)
+            })
+            .await?;
+            node.inner.nodes.write().unwrap_or_else(PoisonError::into_inner).extend(others);
+            node.inner.gate.set_ownership(ownership);
+            Ok(rows)
+        })
+        .await
+    }
+
+    /// Gives `range` to the owner that `claims` name. Its rows are invisible at once and deleted in the background.
+    ///
+    /// Runs to its end when the future is dropped.
+    ///
+    /// # Errors
+    ///
+    /// Nothing was changed.
+    pub async fn give_up(&self, range: SlotRange, claims: Vec<Claim>) -> Result<(), StoreError> {
+        let node = self.clone();
+        owned(async move {
+            let _changing = node.inner.changing.lock().await;
+            let ownership = node.inner.store.give_up(&node.inner.id, range, claims, |_| Ok(())).await?;
+            node.inner.gate.set_ownership(ownership);
+            Ok(())
+        })
+        .await
+    }
+}
+
+/// Runs `work` in a task of its own: what it has begun, it ends.
+async fn owned<T: Send + 'static>(
+    work: impl Future<Output = Result<T, StoreError>> + Send + 'static,
+) -> Result<T, StoreError> {
+    tokio::spawn(work).await.map_err(|_| StoreError::Closed)?
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, StoreError> + Send + 'static,
+) -> Result<T, StoreError> {
+    tokio::task::spawn_blocking(work).await.map_err(|_| StoreError::Closed)?
+}

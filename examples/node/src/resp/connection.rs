@@ -1,0 +1,307 @@
+//! One connection: takes what requests are there, does them in runs, answers in order.
+//!
+//! Neighbouring reads share a read transaction, neighbouring writes a place in the writer's queue, so a
+//! pipeline of a thousand writes waits for the disk once. A read after a write waits for it: a client sees what it
+//! has written.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use bytes::{Bytes, BytesMut};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use tokio_util::sync::CancellationToken;
+
+use super::commands::{self, Action, Answer, Context, ReadCommand, Session, store_error};
+use super::reply::{Reply, Version};
+use super::request::{Limits, RequestDecoder};
+use crate::gate::{Access, Permits, Verdict};
+use crate::store::WriteOp;
+
+/// Space for what arrives next.
+const READ_BYTES: usize = 64 << 10;
+/// Replies are sent when there are so many bytes of them.
+const WRITE_BYTES: usize = 256 << 10;
+/// Commands in a run.
+const RUN_COMMANDS: usize = 1024;
+
+pub(super) struct Connection {
+    stream: TcpStream,
+    context: Arc<Context>,
+    session: Session,
+    limits: Limits,
+    decoder: RequestDecoder,
+    input: BytesMut,
+    output: BytesMut,
+    run: Run,
+    stop: CancellationToken,
+}
+
+/// Commands that are done together.
+enum Run {
+    Empty,
+    Reads { reads: Vec<ReadCommand>, keys: usize, permits: Permits },
+    Writes { ops: Vec<WriteOp>, answers: Vec<Answer>, permits: Permits },
+}
+
+impl Run {
+    fn len(&self) -> usize {
+        match self {
+            Self::Empty => 0,
+            Self::Reads { keys, .. } => *keys,
+            Self::Writes { ops, .. } => ops.len(),
+        }
+    }
+}
+
+/// Whether the connection goes on.
+#[derive(PartialEq, Eq)]
+enum Next {
+    Continue,
+    Close,
+}
+
+impl Connection {
+    pub(super) fn new(
+        stream: TcpStream,
+        context: Arc<Context>,
+        id: u64,
+        limits: Limits,
+        stop: CancellationToken,
+    ) -> Self {
+        Self {
+            stream,
+            context,
+            session: Session { id, name: Bytes::new(), version: Version::Resp2 },
+            limits,
+            decoder: RequestDecoder::new(limits),
+            input: BytesMut::new(),
+            output: BytesMut::new(),
+            run: Run::Empty,
+            stop,
+        }
+    }
+
+    /// Serves until the client closes, breaks the protocol or says QUIT, or the server stops: then what was
+    /// begun is answered first.
+    pub(super) async fn serve(mut self) -> io::Result<()> {
+        loop {
+            let next = self.take_requests().await?;
+            self.finish_run().await?;
+            self.send().await?;
+            if next == Next::Close {
+                return self.stream.shutdown().await;
+            }
+            self.input.reserve(READ_BYTES);
+            let read = tokio::select! {
+                biased;
+                () = self.stop.cancelled() => return Ok(()),
+                read = self.stream.read_buf(&mut self.input) => read?,
+            };
+            if read == 0 {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Does all requests that have arrived.
+    async fn take_requests(&mut self) -> io::Result<Next> {
+        loop {
+            match self.decoder.decode(&mut self.input) {
+                Ok(None) => return Ok(Next::Continue),
+                Ok(Some(arguments)) => {
+                    self.context.commands.fetch_add(1, Ordering::Relaxed);
+                    let action = commands::parse(&self.context, &mut self.session, arguments);
+                    if self.take(action).await? == Next::Close {
+                        return Ok(Next::Close);
+                    }
+                }
+                Err(error) => {
+                    self.finish_run().await?;
+                    self.reply(Reply::error(format!("ERR {error}")));
+                    return Ok(Next::Close);
+                }
+            }
+        }
+    }
+
+    async fn take(&mut self, action: Action) -> io::Result<Next> {
+        match action {
+            Action::Reply(reply) => {
+                self.finish_run().await?;
+                self.reply(reply);
+                self.send_if_full().await?;
+            }
+            Action::Close(reply) => {
+                self.finish_run().await?;
+                self.reply(reply);
+                return Ok(Next::Close);
+            }
+            Action::Scan(scan) => {
+                self.finish_run().await?;
+                let reply = scan.run(&self.context).await.unwrap_or_else(|error| store_error(&error));
+                self.reply(reply);
+                self.send_if_full().await?;
+            }
+            Action::Read { slot, read } => {
+                if self.enter(slot, Access::Read).await?
+                    && let Run::Reads { reads, keys, .. } = &mut self.run
+                {
+                    *keys += read.keys();
+                    reads.push(read);
+                }
+            }
+            Action::Write { slot, op, answer } => {
+                if self.enter(slot, Access::Write).await?
+                    && let Run::Writes { ops, answers, .. } = &mut self.run
+                {
+                    ops.push(op);
+                    answers.push(answer);
+                }
+            }
+        }
+        if self.run.len() >= RUN_COMMANDS {
+            self.finish_run().await?;
+        }
+        Ok(Next::Continue)
+    }
+
+    /// Passes the gate, with a run of this kind begun. False if the command was answered instead.
+    async fn enter(&mut self, slot: u16, access: Access) -> io::Result<bool> {
+        loop {
+            let verdict = match (&mut self.run, access) {
+                (Run::Reads { permits, .. }, Access::Read) | (Run::Writes { permits, .. }, Access::Write) => {
+                    permits.enter(slot)
+                }
+                _ => {
+                    self.finish_run().await?;
+                    let permits = self.context.node.gate().permits(access);
+                    self.run = match access {
+                        Access::Read => Run::Reads { reads: Vec::new(), keys: 0, permits },
+                        Access::Write => Run::Writes { ops: Vec::new(), answers: Vec::new(), permits },
+                    };
+                    continue;
+                }
+            };
+            match verdict {
+                Verdict::Pass => return Ok(true),
+                Verdict::Moved | Verdict::Unowned => {
+                    self.finish_run().await?;
+                    let reply = self.redirect(slot);
+                    self.reply(reply);
+                    return Ok(false);
+                }
+                Verdict::Held => {
+                    // A hold waits for what was let in before: that must not wait for the hold.
+                    self.finish_run().await?;
+                    self.send().await?;
+                    if let Some(reply) = self.wait(slot, access).await? {
+                        self.reply(reply);
+                        return Ok(false);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Waits until the slot is not held. A reply says that it is of no use to wait.
+    async fn wait(&mut self, slot: u16, access: Access) -> io::Result<Option<Reply>> {
+        let gate = self.context.node.gate().clone();
+        let waited = gate.wait(slot, access);
+        tokio::pin!(waited);
+        loop {
+            // A client that went away must not have its write done later, over one that it sent by another connection.
+            let room = self.input.len() < self.limits.request_bytes;
+            self.input.reserve(if room { READ_BYTES } else { 0 });
+            tokio::select! {
+                waited = &mut waited => {
+                    return Ok(waited.err().map(|error| Reply::error(format!("TRYAGAIN {error}; try again"))));
+                }
+                () = self.stop.cancelled() => {
+                    return Ok(Some(Reply::error("TRYAGAIN the node is shutting down; nothing was done")));
+                }
+                read = self.stream.read_buf(&mut self.input), if room => {
+                    if read? == 0 {
+                        return Err(io::ErrorKind::ConnectionReset.into());
+                    }
+                }
+            }
+        }
+    }
+
+    fn redirect(&self, slot: u16) -> Reply {
+        let node = &self.context.node;
+        let ownership = node.gate().ownership();
+        match ownership.of(slot).map(|claim| &claim.owner) {
+            // Became this node's between the gate's answer and now.
+            Some(owner) if owner == node.id() => {
+                Reply::error("TRYAGAIN the slot changed hands this moment; try again")
+            }
+            Some(owner) => match node.addresses(owner) {
+                Some(addresses) => Reply::error(format!("MOVED {slot} {}", addresses.resp)),
+                None => Reply::error(format!(
+                    "CLUSTERDOWN the address of node {owner}, which owns slot {slot}, is not known"
+                )),
+            },
+            None => Reply::error("CLUSTERDOWN Hash slot not served"),
+        }
+    }
+
+    /// Does the run and adds its replies.
+    async fn finish_run(&mut self) -> io::Result<()> {
+        match std::mem::replace(&mut self.run, Run::Empty) {
+            Run::Empty => return Ok(()),
+            Run::Reads { reads, .. } if reads.is_empty() => return Ok(()),
+            Run::Writes { ops, .. } if ops.is_empty() => return Ok(()),
+            Run::Reads { reads, keys, permits } => {
+                let count = reads.len();
+                let replies = self
+                    .context
+                    .node
+                    .store()
+                    .read(ReadCommand::extent(keys), move |reader| {
+                        Ok(reads.iter().map(|read| read.reply(reader)).collect::<Vec<_>>())
+                    })
+                    .await;
+                drop(permits);
+                match replies {
+                    Ok(replies) => replies.into_iter().for_each(|reply| self.reply(reply)),
+                    Err(error) => (0..count).for_each(|_| self.reply(store_error(&error))),
+                }
+            }
+            Run::Writes { ops, answers, permits } => {
+                match self.context.node.store().write(ops, permits).await {
+                    Ok(outcomes) => {
+                        for (answer, outcome) in answers.into_iter().zip(outcomes) {
+                            self.reply(answer.reply(outcome));
+                        }
+                    }
+                    Err(error) => answers.iter().for_each(|_| self.reply(store_error(&error))),
+                }
+            }
+        }
+        self.send_if_full().await
+    }
+
+    fn reply(&mut self, reply: Reply) {
+        reply.encode(self.session.version, &mut self.output);
+    }
+
+    async fn send_if_full(&mut self) -> io::Result<()> {
+        if self.output.len() >= WRITE_BYTES { self.send().await } else { Ok(()) }
+    }
+
+    async fn send(&mut self) -> io::Result<()> {
+        if !self.output.is_empty() {
+            self.stream.write_all(&self.output).await?;
+            // A large reply's memory is not kept for the connection's life.
+            if self.output.capacity() > 4 * WRITE_BYTES {
+                self.output = BytesMut::new();
+            } else {
+                self.output.clear();
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,144 @@
+//! The Redis port: accepts connections, no more than there may be, and ends them.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use tokio::io::AsyncWriteExt as _;
+use tokio::net::{TcpListener, TcpStream};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::commands::Context;
+use super::connection::Connection;
+use super::request::Limits;
+use super::scan::Cursors;
+use crate::node::Node;
+
+/// Redis' own default.
+const MAX_CLIENTS: usize = 10_000;
+
+/// Serves a node on a listening socket.
+#[derive(Debug)]
+pub struct RespServer {
+    listener: TcpListener,
+    address: SocketAddr,
+    context: Arc<Context>,
+    limits: Limits,
+}
+
+impl RespServer {
+    /// At most `max_clients` connections, Redis' default of 10000 if `None`.
+    ///
+    /// # Errors
+    ///
+    /// The socket does not know its address.
+    pub fn new(
+        node: Node,
+        listener: TcpListener,
+        limits: Limits,
+        max_clients: Option<usize>,
+    ) -> std::io::Result<Self> {
+        let address = listener.local_addr()?;
+        let context = Context {
+            node,
+            cursors: Cursors::default(),
+            clients: AtomicUsize::new(0),
+            connections: AtomicU64::new(0),
+            commands: AtomicU64::new(0),
+            max_clients: max_clients.unwrap_or(MAX_CLIENTS),
+            port: address.port(),
+        };
+        Ok(Self { listener, address, context: Arc::new(context), limits })
+    }
+
+    /// Where it listens.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Serves until `stop`; then connections finish what they do, for at most `grace`.
+    pub async fn serve(self, stop: CancellationToken, grace: Duration) {
+        let connections = TaskTracker::new();
+        let cut = CancellationToken::new();
+        loop {
+            let accepted = tokio::select! {
+                () = stop.cancelled() => break,
+                accepted = self.listener.accept() => accepted,
+            };
+            match accepted {
+                Ok((stream, peer)) => self.welcome(stream, peer, &connections, &stop, &cut),
+                Err(error) => {
+                    // Out of file descriptors, most likely: that does not get better by asking at once.
+                    tracing::warn!(%error, "cannot accept a connection");
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+            }
+        }
+        drop(self.listener);
+        connections.close();
+        if tokio::time::timeout(grace, connections.wait()).await.is_err() {
+            tracing::warn!(connections = connections.len(), "connections did not end in time; they are cut");
+            cut.cancel();
+            connections.wait().await;
+        }
+    }
+
+    fn welcome(
+        &self,
+        stream: TcpStream,
+        peer: SocketAddr,
+        connections: &TaskTracker,
+        stop: &CancellationToken,
+        cut: &CancellationToken,
+    ) {
+        let context = Arc::clone(&self.context);
+        let id = context.connections.fetch_add(1, Ordering::Relaxed) + 1;
+        let place = Place::take(&context);
+        let limits = self.limits;
+        let (stop, cut) = (stop.clone(), cut.clone());
+        connections.spawn(async move {
+            let Some(_place) = place else {
+                return refuse(stream).await;
+            };
+            if let Err(error) = stream.set_nodelay(true) {
+                tracing::debug!(%peer, %error, "cannot set TCP_NODELAY");
+            }
+            tokio::select! {
+                () = cut.cancelled() => {}
+                served = Connection::new(stream, context, id, limits, stop).serve() => {
+                    if let Err(error) = served {
+                        tracing::debug!(%peer, %error, "a connection broke");
+                    }
+                }
+            }
+        });
+    }
+}
+
+async fn refuse(mut stream: TcpStream) {
+    // The client may be gone already.
+    let _ = tokio::time::timeout(
+        Duration::from_secs(1),
+        stream.write_all(b"-ERR max number of clients reached\r\n"),
+    )
+    .await;
+}
+
+/// A connection's place among those that there may be.
+struct Place(Arc<Context>);
+
+impl Place {
+    fn take(context: &Arc<Context>) -> Option<Self> {
+        let place = Self(Arc::clone(context));
+        (context.clients.fetch_add(1, Ordering::Relaxed) < context.max_clients).then_some(place)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.clients.fetch_sub(1, Ordering::Relaxed);
+    }
+}

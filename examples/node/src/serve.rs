@@ -1,0 +1,202 @@
+//! `node serve`: one node until it is told to stop.
+
+use std::collections::BTreeMap;
+use std::io::Write as _;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+use crate::common::{NodeId, SlotRange};
+use crate::grpc;
+use crate::node::Node;
+use crate::resp::{Limits, RespServer};
+use crate::store::{Claim, Init, NodeAddresses, StoreOptions};
+
+/// How long connections may go on after a signal.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// Another node, as the command line names it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Peer {
+    /// Its id.
+    pub id: NodeId,
+    /// Where it is.
+    pub addresses: NodeAddresses,
+    /// Slots that it owns from the start.
+    pub slots: Vec<SlotRange>,
+}
+
+/// What a node is started with.
+#[derive(Debug, Clone)]
+pub struct ServeOptions {
+    /// Its id.
+    pub id: NodeId,
+    /// Its data directory.
+    pub data: PathBuf,
+    /// Where its gRPC services listen.
+    pub grpc: SocketAddr,
+    /// Where its Redis port listens.
+    pub resp: SocketAddr,
+    /// Slots that it owns from the start.
+    pub slots: Option<Vec<SlotRange>>,
+    /// Other nodes.
+    pub peers: Vec<Peer>,
+    /// Of the database.
+    pub store: StoreOptions,
+    /// Of the Redis port.
+    pub limits: Limits,
+    /// Connections to the Redis port.
+    pub max_clients: usize,
+}
+
+/// What `node serve` prints when it is ready: one line, for people and for programs.
+///
+/// `ready id=n1 grpc=127.0.0.1:7101 resp=127.0.0.1:7001`
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ready {
+    /// The node.
+    pub id: String,
+    /// Where its services are.
+    pub addresses: NodeAddresses,
+}
+
+impl std::fmt::Display for Ready {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let NodeAddresses { grpc, resp } = &self.addresses;
+        write!(f, "ready id={} grpc={grpc} resp={resp}", self.id)
+    }
+}
+
+impl std::str::FromStr for Ready {
+    type Err = anyhow::Error;
+
+    fn from_str(line: &str) -> Result<Self, Self::Err> {
+        let mut words = line.split_whitespace();
+        let mut field = |name: &str| {
+            words
+                .next()
+                .and_then(|word| word.strip_prefix(name))
+                .map(str::to_owned)
+                .with_context(|| format!("this is not the line of a node that is ready: {line}"))
+        };
+        field("ready")?;
+        Ok(Self {
+            id: field("id=")?,
+            addresses: NodeAddresses { grpc: field("grpc=")?, resp: field("resp=")? },
+        })
+    }
+}
+
+/// Serves until SIGINT or SIGTERM.
+///
+/// # Errors
+///
+/// It could not start, or failed; the message says what to do.
+pub async fn serve(options: ServeOptions) -> anyhow::Result<()> {
+    // Before anything that takes long: verifying a database after a crash can be interrupted.
+    let stop = CancellationToken::new();
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+
+    let resp = bind(options.resp, "--resp").await?;
+    let grpc = bind(options.grpc, "--grpc").await?;
+    let init = Init {
+        node: options.id.clone(),
+        slots: options.slots.clone(),
+        others: options
+            .peers
+            .iter()
+            .flat_map(|peer| {
+                peer.slots.iter().map(|&range| Claim { range, owner: peer.id.clone(), epoch: 1 })
+            })
+            .collect(),
+    };
+    let (data, store) = (options.data.clone(), options.store.clone());
+    let opening = tokio::task::spawn_blocking(move || Node::open(&data, &init, &store));
+    let node = tokio::select! {
+        opened = opening => opened.context("the database could not be opened")??,
+        _ = interrupt.recv() => return Ok(()),
+        _ = terminate.recv() => return Ok(()),
+    };
+
+    let addresses =
+        NodeAddresses { grpc: grpc.local_addr()?.to_string(), resp: resp.local_addr()?.to_string() };
+    let mut nodes: BTreeMap<NodeId, NodeAddresses> =
+        options.peers.into_iter().map(|peer| (peer.id, peer.addresses)).collect();
+    nodes.insert(options.id.clone(), addresses.clone());
+    node.put_nodes(nodes).await?;
+
+    let services = grpc::services()?;
+    let resp = RespServer::new(node.clone(), resp, options.limits, Some(options.max_clients))?;
+    let mut serving = tokio::task::JoinSet::new();
+    serving.spawn({
+        let stop = stop.clone();
+        async move {
+            resp.serve(stop, GRACE).await;
+            Ok(())
+        }
+    });
+    serving.spawn(grpc::serve(grpc, services, stop.clone(), GRACE));
+    serving.spawn({
+        let (store, stop) = (node.store().clone(), stop.clone());
+        async move {
+            store.sweep(stop).await;
+            Ok(())
+        }
+    });
+
+    let ready = Ready { id: options.id.to_string(), addresses };
+    writeln!(std::io::stdout(), "{ready}").context("cannot say that the node is ready")?;
+    tracing::info!(keys = node.key_count(), slots = ?node.own_ranges(), "{ready}");
+
+    let mut result = Ok(());
+    tokio::select! {
+        _ = interrupt.recv() => tracing::info!("SIGINT: stopping"),
+        _ = terminate.recv() => tracing::info!("SIGTERM: stopping"),
+        // Nothing ends by itself.
+        ended = serving.join_next() => {
+            result = match ended {
+                Some(Ok(ended)) => ended,
+                Some(Err(error)) => Err(error.into()),
+                None => Ok(()),
+            };
+        }
+    }
+    stop.cancel();
+    while let Some(ended) = serving.join_next().await {
+        result = result.and(ended.map_err(anyhow::Error::from).and_then(|ended| ended));
+    }
+    tokio::task::spawn_blocking(move || node.store().close())
+        .await
+        .context("the database could not be closed")?;
+    tracing::info!("stopped");
+    result
+}
+
+async fn bind(address: SocketAddr, flag: &str) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(address)
+        .await
+        .with_context(|| format!("cannot listen on {address}; is it in use? Choose another {flag}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_ready_line_is_read_back() {
+        let ready = Ready {
+            id: "n1".into(),
+            addresses: NodeAddresses { grpc: "127.0.0.1:7101".into(), resp: "127.0.0.1:7001".into() },
+        };
+        assert_eq!(ready.to_string().parse::<Ready>().unwrap(), ready);
+        for line in ["", "ready", "ready id=n1", "error: no"] {
+            assert!(line.parse::<Ready>().is_err(), "{line:?}");
+        }
+    }
+}

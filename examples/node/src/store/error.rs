@@ -1,0 +1,72 @@
+//! What can go wrong in the database.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+/// Why the store could not do what it was asked for.
+///
+/// Cheap to clone: one failed commit answers every request of its batch.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum StoreError {
+    /// Another process has the data directory open.
+    #[error("data directory {} is in use by another process; stop it, or choose another --data", path.display())]
+    InUse {
+        /// The data directory.
+        path: PathBuf,
+    },
+    /// The data directory belongs to something else than what was asked for.
+    #[error("data directory {}: {what}", path.display())]
+    Mismatch {
+        /// The data directory.
+        path: PathBuf,
+        /// What differs, and what to do.
+        what: String,
+    },
+    /// The database failed. After an I/O error it refuses further work until the node is restarted.
+    #[error("database: {0}")]
+    Database(Arc<redb::Error>),
+    /// A file could not be read or written.
+    #[error("{action}: {source}")]
+    Io {
+        /// What was tried.
+        action: String,
+        /// The answer.
+        source: Arc<std::io::Error>,
+    },
+    /// Stored bytes are not what this program writes.
+    #[error("damaged data: {0}")]
+    Damaged(String),
+    /// The slots are not this node's, or another change is under way.
+    #[error("{0}")]
+    Refused(String),
+    /// The store is shutting down; nothing was done.
+    #[error("the node is shutting down")]
+    Closed,
+}
+
+impl StoreError {
+    /// An I/O error with what was tried.
+    pub fn io(action: impl Into<String>, source: std::io::Error) -> Self {
+        Self::Io { action: action.into(), source: Arc::new(source) }
+    }
+}
+
+macro_rules! from_redb {
+    ($($error:ty),* $(,)?) => {$(
+        impl From<$error> for StoreError {
+            fn from(error: $error) -> Self {
+                Self::Database(Arc::new(error.into()))
+            }
+        }
+    )*};
+}
+
+from_redb!(
+    redb::Error,
+    redb::DatabaseError,
+    redb::TransactionError,
+    redb::TableError,
+    redb::StorageError,
+    redb::CommitError,
+);

@@ -1,0 +1,121 @@
+//! Who the node of a data directory is. Made once; every later start is compared with it.
+
+use std::path::Path;
+
+use redb::{Database, ReadableTable as _};
+
+use super::ownership::{Claim, Ownership, adopt_all, load};
+use super::{StoreError, tables};
+use crate::common::{NodeId, SlotRange};
+
+const FORMAT: u64 = 1;
+const KEY_FORMAT: &str = "format";
+const KEY_NODE: &str = "node_id";
+const KEY_STORE: &str = "store_id";
+const KEY_SLOTS: &str = "initial_slots";
+
+/// What a fresh data directory is made with.
+#[derive(Debug, Clone)]
+pub struct Init {
+    /// The node.
+    pub node: NodeId,
+    /// Slots that it owns from the start; `Some(empty)` is none. `None` takes what the directory says, and none where it is fresh.
+    pub slots: Option<Vec<SlotRange>>,
+    /// What other nodes own from the start.
+    pub others: Vec<Claim>,
+}
+
+/// What the data directory says.
+#[derive(Debug, Clone)]
+pub struct Identity {
+    /// The node.
+    pub node: NodeId,
+    /// 16 random bytes made with the directory: tells an emptied node from a restarted one.
+    pub store_id: [u8; 16],
+    /// Who owns which slots.
+    pub ownership: Ownership,
+    /// The directory was made just now.
+    pub fresh: bool,
+}
+
+/// The epoch of the slots that a directory is made with.
+const FIRST_EPOCH: u64 = 1;
+
+pub(super) fn load_or_init(
+    database: &Database,
+    directory: &Path,
+    init: &Init,
+) -> Result<Identity, StoreError> {
+    let mismatch = |what: String| StoreError::Mismatch { path: directory.to_path_buf(), what };
+    let txn = database.begin_write()?;
+    let identity = {
+        // Every table exists from the start, so that readers need not care.
+        txn.open_table(tables::ROWS)?;
+        txn.open_table(tables::EXPIRY)?;
+        txn.open_table(tables::SLOT_COUNTS)?;
+        txn.open_table(tables::NODES)?;
+        txn.open_table(tables::GARBAGE)?;
+        txn.open_table(tables::SPLITS)?;
+        let mut meta = txn.open_table(tables::META)?;
+        let stored = |key: &str| -> Result<Option<Vec<u8>>, StoreError> {
+            Ok(meta.get(key)?.map(|value| value.value().to_vec()))
+        };
+        match stored(KEY_FORMAT)? {
+            Some(format) => {
+                if format != FORMAT.to_be_bytes() {
+                    return Err(mismatch(
+                        "made by another version of this program, which this one cannot read".into(),
+                    ));
+                }
+                let node = stored(KEY_NODE)?.unwrap_or_default();
+                if node != init.node.as_str().as_bytes() {
+                    return Err(mismatch(format!(
+                        "belongs to node {}, not to {}; use its --id, or another --data",
+                        String::from_utf8_lossy(&node),
+                        init.node
+                    )));
+                }
+                let ownership = load(&txn.open_table(tables::OWNERSHIP)?)?;
+                if let Some(wanted) = &init.slots {
+                    let initial = stored(KEY_SLOTS)?.unwrap_or_default();
+                    let present: Vec<_> = ownership.ranges_of(&init.node).collect();
+                    let (wanted, present) = (show(wanted), show(&present));
+                    if wanted.as_bytes() != initial && wanted != present {
+                        return Err(mismatch(format!(
+                            "was made with --slots {} and owns {present} now; --slots {wanted} contradicts both. Slots of an existing \
+                             directory change only by moving them: leave the flag out",
+                            String::from_utf8_lossy(&initial)
+                        )));
+                    }
+                }
+                let store_id = stored(KEY_STORE)?
+                    .and_then(|bytes| bytes.try_into().ok())
+                    .ok_or_else(|| StoreError::Damaged("the store has no identity".into()))?;
+                Identity { node: init.node.clone(), store_id, ownership, fresh: false }
+            }
+            None => {
+                let store_id: [u8; 16] = rand::random();
+                let slots = init.slots.clone().unwrap_or_default();
+                let own =
+                    slots.iter().map(|&range| Claim { range, owner: init.node.clone(), epoch: FIRST_EPOCH });
+                let claims: Vec<_> = own.chain(init.others.iter().cloned()).collect();
+                meta.insert(KEY_FORMAT, FORMAT.to_be_bytes().as_slice())?;
+                meta.insert(KEY_NODE, init.node.as_str().as_bytes())?;
+                meta.insert(KEY_STORE, store_id.as_slice())?;
+                meta.insert(KEY_SLOTS, show(&slots).as_bytes())?;
+                let ownership = adopt_all(&txn, &claims)?;
+                Identity { node: init.node.clone(), store_id, ownership, fresh: true }
+            }
+        }
+    };
+    txn.commit()?;
+    Ok(identity)
+}
+
+/// Slot ranges as the operator writes them.
+pub(super) fn show(ranges: &[SlotRange]) -> String {
+    if ranges.is_empty() {
+        return "none".into();
+    }
+    ranges.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
+}

@@ -1,0 +1,272 @@
+//! The embedded database: rows of a key-value store, by slot, with expiry and ownership of slots.
+//!
+//! Writes go through [one thread](writer) that commits them in groups; reads are redb read transactions,
+//! which see the last commit and wait for nobody.
+
+mod error;
+mod identity;
+mod ops;
+mod ownership;
+mod read;
+mod snapshot;
+mod sweep;
+mod tables;
+#[cfg(test)]
+pub(crate) mod test_store;
+mod txn;
+mod writer;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use redb::{Database, DatabaseError, ReadableDatabase as _};
+
+pub use error::StoreError;
+pub use identity::{Identity, Init};
+pub use ops::{ExpireCondition, Outcome, SetCondition, SetExpiry, WriteOp};
+pub use ownership::{Claim, NodeAddresses, Ownership};
+pub use read::{Entry, Reader, ScanPosition, Scanned};
+pub use snapshot::{ExportSummary, SnapshotHeader, read_header};
+pub(crate) use txn::parse_integer;
+
+use crate::common::{NodeId, SLOT_COUNT, SlotRange};
+use crate::gate::Permits;
+use writer::Writer;
+
+const DATABASE_FILE: &str = "node.redb";
+
+/// What a store needs to know besides its directory.
+#[derive(Debug, Clone)]
+pub struct StoreOptions {
+    /// Memory for the database's page cache, in bytes.
+    pub cache_bytes: usize,
+}
+
+impl Default for StoreOptions {
+    /// 256 MiB of cache.
+    fn default() -> Self {
+        Self { cache_bytes: 256 << 20 }
+    }
+}
+
+/// The database of one node. Clones are the same store.
+#[derive(Debug, Clone)]
+pub struct Store {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    directory: PathBuf,
+    file: PathBuf,
+    database: Arc<Database>,
+    cache_bytes: u64,
+    counts: Arc<SlotCounts>,
+    writer: Mutex<Option<Writer>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+    file_bytes: AtomicU64,
+    importing: Mutex<Vec<SlotRange>>,
+}
+
+impl Store {
+    /// Opens or makes the database in `directory`. Blocks: after a crash redb verifies the whole file.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::InUse`] when another process has it open, [`StoreError::Mismatch`] when it belongs to
+    /// another node or was made for other slots than `init` says.
+    pub fn open(
+        directory: &Path,
+        init: &Init,
+        options: &StoreOptions,
+    ) -> Result<(Self, Identity), StoreError> {
+        std::fs::create_dir_all(directory)
+            .map_err(|source| StoreError::io(format!("cannot make {}", directory.display()), source))?;
+        let file = directory.join(DATABASE_FILE);
+        let mut builder = Database::builder();
+        builder.set_cache_size(options.cache_bytes);
+        builder.set_repair_callback(|session| {
+            tracing::info!(progress = session.progress(), "the database was not closed; verifying it");
+        });
+        let database = builder.create(&file).map_err(|error| match error {
+            DatabaseError::DatabaseAlreadyOpen => StoreError::InUse { path: directory.to_path_buf() },
+            error => error.into(),
+        })?;
+        let identity = identity::load_or_init(&database, directory, init)?;
+        let counts = Arc::new(SlotCounts::load(&database)?);
+        let database = Arc::new(database);
+        let (writer, thread) = Writer::start(Arc::clone(&database), Arc::clone(&counts))?;
+        let inner = Inner {
+            directory: directory.to_path_buf(),
+            file,
+            database,
+            cache_bytes: u64::try_from(options.cache_bytes).unwrap_or(u64::MAX),
+            counts,
+            writer: Mutex::new(Some(writer)),
+            thread: Mutex::new(Some(thread)),
+            file_bytes: AtomicU64::new(0),
+            importing: Mutex::new(Vec::new()),
+        };
+        inner.measure();
+        Ok((Self { inner: Arc::new(inner) }, identity))
+    }
+
+    /// The directory that it was opened in.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        &self.inner.directory
+    }
+
+    /// Size of the database file in bytes, measured a moment ago.
+    #[must_use]
+    pub fn file_bytes(&self) -> u64 {
+        self.inner.file_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Does writes in order, in one transaction; returns what each answers once all are durable.
+    ///
+    /// Not cancel safe: when the future is dropped, the writes may or may not be done. `permits` are held until
+    /// it is decided.
+    ///
+    /// # Errors
+    ///
+    /// None of them was done.
+    pub async fn write(&self, ops: Vec<WriteOp>, permits: Permits) -> Result<Vec<Outcome>, StoreError> {
+        self.writer()?.write(ops, permits).await
+    }
+
+    /// Reads in one read transaction.
+    ///
+    /// redb reads with `pread` into its own cache, it does not map the file. While the file is no larger than that
+    /// cache, a read is a walk through memory, at worst a copy from the page cache: it is done in place, since
+    /// moving it to another thread costs more than it takes. Once the file is larger, or when the caller says that
+    /// much is read, it goes to a thread that may wait for the disk.
+    ///
+    /// # Errors
+    ///
+    /// What `work` returns, or why the database could not be read.
+    pub async fn read<T: Send + 'static>(
+        &self,
+        extent: ReadExtent,
+        work: impl FnOnce(&Reader) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        if extent == ReadExtent::Point && self.file_bytes() <= self.inner.cache_bytes {
+            return work(&Reader::begin(&self.inner.database, unix_ms())?);
+        }
+        let database = Arc::clone(&self.inner.database);
+        tokio::task::spawn_blocking(move || work(&Reader::begin(&database, unix_ms())?))
+            .await
+            .map_err(|_| StoreError::Closed)?
+    }
+
+    /// How many rows of `range` are stored. Rows that have expired count until they are deleted, as in Redis.
+    #[must_use]
+    pub fn rows_in(&self, range: SlotRange) -> u64 {
+        self.inner.counts.sum(range)
+    }
+
+    /// Takes claims over, by epoch, durably, and returns the whole.
+    ///
+    /// # Errors
+    ///
+    /// Nothing was changed.
+    pub async fn adopt(&self, claims: Vec<Claim>) -> Result<Ownership, StoreError> {
+        self.writer()?.transact(move |txn, _| ownership::adopt_all(txn, &claims)).await
+    }
+
+    /// Remembers where nodes can be reached.
+    ///
+    /// # Errors
+    ///
+    /// Nothing was changed.
+    pub async fn put_nodes(&self, nodes: BTreeMap<NodeId, NodeAddresses>) -> Result<(), StoreError> {
+        self.writer()?.transact(move |txn, _| ownership::put_nodes(txn, &nodes)).await
+    }
+
+    /// Where nodes can be reached, as far as is known.
+    ///
+    /// # Errors
+    ///
+    /// The database could not be read.
+    pub fn nodes(&self) -> Result<BTreeMap<NodeId, NodeAddresses>, StoreError> {
+        ownership::load_nodes(&self.inner.database.begin_read()?.open_table(tables::NODES)?)
+    }
+
+    /// Ends the writer thread after what is queued is done. Writes are refused from now on. Blocks.
+    pub fn close(&self) {
+        drop(lock(&self.inner.writer).take());
+        if let Some(thread) = lock(&self.inner.thread).take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the writer thread panicked");
+        }
+    }
+
+    fn writer(&self) -> Result<Writer, StoreError> {
+        lock(&self.inner.writer).clone().ok_or(StoreError::Closed)
+    }
+}
+
+/// How much a read touches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ReadExtent {
+    /// A few keys.
+    Point,
+    /// Many rows.
+    Bulk,
+}
+
+impl Inner {
+    fn measure(&self) {
+        if let Ok(metadata) = std::fs::metadata(&self.file) {
+            self.file_bytes.store(metadata.len(), Ordering::Relaxed);
+        }
+    }
+}
+
+/// How many rows each slot has, in memory; equal to the table `slot_counts` at the last commit.
+#[derive(Debug)]
+struct SlotCounts {
+    counts: Box<[AtomicU64]>,
+}
+
+impl SlotCounts {
+    fn load(database: &Database) -> Result<Self, StoreError> {
+        use redb::ReadableTable as _;
+        let counts: Box<[AtomicU64]> = (0..SLOT_COUNT).map(|_| AtomicU64::new(0)).collect();
+        for entry in database.begin_read()?.open_table(tables::SLOT_COUNTS)?.iter()? {
+            let (slot, count) = entry?;
+            if let Some(counter) = counts.get(usize::from(slot.value())) {
+                counter.store(count.value(), Ordering::Relaxed);
+            }
+        }
+        Ok(Self { counts })
+    }
+
+    fn add(&self, slot: u16, delta: i64) {
+        if let Some(counter) = self.counts.get(usize::from(slot)) {
+            // Two's complement: adding the wrapped value subtracts.
+            counter.fetch_add(delta.cast_unsigned(), Ordering::Relaxed);
+        }
+    }
+
+    fn sum(&self, range: SlotRange) -> u64 {
+        let counters = &self.counts[usize::from(range.start())..usize::from(range.end())];
+        counters.iter().map(|counter| counter.load(Ordering::Relaxed)).sum()
+    }
+}
+
+/// Milliseconds since the Unix epoch.
+#[must_use]
+pub fn unix_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

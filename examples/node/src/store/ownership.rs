@@ -1,0 +1,280 @@
+//! Which node owns which slots: a table in the database, and its picture in memory.
+
+use std::collections::BTreeMap;
+
+use redb::{ReadableTable, WriteTransaction};
+use serde::{Deserialize, Serialize};
+
+use super::{StoreError, tables};
+use crate::common::{NodeId, SlotRange};
+
+/// Where a node can be reached.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeAddresses {
+    /// `host:port` of its gRPC services.
+    pub grpc: String,
+    /// `host:port` of its Redis port.
+    pub resp: String,
+}
+
+/// A slot range with its owner.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Claim {
+    /// The slots.
+    pub range: SlotRange,
+    /// Who owns them.
+    pub owner: NodeId,
+    /// Rises with every change of the owner; the higher one wins.
+    pub epoch: u64,
+}
+
+/// Disjoint claims in order of their slots. Slots in none of them have no owner.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Ownership {
+    claims: Vec<Claim>,
+}
+
+impl Ownership {
+    /// All claims, in order of their slots, neighbours of one owner and epoch joined.
+    #[must_use]
+    pub fn claims(&self) -> &[Claim] {
+        &self.claims
+    }
+
+    /// The claim that holds `slot`.
+    #[must_use]
+    pub fn of(&self, slot: u16) -> Option<&Claim> {
+        let next = self.claims.partition_point(|claim| claim.range.end() <= slot);
+        self.claims.get(next).filter(|claim| claim.range.contains(slot))
+    }
+
+    /// The ranges of `node`.
+    pub fn ranges_of<'a>(&'a self, node: &'a NodeId) -> impl Iterator<Item = SlotRange> + 'a {
+        self.claims.iter().filter(move |claim| claim.owner == *node).map(|claim| claim.range)
+    }
+
+    /// The highest epoch of any slot of `range`; 0 if none is owned.
+    #[must_use]
+    pub fn highest_epoch(&self, range: SlotRange) -> u64 {
+        self.claims
+            .iter()
+            .filter(|claim| claim.range.overlaps(range))
+            .map(|claim| claim.epoch)
+            .max()
+            .unwrap_or(0)
+    }
+
+    /// Takes over `new` for those of its slots whose present claim has a lower epoch. Returns whether
+    /// anything changed.
+    pub fn adopt(&mut self, new: &Claim) -> bool {
+        let mut slots: BTreeMap<u16, Claim> = BTreeMap::new();
+        let mut cursor = new.range.start();
+        let mut changed = false;
+        for present in std::mem::take(&mut self.claims) {
+            if !present.range.overlaps(new.range) || present.epoch >= new.epoch {
+                // The free slots before a claim that stays are taken.
+                if present.range.overlaps(new.range) {
+                    changed |= put(&mut slots, new, cursor, present.range.start());
+                    cursor = cursor.max(present.range.end());
+                }
+                slots.insert(present.range.start(), present);
+                continue;
+            }
+            put(&mut slots, &present, present.range.start(), new.range.start().min(present.range.end()));
+            put(&mut slots, &present, new.range.end().max(present.range.start()), present.range.end());
+        }
+        changed |= put(&mut slots, new, cursor, new.range.end());
+        for (_, claim) in slots {
+            match self.claims.last_mut() {
+                Some(last)
+                    if last.range.end() == claim.range.start()
+                        && last.owner == claim.owner
+                        && last.epoch == claim.epoch =>
+                {
+                    if let Ok(joined) = SlotRange::new(last.range.start(), claim.range.end()) {
+                        last.range = joined;
+                    }
+                }
+                _ => self.claims.push(claim),
+            }
+        }
+        changed
+    }
+}
+
+/// Puts the part `start..end` of `claim`, if there is one.
+fn put(slots: &mut BTreeMap<u16, Claim>, claim: &Claim, start: u16, end: u16) -> bool {
+    match SlotRange::new(start, end) {
+        Ok(range) => {
+            slots.insert(start, Claim { range, ..claim.clone() });
+            true
+        }
+        Err(_) => false,
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+struct StoredClaim {
+    end: u16,
+    owner: String,
+    epoch: u64,
+}
+
+/// Reads the ownership table.
+pub(super) fn load(table: &impl ReadableTable<u16, &'static [u8]>) -> Result<Ownership, StoreError> {
+    let mut ownership = Ownership::default();
+    for entry in table.iter()? {
+        let (start, stored) = entry?;
+        let stored: StoredClaim = from_json(stored.value(), "ownership")?;
+        let claim = Claim {
+            range: SlotRange::new(start.value(), stored.end)
+                .map_err(|e| StoreError::Damaged(e.to_string()))?,
+            owner: NodeId::new(&stored.owner).map_err(|e| StoreError::Damaged(e.to_string()))?,
+            epoch: stored.epoch,
+        };
+        ownership.claims.push(claim);
+    }
+    Ok(ownership)
+}
+
+/// Takes `claims` over into the table, by epoch, and returns the whole.
+pub(super) fn adopt_all(txn: &WriteTransaction, claims: &[Claim]) -> Result<Ownership, StoreError> {
+    let mut table = txn.open_table(tables::OWNERSHIP)?;
+    let mut ownership = load(&table)?;
+    let mut changed = false;
+    for claim in claims {
+        changed |= ownership.adopt(claim);
+    }
+    if changed {
+        table.retain(|_, _| false)?;
+        for claim in ownership.claims() {
+            let stored = StoredClaim {
+                end: claim.range.end(),
+                owner: claim.owner.as_str().into(),
+                epoch: claim.epoch,
+            };
+            table.insert(claim.range.start(), to_json(&stored)?.as_slice())?;
+        }
+    }
+    Ok(ownership)
+}
+
+/// Remembers where nodes can be reached.
+pub(super) fn put_nodes(
+    txn: &WriteTransaction,
+    nodes: &BTreeMap<NodeId, NodeAddresses>,
+) -> Result<(), StoreError> {
+    let mut table = txn.open_table(tables::NODES)?;
+    for (id, addresses) in nodes {
+        table.insert(id.as_str(), to_json(addresses)?.as_slice())?;
+    }
+    Ok(())
+}
+
+/// Reads where nodes can be reached.
+pub(super) fn load_nodes(
+    table: &impl ReadableTable<&'static str, &'static [u8]>,
+) -> Result<BTreeMap<NodeId, NodeAddresses>, StoreError> {
+    let mut nodes = BTreeMap::new();
+    for entry in table.iter()? {
+        let (id, stored) = entry?;
+        let id = NodeId::new(id.value()).map_err(|e| StoreError::Damaged(e.to_string()))?;
+        nodes.insert(id, from_json(stored.value(), "nodes")?);
+    }
+    Ok(nodes)
+}
+
+pub(super) fn to_json(value: &impl Serialize) -> Result<Vec<u8>, StoreError> {
+    serde_json::to_vec(value).map_err(|error| StoreError::Damaged(error.to_string()))
+}
+
+pub(super) fn from_json<T: for<'de> Deserialize<'de>>(stored: &[u8], table: &str) -> Result<T, StoreError> {
+    serde_json::from_slice(stored)
+        .map_err(|error| StoreError::Damaged(format!("a row of table {table}: {error}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn claim(range: &str, owner: &str, epoch: u64) -> Claim {
+        Claim { range: range.parse().unwrap(), owner: NodeId::new(owner).unwrap(), epoch }
+    }
+
+    fn ownership(claims: &[(&str, &str, u64)]) -> Ownership {
+        let mut ownership = Ownership::default();
+        for (range, owner, epoch) in claims {
+            ownership.adopt(&claim(range, owner, *epoch));
+        }
+        ownership
+    }
+
+    #[test]
+    fn a_higher_epoch_takes_slots_out_of_the_middle() {
+        let mut all = ownership(&[("0-16383", "n1", 1)]);
+        assert!(all.adopt(&claim("100-199", "n2", 2)));
+        assert_eq!(
+            all.claims(),
+            [claim("0-99", "n1", 1), claim("100-199", "n2", 2), claim("200-16383", "n1", 1)]
+        );
+        assert_eq!(all.of(99).unwrap().owner.as_str(), "n1");
+        assert_eq!(all.of(100).unwrap().owner.as_str(), "n2");
+    }
+
+    #[test]
+    fn an_equal_or_lower_epoch_changes_nothing() {
+        let mut all = ownership(&[("0-16383", "n1", 2)]);
+        let before = all.clone();
+        assert!(!all.adopt(&claim("0-16383", "n2", 2)));
+        assert!(!all.adopt(&claim("5-9", "n2", 1)));
+        assert_eq!(all, before);
+    }
+
+    #[test]
+    fn free_slots_between_claims_that_stay_are_taken() {
+        let mut all = ownership(&[("10-19", "n1", 5), ("30-39", "n1", 5)]);
+        assert!(all.adopt(&claim("0-49", "n2", 1)));
+        assert_eq!(
+            all.claims(),
+            [
+                claim("0-9", "n2", 1),
+                claim("10-19", "n1", 5),
+                claim("20-29", "n2", 1),
+                claim("30-39", "n1", 5),
+                claim("40-49", "n2", 1)
+            ]
+        );
+        assert!(all.of(50).is_none());
+    }
+
+    #[test]
+    fn neighbours_are_joined() {
+        let all = ownership(&[("0-99", "n1", 1), ("100-199", "n1", 1)]);
+        assert_eq!(all.claims(), [claim("0-199", "n1", 1)]);
+    }
+
+    proptest::proptest! {
+        /// Against the obvious model: one owner per slot, the higher epoch wins.
+        #[test]
+        fn adopting_equals_the_model(claims in proptest::collection::vec((0u16..60, 1u16..30, 0usize..3, 1u64..5), 0..12)) {
+            let names = ["a", "b", "c"];
+            let mut all = Ownership::default();
+            let mut model: Vec<Option<(usize, u64)>> = vec![None; 100];
+            for (start, len, owner, epoch) in claims {
+                let range = SlotRange::new(start, start + len).unwrap();
+                all.adopt(&Claim { range, owner: NodeId::new(names[owner]).unwrap(), epoch });
+                for slot in start..start + len {
+                    let present = &mut model[usize::from(slot)];
+                    if present.is_none_or(|(_, present)| epoch > present) {
+                        *present = Some((owner, epoch));
+                    }
+                }
+            }
+            for (slot, expected) in model.iter().enumerate() {
+                let found = all.of(u16::try_from(slot).unwrap());
+                let found = found.map(|claim| (claim.owner.as_str(), claim.epoch));
+                proptest::prop_assert_eq!(found, expected.map(|(owner, epoch)| (names[owner], epoch)));
+            }
+        }
+    }
+}

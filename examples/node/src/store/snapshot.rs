@@ -1,0 +1,8 @@
+//! Slot ranges in and out of the database: consistent export to a snapshot file, import, giving up.
+
+mod export;
+mod format;
+mod import;
+
+pub use export::ExportSummary;
+pub use format::{SnapshotHeader, read_header};

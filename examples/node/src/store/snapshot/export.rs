@@ -1,0 +1,81 @@
+//! Export: all live rows of a slot range, as of one moment.
+
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::Path;
+
+use redb::ReadableDatabase as _;
+
+use super::format::{SnapshotHeader, SnapshotWriter};
+use crate::common::{NodeId, SlotRange};
+use crate::store::tables::{self, Row, split_row_key};
+use crate::store::{Store, StoreError, unix_ms};
+
+/// What an export holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExportSummary {
+    /// Live rows.
+    pub rows: u64,
+    /// Size of the file in bytes; 0 where it was written to something else.
+    pub file_bytes: u64,
+}
+
+impl Store {
+    /// Writes all live rows of `range` to `out`, from one read transaction: the state of one moment,
+    /// whatever is written meanwhile. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// What was written is of no use.
+    pub fn export<W: Write>(
+        &self,
+        source: &NodeId,
+        range: SlotRange,
+        out: W,
+    ) -> Result<(W, ExportSummary), StoreError> {
+        let now = unix_ms();
+        let rows = self.inner.database.begin_read()?.open_table(tables::ROWS)?;
+        let header = SnapshotHeader {
+            start: range.start(),
+            end: range.end(),
+            source: source.as_str().into(),
+            taken_unix_ms: now,
+        };
+        let mut writer = SnapshotWriter::begin(out, &header)?;
+        let (start, end) = tables::range_bounds(range);
+        for entry in rows.range::<&[u8]>(start.as_slice()..end.as_slice())? {
+            let (row, stored) = entry?;
+            let stored = Row::decode(stored.value())?;
+            if stored.is_live(now) {
+                writer.row(split_row_key(row.value())?.1, stored.value, stored.expires_at)?;
+            }
+        }
+        let (out, rows) = writer.finish()?;
+        Ok((out, ExportSummary { rows, file_bytes: 0 }))
+    }
+
+    /// [`Store::export`] to a file, durably; it appears under its name only when it is whole. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// No file appeared.
+    pub fn export_file(
+        &self,
+        source: &NodeId,
+        range: SlotRange,
+        path: &Path,
+    ) -> Result<ExportSummary, StoreError> {
+        let failed = |error| StoreError::io(format!("cannot write {}", path.display()), error);
+        let partial = path.with_extension("partial");
+        let file = File::create(&partial).map_err(failed)?;
+        let (out, summary) = self.export(source, range, BufWriter::with_capacity(1 << 20, file))?;
+        let file = out.into_inner().map_err(|error| failed(error.into_error()))?;
+        file.sync_all().map_err(failed)?;
+        let file_bytes = file.metadata().map_err(failed)?.len();
+        std::fs::rename(&partial, path).map_err(failed)?;
+        if let Some(directory) = path.parent() {
+            File::open(directory).and_then(|directory| directory.sync_all()).map_err(failed)?;
+        }
+        Ok(ExportSummary { file_bytes, ..summary })
+    }
+}
