@@ -1,9 +1,11 @@
 //! Why the service refuses: the error table of `snapshot.proto`, typed.
 
+use std::time::Duration;
+
 use proto_common::error::{Code, Error};
 
 macro_rules! reasons {
-    ($($(#[$doc:meta])* $name:ident = $text:literal, $code:ident;)+) => {
+    ($($(#[$doc:meta])* $name:ident = $text:literal, $code:ident $(, $retry:ident)?;)+) => {
         /// A row of the error table in `snapshot.proto`.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
         #[non_exhaustive]
@@ -14,6 +16,14 @@ macro_rules! reasons {
         impl Reason {
             /// All reasons, in the order of the table.
             pub const ALL: &[Self] = &[$(Self::$name),+];
+
+            /// Whether trying again can help: errors of this reason carry `RetryInfo`.
+            #[must_use]
+            pub fn hints_retry(self) -> bool {
+                match self {
+                    $(Self::$name => false $(|| stringify!($retry) == "retry")?,)+
+                }
+            }
 
             /// The reason named `text` in an error, if this version knows it.
             #[must_use]
@@ -42,7 +52,9 @@ macro_rules! reasons {
 }
 
 reasons! {
-    /// An ID, fixed-length or enum field is not valid.
+    /// An ID is not valid.
+    InvalidId = "INVALID_ID", InvalidArgument;
+    /// Another field is not valid.
     InvalidField = "INVALID_FIELD", InvalidArgument;
     /// A slot range is empty or beyond 16384.
     InvalidSlotRange = "INVALID_SLOT_RANGE", InvalidArgument;
@@ -75,7 +87,7 @@ reasons! {
     /// More bytes than credit was given for.
     CreditExceeded = "CREDIT_EXCEEDED", InvalidArgument;
     /// Payload and checksum differ.
-    ChunkChecksumMismatch = "CHUNK_CHECKSUM_MISMATCH", DataLoss;
+    ChunkChecksumMismatch = "CHUNK_CHECKSUM_MISMATCH", DataLoss, retry;
     /// `End` while extents are missing.
     MissingExtents = "MISSING_EXTENTS", FailedPrecondition;
     /// Totals differ from what arrived.
@@ -83,9 +95,9 @@ reasons! {
     /// A whole-file checksum differs from what was stored.
     FileChecksumMismatch = "FILE_CHECKSUM_MISMATCH", DataLoss;
     /// Stored data no longer matches its record.
-    StagedDataDamaged = "STAGED_DATA_DAMAGED", DataLoss;
+    StagedDataDamaged = "STAGED_DATA_DAMAGED", DataLoss, retry;
     /// The stream was closed without `End`.
-    StreamEndedEarly = "STREAM_ENDED_EARLY", Aborted;
+    StreamEndedEarly = "STREAM_ENDED_EARLY", Aborted, retry;
     /// Same ID, other specification.
     SpecificationMismatch = "SPECIFICATION_MISMATCH", AlreadyExists;
     /// The fence is lower than the persisted one.
@@ -95,15 +107,15 @@ reasons! {
     /// Another sender claimed this ID.
     Superseded = "SUPERSEDED", FailedPrecondition;
     /// A lane without a control stream.
-    NoSuchAttempt = "NO_SUCH_ATTEMPT", FailedPrecondition;
+    NoSuchAttempt = "NO_SUCH_ATTEMPT", FailedPrecondition, retry;
     /// Slots of the range are held by another task.
-    RangeBusy = "RANGE_BUSY", Aborted;
+    RangeBusy = "RANGE_BUSY", Aborted, retry;
     /// No free place for one more transfer.
-    TooManyTransfers = "TOO_MANY_TRANSFERS", ResourceExhausted;
+    TooManyTransfers = "TOO_MANY_TRANSFERS", ResourceExhausted, retry;
     /// The snapshot does not fit on the disk.
-    InsufficientDisk = "INSUFFICIENT_DISK", ResourceExhausted;
+    InsufficientDisk = "INSUFFICIENT_DISK", ResourceExhausted, retry;
     /// No free place for one more watcher.
-    TooManyWatchers = "TOO_MANY_WATCHERS", ResourceExhausted;
+    TooManyWatchers = "TOO_MANY_WATCHERS", ResourceExhausted, retry;
     /// The transfer was cancelled.
     TransferCancelled = "TRANSFER_CANCELLED", Cancelled;
     /// A cancel came at INSTALLING or later.
@@ -111,28 +123,32 @@ reasons! {
     /// The store's owner refused the snapshot for good.
     InstallRefused = "INSTALL_REFUSED", FailedPrecondition;
     /// Nothing arrived for the idle timeout.
-    IdleTimeout = "IDLE_TIMEOUT", DeadlineExceeded;
+    IdleTimeout = "IDLE_TIMEOUT", DeadlineExceeded, retry;
     /// No such transfer.
     TransferNotFound = "TRANSFER_NOT_FOUND", NotFound;
     /// Reading or writing the staging area failed.
-    StorageFailed = "STORAGE_FAILED", Unavailable;
+    StorageFailed = "STORAGE_FAILED", Unavailable, retry;
     /// The node is going away.
-    ShuttingDown = "SHUTTING_DOWN", Unavailable;
+    ShuttingDown = "SHUTTING_DOWN", Unavailable, retry;
     /// A bug.
     Internal = "INTERNAL", Internal;
 }
 
+/// What a caller is told to wait where nothing better is known.
+const RETRY_AFTER: Duration = Duration::from_millis(100);
+
 impl Reason {
-    /// An error for this reason.
+    /// An error for this reason; with `RetryInfo` where trying again can help.
     #[must_use]
     pub fn error(self, message: impl Into<String>) -> Error {
-        Error::new(self, message)
+        let error = Error::new(self, message);
+        if self.hints_retry() { error.retry_after(RETRY_AFTER) } else { error }
     }
 
     /// An error that blames the field `path`.
     #[must_use]
     pub fn field(self, path: &str, description: impl Into<String>) -> Error {
         let description = description.into();
-        Error::new(self, format!("{path}: {description}")).violation(path, description)
+        self.error(format!("{path}: {description}")).violation(path, description)
     }
 }

@@ -88,7 +88,7 @@ impl TransferSpec {
     ///
     /// # Errors
     ///
-    /// `INVALID_FIELD` or `INVALID_SLOT_RANGE`, with the path of the field.
+    /// `INVALID_ID`, `INVALID_FIELD` or `INVALID_SLOT_RANGE`, with the path of the field.
     pub fn from_header(header: &request::Header) -> Result<Self, Error> {
         let slots =
             header.slots.ok_or_else(|| Reason::InvalidSlotRange.field("header.slots", "must be set"))?;
@@ -146,7 +146,7 @@ pub(crate) fn id<T, E: std::fmt::Display>(
     value: &str,
     parse: impl FnOnce(&str) -> Result<T, E>,
 ) -> Result<T, Error> {
-    parse(value).map_err(|error| Reason::InvalidField.field(path, error.to_string()))
+    parse(value).map_err(|error| Reason::InvalidId.field(path, error.to_string()))
 }
 
 impl Manifest {
@@ -352,10 +352,10 @@ mod tests {
     fn every_field_of_the_header_is_checked_and_named() {
         type Spoil = fn(&mut request::Header);
         let cases: [(&str, &str, Spoil); 8] = [
-            ("INVALID_FIELD", "header.transfer_id", |h| h.transfer_id = "../x".to_owned()),
-            ("INVALID_FIELD", "header.source_shard_id", |h| h.source_shard_id.clear()),
-            ("INVALID_FIELD", "header.target_shard_id", |h| h.target_shard_id = ".hidden".to_owned()),
-            ("INVALID_FIELD", "header.source_node_id", |h| h.source_node_id = "x".repeat(129)),
+            ("INVALID_ID", "header.transfer_id", |h| h.transfer_id = "../x".to_owned()),
+            ("INVALID_ID", "header.source_shard_id", |h| h.source_shard_id.clear()),
+            ("INVALID_ID", "header.target_shard_id", |h| h.target_shard_id = ".hidden".to_owned()),
+            ("INVALID_ID", "header.source_node_id", |h| h.source_node_id = "x".repeat(129)),
             ("INVALID_FIELD", "header.content_version", |h| h.content_version = "x".repeat(1025)),
             ("INVALID_SLOT_RANGE", "header.slots", |h| h.slots = None),
             ("INVALID_SLOT_RANGE", "header.slots", |h| h.slots.as_mut().unwrap().end = 16385),

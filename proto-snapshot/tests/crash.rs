@@ -1,5 +1,7 @@
 //! A receiver in a process of its own, killed with SIGKILL in the middle of a transfer, again and again; and a sender.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failed expectation is a failed test")]
+
 mod support;
 
 use std::net::SocketAddr;

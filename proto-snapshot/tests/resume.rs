@@ -1,5 +1,7 @@
 //! Resuming where it is hard: sources of unknown length, staged data that the disk has damaged.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failed expectation is a failed test")]
+
 mod support;
 
 use std::path::{Path, PathBuf};

@@ -1,5 +1,7 @@
 //! Whole transfers between a real sender and a real receiver over loopback.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failed expectation is a failed test")]
+
 mod support;
 
 use std::num::NonZeroU64;

@@ -89,8 +89,7 @@ impl<S: SnapshotStore> Inner<S> {
         tracing::warn!(transfer_id = %incoming.plan.spec.transfer_id, bytes, "staged data is damaged; dropped");
         Err(Reason::StagedDataDamaged
             .error(format!("{bytes} bytes that were staged before a restart are damaged; they were dropped, send them again"))
-            .metadata("bytes", bytes.to_string())
-            .retry_after(Duration::from_millis(100)))
+            .metadata("bytes", bytes.to_string()))
     }
 
     /// Takes a sealed transfer to its end. Goes on until it is installed, refused for good, or the receiver stops.

@@ -187,9 +187,7 @@ impl<S: SnapshotStore> Inner<S> {
         answers: &Answers,
     ) -> Result<(), Error> {
         let incoming = self.find(&header.transfer_id).ok_or_else(|| {
-            Reason::NoSuchAttempt
-                .error("the transfer has no control stream; open that first")
-                .retry_after(std::time::Duration::from_millis(100))
+            Reason::NoSuchAttempt.error("the transfer has no control stream; open that first")
         })?;
         let permit = incoming.attach_lane(header.claim, header.lane, header.generation, &self.limits).await?;
         let missing = incoming.ledger().missing();

@@ -90,16 +90,13 @@ impl Frames {
 pub(super) fn ended_early() -> Error {
     Reason::StreamEndedEarly
         .error("the stream was closed before End; what arrived is kept, open the stream again to go on")
-        .retry_after(Duration::from_millis(100))
 }
 
 /// Nothing came for `limit`.
 pub(super) fn idle(limit: Duration) -> Error {
-    Reason::IdleTimeout
-        .error(format!(
-            "no frame arrived for {limit:?}; what arrived is kept, open the stream again to go on"
-        ))
-        .retry_after(Duration::from_millis(100))
+    Reason::IdleTimeout.error(format!(
+        "no frame arrived for {limit:?}; what arrived is kept, open the stream again to go on"
+    ))
 }
 
 /// A frame of a known kind at the wrong time.

@@ -230,8 +230,7 @@ impl<A: Staging> Incoming<A> {
             }
             if claim != current || state.stage != Stage::Open || !state.streams.contains_key(&0) {
                 return Err(Reason::NoSuchAttempt
-                    .error(format!("attempt {} has no control stream that is transferring", claim.attempt))
-                    .retry_after(std::time::Duration::from_millis(100)));
+                    .error(format!("attempt {} has no control stream that is transferring", claim.attempt)));
             }
             if lane == 0 || lane >= limits.lanes {
                 return Err(Reason::InvalidField
@@ -260,9 +259,7 @@ impl<A: Staging> Incoming<A> {
             return Err(cancelled());
         }
         if lane != 0 && !state.streams.contains_key(&0) {
-            return Err(Reason::NoSuchAttempt
-                .error("the control stream ended while the lane was opened")
-                .retry_after(std::time::Duration::from_millis(100)));
+            return Err(Reason::NoSuchAttempt.error("the control stream ended while the lane was opened"));
         }
         let quiet = Arc::new(tokio::sync::Mutex::new(()));
         let held = Arc::clone(&quiet)

@@ -269,8 +269,7 @@ impl<A: Staging> Session<'_, A> {
                 format!(
                     "is {crc64nvme:#018x}, the payload has {actual:#018x}; it was not stored, send it again"
                 ),
-            ))
-            .retry_after(Duration::from_millis(100)));
+            )));
         }
         incoming.ledger().claim(Extent { file, offset, len: payload.len() as u64 })?;
         Ok((StagedChunk { file, offset, payload }, crc64nvme))

@@ -107,11 +107,9 @@ impl Inbound {
     }
 
     async fn next(&mut self) -> Result<Option<Answer>, Error> {
-        let answer = tokio::time::timeout(self.idle, self.answers.message()).await.map_err(|_| {
-            Reason::IdleTimeout
-                .error(format!("the receiver was silent for {:?}", self.idle))
-                .retry_after(Duration::from_millis(100))
-        })?;
+        let answer = tokio::time::timeout(self.idle, self.answers.message())
+            .await
+            .map_err(|_| Reason::IdleTimeout.error(format!("the receiver was silent for {:?}", self.idle)))?;
         match answer? {
             None => Ok(None),
             Some(TransferSplitSnapshotResponse { frame: Some(frame) }) => Ok(Some(frame)),
