@@ -16,7 +16,7 @@ pub mod source;
 pub mod spec;
 #[cfg(feature = "server")]
 pub mod store;
-#[cfg(feature = "_rpc")]
+#[cfg(any(feature = "client", feature = "server"))]
 pub mod transfers;
 pub mod v1;
 

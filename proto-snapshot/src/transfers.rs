@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use prost::Message as _;
 use proto_common::ids::TransferId;
 use proto_common::registry::{Registry, RegistryLimits};
+#[cfg(feature = "server")]
 use proto_common::v1::Direction;
 use tokio_util::sync::CancellationToken;
 
