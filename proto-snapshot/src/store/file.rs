@@ -28,7 +28,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use proto_common::durable::{RecordLog, sync_dir};
 use proto_common::fence::Fence;
@@ -114,12 +114,28 @@ pub(crate) struct Shared {
     hasher: RandomState,
 }
 
+/// How long a lock is waited for: a process that was killed holds it until the kernel has taken it down, and one that was just
+/// forked until it executes its program.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+
+fn lock_soon(lock: &File) -> Result<(), TryLockError> {
+    let since = Instant::now();
+    loop {
+        match lock.try_lock() {
+            Err(TryLockError::WouldBlock) if since.elapsed() < LOCK_PATIENCE => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            result => return result,
+        }
+    }
+}
+
 impl FileSnapshotStore {
     /// Opens the store in `dir`, and makes it if there is none. Blocks.
     ///
     /// # Errors
     ///
-    /// [`StoreError::Io`] of kind `WouldBlock` when another process, or another store of this one, uses it;
+    /// [`StoreError::Io`] of kind `WouldBlock` when, after two seconds of waiting, another process, or another store of this one, uses it;
     /// [`StoreError::Damaged`] when it was made by a version that this one does not know.
     pub fn open(dir: impl Into<PathBuf>, options: FileStoreOptions) -> Result<Self, StoreError> {
         let failed = |error| StoreError::io("open a store", error);
@@ -129,7 +145,7 @@ impl FileSnapshotStore {
         let layout = Layout::new(dir.clone());
         let lock = File::options().read(true).write(true).create(true).truncate(false).open(layout.lock());
         let lock = lock.map_err(failed)?;
-        lock.try_lock().map_err(|error| match error {
+        lock_soon(&lock).map_err(|error| match error {
             TryLockError::WouldBlock => {
                 StoreError::io("lock a store that is in use", io::ErrorKind::WouldBlock.into())
             }
