@@ -1,0 +1,116 @@
+//! What to do about an error, for a person at a terminal.
+
+use proto::common::error::{Code, CommonReason, Error};
+use proto::snapshot::Reason;
+
+/// Advice about `error` of the node at `address`; none where its own sentence says all.
+pub(crate) fn about(error: &Error, address: &str) -> Option<String> {
+    let fact = |name: &str| error.get(name).unwrap_or("?");
+    if let Some(reason) = Reason::parse(error.reason()) {
+        return snapshot(reason, &fact, address);
+    }
+    if error.is(CommonReason::Unavailable) || error.code() == Code::Unavailable {
+        return Some(format!("see that the node runs and that {address} is its gRPC address"));
+    }
+    match error.code() {
+        Code::Unimplemented => Some(format!(
+            "what answers at {address} has no SplitSnapshotService; see that it is a node's gRPC address"
+        )),
+        Code::DeadlineExceeded => {
+            Some("see that the node is alive, or give it longer with --timeout".to_owned())
+        }
+        Code::PermissionDenied | Code::Unauthenticated => {
+            Some("ask whoever runs the node to permit it".to_owned())
+        }
+        _ => None,
+    }
+}
+
+fn snapshot<'a>(reason: Reason, fact: &impl Fn(&str) -> &'a str, address: &str) -> Option<String> {
+    let advice = match reason {
+        Reason::StaleFence => format!(
+            "somebody with a higher epoch or term has taken the shard over: see who leads it. The node has epoch {} and term {}; \
+             leave out --epoch to send without a fence",
+            fact("current_epoch"),
+            fact("current_term")
+        ),
+        Reason::StaleSnapshot => format!(
+            "the shard has a newer snapshot already (term {}, index {}): take a new one, and give its --term and --index",
+            fact("installed_term"),
+            fact("installed_index")
+        ),
+        Reason::SpecificationMismatch => format!(
+            "that transfer ID stands for something else, which differs in {}: \
+             repeat the options that it was started with, or choose another --transfer-id",
+            option_of(fact("field"))
+        ),
+        Reason::Superseded => {
+            "another sender goes on with this transfer; to take it over again, run this command once more"
+                .to_owned()
+        }
+        Reason::TransferCancelled => {
+            "its ID is spent: to send it after all, choose a new --transfer-id".to_owned()
+        }
+        Reason::RangeBusy | Reason::TooManyTransfers => {
+            format!("see what moves there with: nodectl transfers --at {address} --active")
+        }
+        Reason::InsufficientDisk => {
+            format!(
+                "it needs {} bytes and has {}: make room on the node",
+                fact("needed_bytes"),
+                fact("available_bytes")
+            )
+        }
+        Reason::WrongNode => {
+            "see that the address leads to the node that you mean, or leave out --target-node".to_owned()
+        }
+        Reason::TransferNotFound => format!("see what the node knows with: nodectl transfers --at {address}"),
+        Reason::TooLateToCancel => {
+            "a snapshot that is being installed, or was, can no longer be cancelled; nothing was changed"
+                .to_owned()
+        }
+        Reason::InstallRefused => {
+            "the node's store does not take this snapshot; its log says more".to_owned()
+        }
+        Reason::TotalsMismatch | Reason::FileChecksumMismatch => {
+            "what was read differs from what was stored: see that nothing writes to PATH, then send it again"
+                .to_owned()
+        }
+        Reason::StorageFailed => "see the disk and the log of the node".to_owned(),
+        Reason::ShuttingDown => "wait until the node is back".to_owned(),
+        Reason::Internal => "this is a bug; the log of the node may say more".to_owned(),
+        _ => return None,
+    };
+    Some(advice)
+}
+
+/// What a person gave that became the field of the header.
+fn option_of(field: &str) -> &str {
+    match field.rsplit('.').next().unwrap_or(field) {
+        "source_shard_id" => "--source-shard",
+        "target_shard_id" => "--target-shard",
+        "source_node_id" => "--source-node",
+        "slots" => "--slots",
+        "snapshot_index" => "--index",
+        "snapshot_term" => "--term",
+        "content_version" | "manifest" | "files" => "what PATH holds",
+        _ => field,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn says_what_to_do() {
+        let stale =
+            Reason::StaleFence.error("lower").metadata("current_epoch", "7").metadata("current_term", "2");
+        assert!(about(&stale, "n1:1").unwrap().contains("epoch 7 and term 2"));
+        let refused = Error::new(CommonReason::Unavailable, "connection refused");
+        assert!(about(&refused, "n1:1").unwrap().contains("n1:1"));
+        let other = Error::with_code(Code::Unimplemented, "UNIMPLEMENTED", "");
+        assert!(about(&other, "n1:1").unwrap().contains("SplitSnapshotService"));
+        assert_eq!(about(&Error::with_code(Code::Unknown, "ODD", "odd"), "n1:1"), None);
+    }
+}

@@ -1,0 +1,86 @@
+//! What is refused before anything is done, and help.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test")]
+
+mod support;
+
+use support::nodectl;
+
+#[tokio::test]
+async fn wrong_usage_names_what_is_wrong() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().to_str().unwrap();
+    std::fs::write(dir.path().join("file"), b"x").unwrap();
+    let push = format!("push {path} --to 127.0.0.1:1 --source-shard s1 --target-shard s2");
+    for (args, named) in [
+        (String::new(), "Usage:"),
+        ("pusch".to_owned(), "push"),
+        (format!("push {path}"), "--to"),
+        (
+            "push /no/such/path --to 127.0.0.1:1 --source-shard s1 --target-shard s2".to_owned(),
+            "/no/such/path",
+        ),
+        ("push /dev/null --to 127.0.0.1:1 --source-shard s1 --target-shard s2".to_owned(), "neither a file"),
+        (format!("{push} --slots 5-2"), "--slots"),
+        (format!("{push} --slots 0-16384"), "--slots"),
+        (format!("{push} --transfer-id ../x"), "--transfer-id"),
+        (format!("{push} --rate 0"), "--rate"),
+        (format!("{push} --retry-for soon"), "--retry-for"),
+        (push.replace("127.0.0.1:1", "localhost"), "--to"),
+        ("transfers".to_owned(), "--at"),
+        ("transfers --at nowhere".to_owned(), "--at"),
+        ("transfers --at n1:1 --timeout 0s".to_owned(), "--timeout"),
+        ("progress --at n1:1".to_owned(), "<ID>"),
+        ("progress a/b --at n1:1".to_owned(), "<ID>"),
+        ("cancel .x --at n1:1".to_owned(), "<ID>"),
+    ] {
+        let ended = nodectl(&args).await;
+        assert_eq!(ended.code, Some(2), "{args}: {ended:?}");
+        assert!(ended.stderr.contains(named), "{args}: {ended:?}");
+        assert!(ended.stdout.is_empty(), "{args}: {ended:?}");
+    }
+}
+
+#[cfg(unix)]
+#[tokio::test]
+async fn a_directory_that_cannot_be_a_snapshot() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().to_str().unwrap();
+    let push = format!("push {path} --to 127.0.0.1:1 --source-shard s1 --target-shard s2");
+    let empty = nodectl(&push).await;
+    assert_eq!(empty.code, Some(2), "{empty:?}");
+    assert!(empty.stderr.contains("PATH") && empty.stderr.contains("has no files"), "{empty:?}");
+
+    std::fs::write(dir.path().join("file"), b"x").unwrap();
+    for n in 0..25 {
+        std::os::unix::fs::symlink("file", dir.path().join(format!("link-{n:02}"))).unwrap();
+    }
+    let links = nodectl(&push).await;
+    assert_eq!(links.code, Some(2), "{links:?}");
+    for part in ["PATH", "25 entries", "link-00: is a symbolic link", "link-19", "and 5 more"] {
+        assert!(links.stderr.contains(part), "{part}: {links:?}");
+    }
+}
+
+#[tokio::test]
+async fn help_shows_by_example() {
+    for command in ["", "push", "transfers", "progress", "cancel"] {
+        let help = nodectl(&format!("{command} --help")).await;
+        assert_eq!(help.code, Some(0), "{command}");
+        help.assert_plain();
+        assert!(
+            help.stdout.contains("Examples:") && help.stdout.contains(&format!("nodectl {command}")),
+            "{help:?}"
+        );
+        let width = help.stdout.lines().map(|line| line.chars().count()).max();
+        assert!(width <= Some(100), "{command}: {width:?}");
+    }
+    let version = nodectl("--version").await;
+    assert_eq!(version.stdout, format!("nodectl {}\n", env!("CARGO_PKG_VERSION")));
+    for shell in ["bash", "zsh", "fish"] {
+        let script = nodectl(&format!("completions {shell}")).await;
+        assert!(
+            script.stdout.contains("--target-shard") || script.stdout.contains("target-shard"),
+            "{shell}"
+        );
+    }
+}
