@@ -202,6 +202,11 @@ pub trait Staging: Send + Sync + std::fmt::Debug + 'static {
 
     /// Makes durable all that `write` calls that *returned* before have written, then `records`, which
     /// describe them.
+    ///
+    /// # Errors
+    ///
+    /// After any, what was written since the last sync that succeeded counts as lost: a disk tells only once that it could not
+    /// write. It has to be written again before it is recorded.
     fn sync(&self, records: Vec<ExtentRecord>) -> impl Future<Output = Result<(), StoreError>> + Send;
 
     /// CRC-64/NVME of the stored bytes of an extent.

@@ -255,7 +255,6 @@ impl SnapshotStore for FileSnapshotStore {
 impl Shared {
     fn stage(self: &Arc<Self>, plan: TransferPlan) -> Result<FileStaging, StoreError> {
         const ACTION: &str = "make a staging area";
-        let failed = |error| StoreError::io(ACTION, error);
         let id = plan.spec.transfer_id.clone();
         if self.read_shard(&plan.spec.target_shard)?.state.current.as_ref() == Some(&id) {
             return Err(StoreError::invalid(ACTION, "a snapshot of this ID is current already"));
@@ -268,26 +267,16 @@ impl Shared {
         if !lock(&self.live).insert(id.clone()) {
             return Err(StoreError::invalid(ACTION, "there is one of this ID"));
         }
-        let made = || {
-            let (new, dir) = (self.layout.staging_new(&id), self.layout.staging(&id));
-            if exists(&dir).map_err(failed)? {
-                return Err(StoreError::invalid(ACTION, "there is one of this ID"));
-            }
-            match std::fs::remove_dir_all(&new) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
-                _ => {}
-            }
-            std::fs::create_dir(&new).map_err(failed)?;
-            let half = Area::new(new.clone());
-            record::write(&half.meta(), Kind::Meta, &PlanRecord::new(&plan, &[])).map_err(failed)?;
-            drop(RecordLog::open(half.records()).map_err(failed)?);
-            std::fs::rename(&new, &dir).map_err(failed)?;
-            sync_dir(self.layout.staging_root()).map_err(failed)?;
-            let area = Area::new(dir);
-            let (log, ..) = RecordLog::open(area.records()).map_err(failed)?;
+        let (new, dir) = (self.layout.staging_new(&id), self.layout.staging(&id));
+        // One that was not recovered is not touched either.
+        if !matches!(exists(&dir), Ok(false)) {
+            lock(&self.live).remove(&id);
+            return Err(StoreError::invalid(ACTION, "there is one of this ID"));
+        }
+        let made = self.make_area(&plan, &new, &dir).and_then(|log| {
             let parts = Parts {
                 plan,
-                area,
+                area: Area::new(dir.clone()),
                 reservation,
                 state: StagingState::Open,
                 space,
@@ -298,13 +287,31 @@ impl Shared {
                 last_activity: unix_ms(),
             };
             FileStaging::open(self, parts)
-        };
-        let staging = made();
-        if staging.is_err() {
-            let _ = std::fs::remove_dir_all(self.layout.staging_new(&id));
+        });
+        if made.is_err() {
+            // Both are of this call: nobody else uses the ID, and there was none of it. What cannot be removed now is found at the next start.
+            let _ = std::fs::remove_dir_all(&new);
+            let _ = std::fs::remove_dir_all(&dir);
             lock(&self.live).remove(&id);
         }
-        staging
+        made
+    }
+
+    /// Makes an empty staging area at `dir`, by way of `new`: after a crash it is there as a whole or not at all.
+    fn make_area(&self, plan: &TransferPlan, new: &Path, dir: &Path) -> Result<RecordLog, StoreError> {
+        let failed = |error| StoreError::io("make a staging area", error);
+        match std::fs::remove_dir_all(new) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+            _ => {}
+        }
+        std::fs::create_dir(new).map_err(failed)?;
+        let half = Area::new(new.to_owned());
+        record::write(&half.meta(), Kind::Meta, &PlanRecord::new(plan, &[])).map_err(failed)?;
+        drop(RecordLog::open(half.records()).map_err(failed)?);
+        std::fs::rename(new, dir).map_err(failed)?;
+        sync_dir(self.layout.staging_root()).map_err(failed)?;
+        let (log, ..) = RecordLog::open(Area::new(dir.to_owned()).records()).map_err(failed)?;
+        Ok(log)
     }
 
     fn shard_lock(&self, shard: &ShardId) -> &Mutex<()> {

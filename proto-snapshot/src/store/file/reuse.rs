@@ -7,7 +7,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use proto_common::checksum::Crc64Hasher;
 
@@ -46,6 +46,7 @@ impl Inner {
                 self.move_in(number, size)?;
                 return Ok(Some(found.crc));
             }
+            self.discard_copy(number);
         }
         Ok(None)
     }
@@ -58,11 +59,16 @@ impl Inner {
         digest: &[u8; 32],
     ) -> Result<Option<Copied>, StoreError> {
         let copied = self.copy_any(number, source, size)?;
-        let copied = copied.filter(|copied| copied.blake3 == *digest);
-        if copied.is_some() {
-            self.move_in(number, size)?;
+        match copied {
+            Some(copied) if copied.blake3 == *digest => {
+                self.move_in(number, size)?;
+                Ok(Some(copied))
+            }
+            _ => {
+                self.discard_copy(number);
+                Ok(None)
+            }
         }
-        Ok(copied)
     }
 
     /// Copies `source` beside the tree; `None` if it cannot be read or does not have `size` bytes.
@@ -77,12 +83,21 @@ impl Inner {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(failed(error)),
             _ => {}
         }
-        let path = dir.join(number.to_string());
+        let path = self.copy_path(number);
         let result = copy(&mut from, &path, size).map_err(failed);
         if !matches!(&result, Ok(Some(copied)) if copied.len == size) {
-            let _ = std::fs::remove_file(&path);
+            self.discard_copy(number);
         }
         Ok(result?.filter(|copied| copied.len == size))
+    }
+
+    fn copy_path(&self, number: u32) -> PathBuf {
+        self.area.reuse().join(number.to_string())
+    }
+
+    /// What is left of it goes with the staging area.
+    fn discard_copy(&self, number: u32) {
+        let _ = std::fs::remove_file(self.copy_path(number));
     }
 
     /// Moves the copy into the tree. The next sync makes it durable.
@@ -91,7 +106,7 @@ impl Inner {
         let mut state = self.lock_state();
         let parent = path.parent().unwrap_or(&self.area.tree);
         self.make_dirs(&mut state, parent)?;
-        std::fs::rename(self.area.reuse().join(number.to_string()), &path)
+        std::fs::rename(self.copy_path(number), &path)
             .map_err(|error| StoreError::io("move a copied file", error))?;
         // Whoever has the replaced file open would write to nowhere.
         self.shared.handles.forget(self.serial, number);

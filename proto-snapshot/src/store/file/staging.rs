@@ -41,6 +41,7 @@ pub(super) struct Inner {
     opened_state: StagingState,
     opened_records: Vec<ExtentRecord>,
     claim: Mutex<Claim>,
+    claim_file: Mutex<()>,
     gate: RwLock<Gate>,
     last_activity: AtomicU64,
 }
@@ -115,6 +116,7 @@ impl FileStaging {
             opened_state: state,
             opened_records,
             claim: Mutex::new(claim),
+            claim_file: Mutex::new(()),
             gate: RwLock::new(gate),
             last_activity: AtomicU64::new(last_activity),
         };
@@ -157,11 +159,11 @@ impl Staging for FileStaging {
     async fn set_claim(&self, claim: Claim) -> Result<(), StoreError> {
         self.run("persist a claim", move |inner| {
             let _open = inner.alive()?;
-            // Held while writing: of two claims, the file keeps the one that memory keeps.
-            let mut current = lock(&inner.claim);
+            // Held while writing: of two claims, the file keeps the one that memory keeps. Who only asks does not wait for the disk.
+            let _one = lock(&inner.claim_file);
             record::write(&inner.area.claim(), Kind::Claim, &ClaimRecord::from(claim))
                 .map_err(|error| StoreError::io("persist a claim", error))?;
-            *current = claim;
+            *lock(&inner.claim) = claim;
             Ok(())
         })
         .await

@@ -30,10 +30,14 @@ impl Trash {
 
     /// Moves `path` into the trash, if it is there. The caller syncs the directory that it was in.
     pub(super) fn take(&self, path: &Path) -> io::Result<()> {
-        let name = self.inner.names.fetch_add(1, Ordering::AcqRel);
-        match std::fs::rename(path, self.inner.dir.join(format!("{name:x}"))) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            result => result,
+        loop {
+            let name = self.inner.names.fetch_add(1, Ordering::AcqRel);
+            match std::fs::rename(path, self.inner.dir.join(format!("{name:x}"))) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+                // A name of an earlier process, whose clock was ahead.
+                Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {}
+                result => return result,
+            }
         }
     }
 

@@ -233,6 +233,17 @@ async fn an_id_is_staged_once() {
 }
 
 #[tokio::test]
+async fn what_was_not_recovered_is_never_overwritten() {
+    let dir = tempfile::tempdir_in(fast_dir()).unwrap();
+    let (store, _) = open(dir.path()).await;
+    drop(filled(&store, "t1", 1).await);
+    drop(store);
+    let store = FileSnapshotStore::open(dir.path(), options()).unwrap();
+    assert!(store.stage(&plan("t1", 1, &files(1))).await.is_err());
+    assert_eq!(store.recover().await.unwrap().staged[0].records().len(), 2);
+}
+
+#[tokio::test]
 async fn a_leftover_of_a_forgotten_transfer_is_replaced() {
     let dir = tempfile::tempdir_in(fast_dir()).unwrap();
     let (store, _) = open(dir.path()).await;

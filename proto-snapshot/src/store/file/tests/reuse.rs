@@ -92,6 +92,7 @@ async fn a_changed_source_is_not_used_and_does_no_harm() {
     let staging = store.stage(&plan_with_digests("next", 2, &next())).await.unwrap();
     assert_eq!(staging.reuse(0).await.unwrap(), None);
     assert_eq!(staging.reuse(1).await.unwrap(), None);
+    assert_eq!(fs::read_dir(dir.path().join("staging/next/reuse")).unwrap().count(), 0);
     assert!(!dir.path().join("staging/next/tree").exists(), "what was copied is not in the tree");
     assert_eq!(reuse_and_install(&store, &staging, &next()).await, [false; 4]);
 }
