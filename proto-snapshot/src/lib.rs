@@ -1,4 +1,4 @@
-//! SplitSnapshotService (`node.snapshot.v1`): moves a split snapshot between the nodes of a sharded store.
+#![doc = include_str!("../README.md")]
 
 #[cfg(feature = "_rpc")]
 pub mod extent;
