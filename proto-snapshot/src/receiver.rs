@@ -253,7 +253,7 @@ impl<S: SnapshotStore> Inner<S> {
         let tracker = match self.transfers.registry().insert(
             proto_common::v1::Direction::In,
             id.as_str(),
-            initial_progress(&plan, phase),
+            initial_progress(&plan, &self.identity.node_id, phase),
         ) {
             Ok(tracker) => tracker,
             Err(error) => {

@@ -159,24 +159,17 @@ impl Manifest {
     pub fn new(files: Vec<ManifestFile>) -> Result<Self, Error> {
         proto_common::path::check_tree(files.iter().map(|file| &file.name))
             .map_err(|error| Reason::ConflictingFileNames.field("manifest.files.name", error.to_string()))?;
-        let mut total = Some(0_u64);
-        for file in &files {
-            if let Some(size) = file.size {
-                total = match total {
-                    Some(sum) => Some(
-                        sum.checked_add(size).filter(|sum| i64::try_from(*sum).is_ok()).ok_or_else(|| {
-                            Reason::SnapshotTooLarge.field(
-                                "manifest.files.size",
-                                format!("{} makes it larger than 2^63 - 1 bytes", file.name),
-                            )
-                        })?,
-                    ),
-                    None => None,
-                };
-            } else {
-                total = None;
-            }
+        let mut known = 0_u64;
+        for (number, file) in files.iter().enumerate() {
+            let sum = known.checked_add(file.size.unwrap_or(0)).filter(|sum| i64::try_from(*sum).is_ok());
+            known = sum.ok_or_else(|| {
+                Reason::SnapshotTooLarge.field(
+                    &format!("manifest.files[{number}].size"),
+                    format!("{} makes the snapshot larger than 2^63 - 1 bytes", file.name),
+                )
+            })?;
         }
+        let total = files.iter().all(|file| file.size.is_some()).then_some(known);
         Ok(Self { files: files.into(), total })
     }
 
@@ -251,14 +244,21 @@ impl TryFrom<request::File> for ManifestFile {
     type Error = Error;
 
     fn try_from(file: request::File) -> Result<Self, Error> {
+        Self::check(file, "file")
+    }
+}
+
+impl ManifestFile {
+    /// Checks a file that came in the field `path`.
+    pub(crate) fn check(file: request::File, path: &str) -> Result<Self, Error> {
         let request::File { name, size, blake3 } = file;
         let name = FileName::new(&name)
-            .map_err(|error| Reason::InvalidFileName.field("manifest.files.name", error.to_string()))?;
+            .map_err(|error| Reason::InvalidFileName.field(&format!("{path}.name"), error.to_string()))?;
         if let Some(size) = size
             && i64::try_from(size).is_err()
         {
             return Err(Reason::SnapshotTooLarge.field(
-                "manifest.files.size",
+                &format!("{path}.size"),
                 format!("{name} has {size} bytes, at most 2^63 - 1 are possible"),
             ));
         }
@@ -266,7 +266,7 @@ impl TryFrom<request::File> for ManifestFile {
             None => None,
             Some(digest) => Some(<[u8; 32]>::try_from(digest.as_ref()).map_err(|_| {
                 Reason::InvalidField
-                    .field("manifest.files.blake3", format!("has {} bytes, a digest has 32", digest.len()))
+                    .field(&format!("{path}.blake3"), format!("has {} bytes, a digest has 32", digest.len()))
             })?),
         };
         Ok(Self { name, size, blake3 })

@@ -40,7 +40,7 @@ impl<S: SnapshotStore> Inner<S> {
                         transfer.progress.get_or_insert_default().error = Some(error.clone().into());
                     });
                     inner.show_expiry(&incoming);
-                    incoming.complete(Err(error));
+                    incoming.complete_unsealed(error);
                 }
             }
         });
@@ -63,14 +63,16 @@ impl<S: SnapshotStore> Inner<S> {
             return Err(cancelled());
         }
         tracing::debug!(transfer_id = %spec.transfer_id, "verified");
-        incoming.show(|transfer| transfer.enter(TransferPhase::Installing));
         loop {
             match incoming.staging.seal(totals).await {
-                Ok(()) => return Ok(()),
+                Ok(()) => break,
                 Err(error) if error.is_retryable() => self.pause_after(incoming, &error.into()).await?,
                 Err(error) => return Err(error.into()),
             }
         }
+        // Not before it is durable: INSTALLING promises to go on after a crash.
+        incoming.show(|transfer| transfer.enter(TransferPhase::Installing));
+        Ok(())
     }
 
     /// Reads what an earlier process wrote: its records say that it was durable, the disk has the last word.

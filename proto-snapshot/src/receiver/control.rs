@@ -10,7 +10,9 @@ use tokio_util::sync::CancellationToken;
 use super::admission::Place;
 use super::completion::shutting_down;
 use super::handshake::{CheckedLane, ControlHeader, FEATURES, Frames, ended_early, unexpected};
-use super::incoming::{Incoming, Outcome, Stage, StreamPermit, cancelled, initial_progress};
+use super::incoming::{
+    CONTENT_DIGEST, Incoming, Outcome, Stage, StreamPermit, cancelled, content_digests, initial_progress,
+};
 use super::session::{Answers, Session, accept};
 use super::{Inner, Slot};
 use crate::extent::{Extent, ExtentRecord};
@@ -146,11 +148,10 @@ impl<S: SnapshotStore> Inner<S> {
             let ledger = incoming.ledger();
             (ledger.missing(), ledger.durable_bytes(), ledger.reused_bytes())
         };
-        let sizes_known = incoming.plan.manifest.total_bytes().is_some();
         let budget = self.budget.join();
         let credit = Session::<S::Staging>::first_credit(&budget, &self.limits);
         let terms = Accepted {
-            max_lanes: if sizes_known { self.limits.lanes.min(header.lanes) } else { 1 },
+            max_lanes: self.max_lanes(incoming, header.lanes),
             durable_bytes,
             reused_bytes,
             ..self.terms(credit)
@@ -189,12 +190,14 @@ impl<S: SnapshotStore> Inner<S> {
         let incoming = self.find(&header.transfer_id).ok_or_else(|| {
             Reason::NoSuchAttempt.error("the transfer has no control stream; open that first")
         })?;
-        let permit = incoming.attach_lane(header.claim, header.lane, header.generation, &self.limits).await?;
+        let permit = incoming.attach_lane(header.claim, header.lane, header.generation).await?;
+        incoming.show(|_| {});
         let missing = incoming.ledger().missing();
         let budget = self.budget.join();
         let credit = Session::<S::Staging>::first_credit(&budget, &self.limits);
-        accept(answers, Accepted { max_lanes: self.limits.lanes, ..self.terms(credit) }, missing).await?;
-        Session {
+        let terms = Accepted { max_lanes: incoming.max_lanes(), ..self.terms(credit) };
+        accept(answers, terms, missing).await?;
+        let result = Session {
             permit: &permit,
             frames: &mut frames,
             answers,
@@ -203,8 +206,15 @@ impl<S: SnapshotStore> Inner<S> {
             control: false,
         }
         .run(credit)
-        .await
-        .map(|_| ())
+        .await;
+        drop(permit);
+        incoming.show(|_| {});
+        result.map(|_| ())
+    }
+
+    /// Streams that a sender may use that would like `wanted`.
+    fn max_lanes(&self, incoming: &Incoming<S::Staging>, wanted: u32) -> u32 {
+        if incoming.plan.manifest.total_bytes().is_some() { self.limits.lanes.min(wanted).max(1) } else { 1 }
     }
 
     /// What every `Accepted` says.
@@ -243,11 +253,7 @@ impl<S: SnapshotStore> Inner<S> {
                 }
                 _ = alive.tick() => {
                     let durable_bytes = incoming.ledger().durable_bytes();
-                    let phase = if incoming.stage() == Stage::Installing {
-                        TransferPhase::Installing
-                    } else {
-                        TransferPhase::Verifying
-                    };
+                    let phase = incoming.shown().map_or(TransferPhase::Installing, |shown| shown.phase());
                     answers.offer(Answer::Ack(Ack { durable_bytes, phase: phase.into(), ..Ack::default() }));
                 }
             }
@@ -310,10 +316,8 @@ impl<S: SnapshotStore> Inner<S> {
         let spec = &header.spec;
         let mut existing = slot.get();
         if let Some(incoming) = &existing {
+            check_same(&incoming.plan, header, &manifest)?;
             let discards = header.discard_staged && incoming.stage() == Stage::Open;
-            if !discards {
-                check_same(&incoming.plan, spec, &manifest)?;
-            }
             if matches!(incoming.stage(), Stage::Verifying | Stage::Installing) {
                 return Ok(Attached::Completing(Arc::clone(incoming)));
             }
@@ -344,7 +348,7 @@ impl<S: SnapshotStore> Inner<S> {
         }
         let shard = self.store.shard(&spec.target_shard).await?;
         if existing.is_none()
-            && let Some(installed) = self.finished(spec, &manifest, &shard)?
+            && let Some(installed) = self.finished(header, &manifest, &shard)?
         {
             return Ok(Attached::Done(installed));
         }
@@ -364,16 +368,18 @@ impl<S: SnapshotStore> Inner<S> {
         if let Some(fence) = header.fence {
             self.store.raise_fence(&spec.target_shard, fence).await?;
         }
-        incoming.attach(header.claim, header.generation).await.map(Attached::Writer)
+        let max_lanes = self.max_lanes(&incoming, header.lanes);
+        incoming.attach(header.claim, header.generation, max_lanes).await.map(Attached::Writer)
     }
 
     /// Whether the transfer ended before, and how.
     fn finished(
         &self,
-        spec: &TransferSpec,
+        header: &ControlHeader,
         manifest: &Manifest,
         shard: &ShardState,
     ) -> Result<Option<Installed>, Error> {
+        let spec = &header.spec;
         let known = self.transfers.registry().get(Some(Direction::In), spec.transfer_id.as_str());
         let installed = |bytes: u64, at: u64| Installed {
             total_bytes: bytes,
@@ -384,7 +390,7 @@ impl<S: SnapshotStore> Inner<S> {
         };
         match known.as_ref().map(|known| (known, known.phase())) {
             Some((known, TransferPhase::Installed)) => {
-                check_same_shown(known, spec)?;
+                check_same_shown(known, header, manifest)?;
                 let progress = known.progress.clone().unwrap_or_default();
                 Ok(Some(installed(progress.bytes_done, progress.finished_unix_ms.unwrap_or(0))))
             }
@@ -401,7 +407,7 @@ impl<S: SnapshotStore> Inner<S> {
     async fn create(&self, plan: TransferPlan) -> Result<Arc<Incoming<S::Staging>>, Error> {
         let hold = self.hook.admit(&plan).await?;
         let staging = self.store.stage(&plan).await?;
-        let progress = initial_progress(&plan, TransferPhase::Preparing);
+        let progress = initial_progress(&plan, &self.identity.node_id, TransferPhase::Preparing);
         match self.transfers.registry().insert(Direction::In, plan.spec.transfer_id.as_str(), progress) {
             Ok(tracker) => Ok(Incoming::new(staging, hold, tracker, Stage::Open)),
             Err(error) => {
@@ -461,40 +467,61 @@ async fn ended(outcome: &mut watch::Receiver<Outcome>) -> Outcome {
     outcome.wait_for(Option::is_some).await.map_or(None, |outcome| outcome.clone())
 }
 
-/// Refuses another specification under the same ID.
-fn check_same(plan: &TransferPlan, spec: &TransferSpec, manifest: &Manifest) -> Result<(), Error> {
-    if let Some(field) = plan.spec.difference(spec) {
-        return Err(other_specification(spec, &format!("header.{field}")));
+/// Refuses another specification under the same ID. A sender that cannot read its source twice may bring other content.
+fn check_same(plan: &TransferPlan, header: &ControlHeader, manifest: &Manifest) -> Result<(), Error> {
+    let spec = &header.spec;
+    let other_content = header.discard_staged;
+    match plan.spec.difference(spec) {
+        Some("content_version") if other_content => {}
+        Some(field) => return Err(other_specification(spec, &format!("header.{field}"), field)),
+        None => {}
     }
     match plan.manifest.difference(manifest) {
-        Some(what) => Err(other_specification(spec, &format!("manifest, {what}"))),
-        None => Ok(()),
+        Some(what) if !other_content => {
+            Err(other_specification(spec, "manifest.files", &format!("manifest ({what})")))
+        }
+        _ => Ok(()),
     }
 }
 
-/// The same against the history, which keeps all but manifest and content version.
-fn check_same_shown(known: &TransferProgress, spec: &TransferSpec) -> Result<(), Error> {
+/// The same against the history, which keeps digests of manifest and content version.
+fn check_same_shown(
+    known: &TransferProgress,
+    header: &ControlHeader,
+    manifest: &Manifest,
+) -> Result<(), Error> {
+    let spec = &header.spec;
     let sent = TransferProgress::from(spec);
+    let (content_version, manifest) = content_digests(spec, manifest);
+    let differs = |known: Option<&[u8]>, sent: [u8; CONTENT_DIGEST]| {
+        !header.discard_staged && known.is_some_and(|known| known != sent)
+    };
+    let digests = known.specification.split_at_checked(CONTENT_DIGEST);
     let field = if known.source_shard_id != sent.source_shard_id {
-        "source_shard_id"
+        "header.source_shard_id"
     } else if known.target_shard_id != sent.target_shard_id {
-        "target_shard_id"
+        "header.target_shard_id"
     } else if known.source_node_id != sent.source_node_id {
-        "source_node_id"
+        "header.source_node_id"
     } else if known.slots != sent.slots {
-        "slots"
+        "header.slots"
     } else if known.snapshot_index != sent.snapshot_index {
-        "snapshot_index"
+        "header.snapshot_index"
     } else if known.snapshot_term != sent.snapshot_term {
-        "snapshot_term"
+        "header.snapshot_term"
+    } else if differs(digests.map(|(known, _)| known), content_version) {
+        "header.content_version"
+    } else if differs(digests.map(|(_, known)| known), manifest) {
+        "manifest.files"
     } else {
         return Ok(());
     };
-    Err(other_specification(spec, &format!("header.{field}")))
+    Err(other_specification(spec, field, field.trim_start_matches("header.")))
 }
 
-fn other_specification(spec: &TransferSpec, field: &str) -> Error {
+fn other_specification(spec: &TransferSpec, field: &str, what: &str) -> Error {
     Reason::SpecificationMismatch
-        .error(format!("transfer {} exists with another {field}; use a new ID", spec.transfer_id))
+        .error(format!("transfer {} exists with another {what}; use a new ID", spec.transfer_id))
+        .violation(field, format!("{what} is another one than before"))
         .metadata("field", field)
 }

@@ -150,6 +150,7 @@ impl ControlHeader {
                     "the sender requires the feature {unknown}, this receiver has {}",
                     FEATURES.join(", ")
                 ))
+                .violation("header.required_features", format!("names {unknown}"))
                 .metadata("feature", unknown));
         }
         if !target_node_id.is_empty() {
@@ -157,6 +158,7 @@ impl ControlHeader {
             if target.as_str() != node {
                 return Err(Reason::WrongNode
                     .error(format!("the sender means node {target}, this is node {node}; check the address"))
+                    .violation("header.target_node_id", format!("is not {node}"))
                     .metadata("node_id", node));
             }
         }
@@ -226,7 +228,7 @@ impl ControlHeader {
                 return Err(mismatch("a page that is not the last has no files".to_owned()));
             }
             for file in page.files {
-                let file = ManifestFile::try_from(file)?;
+                let file = ManifestFile::check(file, &format!("manifest.files[{}]", files.len()))?;
                 name_bytes = name_bytes.saturating_add(file.name.as_str().len() as u64);
                 files.push(file);
                 if files.len() as u64 > self.file_count || name_bytes > self.name_bytes {

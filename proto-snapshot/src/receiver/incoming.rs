@@ -18,7 +18,7 @@ use crate::extent::ExtentRecord;
 use crate::hook::Hold;
 use crate::limits::Limits;
 use crate::reason::Reason;
-use crate::spec::TransferPlan;
+use crate::spec::{Manifest, TransferPlan, TransferSpec};
 use crate::store::{Claim, Staging};
 use crate::v1::transfer_split_snapshot_response::Installed;
 use crate::v1::{TransferPhase, TransferProgress};
@@ -61,6 +61,8 @@ struct State {
     stage: Stage,
     claim: Claim,
     generation: u64,
+    /// Streams that the control stream was told it may use, itself included.
+    max_lanes: u32,
     streams: HashMap<u32, StreamEntry>,
     /// Highest generation seen of each lane of the attempt.
     lane_generations: HashMap<u32, u64>,
@@ -104,6 +106,7 @@ impl<A: Staging> Incoming<A> {
                 stage,
                 claim,
                 generation: 0,
+                max_lanes: 1,
                 streams: HashMap::new(),
                 lane_generations: HashMap::new(),
                 outcome: watch::Sender::new(None),
@@ -136,6 +139,11 @@ impl<A: Staging> Incoming<A> {
 
     pub(super) fn claim(&self) -> Claim {
         self.state().claim
+    }
+
+    /// Streams that may be used, the control stream included.
+    pub(super) fn max_lanes(&self) -> u32 {
+        self.state().max_lanes
     }
 
     /// Told when something was written, synced, or failed.
@@ -192,6 +200,7 @@ impl<A: Staging> Incoming<A> {
         self: &Arc<Self>,
         claim: Claim,
         generation: u64,
+        max_lanes: u32,
     ) -> Result<StreamPermit<A>, Error> {
         if self.claim() != claim {
             self.staging.set_claim(claim).await?;
@@ -203,6 +212,7 @@ impl<A: Staging> Incoming<A> {
             }
             state.claim = claim;
             state.generation = generation;
+            state.max_lanes = max_lanes;
             state.failed.take()
         };
         if failed.is_some() {
@@ -220,7 +230,6 @@ impl<A: Staging> Incoming<A> {
         claim: Claim,
         lane: u32,
         generation: u64,
-        limits: &Limits,
     ) -> Result<StreamPermit<A>, Error> {
         let old = {
             let mut state = self.state();
@@ -232,9 +241,14 @@ impl<A: Staging> Incoming<A> {
                 return Err(Reason::NoSuchAttempt
                     .error(format!("attempt {} has no control stream that is transferring", claim.attempt)));
             }
-            if lane == 0 || lane >= limits.lanes {
-                return Err(Reason::InvalidField
-                    .field("lane_header.lane", format!("is {lane}, must be 1..{}", limits.lanes)));
+            if lane == 0 || lane >= state.max_lanes {
+                let streams = state.max_lanes;
+                return Err(Reason::InvalidField.field(
+                    "lane_header.lane",
+                    format!(
+                        "is {lane}; Accepted.max_lanes is {streams}, so lanes are 1 to {streams} exclusive"
+                    ),
+                ));
             }
             let seen = state.lane_generations.entry(lane).or_insert(0);
             if generation <= *seen {
@@ -314,13 +328,18 @@ impl<A: Staging> Incoming<A> {
         Ok(std::mem::replace(&mut state.stage, Stage::Closed))
     }
 
-    /// Ends the completion: streams that wait for it are told.
-    pub(super) fn complete(&self, result: Result<Installed, Error>) {
+    /// The completion failed before the transfer was sealed: it takes data again, unless it was cancelled, and streams that wait are told.
+    pub(super) fn complete_unsealed(&self, error: Error) {
         let mut state = self.state();
-        if result.is_err() && state.stage == Stage::Verifying {
+        if state.stage != Stage::Closed {
             state.stage = Stage::Open;
         }
-        state.outcome.send_replace(Some(result));
+        state.outcome.send_replace(Some(Err(error)));
+    }
+
+    /// Ends the completion: streams that wait for it are told.
+    pub(super) fn complete(&self, result: Result<Installed, Error>) {
+        self.state().outcome.send_replace(Some(result));
     }
 
     /// Writing or syncing failed: every stream ends, and what is not durable has to be sent again.
@@ -485,7 +504,8 @@ impl<A: Staging> Drop for StreamPermit<A> {
         if state.streams.get(&self.lane).is_some_and(|entry| entry.key == self.key) {
             state.streams.remove(&self.lane);
             if self.lane == 0 {
-                let error = Reason::StreamEndedEarly.error("the control stream of this lane has ended");
+                let error = Reason::StreamEndedEarly
+                    .error("the control stream of this lane has ended; what arrived is kept");
                 for entry in state.streams.values() {
                     tell(&entry.stop, &error);
                 }
@@ -504,8 +524,9 @@ fn tell(stop: &watch::Sender<Option<Error>>, error: &Error) {
 }
 
 /// What the counters of a new transfer start from.
-pub(super) fn initial_progress(plan: &TransferPlan, phase: TransferPhase) -> TransferProgress {
+pub(super) fn initial_progress(plan: &TransferPlan, node: &str, phase: TransferPhase) -> TransferProgress {
     let mut transfer = TransferProgress::from(&plan.spec);
+    node.clone_into(&mut transfer.target_node_id);
     transfer.progress = Some(common::Progress {
         direction: common::Direction::In.into(),
         bytes_total: plan.manifest.total_bytes(),
@@ -513,8 +534,35 @@ pub(super) fn initial_progress(plan: &TransferPlan, phase: TransferPhase) -> Tra
         started_unix_ms: now_unix_ms(),
         ..common::Progress::default()
     });
+    let (content_version, manifest) = content_digests(&plan.spec, &plan.manifest);
+    transfer.specification = [content_version, manifest].concat().into();
     transfer.enter(phase);
     transfer
+}
+
+/// Length of each digest in `TransferProgress.specification`.
+pub(super) const CONTENT_DIGEST: usize = 16;
+
+/// Digests of the parts of a specification that its progress does not show: content version; names and sizes of the manifest.
+pub(super) fn content_digests(
+    spec: &TransferSpec,
+    manifest: &Manifest,
+) -> ([u8; CONTENT_DIGEST], [u8; CONTENT_DIGEST]) {
+    let mut files = blake3::Hasher::new();
+    for file in manifest.files() {
+        files.update(file.name.as_str().as_bytes());
+        // No name contains it.
+        files.update(&[0, u8::from(file.size.is_some())]);
+        files.update(&file.size.unwrap_or(0).to_le_bytes());
+    }
+    let mut version = blake3::Hasher::new();
+    version.update(spec.content_version.as_bytes());
+    let digest = |hasher: &blake3::Hasher| {
+        let mut digest = [0; CONTENT_DIGEST];
+        hasher.finalize_xof().fill(&mut digest);
+        digest
+    };
+    (digest(&version), digest(&files))
 }
 
 pub(super) fn cancelled() -> Error {

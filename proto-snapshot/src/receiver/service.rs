@@ -49,7 +49,9 @@ impl<S: SnapshotStore> SplitSnapshotService for SnapshotReceiver<S> {
         let (sender, answers) = mpsc::channel(ANSWERS);
         let frames = Frames::new(request.into_inner());
         // Not in the handler: its future is dropped when the peer disconnects, and writers must end in order.
-        self.inner.tasks.spawn(Arc::clone(&self.inner).serve(frames, Answers::new(sender)));
+        self.inner
+            .tasks
+            .spawn(Arc::clone(&self.inner).serve(frames, Answers::new(sender, self.inner.limits.idle)));
         Ok(Response::new(ReceiverStream::new(answers)))
     }
 

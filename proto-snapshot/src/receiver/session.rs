@@ -10,6 +10,7 @@ use std::time::Duration;
 use proto_common::checksum::crc64;
 use proto_common::error::Error;
 use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::SendTimeoutError;
 use tokio::time::Instant;
 use tonic::Status;
 
@@ -33,19 +34,25 @@ const BATCH: usize = 16;
 #[derive(Debug, Clone)]
 pub(super) struct Answers {
     sender: mpsc::Sender<Result<TransferSplitSnapshotResponse, Status>>,
+    /// How long a peer that does not read is waited for.
+    patience: Duration,
 }
 
 impl Answers {
-    pub(super) fn new(sender: mpsc::Sender<Result<TransferSplitSnapshotResponse, Status>>) -> Self {
-        Self { sender }
+    pub(super) fn new(
+        sender: mpsc::Sender<Result<TransferSplitSnapshotResponse, Status>>,
+        patience: Duration,
+    ) -> Self {
+        Self { sender, patience }
     }
 
-    /// Sends what must arrive.
+    /// Sends what must arrive. A peer that reads nothing for the idle timeout is given up: it would keep its place for ever.
     pub(super) async fn send(&self, frame: Answer) -> Result<(), Error> {
-        self.sender
-            .send(Ok(TransferSplitSnapshotResponse { frame: Some(frame) }))
-            .await
-            .map_err(|_| ended_early())
+        let frame = Ok(TransferSplitSnapshotResponse { frame: Some(frame) });
+        self.sender.send_timeout(frame, self.patience).await.map_err(|error| match error {
+            SendTimeoutError::Timeout(_) => idle(self.patience),
+            SendTimeoutError::Closed(_) => ended_early(),
+        })
     }
 
     /// Sends what the next of its kind repeats; false where the peer does not keep up.
