@@ -4,7 +4,7 @@
 //! waits until the requests that were let in before are done; so when [`Gate::hold`] returns, nothing that
 //! it stops is under way, and nothing will be until the [`GateHold`] is dropped.
 
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use tokio::sync::Notify;
@@ -67,6 +67,7 @@ struct Shared {
     draining: AtomicUsize,
     waiting: AtomicUsize,
     max_waiting: usize,
+    sealed: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -110,6 +111,7 @@ impl Gate {
                 draining: AtomicUsize::new(0),
                 waiting: AtomicUsize::new(0),
                 max_waiting,
+                sealed: AtomicBool::new(false),
             }),
         }
     }
@@ -166,6 +168,12 @@ impl Gate {
                 verdict => return Ok(verdict),
             }
         }
+    }
+
+    /// Keeps what is held for ever, also when its [`GateHold`] is dropped: the process is about to end, and what is
+    /// undecided then must not be served by it any more.
+    pub fn seal(&self) {
+        self.shared.sealed.store(true, Ordering::SeqCst);
     }
 
     /// How many requests wait.
@@ -323,6 +331,9 @@ impl GateHold {
 
 impl Drop for GateHold {
     fn drop(&mut self) {
+        if self.shared.sealed.load(Ordering::SeqCst) {
+            return;
+        }
         let mut state = self.shared.write();
         state.holds.retain(|(id, _, _)| *id != self.id);
         state.spread();
@@ -427,6 +438,15 @@ mod tests {
         drop(hold);
         assert_eq!(waiter.await.unwrap(), Ok(Verdict::Moved));
         assert_eq!(gate.waiting(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_sealed_gate_lets_nothing_through() {
+        let gate = gate(1);
+        let hold = gate.hold(range("0-99"), HoldMode::Writes).await;
+        gate.seal();
+        drop(hold);
+        assert_eq!(gate.verdict(7, Access::Write), Verdict::Held);
     }
 
     #[tokio::test]

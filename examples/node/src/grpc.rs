@@ -3,18 +3,50 @@
 use std::time::Duration;
 
 use anyhow::Context as _;
+use proto::common::guard::RangeGuard;
+use proto::node::NodeIdentity;
+use proto::snapshot::store::FileStoreOptions;
+use proto::snapshot::{FileSnapshotStore, SnapshotReceiver};
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use tonic::transport::Server;
 
-/// All services of this node.
+use crate::node::Node;
+use crate::split::SplitHook;
+
+/// Takes the snapshots that are sent to this node, in its data directory; those of rows become part of its database.
+///
+/// # Errors
+///
+/// The directory cannot be read, or is in use.
+pub async fn receiver(node: &Node, guard: RangeGuard) -> anyhow::Result<SnapshotReceiver<FileSnapshotStore>> {
+    let directory = node.store().directory().join("snapshots");
+    let store =
+        tokio::task::spawn_blocking(move || FileSnapshotStore::open(directory, FileStoreOptions::default()));
+    let store = store.await?.context("cannot open the directory of snapshots")?;
+    let identity = NodeIdentity {
+        node_id: node.id().to_string(),
+        cluster_id: String::new(),
+        store_id: node.store_id().to_vec().into(),
+        incarnation: node.incarnation(),
+        version: env!("CARGO_PKG_VERSION").into(),
+    };
+    SnapshotReceiver::builder(node.id(), store)
+        .identity(identity)
+        .hook(SplitHook::new(node.clone(), guard))
+        .start()
+        .await
+        .context("cannot go on with the snapshots of an earlier process")
+}
+
+/// All services of this node, and what describes them.
 ///
 /// # Errors
 ///
 /// The descriptors that were compiled in are not whole.
-pub fn services() -> anyhow::Result<Routes> {
+pub fn services(receiver: SnapshotReceiver<FileSnapshotStore>) -> anyhow::Result<Routes> {
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(proto::common::FILE_DESCRIPTOR_SET)
         .register_encoded_file_descriptor_set(proto::snapshot::FILE_DESCRIPTOR_SET)
@@ -22,7 +54,7 @@ pub fn services() -> anyhow::Result<Routes> {
         .register_encoded_file_descriptor_set(proto::health::FILE_DESCRIPTOR_SET)
         .build_v1()
         .context("cannot describe the services")?;
-    Ok(Routes::new(reflection))
+    Ok(Routes::new(reflection).add_service(receiver.into_service()))
 }
 
 /// Serves until `stop`; calls under way may end within `grace`.

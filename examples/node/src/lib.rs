@@ -6,15 +6,18 @@
 //! | [`store`] | the database: rows by slot, group commit, expiry, ownership, export and import |
 //! | [`gate`] | whose a slot is, and which requests have to wait |
 //! | [`node`] | both together: what a split is made of |
+//! | [`split`] | handing slots over, at either end |
 //! | [`resp`] | the Redis port |
 //! | [`grpc`] | the gRPC port |
 //! | [`serve`], [`cli`] | `node serve` |
 
 pub mod cli;
 pub mod common;
+
 pub mod gate;
 pub mod grpc;
 pub mod node;
 pub mod resp;
 pub mod serve;
+pub mod split;
 pub mod store;

@@ -8,7 +8,7 @@ use std::time::Instant;
 use crate::common::{NodeId, SlotRange};
 use crate::gate::{Gate, GateHold, HoldMode};
 use crate::store::{
-    Claim, ExportSummary, Identity, Init, NodeAddresses, Store, StoreError, StoreOptions, unix_ms,
+    Claim, ExportSummary, Handover, Identity, Init, NodeAddresses, Store, StoreError, StoreOptions, unix_ms,
 };
 
 /// Requests that may wait for slots that change hands; more get `TRYAGAIN`.
@@ -145,10 +145,11 @@ impl Node {
     pub async fn consistent_export(
         &self,
         range: SlotRange,
+        handover: Handover,
         path: PathBuf,
     ) -> Result<ExportSummary, StoreError> {
         let node = self.clone();
-        blocking(move || node.inner.store.export_file(&node.inner.id, range, &path)).await
+        blocking(move || node.inner.store.export_file(&node.inner.id, range, handover, &path)).await
     }
 
     /// Makes the rows of a snapshot file this node's, together with the slots, in one transaction. `claims` are who owns
@@ -193,10 +194,20 @@ impl Node {
     ///
     /// Nothing was changed.
     pub async fn give_up(&self, range: SlotRange, claims: Vec<Claim>) -> Result<(), StoreError> {
+        self.give_up_for(range, claims, None).await
+    }
+
+    /// [`Node::give_up`], which also ends the split `finished`, in the same transaction.
+    pub(crate) async fn give_up_for(
+        &self,
+        range: SlotRange,
+        claims: Vec<Claim>,
+        finished: Option<String>,
+    ) -> Result<(), StoreError> {
         let node = self.clone();
         owned(async move {
             let _changing = node.inner.changing.lock().await;
-            let ownership = node.inner.store.give_up(&node.inner.id, range, claims, |_| Ok(())).await?;
+            let ownership = node.inner.store.give_up(&node.inner.id, range, claims, finished).await?;
             node.inner.gate.set_ownership(ownership);
             Ok(())
         })

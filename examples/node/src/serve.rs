@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use proto::common::guard::RangeGuard;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -15,6 +16,7 @@ use crate::common::{NodeId, SlotRange};
 use crate::grpc;
 use crate::node::Node;
 use crate::resp::{Limits, RespServer};
+use crate::split::Splits;
 use crate::store::{Claim, Init, NodeAddresses, StoreOptions};
 
 /// How long connections may go on after a signal.
@@ -131,8 +133,14 @@ pub async fn serve(options: ServeOptions) -> anyhow::Result<()> {
     nodes.insert(options.id.clone(), addresses.clone());
     node.put_nodes(nodes).await?;
 
-    let services = grpc::services()?;
-    let resp = RespServer::new(node.clone(), resp, options.limits, Some(options.max_clients))?;
+    let guard = RangeGuard::new();
+    let receiver = grpc::receiver(&node, guard.clone()).await?;
+    let splits = Splits::new(node.clone(), receiver.transfers(), guard, stop.clone())?;
+    // Holds their slots: before anybody is served.
+    splits.resume()?;
+    let services = grpc::services(receiver.clone())?;
+    let resp =
+        RespServer::new(node.clone(), splits.clone(), resp, options.limits, Some(options.max_clients))?;
     let mut serving = tokio::task::JoinSet::new();
     serving.spawn({
         let stop = stop.clone();
@@ -168,6 +176,8 @@ pub async fn serve(options: ServeOptions) -> anyhow::Result<()> {
         }
     }
     stop.cancel();
+    splits.join().await;
+    receiver.shutdown().await;
     while let Some(ended) = serving.join_next().await {
         result = result.and(ended.map_err(anyhow::Error::from).and_then(|ended| ended));
     }

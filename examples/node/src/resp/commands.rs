@@ -5,6 +5,7 @@ mod connection;
 mod introspection;
 mod keys;
 mod server;
+mod split;
 mod strings;
 mod table;
 
@@ -17,14 +18,17 @@ use super::reply::{OK, Reply, Version};
 use super::scan::Cursors;
 use crate::common::slot_of;
 use crate::node::Node;
+use crate::split::{SplitRequest, Splits};
 use crate::store::{Outcome, Reader, StoreError, WriteOp, parse_integer};
 
 pub(super) use keys::ReadCommand;
+pub(super) use split::start as start_split;
 
 /// What all connections of a server share.
 #[derive(Debug)]
 pub(super) struct Context {
     pub(super) node: Node,
+    pub(super) splits: Splits,
     pub(super) cursors: Cursors,
     pub(super) clients: AtomicUsize,
     pub(super) connections: AtomicU64,
@@ -54,6 +58,8 @@ pub(super) enum Action {
     Write { slot: u16, op: WriteOp, answer: Answer },
     /// Look at all keys of this node.
     Scan(keys::ScanCommand),
+    /// Begin a split.
+    Split(SplitRequest),
 }
 
 /// How the outcome of a write is told.

@@ -144,6 +144,11 @@ impl Connection {
                 self.reply(reply);
                 self.send_if_full().await?;
             }
+            Action::Split(request) => {
+                self.finish_run().await?;
+                let reply = commands::start_split(&self.context, request).await;
+                self.reply(reply);
+            }
             Action::Read { slot, read } => {
                 if self.enter(slot, Access::Read).await?
                     && let Run::Reads { reads, keys, .. } = &mut self.run

@@ -15,6 +15,7 @@ use super::connection::Connection;
 use super::request::Limits;
 use super::scan::Cursors;
 use crate::node::Node;
+use crate::split::Splits;
 
 /// Redis' own default.
 const MAX_CLIENTS: usize = 10_000;
@@ -36,6 +37,7 @@ impl RespServer {
     /// The socket does not know its address.
     pub fn new(
         node: Node,
+        splits: Splits,
         listener: TcpListener,
         limits: Limits,
         max_clients: Option<usize>,
@@ -43,6 +45,7 @@ impl RespServer {
         let address = listener.local_addr()?;
         let context = Context {
             node,
+            splits,
             cursors: Cursors::default(),
             clients: AtomicUsize::new(0),
             connections: AtomicU64::new(0),

@@ -9,6 +9,7 @@ mod ops;
 mod ownership;
 mod read;
 mod snapshot;
+mod splits;
 mod sweep;
 mod tables;
 #[cfg(test)]
@@ -30,7 +31,8 @@ pub use identity::{Identity, Init};
 pub use ops::{ExpireCondition, Outcome, SetCondition, SetExpiry, WriteOp};
 pub use ownership::{Claim, NodeAddresses, Ownership};
 pub use read::{Entry, Reader, ScanPosition, Scanned};
-pub use snapshot::{ExportSummary, SnapshotHeader, read_header};
+pub use snapshot::{ExportSummary, Handover, SnapshotHeader, read_header};
+pub use splits::SplitIntent;
 pub(crate) use txn::parse_integer;
 
 use crate::common::{NodeId, SLOT_COUNT, SlotRange};

@@ -5,4 +5,4 @@ mod format;
 mod import;
 
 pub use export::ExportSummary;
-pub use format::{SnapshotHeader, read_header};
+pub use format::{Handover, SnapshotHeader, read_header};

@@ -1,12 +1,12 @@
 //! The commands that there are: one row each, from which COMMAND answers and by which requests are checked.
 //!
-//! Arity, flags, keys, categories and tips are those of Redis 7.0.
+//! Arity, flags, keys, categories and tips are those of Redis 7.0, but for SPLIT, which Redis does not have.
 
 use std::collections::HashMap;
 use std::sync::{Arc, LazyLock};
 
 use super::{Arguments, Context, Parsed, Session};
-use super::{cluster, connection, introspection, keys, server, strings};
+use super::{cluster, connection, introspection, keys, server, split, strings};
 
 /// A command.
 pub(super) struct Spec {
@@ -582,5 +582,17 @@ pub(super) static COMMANDS: &[Spec] = &[
         since: "1.0.0",
         group: "connection",
         parse: connection::quit,
+    },
+    Spec {
+        name: "split",
+        arity: -2,
+        flags: &["admin"],
+        keys: None,
+        categories: &["@admin", "@slow", "@dangerous"],
+        tips: &[],
+        summary: "Hands the slots from one on to another node, or lists such splits",
+        since: "7.0.0",
+        group: "cluster",
+        parse: split::split,
     },
 ];

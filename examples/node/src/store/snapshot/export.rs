@@ -6,7 +6,7 @@ use std::path::Path;
 
 use redb::ReadableDatabase as _;
 
-use super::format::{SnapshotHeader, SnapshotWriter};
+use super::format::{Handover, SnapshotHeader, SnapshotWriter};
 use crate::common::{NodeId, SlotRange};
 use crate::store::tables::{self, Row, split_row_key};
 use crate::store::{Store, StoreError, unix_ms};
@@ -31,6 +31,7 @@ impl Store {
         &self,
         source: &NodeId,
         range: SlotRange,
+        handover: Handover,
         out: W,
     ) -> Result<(W, ExportSummary), StoreError> {
         let now = unix_ms();
@@ -40,6 +41,7 @@ impl Store {
             end: range.end(),
             source: source.as_str().into(),
             taken_unix_ms: now,
+            handover,
         };
         let mut writer = SnapshotWriter::begin(out, &header)?;
         let (start, end) = tables::range_bounds(range);
@@ -63,12 +65,13 @@ impl Store {
         &self,
         source: &NodeId,
         range: SlotRange,
+        handover: Handover,
         path: &Path,
     ) -> Result<ExportSummary, StoreError> {
         let failed = |error| StoreError::io(format!("cannot write {}", path.display()), error);
         let partial = path.with_extension("partial");
         let file = File::create(&partial).map_err(failed)?;
-        let (out, summary) = self.export(source, range, BufWriter::with_capacity(1 << 20, file))?;
+        let (out, summary) = self.export(source, range, handover, BufWriter::with_capacity(1 << 20, file))?;
         let file = out.into_inner().map_err(|error| failed(error.into_error()))?;
         file.sync_all().map_err(failed)?;
         let file_bytes = file.metadata().map_err(failed)?.len();

@@ -11,6 +11,7 @@
 //!
 //! Rows are in the order of slot and key. Checksums are CRC-64/NVME.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufReader, Read, Write};
 use std::path::Path;
@@ -19,8 +20,8 @@ use bytes::{Buf as _, BufMut as _, Bytes};
 use proto::common::checksum::{Crc64Hasher, crc64};
 use serde::{Deserialize, Serialize};
 
-use crate::common::SlotRange;
-use crate::store::StoreError;
+use crate::common::{NodeId, SlotRange};
+use crate::store::{Claim, NodeAddresses, StoreError};
 
 const MAGIC: &[u8; 8] = b"NODESNP\x01";
 const NEVER: u64 = u64::MAX;
@@ -41,6 +42,71 @@ pub struct SnapshotHeader {
     pub source: String,
     /// When, in milliseconds since the Unix epoch. What had expired by then is not in it.
     pub taken_unix_ms: u64,
+    /// What is to be so once it is imported.
+    pub handover: Handover,
+}
+
+/// Who owns what once a snapshot is imported, and where to find them.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Handover {
+    claims: Vec<HandoverClaim>,
+    nodes: BTreeMap<String, NodeAddresses>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct HandoverClaim {
+    start: u16,
+    end: u16,
+    owner: String,
+    epoch: u64,
+}
+
+impl Handover {
+    /// From what a node knows.
+    #[must_use]
+    pub fn new<'a>(
+        claims: impl IntoIterator<Item = &'a Claim>,
+        nodes: &BTreeMap<NodeId, NodeAddresses>,
+    ) -> Self {
+        let claims = claims.into_iter().map(|claim| HandoverClaim {
+            start: claim.range.start(),
+            end: claim.range.end(),
+            owner: claim.owner.to_string(),
+            epoch: claim.epoch,
+        });
+        Self {
+            claims: claims.collect(),
+            nodes: nodes.iter().map(|(id, addresses)| (id.to_string(), addresses.clone())).collect(),
+        }
+    }
+
+    /// Who owns what.
+    ///
+    /// # Errors
+    ///
+    /// A range or id is none.
+    pub fn claims(&self) -> Result<Vec<Claim>, StoreError> {
+        let claim = |claim: &HandoverClaim| {
+            Ok(Claim {
+                range: SlotRange::new(claim.start, claim.end).map_err(|error| damaged(&error.to_string()))?,
+                owner: NodeId::new(&claim.owner).map_err(|error| damaged(&error.to_string()))?,
+                epoch: claim.epoch,
+            })
+        };
+        self.claims.iter().map(claim).collect()
+    }
+
+    /// Where nodes are.
+    ///
+    /// # Errors
+    ///
+    /// An id is none.
+    pub fn nodes(&self) -> Result<BTreeMap<NodeId, NodeAddresses>, StoreError> {
+        let node = |(id, addresses): (&String, &NodeAddresses)| {
+            Ok((NodeId::new(id).map_err(|error| damaged(&error.to_string()))?, addresses.clone()))
+        };
+        self.nodes.iter().map(node).collect()
+    }
 }
 
 impl SnapshotHeader {
@@ -262,7 +328,13 @@ mod tests {
     use super::*;
 
     fn header() -> SnapshotHeader {
-        SnapshotHeader { start: 0, end: 10, source: "n1".into(), taken_unix_ms: 7 }
+        SnapshotHeader {
+            start: 0,
+            end: 10,
+            source: "n1".into(),
+            taken_unix_ms: 7,
+            handover: Handover::default(),
+        }
     }
 
     fn file(rows: &[(&[u8], &[u8], Option<u64>)]) -> Vec<u8> {

@@ -14,7 +14,7 @@ use super::format::{self, SnapshotRow};
 use crate::common::{NodeId, SlotRange, slot_of};
 use crate::store::ownership::{Claim, NodeAddresses, Ownership, adopt_all, load, put_nodes};
 use crate::store::tables::{self, Row, row_key};
-use crate::store::{Store, StoreError, lock};
+use crate::store::{Store, StoreError, lock, splits};
 
 /// Bytes of rows in one transaction.
 const CHUNK_BYTES: usize = 8 << 20;
@@ -103,7 +103,7 @@ impl Store {
     }
 
     /// Takes `claims` over and gives the rows of `range` up, in one transaction. They are invisible at once, and
-    /// deleted in the background. `then` does more in the same transaction.
+    /// deleted in the background. The intent of the split `finished` is removed with them.
     ///
     /// # Errors
     ///
@@ -113,7 +113,7 @@ impl Store {
         me: &NodeId,
         range: SlotRange,
         claims: Vec<Claim>,
-        then: impl FnOnce(&WriteTransaction) -> Result<(), StoreError> + Send + 'static,
+        finished: Option<String>,
     ) -> Result<Ownership, StoreError> {
         let me = me.clone();
         self.writer()?
@@ -125,7 +125,9 @@ impl Store {
                     )));
                 }
                 mark(txn, range, true)?;
-                then(txn)?;
+                if let Some(split) = finished {
+                    splits::remove(txn, &split)?;
+                }
                 Ok(ownership)
             })
             .await
@@ -200,6 +202,7 @@ impl Drop for Importing<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::Handover;
     use crate::store::test_store::{self, set};
 
     fn id(name: &str) -> NodeId {
@@ -217,7 +220,7 @@ mod tests {
             set(&store, &format!("key:{n}"), &format!("value {n}")).await;
         }
         let path = dir.join("upper.snap");
-        let summary = store.export_file(&id("n1"), range("8192-16383"), &path).unwrap();
+        let summary = store.export_file(&id("n1"), range("8192-16383"), Handover::default(), &path).unwrap();
         assert_eq!(summary.rows, store.rows_in(range("8192-16383")));
         (store, path, summary.rows)
     }
@@ -258,7 +261,7 @@ mod tests {
         let (again, same) = import(&target, &path, &nodes).unwrap();
         assert_eq!((again, same), (None, ownership));
 
-        let given = source.give_up(&id("n1"), range("8192-16383"), to_n2(), |_| Ok(())).await.unwrap();
+        let given = source.give_up(&id("n1"), range("8192-16383"), to_n2(), None).await.unwrap();
         assert_eq!(given.claims(), to_n2());
         source.sweep_once().await.unwrap();
         assert_eq!(source.rows_in(range("8192-16383")), 0);

@@ -1,0 +1,318 @@
+//! Splitting: the upper part of a slot range goes to another node, with nothing lost and nobody served twice.
+//!
+//! At the source, one task per split:
+//!
+//! 1. persist the intent, so that a restart goes on with it before it serves ([`Splits::resume`]);
+//! 2. hold writes to the slots that move, let those that were let in end;
+//! 3. export one consistent snapshot, send it; before its last piece leaves, hold reads too ([`source`]);
+//! 4. the target imports it and owns the slots from the same transaction on ([`receive`]);
+//! 5. on `Installed`, give the slots up; held requests are answered with `MOVED`.
+//!
+//! An outcome that is not known, after a lost reply or a restart, is asked for before anything else happens; until there is an
+//! answer, the slots stay held. Only what proves that the target has not taken over, and will not, undoes a split.
+
+mod outcome;
+mod receive;
+mod run;
+mod source;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use proto::common::guard::{RangeGuard, RangeHold};
+use proto::common::ids::TransferId;
+use proto::snapshot::transfers::Transfers;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+pub use receive::{ROWS_FILE, SplitHook};
+
+use crate::common::{NodeId, SlotRange};
+use crate::gate::{GateHold, HoldMode};
+use crate::node::Node;
+use crate::store::{NodeAddresses, SplitIntent, StoreError, unix_ms};
+
+/// Splits that are remembered after their end, for those who ask.
+const REMEMBERED: usize = 100;
+
+/// What to split, and for whom.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SplitRequest {
+    /// The first slot that moves: with all that follow in the same owned range.
+    pub slot: u16,
+    /// The node that gets them.
+    pub target: NodeId,
+    /// Where it is.
+    pub target_addresses: NodeAddresses,
+    /// Bytes per second at most.
+    pub bytes_per_second: Option<u64>,
+}
+
+/// How far a split is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SplitPhase {
+    /// Writes to the slots are held; the snapshot is written.
+    Exporting,
+    /// The snapshot is being sent and installed.
+    Sending,
+    /// It is not known whether the target took over; the slots are held until it is.
+    Asking,
+    /// Done: the target owns the slots.
+    Done,
+    /// Undone: this node owns the slots as before.
+    Undone,
+}
+
+impl SplitPhase {
+    /// One word.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Exporting => "exporting",
+            Self::Sending => "sending",
+            Self::Asking => "asking",
+            Self::Done => "done",
+            Self::Undone => "undone",
+        }
+    }
+}
+
+/// What is known of a split.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SplitStatus {
+    /// The id of its transfer.
+    pub transfer: TransferId,
+    /// The slots that move.
+    pub range: SlotRange,
+    /// The node that gets them.
+    pub target: NodeId,
+    /// How far it is.
+    pub phase: SplitPhase,
+    /// When each phase began, in milliseconds since the Unix epoch.
+    pub phases: Vec<(SplitPhase, u64)>,
+    /// The last thing that went wrong.
+    pub error: Option<String>,
+    /// Rows in the snapshot, once it is written by this process.
+    pub rows: Option<u64>,
+    /// Bytes of the snapshot, once it is written.
+    pub bytes: Option<u64>,
+}
+
+/// Why a split was not begun.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SplitError {
+    /// It makes no sense here; the sentence says why.
+    #[error("{0}")]
+    Refused(String),
+    /// The database failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// All splits of which this node is the source. Clones are the same.
+#[derive(Debug, Clone)]
+pub struct Splits {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    node: Node,
+    transfers: Transfers,
+    guard: RangeGuard,
+    directory: PathBuf,
+    known: Mutex<BTreeMap<TransferId, SplitStatus>>,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+}
+
+/// A split whose slots nobody else may move.
+#[derive(Debug)]
+struct Begun {
+    intent: SplitIntent,
+    transfer: TransferId,
+    range: SlotRange,
+    target: NodeId,
+    _guard: RangeHold,
+}
+
+impl Splits {
+    /// `guard` is shared with everything that moves slots of this node, `transfers` with its receiver. Tasks end with `stop`; what they
+    /// have begun goes on with the next start.
+    ///
+    /// # Errors
+    ///
+    /// The directory for snapshots cannot be made.
+    pub fn new(
+        node: Node,
+        transfers: Transfers,
+        guard: RangeGuard,
+        stop: CancellationToken,
+    ) -> Result<Self, StoreError> {
+        let directory = node.store().directory().join("splits");
+        std::fs::create_dir_all(&directory)
+            .map_err(|source| StoreError::io(format!("cannot make {}", directory.display()), source))?;
+        let inner = Inner {
+            node,
+            transfers,
+            guard,
+            directory,
+            known: Mutex::default(),
+            tasks: TaskTracker::new(),
+            stop,
+        };
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// Goes on with what an earlier process has begun. Call it before the node serves: their slots are held when it returns.
+    ///
+    /// # Errors
+    ///
+    /// The database cannot be read.
+    pub fn resume(&self) -> Result<(), SplitError> {
+        for intent in self.inner.node.store().splits()? {
+            let begun = self.begin(intent)?;
+            tracing::info!(transfer = %begun.transfer, slots = %begun.range, target = %begun.target, "going on with a split");
+            let hold = self.inner.node.gate().hold_undrained(begun.range, HoldMode::All);
+            self.spawn(begun, Some(hold));
+        }
+        Ok(())
+    }
+
+    /// Begins a split. When it returns, the split is durable: it goes on whatever happens to this process.
+    ///
+    /// # Errors
+    ///
+    /// Nothing was begun.
+    pub async fn start(&self, request: SplitRequest) -> Result<TransferId, SplitError> {
+        let refused = |why: String| SplitError::Refused(why);
+        let SplitRequest { slot, target, target_addresses, bytes_per_second } = request;
+        let node = &self.inner.node;
+        if target == *node.id() {
+            return Err(refused(format!("node {target} is this node")));
+        }
+        let shard = node.own_ranges().into_iter().find(|range| range.contains(slot));
+        let shard = shard.ok_or_else(|| refused(format!("slot {slot} is not of this node")))?;
+        let range = SlotRange::new(slot, shard.end()).map_err(|error| refused(error.to_string()))?;
+        let epoch = node.gate().ownership().highest_epoch(range).saturating_add(1);
+        let begun_unix_ms = unix_ms();
+        let transfer =
+            format!("split-{}-{}-{begun_unix_ms}-{:08x}", slot, shard.end() - 1, rand::random::<u32>());
+        let intent = SplitIntent {
+            transfer,
+            start: range.start(),
+            end: range.end(),
+            target: target.to_string(),
+            target_addresses: target_addresses.clone(),
+            epoch,
+            source_start: shard.start(),
+            source_end: shard.end(),
+            begun_unix_ms,
+            bytes_per_second,
+        };
+        let begun = self.begin(intent.clone())?;
+        let transfer = begun.transfer.clone();
+        // From here on in a task of its own: whoever asked may go away.
+        let splits = self.clone();
+        let started = self.inner.tasks.spawn(async move {
+            let node = &splits.inner.node;
+            node.put_nodes(BTreeMap::from([(begun.target.clone(), target_addresses)])).await?;
+            node.store().put_split(intent).await?;
+            splits.spawn(begun, None);
+            Ok::<(), StoreError>(())
+        });
+        match started.await {
+            Ok(Ok(())) => Ok(transfer),
+            Ok(Err(error)) => {
+                self.known().remove(&transfer);
+                Err(error.into())
+            }
+            Err(_) => Err(StoreError::Closed.into()),
+        }
+    }
+
+    /// All splits of this process, in the order of their ids.
+    #[must_use]
+    pub fn list(&self) -> Vec<SplitStatus> {
+        self.known().values().cloned().collect()
+    }
+
+    /// Waits for the tasks, which end after the `stop` that they were given.
+    pub async fn join(&self) {
+        self.inner.tasks.close();
+        self.inner.tasks.wait().await;
+    }
+
+    fn begin(&self, intent: SplitIntent) -> Result<Begun, SplitError> {
+        let refused = |error: String| SplitError::Refused(error);
+        let transfer = TransferId::new(&intent.transfer).map_err(|error| refused(error.to_string()))?;
+        let range = SlotRange::new(intent.start, intent.end).map_err(|error| refused(error.to_string()))?;
+        let target = NodeId::new(&intent.target).map_err(|error| refused(error.to_string()))?;
+        let guard = self.inner.guard.try_acquire(range, transfer.as_str());
+        let guard = guard.map_err(|error| refused(error.message().to_owned()))?;
+        let status = SplitStatus {
+            transfer: transfer.clone(),
+            range,
+            target: target.clone(),
+            phase: SplitPhase::Exporting,
+            phases: vec![(SplitPhase::Exporting, unix_ms())],
+            error: None,
+            rows: None,
+            bytes: None,
+        };
+        let mut known = self.known();
+        while known.len() >= REMEMBERED {
+            let ended = known
+                .iter()
+                .filter(|(_, split)| matches!(split.phase, SplitPhase::Done | SplitPhase::Undone))
+                .min_by_key(|(_, split)| split.phases.first().map(|(_, at)| *at))
+                .map(|(id, _)| id.clone());
+            let Some(ended) = ended else { break };
+            known.remove(&ended);
+        }
+        known.insert(transfer.clone(), status);
+        Ok(Begun { intent, transfer, range, target, _guard: guard })
+    }
+
+    fn spawn(&self, begun: Begun, resumed: Option<GateHold>) {
+        let splits = self.clone();
+        self.inner.tasks.spawn(async move {
+            let stopped = async {
+                splits.inner.stop.cancelled().await;
+                // Before the holds are dropped: the target may have taken over already.
+                splits.inner.node.gate().seal();
+            };
+            tokio::select! {
+                () = stopped => {}
+                () = run::run(&splits, &begun, resumed) => {}
+            }
+        });
+    }
+
+    fn known(&self) -> std::sync::MutexGuard<'_, BTreeMap<TransferId, SplitStatus>> {
+        self.inner.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn update(&self, transfer: &TransferId, change: impl FnOnce(&mut SplitStatus)) {
+        if let Some(status) = self.known().get_mut(transfer) {
+            change(status);
+        }
+    }
+
+    fn enter(&self, transfer: &TransferId, phase: SplitPhase) {
+        self.update(transfer, |status| {
+            if status.phase != phase {
+                status.phase = phase;
+                status.phases.push((phase, unix_ms()));
+            }
+        });
+    }
+
+    fn failed(&self, transfer: &TransferId, error: impl std::fmt::Display) {
+        let error = error.to_string();
+        tracing::warn!(%transfer, error, "split");
+        self.update(transfer, |status| status.error = Some(error));
+    }
+}

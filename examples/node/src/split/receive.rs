@@ -1,0 +1,105 @@
+//! The target's side: a snapshot of rows becomes part of the database, any other stays what it is, files.
+
+use proto::common::error::Error;
+use proto::common::guard::RangeGuard;
+use proto::snapshot::Reason;
+use proto::snapshot::hook::{Hold, HookFuture, InstallHook};
+use proto::snapshot::spec::TransferPlan;
+use proto::snapshot::store::PlacedSnapshot;
+
+use crate::node::Node;
+use crate::store::{StoreError, read_header};
+
+/// The name of the one file that a snapshot of rows consists of.
+pub const ROWS_FILE: &str = "node-rows.snapshot";
+
+/// Merges snapshots of rows into the node's database.
+#[derive(Debug, Clone)]
+pub struct SplitHook {
+    node: Node,
+    guard: RangeGuard,
+}
+
+impl SplitHook {
+    /// `guard` is shared with everything that moves slots of this node.
+    #[must_use]
+    pub fn new(node: Node, guard: RangeGuard) -> Self {
+        Self { node, guard }
+    }
+
+    async fn merge(&self, snapshot: &PlacedSnapshot) -> Result<(), Error> {
+        let spec = &snapshot.plan.spec;
+        let directory = snapshot
+            .path
+            .as_ref()
+            .ok_or_else(|| Reason::Internal.error("the snapshot is not in a directory"))?;
+        let path = directory.join(ROWS_FILE);
+        let header = {
+            let path = path.clone();
+            tokio::task::spawn_blocking(move || read_header(&path))
+                .await
+                .map_err(|_| Reason::ShuttingDown.error("the node is shutting down"))?
+                .map_err(refused)?
+        };
+        if header.range().map_err(refused)? != spec.slots {
+            return Err(Reason::InstallRefused.error(format!(
+                "the snapshot holds slots {}-{}, the transfer was announced for {}",
+                header.start, header.end, spec.slots
+            )));
+        }
+        let claims = header.handover.claims().map_err(refused)?;
+        let nodes = header.handover.nodes().map_err(refused)?;
+        let rows = self.node.import(path, spec.slots, claims, nodes).await.map_err(refused)?;
+        match rows {
+            Some(rows) => {
+                tracing::info!(transfer = %spec.transfer_id, slots = %spec.slots, rows, "slots taken over");
+            }
+            None => {
+                tracing::info!(transfer = %spec.transfer_id, slots = %spec.slots, "slots were taken over before")
+            }
+        }
+        Ok(())
+    }
+}
+
+fn has_rows(plan: &TransferPlan) -> bool {
+    matches!(plan.manifest.files(), [file] if file.name.as_str() == ROWS_FILE)
+}
+
+/// Tells the sender, without paths; the log has the rest.
+fn refused(error: StoreError) -> Error {
+    match &error {
+        StoreError::Database(_) | StoreError::Io { .. } | StoreError::Closed => {
+            tracing::warn!(%error, "a snapshot cannot be merged yet");
+            Reason::StorageFailed
+                .error("the receiver cannot write to its database; it tries again")
+                .retry_after(std::time::Duration::from_secs(1))
+                .caused_by(error)
+        }
+        _ => Reason::InstallRefused.error(error.to_string()),
+    }
+}
+
+impl InstallHook for SplitHook {
+    fn admit<'a>(&'a self, plan: &'a TransferPlan) -> HookFuture<'a, Hold> {
+        Box::pin(async move {
+            if !has_rows(plan) {
+                return Ok(Box::new(()) as Hold);
+            }
+            let slots = plan.spec.slots;
+            let own = self.node.own_ranges();
+            // All of them: perhaps this very snapshot was installed and the sender does not know. The install finds out.
+            let all = own.iter().any(|own| own.contains_range(slots));
+            if let Some(own) = own.iter().find(|own| own.overlaps(slots)).filter(|_| !all) {
+                return Err(Reason::InstallRefused
+                    .error(format!("node {} owns slots {own} of {slots} already", self.node.id())));
+            }
+            let hold = self.guard.try_acquire(slots, plan.spec.transfer_id.as_str())?;
+            Ok(Box::new(hold) as Hold)
+        })
+    }
+
+    fn install<'a>(&'a self, snapshot: &'a PlacedSnapshot) -> HookFuture<'a, ()> {
+        Box::pin(async move { if has_rows(&snapshot.plan) { self.merge(snapshot).await } else { Ok(()) } })
+    }
+}
