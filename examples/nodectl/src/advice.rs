@@ -12,6 +12,10 @@ pub(crate) fn about(error: &Error, address: &str) -> Option<String> {
     if error.is(CommonReason::Unavailable) || error.code() == Code::Unavailable {
         return Some(format!("see that the node runs and that {address} is its gRPC address"));
     }
+    if error.reason() == "SOURCE_CHANGED" {
+        let advice = "nothing may write to PATH while it is sent: send a copy or a file system's snapshot of it";
+        return Some(advice.to_owned());
+    }
     match error.code() {
         Code::Unimplemented => Some(format!(
             "what answers at {address} has no SplitSnapshotService; see that it is a node's gRPC address"

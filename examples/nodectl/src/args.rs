@@ -81,7 +81,7 @@ pub(crate) struct Args {
     pub(crate) command: Command,
 
     /// Print JSON: one document, or one per line while something is watched or pushed
-    #[arg(long, global = true)]
+    #[arg(long, global = true, display_order = 1000)]
     pub(crate) json: bool,
 }
 
@@ -146,9 +146,9 @@ pub(crate) struct Push {
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub(crate) epoch: Option<u64>,
 
-    /// Connections to send over; the node may allow fewer
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
-    pub(crate) lanes: u32,
+    /// Connections to send over; the node may allow fewer. Default: chosen for you
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64), allow_negative_numbers = true)]
+    pub(crate) lanes: Option<u32>,
 
     /// Most payload bytes per second, such as 100MiB. Default: what the node asks for
     #[arg(long, value_name = "SIZE")]
@@ -381,7 +381,7 @@ mod tests {
     fn a_push_with_what_it_needs() {
         let Command::Push(push) = parse(PUSH).unwrap().command else { panic!() };
         assert_eq!(push.slots, SlotRange::FULL);
-        assert_eq!((push.index, push.term, push.epoch, push.lanes), (0, 0, None, 1));
+        assert_eq!((push.index, push.term, push.epoch, push.lanes), (0, 0, None, None));
         assert_eq!(push.retry_for.0, Some(Duration::from_secs(300)));
         assert_eq!(push.source_node.as_str(), "nodectl");
     }

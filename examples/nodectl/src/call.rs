@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use proto::common::error::{Code, Error};
+use proto::common::error::{Code, CommonReason, Error};
 use proto::node::split_snapshot_service_client::SplitSnapshotServiceClient;
 use proto::snapshot::limits::MAX_MESSAGE_BYTES;
 use tonic::Status;
@@ -25,8 +25,30 @@ pub(crate) async fn ask<T>(
         let client = Client::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
         question(client).await.map_err(Error::from)
     };
-    tokio::time::timeout(limit, asked).await.unwrap_or_else(|_| {
+    let asked = tokio::time::timeout(limit, asked).await.unwrap_or_else(|_| {
         let message = format!("no answer from {address} within {}", humantime::format_duration(limit));
         Err(Error::with_code(Code::DeadlineExceeded, "NO_ANSWER", message))
-    })
+    });
+    asked.map_err(|error| located(error, address))
+}
+
+/// `error`, with the address in it where it says nothing of the place: one that a node made of a decision of its own is
+/// clear, one that a library made of a broken connection is not.
+pub(crate) fn located(error: Error, address: &Address) -> Error {
+    let place = address.to_string();
+    let unspecific = error.message().is_empty()
+        || error.is(CommonReason::Unavailable)
+        || error.reason() == error.code().name();
+    if !unspecific || error.message().contains(&place) {
+        return error;
+    }
+    let what = if error.message().is_empty() { error.reason() } else { error.message() };
+    let mut located = Error::with_code(error.code(), error.reason().to_owned(), format!("{place}: {what}"));
+    for (name, value) in error.metadata_map() {
+        located = located.metadata(name, value);
+    }
+    match error.retry_after_hint() {
+        Some(delay) => located.retry_after(delay),
+        None => located,
+    }
 }

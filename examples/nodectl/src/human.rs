@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use proto::common::error::Error;
 use proto::common::text::printable;
-use proto::node::TransferProgress;
+use proto::node::{TransferPhase, TransferProgress};
 
 use crate::document::{millis, phase_word};
 
@@ -57,12 +57,27 @@ pub(crate) fn since(unix_ms: u64, now_ms: u64) -> String {
     if unix_ms == 0 {
         return "-".to_owned();
     }
-    time(Duration::from_secs(now_ms.saturating_sub(unix_ms) / 1000))
+    countdown(Duration::from_secs(now_ms.saturating_sub(unix_ms) / 1000))
 }
 
 /// `1 file`, `5 files`.
 pub(crate) fn files(count: u64) -> String {
     if count == 1 { "1 file".to_owned() } else { format!("{count} files") }
+}
+
+/// What is moved per second; only of a transfer in which something moves.
+pub(crate) fn speed(transfer: &TransferProgress) -> Option<u64> {
+    transfer.progress.as_ref()?.bytes_per_second.filter(|_| moves(transfer))
+}
+
+/// How long it may still take; only of a transfer in which something moves.
+pub(crate) fn left(transfer: &TransferProgress) -> Option<Duration> {
+    transfer.progress.as_ref()?.eta_ms.filter(|_| moves(transfer)).map(Duration::from_millis)
+}
+
+/// A node may remember the pace of a transfer whose sender is gone.
+fn moves(transfer: &TransferProgress) -> bool {
+    !matches!(transfer.phase(), TransferPhase::Pending | TransferPhase::Interrupted)
 }
 
 /// Percent done, 0 to 100; of nothing, all is done. Only what is complete is 100.
@@ -92,13 +107,12 @@ pub(crate) fn line(transfer: &TransferProgress) -> String {
 
 /// `, 103 MiB/s, 8 s left`, as far as it is known.
 pub(crate) fn pace(transfer: &TransferProgress) -> String {
-    let Some(progress) = &transfer.progress else { return String::new() };
     let mut text = String::new();
-    if let Some(now) = progress.bytes_per_second {
+    if let Some(now) = speed(transfer) {
         text.push_str(&format!(", {}", rate(now)));
     }
-    if let Some(eta) = progress.eta_ms {
-        text.push_str(&format!(", {} left", countdown(Duration::from_millis(eta))));
+    if let Some(left) = left(transfer) {
+        text.push_str(&format!(", {} left", countdown(left)));
     }
     text
 }
@@ -107,6 +121,7 @@ pub(crate) fn pace(transfer: &TransferProgress) -> String {
 pub(crate) fn cause(error: &Error, address: &str) -> String {
     let text = error.message();
     let text = text.strip_prefix(&format!("cannot connect to {address}: ")).unwrap_or(text);
+    let text = text.strip_prefix("transport error: ").unwrap_or(text);
     let text = text.split(" (os error").next().unwrap_or(text);
     let mut chars = text.chars();
     // "Connection refused" in the middle of a sentence; but "DNS ..." stays.
@@ -121,7 +136,7 @@ pub(crate) fn cause(error: &Error, address: &str) -> String {
 #[cfg(test)]
 mod tests {
     use proto::common::error::CommonReason;
-    use proto::node::{Progress, TaskError, TransferPhase};
+    use proto::node::{Progress, TaskError};
 
     use super::*;
 

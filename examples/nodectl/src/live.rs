@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use proto::node::{TransferPhase, TransferProgress};
+use proto::node::{Direction, TransferPhase, TransferProgress};
 
 use crate::dial::Wait;
 use crate::document::{EventDocument, TransferDocument, WaitingDocument, phase_word};
@@ -43,18 +43,18 @@ impl Live {
     pub(crate) fn show(&mut self, output: &mut Output, transfer: &TransferProgress, wait: Option<&Wait>) {
         let progress = transfer.progress.clone().unwrap_or_default();
         let percent = progress.bytes_total.map_or(0, |total| human::percent(progress.bytes_done, total));
-        let waiting = wait.map(|wait| self.waiting(wait));
+        let waiting = wait.map(|wait| self.waiting(wait)).or_else(|| self.opening(transfer));
         if let Some(bar) = &mut self.bar {
             match waiting {
                 Some(text) => bar.spin(text),
-                None if reads_source(transfer) => bar.spin("reading what to send".to_owned()),
                 None => bar.measure(transfer),
             }
             return;
         }
-        let state = match wait {
-            Some(wait) => format!("waiting: {}", human::cause(&wait.error, &self.address)),
-            None => phase_word(transfer.phase),
+        let state = match (wait, &waiting) {
+            (Some(wait), _) => format!("waiting: {}", human::cause(&wait.error, &self.address)),
+            (None, Some(opening)) => opening.clone(),
+            (None, None) => phase_word(transfer.phase),
         };
         if !self.pace.is_due(Instant::now(), &state, percent) {
             return;
@@ -72,9 +72,21 @@ impl Live {
                 transfer: TransferDocument::from(transfer),
                 installed: None,
             }),
-            (false, Some(wait)) => output.line(&self.waiting(wait)),
-            (false, None) => output.line(&human::line(transfer)),
+            (false, _) => output.line(&waiting.unwrap_or_else(|| human::line(transfer))),
         }
+    }
+
+    /// What a push does before the node has accepted it; nothing moves in that time.
+    fn opening(&self, transfer: &TransferProgress) -> Option<String> {
+        let progress = transfer.progress.as_ref()?;
+        if transfer.phase() != TransferPhase::Pending || progress.direction() != Direction::Out {
+            return None;
+        }
+        Some(match (progress.items_total, transfer.connections) {
+            (None, _) => "reading what to send".to_owned(),
+            (Some(_), 0) => format!("connecting to {}", self.address),
+            (Some(_), _) => format!("asking {} what it lacks", self.address),
+        })
     }
 
     /// `waiting for n1:7101: connection refused, next try in 2 s`.
@@ -85,12 +97,6 @@ impl Live {
         );
         format!("waiting for {}: {}, {next}", self.address, human::cause(&wait.error, &self.address))
     }
-}
-
-/// Whether the sender has not yet listed what it sends.
-fn reads_source(transfer: &TransferProgress) -> bool {
-    transfer.phase() == TransferPhase::Pending
-        && transfer.progress.as_ref().is_none_or(|progress| progress.items_total.is_none())
 }
 
 impl Bar {

@@ -16,6 +16,7 @@ use proto::snapshot::transfers::Transfers;
 
 use crate::advice;
 use crate::args::Push;
+use crate::call::located;
 use crate::dial::{Dialer, Wait, pauses};
 use crate::document::{EventDocument, InstalledDocument, StartedDocument, TransferDocument};
 use crate::failure::Failure;
@@ -96,7 +97,7 @@ async fn send(
 
 fn options(push: &Push) -> SenderOptions {
     let mut options = SenderOptions::default();
-    options.lanes = push.lanes;
+    options.lanes = push.lanes.unwrap_or(options.lanes);
     options.bytes_per_second = push.rate.map(|rate| rate.0);
     options.digests = push.reuse;
     options.backoff = pauses();
@@ -202,8 +203,8 @@ impl Sending<'_> {
         }
         let mut text =
             format!("installed {size} in {}; {} sent", human::time(elapsed), human::bytes(last.wire_bytes));
-        let millis = u128::from(millis(elapsed)).max(1);
-        if let Ok(rate) = u64::try_from(u128::from(last.wire_bytes) * 1000 / millis) {
+        let rate = u128::from(last.wire_bytes) * 1000 / u128::from(millis(elapsed)).max(1);
+        if let Ok(rate @ 1..) = u64::try_from(rate) {
             text.push_str(&format!(" at {}", human::rate(rate)));
         }
         if installed.reused_bytes > 0 {
@@ -216,6 +217,7 @@ impl Sending<'_> {
     }
 
     fn failed(&self, error: Error) -> Failure {
+        let error = located(error, &self.push.to);
         let help = advice::about(&error, &self.push.to.to_string());
         let resumable = error.is_retryable() || error.is(Reason::Superseded);
         let help = match (error.is_retryable(), self.push.retry_for.0) {

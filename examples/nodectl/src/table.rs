@@ -9,7 +9,7 @@ use proto::common::slots::SlotRange;
 use proto::node::TransferProgress;
 
 use crate::document::{direction_word, phase_word};
-use crate::human::{bytes, countdown, files, percent, rate, safe, since};
+use crate::human::{bytes, countdown, files, left, percent, rate, safe, since, speed};
 
 const HEADER: [&str; 10] = ["ID", "DIR", "PHASE", "DONE", "SIZE", "RATE", "LEFT", "SLOTS", "SHARDS", "AGE"];
 /// What a cell says that has nothing to say.
@@ -27,8 +27,8 @@ fn row(transfer: &TransferProgress, now: u64) -> [String; 10] {
             |total| format!("{} %", percent(progress.bytes_done, total)),
         ),
         known(progress.bytes_total.map(bytes)),
-        known(progress.bytes_per_second.map(rate)),
-        known(progress.eta_ms.map(|eta| countdown(Duration::from_millis(eta)))),
+        known(speed(transfer).map(rate)),
+        known(left(transfer).map(countdown)),
         known(slots(transfer)),
         format!("{} -> {}", safe(&transfer.source_shard_id), safe(&transfer.target_shard_id)),
         since(progress.started_unix_ms, now),
@@ -108,8 +108,8 @@ pub(crate) fn facts(transfer: &TransferProgress) -> String {
         .items_total
         .map_or_else(String::new, |total| format!(", {} of {} complete", progress.items_done, files(total)));
     facts.push(("done", done + &count));
-    if let Some(now) = progress.bytes_per_second {
-        let left = progress.eta_ms.map(|eta| format!(", {} left", countdown(Duration::from_millis(eta))));
+    if let Some(now) = speed(transfer) {
+        let left = left(transfer).map(|left| format!(", {} left", countdown(left)));
         facts.push(("rate", rate(now) + &left.unwrap_or_default()));
     }
     facts.push(("sent", bytes(transfer.wire_bytes)));

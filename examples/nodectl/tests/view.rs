@@ -177,3 +177,132 @@ async fn a_reader_that_leaves_is_no_failure() {
         );
     }
 }
+
+/// A peer whose every text would clear the screen and hide what follows.
+mod liar {
+    use std::net::SocketAddr;
+    use std::pin::Pin;
+
+    use proto::node::split_snapshot_service_server::{SplitSnapshotService, SplitSnapshotServiceServer};
+    use proto::node::*;
+    use tokio_stream::wrappers::TcpListenerStream;
+    use tonic::{Request, Response, Status, Streaming};
+
+    pub(super) const TEXT: &str = "x\x1b[2J\u{9b}31m\u{202e}y\r\n\tz";
+
+    fn transfer() -> TransferProgress {
+        TransferProgress {
+            transfer_id: TEXT.to_owned(),
+            source_shard_id: TEXT.to_owned(),
+            target_shard_id: TEXT.to_owned(),
+            source_node_id: TEXT.to_owned(),
+            target_node_id: TEXT.to_owned(),
+            phase: 99,
+            priority: -1,
+            slots: Some(SlotRange { start: 7, end: 2 }),
+            progress: Some(Progress {
+                direction: 42,
+                bytes_done: u64::MAX,
+                bytes_total: Some(1),
+                bytes_per_second: Some(u64::MAX),
+                eta_ms: Some(u64::MAX),
+                started_unix_ms: u64::MAX,
+                finished_unix_ms: Some(1),
+                error: Some(TaskError {
+                    code: 77,
+                    reason: TEXT.to_owned(),
+                    message: TEXT.to_owned(),
+                    metadata: [(TEXT.to_owned(), TEXT.to_owned())].into(),
+                    retry_after_ms: Some(u64::MAX),
+                }),
+                ..Progress::default()
+            }),
+            expires_unix_ms: Some(u64::MAX),
+            ..TransferProgress::default()
+        }
+    }
+
+    struct Liar;
+
+    type Answers<T> = Pin<Box<dyn futures::Stream<Item = Result<T, Status>> + Send>>;
+
+    #[tonic::async_trait]
+    impl SplitSnapshotService for Liar {
+        type TransferSplitSnapshotStream = Answers<TransferSplitSnapshotResponse>;
+        type WatchTransferProgressStream = Answers<WatchTransferProgressResponse>;
+
+        async fn transfer_split_snapshot(
+            &self,
+            _: Request<Streaming<TransferSplitSnapshotRequest>>,
+        ) -> Result<Response<Self::TransferSplitSnapshotStream>, Status> {
+            Err(Status::failed_precondition(TEXT))
+        }
+
+        async fn get_transfer_progress(
+            &self,
+            _: Request<GetTransferProgressRequest>,
+        ) -> Result<Response<GetTransferProgressResponse>, Status> {
+            Ok(Response::new(GetTransferProgressResponse { transfer: Some(transfer()) }))
+        }
+
+        async fn watch_transfer_progress(
+            &self,
+            _: Request<WatchTransferProgressRequest>,
+        ) -> Result<Response<Self::WatchTransferProgressStream>, Status> {
+            let last = Ok(WatchTransferProgressResponse { transfer: Some(transfer()) });
+            Ok(Response::new(Box::pin(tokio_stream::iter([last]))))
+        }
+
+        async fn list_transfers(
+            &self,
+            _: Request<ListTransfersRequest>,
+        ) -> Result<Response<ListTransfersResponse>, Status> {
+            let transfers = vec![transfer(), TransferProgress::default()];
+            Ok(Response::new(ListTransfersResponse { transfers, next_page_token: String::new() }))
+        }
+
+        async fn cancel_transfer(
+            &self,
+            _: Request<CancelTransferRequest>,
+        ) -> Result<Response<CancelTransferResponse>, Status> {
+            Ok(Response::new(CancelTransferResponse { transfer: Some(transfer()) }))
+        }
+    }
+
+    pub(super) async fn start() -> SocketAddr {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let server = tonic::transport::Server::builder().add_service(SplitSnapshotServiceServer::new(Liar));
+        tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
+        address
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_that_a_peer_says_reaches_the_terminal_raw() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, _) = snapshot(dir.path(), 1000);
+    let address = liar::start().await;
+    for (args, code, shown) in [
+        (format!("push {path} --to {address} --source-shard s1 --target-shard s2"), 1, true),
+        (format!("transfers --at {address}"), 0, true),
+        (format!("progress t1 --at {address}"), 0, true),
+        (format!("progress t1 --at {address} --watch"), 1, true),
+        (format!("cancel t1 --at {address}"), 0, false),
+    ] {
+        let ended = nodectl(&args).await;
+        assert_eq!(ended.code, Some(code), "{args}: {ended:?}");
+        ended.assert_plain();
+        let said = format!("{}{}", ended.stdout, ended.stderr);
+        assert!(!said.contains('\u{202e}'), "{args}: {said:?}");
+        assert_eq!(said.contains("x\\u{1b}[2J"), shown, "{args}: {said:?}");
+        let json = nodectl(&format!("{args} --json")).await;
+        json.assert_plain();
+        assert!(!json.stdout.contains(['\u{202e}', '\t']), "{args}: {json:?}");
+        json.documents();
+    }
+    let list = nodectl(&format!("transfers --at {address} --json")).await.last();
+    assert_eq!(list["transfers"][0]["transfer_id"], liar::TEXT);
+    assert_eq!(list["transfers"][0]["phase"], "unknown_99");
+    assert_eq!(list["transfers"][0]["error"]["code"], "unknown");
+}
