@@ -13,7 +13,8 @@ pub(crate) fn about(error: &Error, address: &str) -> Option<String> {
         return Some(format!("see that the node runs and that {address} is its gRPC address"));
     }
     if error.reason() == "SOURCE_CHANGED" {
-        let advice = "nothing may write to PATH while it is sent: send a copy or a file system's snapshot of it";
+        let advice =
+            "nothing may write to PATH while it is sent: send a copy or a file system's snapshot of it";
         return Some(advice.to_owned());
     }
     match error.code() {

@@ -152,6 +152,8 @@ impl From<&node::TransferProgress> for TransferDocument {
             priority,
             expires_unix_ms,
             phases,
+            // Opaque, and for the node alone.
+            specification: _,
         } = transfer.clone();
         let node::Progress {
             direction,
