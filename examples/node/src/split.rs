@@ -4,8 +4,8 @@
 //!
 //! 1. persist the intent, so that a restart goes on with it before it serves ([`Splits::resume`]);
 //! 2. hold writes to the slots that move, let those that were let in end;
-//! 3. export one consistent snapshot, send it; before its last piece leaves, hold reads too ([`source`]);
-//! 4. the target imports it and owns the slots from the same transaction on ([`receive`]);
+//! 3. export one consistent snapshot, send it; before its last piece leaves, hold reads too (`source`);
+//! 4. the target imports it and owns the slots from the same transaction on (`receive`);
 //! 5. on `Installed`, give the slots up; held requests are answered with `MOVED`.
 //!
 //! An outcome that is not known, after a lost reply or a restart, is asked for before anything else happens; until there is an

@@ -1,6 +1,6 @@
 //! The embedded database: rows of a key-value store, by slot, with expiry and ownership of slots.
 //!
-//! Writes go through [one thread](writer) that commits them in groups; reads are redb read transactions,
+//! Writes go through one thread (`writer`) that commits them in groups; reads are redb read transactions,
 //! which see the last commit and wait for nobody.
 
 mod error;
