@@ -6,7 +6,7 @@ use std::time::Duration;
 use comfy_table::{ContentArrangement, Table, presets};
 use proto::common::clock::now_unix_ms;
 use proto::common::slots::SlotRange;
-use proto::node::TransferProgress;
+use proto::node::{Direction, TransferProgress};
 
 use crate::document::{direction_word, phase_word};
 use crate::human::{bytes, countdown, files, left, percent, rate, safe, since, speed};
@@ -39,32 +39,45 @@ fn slots(transfer: &TransferProgress) -> Option<String> {
     SlotRange::from_wire(transfer.slots).ok().map(|slots| slots.to_string())
 }
 
+/// Columns that go, in this order, where the terminal is too narrow: an ID that is broken in two cannot be copied.
+const DISPENSABLE: [&str; 6] = ["AGE", "LEFT", "SLOTS", "SIZE", "SHARDS", "RATE"];
+
 /// For a terminal of that width; the error of a transfer has a line of its own below the table.
 pub(crate) fn table(transfers: &[TransferProgress], width: u16) -> String {
     let now = now_unix_ms();
-    let mut table = Table::new();
-    table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Dynamic).set_width(width);
-    table.set_header(HEADER);
-    for column in table.column_iter_mut() {
-        column.set_padding((0, 2));
+    let rows: Vec<_> = transfers.iter().map(|transfer| row(transfer, now)).collect();
+    let mut lines = columns(&rows, &[]);
+    for dropped in 1..=DISPENSABLE.len() {
+        if lines.iter().all(|line| line.chars().count() <= usize::from(width)) {
+            break;
+        }
+        lines = columns(&rows, &DISPENSABLE[..dropped]);
     }
-    for transfer in transfers {
-        table.add_row(row(transfer, now));
-    }
-    let mut text: String = table.lines().map(|line| format!("{}\n", line.trim_end())).collect();
+    let mut text = lines.join("\n") + "\n";
     for transfer in transfers {
         if let Some(error) = transfer.progress.as_ref().and_then(|progress| progress.error.as_ref()) {
+            let id = safe(&transfer.transfer_id);
             // Writing to a `String` cannot fail.
-            let _ = writeln!(
-                text,
-                "\n{}: {} ({})",
-                safe(&transfer.transfer_id),
-                safe(&error.message),
-                safe(&error.reason)
-            );
+            let _ = writeln!(text, "\n{id}: {} ({})", safe(&error.message), safe(&error.reason));
         }
     }
     text
+}
+
+/// The lines of a table of all columns but those.
+fn columns(rows: &[[String; 10]], without: &[&str]) -> Vec<String> {
+    let keep = |cells: &[String; 10]| -> Vec<String> {
+        let kept = HEADER.iter().zip(cells).filter(|(name, _)| !without.contains(name));
+        kept.map(|(_, cell)| cell.clone()).collect()
+    };
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
+    table.set_header(keep(&HEADER.map(str::to_owned)));
+    table.add_rows(rows.iter().map(keep));
+    for column in table.column_iter_mut() {
+        column.set_padding((0, 2));
+    }
+    table.lines().map(|line| line.trim_end().to_owned()).collect()
 }
 
 /// For a pipe: one line each, columns separated by tabs, the error last.
@@ -112,7 +125,8 @@ pub(crate) fn facts(transfer: &TransferProgress) -> String {
         let left = left(transfer).map(|left| format!(", {} left", countdown(left)));
         facts.push(("rate", rate(now) + &left.unwrap_or_default()));
     }
-    facts.push(("sent", bytes(transfer.wire_bytes)));
+    let wire = if progress.direction() == Direction::Out { "sent" } else { "received" };
+    facts.push((wire, bytes(transfer.wire_bytes)));
     if transfer.reused_bytes > 0 {
         facts.push(("reused", bytes(transfer.reused_bytes)));
     }
@@ -187,5 +201,20 @@ mod tests {
             assert!(text.contains("8192-16383") && text.contains("odd\\nnews (ODD)"), "{text}");
         }
         assert!(table(&[transfer()], 200).starts_with("ID "));
+    }
+
+    #[test]
+    fn a_narrow_terminal_gets_fewer_columns_and_whole_ids() {
+        let id = "push-dcf6cc96ec081f1acd8d";
+        let transfer = TransferProgress { transfer_id: id.to_owned(), ..TransferProgress::default() };
+        let header = |width| {
+            let text = table(std::slice::from_ref(&transfer), width);
+            assert!(text.contains(id), "{text}");
+            text.lines().next().unwrap_or_default().to_owned()
+        };
+        assert!(header(200).contains("SLOTS") && header(200).ends_with("AGE"));
+        let narrow = header(70);
+        assert!(narrow.len() <= 70 && narrow.contains("DONE") && !narrow.contains("AGE"), "{narrow}");
+        assert!(header(1).ends_with("DONE"));
     }
 }

@@ -225,3 +225,40 @@ async fn the_rate_is_kept() {
     // Half of the time, for what may go at once.
     assert!(elapsed >= Duration::from_secs(1), "{elapsed:?}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn reuse_sends_nothing_twice_and_a_lower_fence_or_index_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, size) = snapshot(dir.path(), MIB);
+    let node = Node::start(&dir.path().join("data")).await;
+    let push = format!("push {path} --to {} {SHARDS} --json", node.address);
+    let first = nodectl(&format!("{push} --index 1 --epoch 5 --lanes 2")).await;
+    assert_eq!((first.code, first.last()["wire_bytes"].as_u64()), (Some(0), Some(size)), "{first:?}");
+    let reused = nodectl(&format!("{push} --index 2 --reuse")).await;
+    assert_eq!((reused.code, reused.last()["wire_bytes"].as_u64()), (Some(0), Some(0)), "{reused:?}");
+    assert_eq!(reused.last()["reused_bytes"], size);
+    for (more, reason, advice) in [
+        ("--index 3 --epoch 4", "STALE_FENCE", "epoch 5"),
+        ("--index 1 --transfer-id other", "STALE_SNAPSHOT", "index 2"),
+    ] {
+        let refused = nodectl(&format!("{push} {more}")).await;
+        assert_eq!(refused.code, Some(1), "{more}: {refused:?}");
+        assert_eq!(refused.last()["error"]["reason"], reason, "{more}");
+        assert!(refused.last()["help"].as_str().unwrap().contains(advice), "{more}: {refused:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_that_changes_is_not_believed() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, _) = snapshot(dir.path(), 12 * MIB);
+    let node = Node::start(&dir.path().join("data")).await;
+    let push =
+        Running::start(&format!("push {path} --to {} {SHARDS} --transfer-id t1 --rate 2MiB", node.address));
+    until("some of it is durable", || node.durable("t1") > 0).await;
+    std::fs::write(format!("{path}/a/big"), vec![7; 12 * MIB]).unwrap();
+    let ended = push.ended().await;
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    assert!(ended.stderr.contains("a/big changed while it was read"), "{ended:?}");
+    assert!(ended.stderr.contains("help: nothing may write to PATH"), "{ended:?}");
+}

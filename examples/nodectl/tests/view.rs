@@ -59,7 +59,7 @@ async fn shows_and_follows_one() {
     let dir = tempfile::tempdir().unwrap();
     let (path, size) = snapshot(dir.path(), 4 * MIB);
     let node = Node::start(&dir.path().join("data")).await;
-    let running = push(&node, &path, "t1", "--rate 2MiB");
+    let running = push(&node, &path, "t1", "--rate 1MiB");
     until("some of it is durable", || node.durable("t1") > 0).await;
     let watch = nodectl(&format!("progress t1 --at {} --watch --json", node.address)).await;
     assert_eq!(watch.code, Some(0), "{watch:?}");
