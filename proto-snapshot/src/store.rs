@@ -139,15 +139,25 @@ pub trait SnapshotStore: Send + Sync + 'static {
     /// What an earlier process left. Called once, before anything else.
     fn recover(&self) -> impl Future<Output = Result<Recovered<Self::Staging>, StoreError>> + Send;
 
-    /// What is known of `shard`.
+    /// What is known of `shard`; all of it is durable.
     fn shard(&self, shard: &ShardId) -> impl Future<Output = Result<ShardState, StoreError>> + Send;
 
-    /// Persists `fence` as the highest seen of `shard`; a lower one changes nothing.
+    /// Specification and manifest of the shard's current snapshot, as they were given to [`stage`](Self::stage).
+    /// `None` if there is no current one, or if that cannot be told of it any more.
+    fn current_plan(
+        &self,
+        shard: &ShardId,
+    ) -> impl Future<Output = Result<Option<TransferPlan>, StoreError>> + Send;
+
+    /// Raises the highest fence seen of `shard` to `fence`, if that is higher, and returns the highest one then. Of two calls at
+    /// once, the one with the lower fence never gets that back once the other has returned.
+    ///
+    /// What is returned is durable, also if an earlier call failed after it had changed something.
     fn raise_fence(
         &self,
         shard: &ShardId,
         fence: Fence,
-    ) -> impl Future<Output = Result<(), StoreError>> + Send;
+    ) -> impl Future<Output = Result<Fence, StoreError>> + Send;
 
     /// Makes a staging area for `plan` and reserves its space. There is none of this ID.
     ///

@@ -109,7 +109,9 @@ pub(crate) struct Shared {
     /// Transfers with a staging area.
     live: Mutex<HashSet<TransferId>>,
     serials: AtomicU64,
-    /// Held while the record of a shard is changed; a shard has one of them, chosen by hash.
+    /// Shards whose record is known to be durable as it is.
+    settled: Mutex<HashSet<ShardId>>,
+    /// Held while the record of a shard is read or changed; a shard has one of them, chosen by hash.
     shard_locks: [Mutex<()>; 16],
     hasher: RandomState,
 }
@@ -166,6 +168,7 @@ impl FileSnapshotStore {
             trash: Trash::new(layout.trash()),
             live: Mutex::default(),
             serials: AtomicU64::new(0),
+            settled: Mutex::default(),
             shard_locks: Default::default(),
             hasher: RandomState::new(),
             _lock: lock,
@@ -184,11 +187,7 @@ impl FileSnapshotStore {
         let (shared, shard) = (Arc::clone(&self.shared), shard.clone());
         blocking("read what is installed", move || {
             let _shard = lock(shared.shard_lock(&shard));
-            let Some(id) = shared.read_shard(&shard)?.state.current else { return Ok(None) };
-            let (plan, _) = shared.read_manifest(&shard, &id)?.ok_or_else(|| StoreError::Damaged {
-                file: shared.layout.shown(&shared.layout.manifest(&shard, &id)),
-                what: "is missing".to_owned(),
-            })?;
+            let Some((id, plan)) = shared.read_current(&shard)? else { return Ok(None) };
             Ok(Some(PlacedSnapshot { path: Some(shared.layout.installed(&shard, &id)), plan }))
         })
         .await
@@ -219,19 +218,40 @@ impl SnapshotStore for FileSnapshotStore {
 
     async fn shard(&self, shard: &ShardId) -> Result<ShardState, StoreError> {
         let (shared, shard) = (Arc::clone(&self.shared), shard.clone());
-        blocking("read the record of a shard", move || Ok(shared.read_shard(&shard)?.state)).await
+        blocking("read the record of a shard", move || {
+            let _shard = lock(shared.shard_lock(&shard));
+            Ok(shared.read_shard(&shard)?.state)
+        })
+        .await
     }
 
-    async fn raise_fence(&self, shard: &ShardId, fence: Fence) -> Result<(), StoreError> {
+    /// `None` with a warning in the log if what was written of the snapshot is damaged.
+    async fn current_plan(&self, shard: &ShardId) -> Result<Option<TransferPlan>, StoreError> {
+        let (shared, shard) = (Arc::clone(&self.shared), shard.clone());
+        blocking("read what is installed", move || {
+            let _shard = lock(shared.shard_lock(&shard));
+            match shared.read_current(&shard) {
+                Ok(current) => Ok(current.map(|(_, plan)| plan)),
+                Err(CurrentError::Manifest(error @ StoreError::Damaged { .. })) => {
+                    tracing::warn!(%error, %shard, "nothing is known of the current snapshot but its ID");
+                    Ok(None)
+                }
+                Err(error) => Err(error.into()),
+            }
+        })
+        .await
+    }
+
+    async fn raise_fence(&self, shard: &ShardId, fence: Fence) -> Result<Fence, StoreError> {
         let (shared, shard) = (Arc::clone(&self.shared), shard.clone());
         blocking("persist a fence", move || {
             let _shard = lock(shared.shard_lock(&shard));
             let mut known = shared.read_shard(&shard)?;
-            if fence <= known.state.fence {
-                return Ok(());
+            if fence > known.state.fence {
+                known.state.fence = fence;
+                shared.write_shard(&shard, &known)?;
             }
-            known.state.fence = fence;
-            shared.write_shard(&shard, &known)
+            Ok(known.state.fence)
         })
         .await
     }
@@ -256,7 +276,10 @@ impl Shared {
     fn stage(self: &Arc<Self>, plan: TransferPlan) -> Result<FileStaging, StoreError> {
         const ACTION: &str = "make a staging area";
         let id = plan.spec.transfer_id.clone();
-        if self.read_shard(&plan.spec.target_shard)?.state.current.as_ref() == Some(&id) {
+        let shard = lock(self.shard_lock(&plan.spec.target_shard));
+        let known = self.read_shard(&plan.spec.target_shard)?;
+        drop(shard);
+        if known.state.current.as_ref() == Some(&id) {
             return Err(StoreError::invalid(ACTION, "a snapshot of this ID is current already"));
         }
         let space: Vec<FileSpace> = plan.manifest.files().iter().map(FileSpace::new).collect();
@@ -320,8 +343,19 @@ impl Shared {
         &self.shard_locks[usize::from(first) % self.shard_locks.len()]
     }
 
+    /// What is recorded of `shard`, durably. The caller holds its lock.
+    ///
+    /// What the file says need not be what a crash would leave: a write may have failed, or the process may have been killed, after
+    /// the file was replaced and before the directory was synced.
     fn read_shard(&self, shard: &ShardId) -> Result<Shard, StoreError> {
         let path = self.layout.current(shard);
+        if !lock(&self.settled).contains(shard) {
+            match sync_dir(self.layout.shard(shard)) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Shard::default()),
+                result => result.map_err(|error| StoreError::io("sync the record of a shard", error))?,
+            }
+            lock(&self.settled).insert(shard.clone());
+        }
         match record::read::<ShardRecord>(&self.layout, &path, Kind::Shard)? {
             None => Ok(Shard::default()),
             Some(found) => found.shard(shard.as_str()).ok_or_else(|| StoreError::Damaged {
@@ -331,11 +365,30 @@ impl Shared {
         }
     }
 
+    /// The caller holds the shard's lock.
     fn write_shard(&self, shard: &ShardId, known: &Shard) -> Result<(), StoreError> {
         let record = ShardRecord::new(shard.as_str(), known);
+        lock(&self.settled).remove(shard);
         install::make_dir(&self.layout.shard(shard))
             .and_then(|()| record::write(&self.layout.current(shard), Kind::Shard, &record))
-            .map_err(|error| StoreError::io("persist the record of a shard", error))
+            .map_err(|error| StoreError::io("persist the record of a shard", error))?;
+        lock(&self.settled).insert(shard.clone());
+        Ok(())
+    }
+
+    /// ID and plan of the current snapshot. The caller holds the shard's lock.
+    fn read_current(&self, shard: &ShardId) -> Result<Option<(TransferId, TransferPlan)>, CurrentError> {
+        let Some(id) = self.read_shard(shard).map_err(CurrentError::Shard)?.state.current else {
+            return Ok(None);
+        };
+        let found = self.read_manifest(shard, &id).and_then(|found| {
+            found.ok_or_else(|| StoreError::Damaged {
+                file: self.layout.shown(&self.layout.manifest(shard, &id)),
+                what: "is missing".to_owned(),
+            })
+        });
+        let (plan, _) = found.map_err(CurrentError::Manifest)?;
+        Ok(Some((id, plan)))
     }
 
     /// Plan and totals of an installed snapshot.
@@ -365,6 +418,20 @@ impl Shared {
         let dir = self.layout.installed(&plan.spec.target_shard, &plan.spec.transfer_id);
         if let Some(bytes) = self.index.add(plan, totals, dir, self.options.reuse_installed) {
             self.space.add_installed(bytes);
+        }
+    }
+}
+
+/// What could not be read of a current snapshot.
+enum CurrentError {
+    Shard(StoreError),
+    Manifest(StoreError),
+}
+
+impl From<CurrentError> for StoreError {
+    fn from(error: CurrentError) -> Self {
+        match error {
+            CurrentError::Shard(error) | CurrentError::Manifest(error) => error,
         }
     }
 }

@@ -25,8 +25,9 @@ async fn installs_a_snapshot_that_survives_reopening() {
     fill(&staging, &files()).await;
     install(&staging, &files()).await;
     store.record_finished(b"t1").await.unwrap();
-    store.raise_fence(&shard(), Fence { epoch: 1, term: 2 }).await.unwrap();
-    store.raise_fence(&shard(), Fence { epoch: 1, term: 1 }).await.unwrap();
+    let (low, high) = (Fence { epoch: 1, term: 1 }, Fence { epoch: 1, term: 2 });
+    assert_eq!(store.raise_fence(&shard(), high).await.unwrap(), high);
+    assert_eq!(store.raise_fence(&shard(), low).await.unwrap(), high);
     drop((staging, store));
 
     let (store, recovered) = open(dir.path()).await;
@@ -38,4 +39,47 @@ async fn installs_a_snapshot_that_survives_reopening() {
     let state = store.shard(&shard()).await.unwrap();
     assert_eq!(state.fence, Fence { epoch: 1, term: 2 });
     assert_eq!(state.high_water, Some(spec("t1", 7).point));
+}
+
+/// Whoever raises a fence learns whether somebody else has raised it further.
+#[tokio::test]
+async fn of_fences_that_are_raised_at_once_only_the_highest_gets_itself_back() {
+    let dir = tempfile::tempdir_in(fast_dir()).unwrap();
+    let store = std::sync::Arc::new(open(dir.path()).await.0);
+    for round in 1..50 {
+        let raise = |term| {
+            let (store, fence) = (std::sync::Arc::clone(&store), Fence { epoch: round, term });
+            tokio::spawn(async move { store.raise_fence(&shard(), fence).await.unwrap() })
+        };
+        let (low, high) = (raise(1), raise(2));
+        let (low, high) = (low.await.unwrap(), high.await.unwrap());
+        assert_eq!(high, Fence { epoch: round, term: 2 });
+        assert!(low.epoch == round && low <= high);
+        assert_eq!(store.raise_fence(&shard(), Fence { epoch: round, term: 1 }).await.unwrap(), high);
+    }
+}
+
+#[tokio::test]
+async fn says_what_is_current() {
+    let dir = tempfile::tempdir_in(fast_dir()).unwrap();
+    let (store, _) = open(dir.path()).await;
+    assert_eq!(store.current_plan(&shard()).await.unwrap(), None);
+    let expected = plan_with_digests("t1", 7, &files());
+    let staging = store.stage(&expected).await.unwrap();
+    fill(&staging, &files()).await;
+    install(&staging, &files()).await;
+    drop((staging, store));
+    let (store, _) = open(dir.path()).await;
+    let found = store.current_plan(&shard()).await.unwrap().unwrap();
+    assert_eq!(found, expected);
+    assert_eq!(found.spec.content_version, "v1");
+    // Without the manifest, only the ID is known.
+    let manifest = dir.path().join("shards/shard-1/t1.manifest");
+    let mut content = std::fs::read(&manifest).unwrap();
+    *content.last_mut().unwrap() ^= 1;
+    std::fs::write(&manifest, content).unwrap();
+    assert_eq!(store.current_plan(&shard()).await.unwrap(), None);
+    std::fs::remove_file(&manifest).unwrap();
+    assert_eq!(store.current_plan(&shard()).await.unwrap(), None);
+    assert_eq!(store.shard(&shard()).await.unwrap().current, Some(expected.spec.transfer_id));
 }

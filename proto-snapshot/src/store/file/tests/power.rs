@@ -7,6 +7,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use proto_common::fence::Fence;
+
 use super::support::*;
 use crate::store::{SnapshotStore as _, Staging as _, StagingState};
 
@@ -168,4 +170,36 @@ async fn what_a_killed_process_created_is_made_durable_by_the_next() {
     let (_store, mut recovered) = open(&after.at.join("store")).await;
     assert_eq!(recovered.damage, Vec::<String>::new());
     assert_eq!(recovered.staged.remove(0).checksum(record.extent).await.unwrap(), record.crc);
+}
+
+/// A fence that was reported must hold after any crash, also if the write that raised it failed when it had replaced the file.
+#[tokio::test]
+async fn a_fence_is_durable_when_it_is_returned_also_after_a_failure() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some((image, mounted)) = file_system(dir.path()) else { return };
+    let (old, new) = (Fence { epoch: 1, term: 1 }, Fence { epoch: 1, term: 5 });
+    // What the record looks like with the new fence.
+    let elsewhere = dir.path().join("elsewhere");
+    open(&elsewhere).await.0.raise_fence(&shard(), new).await.unwrap();
+    let raised = fs::read(elsewhere.join("shards/shard-1/CURRENT")).unwrap();
+
+    let root = mounted.at.join("store");
+    let (store, _) = open(&root).await;
+    assert_eq!(store.raise_fence(&shard(), old).await.unwrap(), old);
+    let at = |file: &str| root.join("shards/shard-1").join(file);
+    fs::create_dir(at("CURRENT.tmp")).unwrap();
+    store.raise_fence(&shard(), new).await.unwrap_err();
+    fs::remove_dir(at("CURRENT.tmp")).unwrap();
+    // What it would have left, had it failed later: everything but the synced directory.
+    fs::write(at("CURRENT.tmp"), &raised).unwrap();
+    fs::rename(at("CURRENT.tmp"), at("CURRENT")).unwrap();
+    let fence = async |cut: Mounted| {
+        let (store, _) = open(&cut.at.join("store")).await;
+        store.shard(&shard()).await.unwrap().fence
+    };
+    let before = cut(dir.path(), &image, "before");
+    assert_eq!(fence(before).await, old, "a power cut that loses nothing proves nothing");
+    assert_eq!(store.raise_fence(&shard(), new).await.unwrap(), new);
+    let after = cut(dir.path(), &image, "after");
+    assert_eq!(fence(after).await, new);
 }
