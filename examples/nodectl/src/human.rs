@@ -29,20 +29,23 @@ pub(crate) fn rate(bytes_per_second: u64) -> String {
     format!("{}/s", bytes(bytes_per_second))
 }
 
-/// `0.4 s`, `12 s`, `3 min 20 s`, `2 h 5 min`, `3 d 4 h`.
+/// `0.4 s`, `12 s`, `3 min 20 s`, `5 min`, `2 h 5 min`, `3 d 4 h`.
 pub(crate) fn time(duration: Duration) -> String {
     let seconds = duration.as_secs();
     let (minutes, hours, days) = (seconds / 60, seconds / 3600, seconds / 86_400);
+    let two = |large: String, small: u64, unit: &str| {
+        if small == 0 { large } else { format!("{large} {small} {unit}") }
+    };
     if seconds < 10 {
         format!("{}.{} s", seconds, duration.subsec_millis() / 100)
     } else if minutes == 0 {
         format!("{seconds} s")
     } else if hours == 0 {
-        format!("{minutes} min {} s", seconds % 60)
+        two(format!("{minutes} min"), seconds % 60, "s")
     } else if days == 0 {
-        format!("{hours} h {} min", minutes % 60)
+        two(format!("{hours} h"), minutes % 60, "min")
     } else {
-        format!("{days} d {} h", hours % 24)
+        two(format!("{days} d"), hours % 24, "h")
     }
 }
 
@@ -145,6 +148,7 @@ mod tests {
         assert_eq!(bytes(0), "0 B");
         assert_eq!(bytes(1023), "1023 B");
         assert_eq!(bytes(3 << 29), "1.50 GiB");
+        assert_eq!(time(Duration::from_secs(300)), "5 min");
         let shown =
             [0, 450, 9_990, 59_999, 200_000, 7_500_000, 277_200_000].map(Duration::from_millis).map(time);
         assert_eq!(shown, ["0.0 s", "0.4 s", "9.9 s", "59 s", "3 min 20 s", "2 h 5 min", "3 d 5 h"]);
