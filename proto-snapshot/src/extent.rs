@@ -37,6 +37,7 @@ pub struct ExtentRecord {
 #[derive(Debug, Clone, Default)]
 pub struct FileExtents {
     runs: BTreeMap<u64, Run>,
+    bytes: u64,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -81,6 +82,7 @@ impl FileExtents {
             run = run.then(after);
         }
         self.runs.insert(start, run);
+        self.bytes += len;
         Ok(())
     }
 
@@ -94,13 +96,21 @@ impl FileExtents {
 
     /// Removes the run that starts at `offset`; returns its length.
     pub fn remove(&mut self, offset: u64) -> Option<u64> {
-        self.runs.remove(&offset).map(|run| run.len)
+        let removed = self.runs.remove(&offset)?;
+        self.bytes -= removed.len;
+        Some(removed.len)
     }
 
     /// Bytes that are there.
     #[must_use]
     pub fn bytes(&self) -> u64 {
-        self.runs.values().map(|run| run.len).sum()
+        self.bytes
+    }
+
+    /// Number of runs.
+    #[must_use]
+    pub fn run_count(&self) -> usize {
+        self.runs.len()
     }
 
     /// One past the last byte that is there.

@@ -19,6 +19,11 @@ pub struct Limits {
     pub files: u64,
     /// Names of a manifest, in bytes. Default 64 MiB.
     pub name_bytes: u64,
+    /// Memory for the manifests of all staged transfers, in bytes, by estimate. Default 512 MiB: two snapshots
+    /// at the limits above, or thousands of ordinary ones.
+    pub manifest_memory_bytes: u64,
+    /// Pieces with gaps between them, per transfer, beside one per file. Default 65536.
+    pub extents: usize,
     /// Size of a snapshot, in bytes. Default 2^63 - 1.
     pub snapshot_bytes: u64,
     /// Payload bytes on their way from the sockets to the store, over all transfers; shared out as
@@ -31,7 +36,8 @@ pub struct Limits {
     pub bytes_per_second: Option<std::num::NonZeroU64>,
     /// Silence after which a stream is given up. Default 30 s.
     pub idle: Duration,
-    /// Time that a sender has for its header and manifest, per frame. Default 30 s.
+    /// Time that a sender has for its header, and for each page of its manifest; for the whole manifest it has ten
+    /// times that. Default 30 s.
     pub first_frame: Duration,
     /// Bytes that may be received but not durable yet, per transfer. Default 64 MiB, as the protocol
     /// promises; lower ones are kept too.
@@ -56,6 +62,8 @@ impl Default for Limits {
             chunk_bytes: 1 << 20,
             files: 131_072,
             name_bytes: 64 << 20,
+            manifest_memory_bytes: 512 << 20,
+            extents: 65_536,
             snapshot_bytes: i64::MAX.unsigned_abs(),
             receive_budget_bytes: 128 << 20,
             stream_credit_bytes: 8 << 20,

@@ -84,6 +84,8 @@ reasons! {
     ExtentOutOfBounds = "EXTENT_OUT_OF_BOUNDS", InvalidArgument;
     /// Bytes that are there already.
     OverlappingExtent = "OVERLAPPING_EXTENT", InvalidArgument;
+    /// Too many pieces with gaps between them.
+    TooFragmented = "TOO_FRAGMENTED", InvalidArgument;
     /// More bytes than credit was given for.
     CreditExceeded = "CREDIT_EXCEEDED", InvalidArgument;
     /// Payload and checksum differ.

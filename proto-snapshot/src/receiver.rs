@@ -13,9 +13,10 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use proto_common::clock::{millis, now_unix_ms};
 use proto_common::error::Error;
-use proto_common::ids::{NodeId, TransferId};
-use proto_common::v1::NodeIdentity;
+use proto_common::ids::{NodeId, ShardId, TransferId};
+use proto_common::v1::{Direction, NodeIdentity};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -28,7 +29,7 @@ mod ledger;
 mod service;
 mod session;
 
-use self::admission::Admission;
+use self::admission::{Admission, Manifests};
 use self::incoming::{Incoming, Stage, initial_progress};
 use self::session::Budget;
 use crate::hook::{InstallHook, KeepFiles};
@@ -86,6 +87,8 @@ struct Inner<S: SnapshotStore> {
     hook: Arc<dyn InstallHook>,
     transfers: Transfers,
     places: Admission,
+    manifests: Manifests,
+    turns: Turns,
     budget: Arc<Budget>,
     slots: Mutex<HashMap<TransferId, Arc<Slot<S::Staging>>>>,
     tasks: TaskTracker,
@@ -96,6 +99,21 @@ struct Inner<S: SnapshotStore> {
 struct Slot<A: Staging> {
     attach: tokio::sync::Mutex<()>,
     incoming: Mutex<Option<Arc<Incoming<A>>>>,
+}
+
+/// Whose turn it is to install, by shard.
+#[derive(Debug, Default)]
+struct Turns {
+    shards: Mutex<HashMap<ShardId, Arc<tokio::sync::Mutex<()>>>>,
+}
+
+impl Turns {
+    fn of(&self, shard: &ShardId) -> Arc<tokio::sync::Mutex<()>> {
+        let mut shards = self.shards.lock().unwrap_or_else(PoisonError::into_inner);
+        // Those that nobody waits for are forgotten, so that there are no more than there are installs.
+        shards.retain(|_, turn| Arc::strong_count(turn) > 1);
+        Arc::clone(shards.entry(shard.clone()).or_default())
+    }
 }
 
 impl<A: Staging> Slot<A> {
@@ -159,6 +177,8 @@ impl<S: SnapshotStore> SnapshotReceiverBuilder<S> {
             store,
             identity,
             places: Admission::new(limits.transfers),
+            manifests: Manifests::new(limits.manifest_memory_bytes),
+            turns: Turns::default(),
             limits,
             hook,
             transfers,
@@ -168,7 +188,7 @@ impl<S: SnapshotStore> SnapshotReceiverBuilder<S> {
             stopping: CancellationToken::new(),
         });
         for staging in recovered.staged {
-            inner.readopt(staging).await?;
+            inner.readopt(staging).await;
         }
         let collector = Arc::clone(&inner);
         inner.tasks.spawn(async move { collector.collect_stale().await });
@@ -226,23 +246,27 @@ impl<S: SnapshotStore> Inner<S> {
         self.slots().get(id).and_then(|slot| slot.get())
     }
 
-    /// Takes a staging area of an earlier process.
-    async fn readopt(self: &Arc<Self>, staging: Arc<S::Staging>) -> Result<(), StoreError> {
+    /// Takes a staging area of an earlier process. One that cannot be taken is left where it is, and said so: the node starts.
+    async fn readopt(self: &Arc<Self>, staging: Arc<S::Staging>) {
         let plan = staging.plan().clone();
         let id = &plan.spec.transfer_id;
-        let known = self.transfers.registry().get(Some(proto_common::v1::Direction::In), id.as_str());
+        let known = self.transfers.registry().get(Some(Direction::In), id.as_str());
         if let Some(known) = known
             && matches!(
                 known.phase(),
                 TransferPhase::Cancelled | TransferPhase::Expired | TransferPhase::Failed
             )
+            && staging.claim().attempt <= known.attempt
         {
-            // Its end is on record, the crash came before the removal.
-            return staging.remove().await;
+            // Its end is on record, the crash came before the removal. A later attempt is another transfer of the ID.
+            if let Err(error) = staging.remove().await {
+                tracing::error!(transfer_id = %id, error = &error as &dyn std::error::Error, "cannot be removed");
+            }
+            return;
         }
         let sealed = staging.state() == StagingState::Sealed;
         let phase = if sealed { TransferPhase::Installing } else { TransferPhase::Interrupted };
-        let hold = match self.hook.admit(&plan).await {
+        let admitted = match self.hook.admit(&plan).await {
             Ok(hold) => hold,
             Err(error) => {
                 // It was admitted before; what changed since is for the install to find out.
@@ -250,32 +274,29 @@ impl<S: SnapshotStore> Inner<S> {
                 Box::new(())
             }
         };
-        let tracker = match self.transfers.registry().insert(
-            proto_common::v1::Direction::In,
-            id.as_str(),
-            initial_progress(&plan, &self.identity.node_id, phase),
-        ) {
+        let memory = self.manifests.take(plan.manifest.file_count(), plan.manifest.name_bytes());
+        let progress = initial_progress(&plan, &self.identity.node_id, phase);
+        let tracker = match self.transfers.registry().insert(Direction::In, id.as_str(), progress) {
             Ok(tracker) => tracker,
             Err(error) => {
                 tracing::error!(transfer_id = %id, error = %error, "cannot be shown; left as it is");
-                return Ok(());
+                return;
             }
         };
         let stage = if sealed { Stage::Installing } else { Stage::Open };
-        let incoming = Incoming::new(staging, hold, tracker, stage);
+        let incoming = Incoming::new(staging, Box::new((admitted, memory)), tracker, stage, &self.limits);
         self.slots().insert(id.clone(), Slot::new(Some(Arc::clone(&incoming))));
         if sealed {
             self.spawn_install(incoming);
         } else {
             self.show_expiry(&incoming);
         }
-        Ok(())
     }
 
     /// Shows when staged data that nobody resumes is collected.
     fn show_expiry(&self, incoming: &Incoming<S::Staging>) {
-        let stale = u64::try_from(self.limits.stale_after.as_millis()).unwrap_or(u64::MAX);
-        let expires = incoming.staging.last_activity_unix_ms().saturating_add(stale);
+        let expires =
+            incoming.staging.last_activity_unix_ms().saturating_add(millis(self.limits.stale_after));
         incoming.show(|transfer| transfer.expires_unix_ms = Some(expires));
     }
 
@@ -291,16 +312,25 @@ impl<S: SnapshotStore> Inner<S> {
     }
 
     async fn collect_once(&self) {
-        let now = proto_common::clock::now_unix_ms();
+        let now = now_unix_ms();
         let slots: Vec<_> = self.slots().values().cloned().collect();
         for slot in slots {
             // A transfer that is being attached is not stale.
             let Ok(_attach) = slot.attach.try_lock() else { continue };
             let Some(incoming) = slot.get() else { continue };
-            let expired =
-                incoming.shown().and_then(|shown| shown.expires_unix_ms).is_some_and(|at| at <= now);
+            if incoming.stage() == Stage::Closed {
+                // Its removal failed.
+                let ended = incoming.ended().clone();
+                if let Some(last) = ended
+                    && let Err(error) = self.end(&incoming, last.phase(), None).await
+                {
+                    tracing::warn!(transfer_id = %incoming.plan.spec.transfer_id, error = %error, "still cannot be removed");
+                }
+                continue;
+            }
+            let expired = incoming.expires_unix_ms().is_some_and(|at| at <= now);
             if !expired
-                || incoming.stream_count() > 0
+                || incoming.has_streams()
                 || incoming.stage() != Stage::Open
                 || incoming.close().is_err()
             {
@@ -315,23 +345,32 @@ impl<S: SnapshotStore> Inner<S> {
     }
 
     /// Ends a transfer that is closed to all others: writes the history, removes the staging area, then shows it as finished.
+    /// Called again after it failed, it goes on; phase and error are those of the first call.
     async fn end(
         &self,
         incoming: &Arc<Incoming<S::Staging>>,
         phase: TransferPhase,
         error: Option<&Error>,
     ) -> Result<TransferProgress, Error> {
-        incoming.show(|_| {});
-        let Some(mut last) = incoming.shown() else {
-            return Err(Reason::Internal.error("the transfer has ended already"));
+        let recorded = incoming.ended().clone();
+        let last = match recorded {
+            Some(last) => last,
+            None => {
+                incoming.show(|_| {});
+                let Some(mut last) = incoming.shown() else {
+                    return Err(Reason::Internal.error("the transfer has ended already"));
+                };
+                last.lanes = 0;
+                last.finish(phase);
+                if let Some(error) = error {
+                    last.progress.get_or_insert_default().error = Some(error.clone().into());
+                }
+                // Before the removal: a crash between the two repeats that at the next start.
+                self.transfers.record(&last).await;
+                *incoming.ended() = Some(last.clone());
+                last
+            }
         };
-        last.lanes = 0;
-        last.finish(phase);
-        if let Some(error) = error {
-            last.progress.get_or_insert_default().error = Some(error.clone().into());
-        }
-        // In this order: a crash between the two removes it at the next start.
-        self.transfers.record(&last).await;
         incoming.staging.remove().await?;
         incoming.finish(last.clone());
         let id = &incoming.plan.spec.transfer_id;

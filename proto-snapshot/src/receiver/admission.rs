@@ -1,10 +1,13 @@
-//! Who gets a free place: the most urgent of those who asked lately.
+//! What a node shares out among transfers: places, and memory for manifests.
+//!
+//! A free place goes to the most urgent of those who asked lately.
 //!
 //! A refused sender comes back by itself, so there is no queue to hold its connection: its wish is
 //! remembered for as long as it may take to come back, and a place that comes free meanwhile is kept from
 //! less urgent ones.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -79,5 +82,59 @@ impl Drop for Place {
     fn drop(&mut self) {
         let mut places = self.admission.lock();
         places.taken = places.taken.saturating_sub(1);
+    }
+}
+
+/// The memory for manifests, shared out by what headers declare.
+#[derive(Debug, Clone)]
+pub(super) struct Manifests {
+    limit: u64,
+    used: Arc<AtomicU64>,
+}
+
+/// Memory of one manifest; given back when dropped.
+#[derive(Debug)]
+pub(super) struct Charge {
+    bytes: u64,
+    used: Arc<AtomicU64>,
+}
+
+impl Manifests {
+    /// Name, size, digest and the books of one file, without the bytes of its name: a generous estimate.
+    const FILE_BYTES: u64 = 512;
+
+    pub(super) fn new(limit: u64) -> Self {
+        Self { limit, used: Arc::default() }
+    }
+
+    fn cost(files: u64, name_bytes: u64) -> u64 {
+        files.saturating_mul(Self::FILE_BYTES).saturating_add(name_bytes.saturating_mul(2))
+    }
+
+    /// Charges for a manifest before it is read.
+    pub(super) fn charge(&self, files: u64, name_bytes: u64) -> Result<Charge, Error> {
+        let charge = self.take(files, name_bytes);
+        // One manifest alone is always taken, whatever the limit.
+        let used = self.used.load(Ordering::Relaxed);
+        if used > self.limit && used > charge.bytes {
+            return Err(Reason::TooManyTransfers
+                .error("the manifests of the transfers that are staged here fill the memory set aside for them; try again later")
+                .metadata("limit", self.limit.to_string())
+                .retry_after(Duration::from_secs(10)));
+        }
+        Ok(charge)
+    }
+
+    /// Charges for one that is in memory already.
+    pub(super) fn take(&self, files: u64, name_bytes: u64) -> Charge {
+        let bytes = Self::cost(files, name_bytes);
+        self.used.fetch_add(bytes, Ordering::Relaxed);
+        Charge { bytes, used: Arc::clone(&self.used) }
+    }
+}
+
+impl Drop for Charge {
+    fn drop(&mut self) {
+        self.used.fetch_sub(self.bytes, Ordering::Relaxed);
     }
 }

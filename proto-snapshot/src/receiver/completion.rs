@@ -3,15 +3,17 @@
 //! Runs in a task of the receiver, since a handler's future is dropped when its peer disconnects. After a crash, a sealed
 //! transfer starts again at [`Inner::spawn_install`].
 
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::FutureExt as _;
 use proto_common::clock::now_unix_ms;
 use proto_common::error::Error;
 use proto_common::retry::Backoff;
 
 use super::Inner;
-use super::incoming::{Incoming, cancelled};
+use super::incoming::{Incoming, Stage, cancelled};
 use crate::extent::Extent;
 use crate::reason::Reason;
 use crate::spec::FileTotal;
@@ -58,6 +60,11 @@ impl<S: SnapshotStore> Inner<S> {
         incoming.ledger().check_totals(totals)?;
         self.read_back(incoming).await?;
         let spec = &incoming.plan.spec;
+        if let Some(fence) = incoming.fence() {
+            // A newer leader may have come while the data did. What is sealed is decided.
+            let current = self.store.shard(&spec.target_shard).await?.fence;
+            fence.check(current, &spec.target_shard)?;
+        }
         // From here on a cancel is refused.
         if !incoming.begin_installing() {
             return Err(cancelled());
@@ -80,8 +87,21 @@ impl<S: SnapshotStore> Inner<S> {
         let mut damaged: Vec<Extent> = Vec::new();
         let inherited = incoming.ledger().inherited();
         for record in inherited {
-            if incoming.staging.checksum(record.extent).await? != record.crc {
-                damaged.push(record.extent);
+            if incoming.stage() == Stage::Closed {
+                return Err(cancelled());
+            }
+            match incoming.staging.checksum(record.extent).await {
+                Ok(crc) if crc == record.crc => {}
+                Ok(_) => damaged.push(record.extent),
+                // What cannot be read is as lost as what reads differently.
+                Err(error) => {
+                    tracing::warn!(
+                        transfer_id = %incoming.plan.spec.transfer_id,
+                        error = &error as &dyn std::error::Error,
+                        "cannot read back"
+                    );
+                    damaged.push(record.extent);
+                }
             }
         }
         let remaining = incoming.ledger().verified(&damaged);
@@ -96,14 +116,16 @@ impl<S: SnapshotStore> Inner<S> {
 
     /// Takes a sealed transfer to its end. Goes on until it is installed, refused for good, or the receiver stops.
     async fn install(&self, incoming: &Arc<Incoming<S::Staging>>) {
-        let result = self.install_steps(incoming).await;
+        let result = self.install_in_turn(incoming).await;
         let stopping = self.stopping.is_cancelled();
         match result {
             Ok(installed) => incoming.complete(Ok(installed)),
             Err(error) if stopping && error.is_retryable() => incoming.complete(Err(error)),
             Err(error) => {
                 tracing::error!(transfer_id = %incoming.plan.spec.transfer_id, error = %error, "not installed");
+                incoming.close_for_good();
                 if let Err(error) = self.end(incoming, TransferPhase::Failed, Some(&error)).await {
+                    // The collector of stale staging repeats it.
                     tracing::error!(transfer_id = %incoming.plan.spec.transfer_id, error = %error, "cannot be removed");
                 }
                 incoming.complete(Err(error));
@@ -111,7 +133,34 @@ impl<S: SnapshotStore> Inner<S> {
         }
     }
 
-    async fn install_steps(&self, incoming: &Arc<Incoming<S::Staging>>) -> Result<Installed, Error> {
+    /// One snapshot of a shard at a time, from the check of the high-water mark to its rise: an older one must not be merged
+    /// after a newer one.
+    async fn install_in_turn(&self, incoming: &Arc<Incoming<S::Staging>>) -> Result<Installed, Error> {
+        let spec = &incoming.plan.spec;
+        let turn = self.turns.of(&spec.target_shard);
+        let _turn = tokio::select! {
+            turn = turn.lock() => turn,
+            () = self.stopping.cancelled() => return Err(shutting_down()),
+        };
+        let shard = loop {
+            match self.store.shard(&spec.target_shard).await {
+                Ok(shard) => break shard,
+                Err(error) => self.retry_store(incoming, error).await?,
+            }
+        };
+        // After a crash between the last step and the removal, nothing is repeated but the removal.
+        if shard.current.as_ref() != Some(&spec.transfer_id) {
+            if let Some(installed) = shard.high_water
+                && spec.point < installed
+            {
+                return Err(StoreError::Stale { installed }.into());
+            }
+            self.install_steps(incoming).await?;
+        }
+        self.ended_well(incoming).await
+    }
+
+    async fn install_steps(&self, incoming: &Arc<Incoming<S::Staging>>) -> Result<(), Error> {
         let placed = loop {
             match incoming.staging.place().await {
                 Ok(placed) => break placed,
@@ -120,21 +169,25 @@ impl<S: SnapshotStore> Inner<S> {
         };
         let mut backoff = Backoff::default().start();
         loop {
-            match self.hook.install(&placed).await {
-                Ok(()) => break,
-                Err(error) => {
-                    incoming.show(|transfer| {
-                        transfer.progress.get_or_insert_default().error = Some(error.clone().into());
-                    });
-                    let Some(pause) = backoff.next(&error) else {
-                        return Err(Reason::InstallRefused
-                            .error(format!("the store's owner refused the snapshot: {}", error.message()))
-                            .caused_by(error));
-                    };
-                    tracing::warn!(transfer_id = %incoming.plan.spec.transfer_id, error = %error, "the install hook will be repeated");
-                    self.pause(pause).await?;
-                }
-            }
+            let merged = AssertUnwindSafe(self.hook.install(&placed)).catch_unwind().await;
+            let merged = merged.unwrap_or_else(|_| {
+                Err(Reason::Internal.error("the install hook panicked").retry_after(Duration::from_secs(1)))
+            });
+            let Err(error) = merged else { break };
+            incoming.show(|transfer| {
+                transfer.progress.get_or_insert_default().error = Some(error.clone().into());
+            });
+            let Some(pause) = backoff.next(&error) else {
+                return Err(Reason::InstallRefused
+                    .error(format!("the store's owner refused the snapshot: {}", error.message()))
+                    .caused_by(error));
+            };
+            tracing::warn!(
+                transfer_id = %incoming.plan.spec.transfer_id,
+                error = %error,
+                "the install hook will be repeated"
+            );
+            self.pause(pause).await?;
         }
         loop {
             match incoming.staging.activate().await {
@@ -142,6 +195,11 @@ impl<S: SnapshotStore> Inner<S> {
                 Err(error) => self.retry_store(incoming, error).await?,
             }
         }
+        Ok(())
+    }
+
+    /// Writes the history and removes what is left, of a snapshot that is current.
+    async fn ended_well(&self, incoming: &Arc<Incoming<S::Staging>>) -> Result<Installed, Error> {
         let reused_bytes = incoming.ledger().reused_bytes();
         incoming.show(|transfer| transfer.progress.get_or_insert_default().error = None);
         let last = loop {

@@ -2,20 +2,24 @@
 
 use std::sync::Arc;
 
+use proto_common::clock::{millis, now_unix_ms};
 use proto_common::error::Error;
+use proto_common::ids::TransferId;
 use proto_common::v1::Direction;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use super::admission::Place;
+use super::admission::{Charge, Place};
 use super::completion::shutting_down;
 use super::handshake::{CheckedLane, ControlHeader, FEATURES, Frames, ended_early, unexpected};
 use super::incoming::{
     CONTENT_DIGEST, Incoming, Outcome, Stage, StreamPermit, cancelled, content_digests, initial_progress,
+    replaced,
 };
 use super::session::{Answers, Session, accept};
 use super::{Inner, Slot};
 use crate::extent::{Extent, ExtentRecord};
+use crate::hook::Hold;
 use crate::reason::Reason;
 use crate::spec::{Manifest, TransferPlan, TransferSpec};
 use crate::store::{ShardState, SnapshotStore, Staging, StoreError};
@@ -75,66 +79,65 @@ impl<S: SnapshotStore> Inner<S> {
         answers: &Answers,
     ) -> Result<(), Error> {
         let spec = &header.spec;
-        // A transfer that is being written keeps its place when its sender reconnects.
-        let _place = self.place(&header)?;
+        // Before anything is read: a manifest can be large. A transfer that is connected has its place already.
+        let connected = self.find(&spec.transfer_id).is_some_and(|incoming| incoming.has_control());
+        let mut place =
+            if connected { None } else { Some(self.places.enter(&spec.transfer_id, header.priority)?) };
         let shard = self.store.shard(&spec.target_shard).await?;
         if let Some(fence) = header.fence {
             fence.check(shard.fence, &spec.target_shard)?;
         }
+        let memory = self.manifests.charge(header.file_count, header.name_bytes)?;
         let manifest = header.read_manifest(&mut frames, &self.limits).await?;
-        let attached = self.attach(&header, manifest, answers).await?;
+        let attached = self.attach(&header, manifest, memory, &mut place, answers).await?;
+        drop(place);
         let permit = match attached {
             Attached::Done(installed) => return self.answer_installed(answers, installed).await,
             Attached::Completing(incoming) => {
                 self.accept_complete(answers).await?;
-                return self.await_outcome(&incoming, answers).await;
+                return self.await_outcome(&incoming, Ack::default(), answers).await;
             }
             Attached::Writer(permit) => permit,
         };
         let incoming = Arc::clone(permit.incoming());
-        let result = self.write_and_complete(&header, &permit, frames, answers).await;
+        let mut stop = permit.stop.clone();
+        let result = self.write_and_complete(&header, &permit, &mut stop, frames, answers).await;
         // What arrived becomes durable before anybody asks what is missing.
         let flushed = incoming.flush().await;
         drop(permit);
-        let result = result.and_then(|done| flushed.map(|()| done));
-        match result {
-            Ok(()) => self.await_outcome(&incoming, answers).await,
+        incoming.release_place();
+        match result.and_then(|last| flushed.map(|()| last)) {
+            Ok(last) => self.await_outcome(&incoming, last, answers).await,
             Err(error) => {
-                if incoming.stage() == Stage::Open && incoming.stream_count() == 0 {
-                    incoming.show(|transfer| {
-                        let phase = if error.is_retryable() {
-                            TransferPhase::Interrupted
-                        } else {
-                            TransferPhase::Failed
-                        };
-                        transfer.enter(phase);
-                        transfer.progress.get_or_insert_default().error = Some(error.clone().into());
-                    });
-                    self.show_expiry(&incoming);
-                }
+                self.interrupted(&incoming, &error);
                 Err(error)
             }
         }
     }
 
-    fn place(&self, header: &ControlHeader) -> Result<Option<Place>, Error> {
-        let connected =
-            self.find(&header.spec.transfer_id).is_some_and(|incoming| incoming.stream_count() > 0);
-        if connected {
-            Ok(None)
-        } else {
-            self.places.enter(&header.spec.transfer_id, header.priority).map(Some)
+    /// Shows that nobody sends any more, and from when on the rest is stale.
+    fn interrupted(&self, incoming: &Arc<Incoming<S::Staging>>, error: &Error) {
+        if incoming.stage() != Stage::Open || incoming.has_control() {
+            return;
         }
+        let expires = now_unix_ms().saturating_add(millis(self.limits.stale_after));
+        incoming.show(|transfer| {
+            let phase = if error.is_retryable() { TransferPhase::Interrupted } else { TransferPhase::Failed };
+            transfer.enter(phase);
+            transfer.expires_unix_ms = Some(expires);
+            transfer.progress.get_or_insert_default().error = Some(error.clone().into());
+        });
     }
 
-    /// Takes chunks until `End`, then starts the completion.
+    /// Takes chunks until `End`, then starts the completion. Returns the last `Ack`, which those that follow go on from.
     async fn write_and_complete(
         self: &Arc<Self>,
         header: &ControlHeader,
         permit: &StreamPermit<S::Staging>,
+        stop: &mut watch::Receiver<Option<Error>>,
         mut frames: Frames,
         answers: &Answers,
-    ) -> Result<(), Error> {
+    ) -> Result<Ack, Error> {
         let incoming = permit.incoming();
         self.reuse(incoming, permit, answers).await?;
         incoming.show(|transfer| {
@@ -150,13 +153,10 @@ impl<S: SnapshotStore> Inner<S> {
         };
         let budget = self.budget.join();
         let credit = Session::<S::Staging>::first_credit(&budget, &self.limits);
-        let terms = Accepted {
-            max_lanes: self.max_lanes(incoming, header.lanes),
-            durable_bytes,
-            reused_bytes,
-            ..self.terms(credit)
-        };
-        accept(answers, terms, missing).await?;
+        let max_lanes = self.max_lanes(incoming, header.lanes);
+        incoming.grant_lanes(max_lanes);
+        let terms = Accepted { max_lanes, durable_bytes, reused_bytes, ..self.terms(credit) };
+        accept(answers, terms, missing, stop).await?;
         let mut session = Session {
             permit,
             frames: &mut frames,
@@ -170,7 +170,7 @@ impl<S: SnapshotStore> Inner<S> {
         let _end_syncer = session_over.clone().drop_guard();
         let (syncing, limits) = (Arc::clone(incoming), self.limits.clone());
         self.tasks.spawn(async move { syncing.sync_until(session_over, &limits).await });
-        let totals = session.run(credit).await?;
+        let (totals, last) = session.run(credit).await?;
         let Some(totals) = totals else {
             return Err(Reason::Internal.error("the control stream ended without totals"));
         };
@@ -178,7 +178,7 @@ impl<S: SnapshotStore> Inner<S> {
             return Err(permit.stopped().unwrap_or_else(cancelled));
         }
         self.spawn_completion(Arc::clone(incoming), totals);
-        Ok(())
+        Ok(last)
     }
 
     async fn lane(
@@ -192,11 +192,14 @@ impl<S: SnapshotStore> Inner<S> {
         })?;
         let permit = incoming.attach_lane(header.claim, header.lane, header.generation).await?;
         incoming.show(|_| {});
-        let missing = incoming.ledger().missing();
+        let (missing, durable_bytes) = {
+            let ledger = incoming.ledger();
+            (ledger.missing(), ledger.durable_bytes())
+        };
         let budget = self.budget.join();
         let credit = Session::<S::Staging>::first_credit(&budget, &self.limits);
-        let terms = Accepted { max_lanes: incoming.max_lanes(), ..self.terms(credit) };
-        accept(answers, terms, missing).await?;
+        let terms = Accepted { max_lanes: incoming.max_lanes(), durable_bytes, ..self.terms(credit) };
+        accept(answers, terms, missing, &mut permit.stop.clone()).await?;
         let result = Session {
             permit: &permit,
             frames: &mut frames,
@@ -232,7 +235,9 @@ impl<S: SnapshotStore> Inner<S> {
     }
 
     async fn accept_complete(&self, answers: &Answers) -> Result<(), Error> {
-        accept(answers, Accepted { already_installed: true, ..self.terms(0) }, Vec::new()).await
+        let (_never, mut stop) = watch::channel(None);
+        let terms = Accepted { already_installed: true, ..self.terms(0) };
+        accept(answers, terms, Vec::new(), &mut stop).await
     }
 
     async fn answer_installed(&self, answers: &Answers, installed: Installed) -> Result<(), Error> {
@@ -241,7 +246,12 @@ impl<S: SnapshotStore> Inner<S> {
     }
 
     /// Waits for the completion and tells the sender.
-    async fn await_outcome(&self, incoming: &Incoming<S::Staging>, answers: &Answers) -> Result<(), Error> {
+    async fn await_outcome(
+        &self,
+        incoming: &Incoming<S::Staging>,
+        last: Ack,
+        answers: &Answers,
+    ) -> Result<(), Error> {
         let mut outcome = incoming.outcome();
         let mut alive = tokio::time::interval(self.limits.idle / 3);
         loop {
@@ -254,17 +264,19 @@ impl<S: SnapshotStore> Inner<S> {
                 _ = alive.tick() => {
                     let durable_bytes = incoming.ledger().durable_bytes();
                     let phase = incoming.shown().map_or(TransferPhase::Installing, |shown| shown.phase());
-                    answers.offer(Answer::Ack(Ack { durable_bytes, phase: phase.into(), ..Ack::default() }));
+                    answers.offer(Answer::Ack(Ack { durable_bytes, phase: phase.into(), ..last }));
                 }
             }
         }
     }
 
-    /// Finds or makes the transfer and makes this stream its only writer.
+    /// Finds or makes the transfer and makes this stream its only writer. `place` is taken from where it is needed.
     async fn attach(
         self: &Arc<Self>,
         header: &ControlHeader,
         manifest: Manifest,
+        memory: Charge,
+        place: &mut Option<Place>,
         answers: &Answers,
     ) -> Result<Attached<S::Staging>, Error> {
         let id = &header.spec.transfer_id;
@@ -288,22 +300,38 @@ impl<S: SnapshotStore> Inner<S> {
                     None => Arc::clone(slots.entry(id.clone()).or_insert_with(|| Slot::new(None))),
                 }
             };
-            let _attach = tokio::select! {
+            let attach = tokio::select! {
+                biased;
                 attach = slot.attach.lock() => attach,
-                () = answers.closed() => return Err(ended_early()),
+                () = answers.closed() => {
+                    self.forget_empty(id, &slot);
+                    return Err(ended_early());
+                }
             };
             // It may have ended, and been made anew, while we waited.
             if !self.slots().get(id).is_some_and(|current| Arc::ptr_eq(current, &slot)) {
                 continue;
             }
-            let attached = self.attach_in(&slot, header, manifest).await;
-            if slot.get().is_none() {
-                let mut slots = self.slots();
-                if slots.get(id).is_some_and(|current| Arc::ptr_eq(current, &slot)) {
-                    slots.remove(id);
-                }
+            let attached = self.attach_in(&slot, header, manifest, memory, place, answers).await;
+            if let (Err(error), Some(incoming)) = (&attached, slot.get())
+                && incoming.expires_unix_ms().is_none()
+            {
+                // Or it would stay as it is for ever, if nobody comes back.
+                self.interrupted(&incoming, error);
             }
+            drop(attach);
+            self.forget_empty(id, &slot);
             return attached;
+        }
+    }
+
+    /// Removes the slot of an ID that nobody made a transfer of.
+    fn forget_empty(&self, id: &TransferId, slot: &Arc<Slot<S::Staging>>) {
+        // Whoever holds the lock is about to fill it, or will call this.
+        let Ok(_attach) = slot.attach.try_lock() else { return };
+        let mut slots = self.slots();
+        if slot.get().is_none() && slots.get(id).is_some_and(|current| Arc::ptr_eq(current, slot)) {
+            slots.remove(id);
         }
     }
 
@@ -312,6 +340,9 @@ impl<S: SnapshotStore> Inner<S> {
         slot: &Slot<S::Staging>,
         header: &ControlHeader,
         manifest: Manifest,
+        memory: Charge,
+        place: &mut Option<Place>,
+        answers: &Answers,
     ) -> Result<Attached<S::Staging>, Error> {
         let spec = &header.spec;
         let mut existing = slot.get();
@@ -322,13 +353,17 @@ impl<S: SnapshotStore> Inner<S> {
                 return Ok(Attached::Completing(Arc::clone(incoming)));
             }
             incoming.check_claim(header.claim, header.generation)?;
-            let superseded = Reason::Superseded
-                .error(format!(
-                    "attempt {} was claimed by another stream; this one must stop",
-                    header.claim.attempt
-                ))
-                .metadata("attempt", header.claim.attempt.to_string());
-            incoming.stop_streams(&superseded).await;
+            let reason = if incoming.claim() == header.claim {
+                replaced()
+            } else {
+                Reason::Superseded
+                    .error(format!(
+                        "attempt {} was claimed by another sender; this one must stop",
+                        header.claim.attempt
+                    ))
+                    .metadata("attempt", header.claim.attempt.to_string())
+            };
+            incoming.stop_streams(&reason).await;
             // `End` may have come with the last frames of the old stream.
             if incoming.stage() != Stage::Open {
                 return match incoming.stage() {
@@ -348,7 +383,7 @@ impl<S: SnapshotStore> Inner<S> {
         }
         let shard = self.store.shard(&spec.target_shard).await?;
         if existing.is_none()
-            && let Some(installed) = self.finished(header, &manifest, &shard)?
+            && let Some(installed) = self.finished(header, &manifest, &shard).await?
         {
             return Ok(Attached::Done(installed));
         }
@@ -357,23 +392,29 @@ impl<S: SnapshotStore> Inner<S> {
         {
             return Err(StoreError::Stale { installed }.into());
         }
+        if let Some(fence) = header.fence {
+            // Raised and compared in one step: two leaders may be here at once.
+            let highest = self.store.raise_fence(&spec.target_shard, fence).await?;
+            fence.check(highest, &spec.target_shard)?;
+        }
         let incoming = match existing {
             Some(incoming) => incoming,
+            None if answers.is_closed() => return Err(ended_early()),
             None => {
-                let incoming = self.create(TransferPlan { spec: spec.clone(), manifest }).await?;
+                let incoming = self.create(TransferPlan { spec: spec.clone(), manifest }, memory).await?;
                 slot.set(Some(Arc::clone(&incoming)));
                 incoming
             }
         };
-        if let Some(fence) = header.fence {
-            self.store.raise_fence(&spec.target_shard, fence).await?;
-        }
-        let max_lanes = self.max_lanes(&incoming, header.lanes);
-        incoming.attach(header.claim, header.generation, max_lanes).await.map(Attached::Writer)
+        let place = || match place.take() {
+            Some(place) => Ok(place),
+            None => self.places.enter(&spec.transfer_id, header.priority),
+        };
+        incoming.attach(header.claim, header.generation, header.fence, place).await.map(Attached::Writer)
     }
 
     /// Whether the transfer ended before, and how.
-    fn finished(
+    async fn finished(
         &self,
         header: &ControlHeader,
         manifest: &Manifest,
@@ -397,22 +438,32 @@ impl<S: SnapshotStore> Inner<S> {
             Some((_, TransferPhase::Cancelled)) => Err(cancelled()),
             // The history forgets, the shard does not.
             _ if shard.current.as_ref() == Some(&spec.transfer_id) => {
+                if let Some(current) = self.store.current_plan(&spec.target_shard).await? {
+                    check_same(&current, header, manifest)?;
+                }
                 Ok(Some(installed(manifest.total_bytes().unwrap_or(0), 0)))
             }
+            // A staging area tells by its attempt whether an end on record is its own.
+            Some((known, _)) if header.claim.attempt <= known.attempt => Err(Reason::Superseded
+                .error(format!(
+                    "attempt {} has ended; ask GetTransferProgress and claim the next",
+                    known.attempt
+                ))
+                .metadata("attempt", known.attempt.to_string())),
             _ => Ok(None),
         }
     }
 
     /// Stages a transfer that is new here.
-    async fn create(&self, plan: TransferPlan) -> Result<Arc<Incoming<S::Staging>>, Error> {
-        let hold = self.hook.admit(&plan).await?;
+    async fn create(&self, plan: TransferPlan, memory: Charge) -> Result<Arc<Incoming<S::Staging>>, Error> {
+        let hold: Hold = Box::new((self.hook.admit(&plan).await?, memory));
         let staging = self.store.stage(&plan).await?;
         let progress = initial_progress(&plan, &self.identity.node_id, TransferPhase::Preparing);
         match self.transfers.registry().insert(Direction::In, plan.spec.transfer_id.as_str(), progress) {
-            Ok(tracker) => Ok(Incoming::new(staging, hold, tracker, Stage::Open)),
+            Ok(tracker) => Ok(Incoming::new(staging, hold, tracker, Stage::Open, &self.limits)),
             Err(error) => {
                 staging.remove().await?;
-                Err(error)
+                Err(Reason::TooManyTransfers.error(error.message()))
             }
         }
     }

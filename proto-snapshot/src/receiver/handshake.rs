@@ -214,6 +214,13 @@ impl ControlHeader {
         frames: &mut Frames,
         limits: &Limits,
     ) -> Result<Manifest, Error> {
+        // Pages may come slowly, but not for ever: whoever sends them has a place.
+        let patience = limits.first_frame * 10;
+        let read = tokio::time::timeout(patience, self.read_pages(frames, limits));
+        read.await.map_err(|_| idle(patience))?
+    }
+
+    async fn read_pages(&self, frames: &mut Frames, limits: &Limits) -> Result<Manifest, Error> {
         let mut files: Vec<ManifestFile> = Vec::new();
         let mut name_bytes = 0_u64;
         let mismatch = |what: String| Reason::ManifestMismatch.field("manifest.files", what);

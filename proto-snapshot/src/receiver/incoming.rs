@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use proto_common::clock::now_unix_ms;
 use proto_common::error::Error;
+use proto_common::fence::Fence;
 use proto_common::meter::Meter;
 use proto_common::registry::Tracker;
 use proto_common::v1 as common;
@@ -13,6 +14,7 @@ use tokio::sync::{Notify, OwnedMutexGuard, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::admission::Place;
 use super::ledger::Ledger;
 use crate::extent::ExtentRecord;
 use crate::hook::Hold;
@@ -41,7 +43,9 @@ pub(super) struct Incoming<A: Staging> {
     wire_bytes: AtomicU64,
     /// `None` once it has moved to the history.
     tracker: Mutex<Option<Tracker<TransferProgress>>>,
-    _hold: Hold,
+    hold: Mutex<Option<Hold>>,
+    /// The end that was written to the history, so that a removal that failed can be repeated.
+    ended: Mutex<Option<TransferProgress>>,
 }
 
 /// How far the transfer is, as far as concurrent calls are concerned.
@@ -70,6 +74,10 @@ struct State {
     /// A write or sync failed: only durable bytes count at the next attach.
     failed: Option<Error>,
     next_stream: u64,
+    /// The place that the transfer has while a control stream is connected.
+    place: Option<Place>,
+    /// The fence that its sender gave last.
+    fence: Option<Fence>,
 }
 
 struct StreamEntry {
@@ -94,9 +102,10 @@ impl<A: Staging> Incoming<A> {
         hold: Hold,
         tracker: Tracker<TransferProgress>,
         stage: Stage,
+        limits: &Limits,
     ) -> Arc<Self> {
         let plan = staging.plan().clone();
-        let ledger = Ledger::open(plan.manifest.clone(), staging.records());
+        let ledger = Ledger::open(plan.manifest.clone(), staging.records(), limits);
         let claim = staging.claim();
         let incoming = Arc::new(Self {
             plan,
@@ -112,6 +121,8 @@ impl<A: Staging> Incoming<A> {
                 outcome: watch::Sender::new(None),
                 failed: None,
                 next_stream: 0,
+                place: None,
+                fence: None,
             }),
             sync: tokio::sync::Mutex::new(()),
             sync_wanted: Notify::new(),
@@ -119,7 +130,8 @@ impl<A: Staging> Incoming<A> {
             meter: Mutex::new(Meter::default()),
             wire_bytes: AtomicU64::new(0),
             tracker: Mutex::new(Some(tracker)),
-            _hold: hold,
+            hold: Mutex::new(Some(hold)),
+            ended: Mutex::new(None),
         });
         incoming.show(|_| {});
         incoming
@@ -194,25 +206,26 @@ impl<A: Staging> Incoming<A> {
         }
     }
 
-    /// Makes a control stream of `claim` the writer. The caller has checked the claim, holds the transfer's attach lock and has stopped all
-    /// other streams.
+    /// Makes a control stream of `claim` the writer. The caller has checked the claim, holds the transfer's attach lock
+    /// and has stopped all other streams. `place` is asked for one where the transfer has none.
     pub(super) async fn attach(
         self: &Arc<Self>,
         claim: Claim,
         generation: u64,
-        max_lanes: u32,
+        fence: Option<Fence>,
+        place: impl FnOnce() -> Result<Place, Error>,
     ) -> Result<StreamPermit<A>, Error> {
         if self.claim() != claim {
             self.staging.set_claim(claim).await?;
         }
         let failed = {
             let mut state = self.state();
-            if state.claim.attempt != claim.attempt {
-                state.lane_generations.clear();
-            }
             state.claim = claim;
             state.generation = generation;
-            state.max_lanes = max_lanes;
+            state.fence = fence;
+            // None until the sender has been told how many there are; all earlier ones have ended.
+            state.max_lanes = 1;
+            state.lane_generations.clear();
             state.failed.take()
         };
         if failed.is_some() {
@@ -221,7 +234,19 @@ impl<A: Staging> Incoming<A> {
             self.flush().await?;
             self.ledger().forget_claims();
         }
-        self.register(0)
+        let mut state = self.state();
+        if state.stage == Stage::Closed {
+            return Err(cancelled());
+        }
+        if state.place.is_none() {
+            state.place = Some(place()?);
+        }
+        self.register(&mut state, 0)
+    }
+
+    /// Allows lanes, as the sender is about to be told.
+    pub(super) fn grant_lanes(&self, max_lanes: u32) {
+        self.state().max_lanes = max_lanes;
     }
 
     /// Lets a lane of the current attempt write, after the stream that it replaces is quiet.
@@ -231,50 +256,50 @@ impl<A: Staging> Incoming<A> {
         lane: u32,
         generation: u64,
     ) -> Result<StreamPermit<A>, Error> {
-        let old = {
-            let mut state = self.state();
-            let current = state.claim;
-            if claim.attempt < current.attempt || (claim.attempt == current.attempt && claim != current) {
-                return Err(superseded(current.attempt, "the lane's attempt was superseded"));
-            }
-            if claim != current || state.stage != Stage::Open || !state.streams.contains_key(&0) {
-                return Err(Reason::NoSuchAttempt
-                    .error(format!("attempt {} has no control stream that is transferring", claim.attempt)));
-            }
-            if lane == 0 || lane >= state.max_lanes {
-                let streams = state.max_lanes;
-                return Err(Reason::InvalidField.field(
-                    "lane_header.lane",
-                    format!(
-                        "is {lane}; Accepted.max_lanes is {streams}, so lanes are 1 to {streams} exclusive"
-                    ),
-                ));
-            }
-            let seen = state.lane_generations.entry(lane).or_insert(0);
-            if generation <= *seen {
-                return Err(superseded(
-                    current.attempt,
-                    &format!("generation {generation} of lane {lane} was superseded by {seen}"),
-                ));
-            }
-            *seen = generation;
-            state.streams.get(&lane).map(|entry| (entry.stop.clone(), Arc::clone(&entry.quiet)))
-        };
-        if let Some((stop, quiet)) = old {
-            tell(&stop, &superseded(claim.attempt, &format!("lane {lane} was opened again")));
+        let mut first = true;
+        loop {
+            let (stop, quiet) = {
+                let mut state = self.state();
+                let current = state.claim;
+                if claim.attempt < current.attempt || (claim.attempt == current.attempt && claim != current) {
+                    return Err(superseded(current.attempt, "the lane's attempt was superseded"));
+                }
+                if claim != current || state.stage != Stage::Open || !state.streams.contains_key(&0) {
+                    return Err(Reason::NoSuchAttempt.error(format!(
+                        "attempt {} has no control stream that is transferring",
+                        claim.attempt
+                    )));
+                }
+                if lane == 0 || lane >= state.max_lanes {
+                    return Err(Reason::InvalidField.field(
+                        "lane_header.lane",
+                        format!(
+                            "is {lane}; Accepted.max_lanes is {0}, so lanes are 1 to {0} exclusive",
+                            state.max_lanes
+                        ),
+                    ));
+                }
+                let seen = state.lane_generations.entry(lane).or_insert(0);
+                // While it waited, a later stream of the lane may have come.
+                if generation < *seen || (first && generation == *seen) {
+                    return Err(superseded(
+                        current.attempt,
+                        &format!("generation {generation} of lane {lane} was superseded by {seen}"),
+                    ));
+                }
+                *seen = generation;
+                match state.streams.get(&lane) {
+                    None => return self.register(&mut state, lane),
+                    Some(entry) => (entry.stop.clone(), Arc::clone(&entry.quiet)),
+                }
+            };
+            first = false;
+            tell(&stop, &replaced());
             drop(quiet.lock().await);
         }
-        self.register(lane)
     }
 
-    fn register(self: &Arc<Self>, lane: u32) -> Result<StreamPermit<A>, Error> {
-        let mut state = self.state();
-        if state.stage == Stage::Closed {
-            return Err(cancelled());
-        }
-        if lane != 0 && !state.streams.contains_key(&0) {
-            return Err(Reason::NoSuchAttempt.error("the control stream ended while the lane was opened"));
-        }
+    fn register(self: &Arc<Self>, state: &mut State, lane: u32) -> Result<StreamPermit<A>, Error> {
         let quiet = Arc::new(tokio::sync::Mutex::new(()));
         let held = Arc::clone(&quiet)
             .try_lock_owned()
@@ -283,13 +308,31 @@ impl<A: Staging> Incoming<A> {
         let key = state.next_stream;
         state.next_stream += 1;
         state.streams.insert(lane, StreamEntry { key, stop, quiet });
-        drop(state);
         Ok(StreamPermit { incoming: Arc::clone(self), lane, key, stop: stopped, _quiet: held })
     }
 
-    /// Streams that are connected.
-    pub(super) fn stream_count(&self) -> usize {
-        self.state().streams.len()
+    /// Whether a control stream is connected.
+    pub(super) fn has_control(&self) -> bool {
+        self.state().streams.contains_key(&0)
+    }
+
+    /// Whether any stream may write.
+    pub(super) fn has_streams(&self) -> bool {
+        !self.state().streams.is_empty()
+    }
+
+    /// Gives the place back if no control stream needs it.
+    pub(super) fn release_place(&self) {
+        let place = {
+            let mut state = self.state();
+            if state.streams.contains_key(&0) { None } else { state.place.take() }
+        };
+        drop(place);
+    }
+
+    /// The fence that its sender gave last.
+    pub(super) fn fence(&self) -> Option<Fence> {
+        self.state().fence
     }
 
     /// Takes `End`: from here on the completion owns the transfer. False when it is not open any more.
@@ -326,6 +369,16 @@ impl<A: Staging> Incoming<A> {
                 .metadata("phase", TransferPhase::Installing.as_str_name()));
         }
         Ok(std::mem::replace(&mut state.stage, Stage::Closed))
+    }
+
+    /// The install was refused: nothing but the removal is left.
+    pub(super) fn close_for_good(&self) {
+        self.state().stage = Stage::Closed;
+    }
+
+    /// The end that was written to the history.
+    pub(super) fn ended(&self) -> MutexGuard<'_, Option<TransferProgress>> {
+        self.ended.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The completion failed before the transfer was sealed: it takes data again, unless it was cancelled, and streams that wait are told.
@@ -378,18 +431,16 @@ impl<A: Staging> Incoming<A> {
         self.changed();
     }
 
-    /// Waits until `bytes` more may be written before the next sync.
+    /// Waits until `bytes` more may be written before the next sync. Syncs by itself where there is no room, so that a
+    /// lane whose control stream has ended, and its syncer with it, finishes what it has.
     pub(super) async fn room_for(&self, bytes: u64, limits: &Limits) -> Result<(), Error> {
-        let mut changes = self.changes();
         loop {
             self.check_failed()?;
             let unsynced = self.ledger().unsynced_bytes();
             if unsynced == 0 || unsynced.saturating_add(bytes) <= limits.unsynced_bytes {
                 return Ok(());
             }
-            self.sync_wanted.notify_one();
-            // The sender lives in `self`.
-            let _ = changes.changed().await;
+            self.flush().await?;
         }
     }
 
@@ -478,8 +529,15 @@ impl<A: Staging> Incoming<A> {
         self.tracker().as_ref().map(Tracker::get)
     }
 
+    /// When it is collected, if nobody sends.
+    pub(super) fn expires_unix_ms(&self) -> Option<u64> {
+        self.shown().and_then(|shown| shown.expires_unix_ms)
+    }
+
     /// Moves it to the history, as `transfer`.
     pub(super) fn finish(&self, transfer: TransferProgress) {
+        let hold = self.hold.lock().unwrap_or_else(PoisonError::into_inner).take();
+        drop(hold);
         let tracker = self.tracker().take();
         if let Some(tracker) = tracker {
             tracker.finish(|shown| *shown = transfer);
@@ -512,6 +570,11 @@ impl<A: Staging> Drop for StreamPermit<A> {
             }
         }
     }
+}
+
+/// The same sender has opened a newer stream.
+pub(super) fn replaced() -> Error {
+    Reason::StreamEndedEarly.error("a newer stream of the same session has replaced this one")
 }
 
 /// Tells a stream why it has to end; the first reason stays.

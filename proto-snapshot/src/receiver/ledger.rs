@@ -6,6 +6,7 @@
 use proto_common::error::Error;
 
 use crate::extent::{Extent, ExtentRecord, FileExtents};
+use crate::limits::Limits;
 use crate::reason::Reason;
 use crate::spec::{FileTotal, Manifest};
 use crate::v1::transfer_split_snapshot_response as response;
@@ -25,12 +26,17 @@ pub(super) struct Ledger {
     syncing_bytes: u64,
     durable_bytes: u64,
     reused_bytes: u64,
+    /// Runs of all files in `claimed`, and how many there may be.
+    claimed_runs: usize,
+    max_runs: usize,
+    /// Largest file of unknown size.
+    max_bytes: u64,
 }
 
 impl Ledger {
     /// The books of a staging area that was opened with `records`. Records that do not fit the manifest
     /// or each other are left out: their bytes are asked for again.
-    pub(super) fn open(manifest: Manifest, records: Vec<ExtentRecord>) -> Self {
+    pub(super) fn open(manifest: Manifest, records: Vec<ExtentRecord>, limits: &Limits) -> Self {
         let files = manifest.files().len();
         let mut ledger = Self {
             manifest,
@@ -43,6 +49,9 @@ impl Ledger {
             syncing_bytes: 0,
             durable_bytes: 0,
             reused_bytes: 0,
+            claimed_runs: 0,
+            max_runs: files.saturating_add(limits.extents),
+            max_bytes: limits.snapshot_bytes,
         };
         for record in records {
             if ledger.check_bounds(record.extent).is_ok() && insert(&mut ledger.written, record) {
@@ -50,7 +59,7 @@ impl Ledger {
                 ledger.inherited.push(record);
             }
         }
-        ledger.claimed = ledger.written.clone();
+        ledger.forget_claims();
         ledger
     }
 
@@ -62,7 +71,7 @@ impl Ledger {
             ));
         };
         let end = extent.offset.checked_add(extent.len).filter(|end| i64::try_from(*end).is_ok());
-        let size = file.size.unwrap_or(i64::MAX.unsigned_abs());
+        let size = file.size.unwrap_or(self.max_bytes);
         if end.is_none_or(|end| end > size) {
             return Err(Reason::ExtentOutOfBounds
                 .field(
@@ -84,6 +93,7 @@ impl Ledger {
         let Some(claimed) = file_mut(&mut self.claimed, extent.file) else {
             return Err(Reason::Internal.error("the ledger and the manifest differ"));
         };
+        let before = claimed.run_count();
         // Checksums of claims are not used; those of what is written are.
         claimed.insert(extent.offset, extent.len, 0).map_err(|overlap| {
             Reason::OverlappingExtent
@@ -97,7 +107,19 @@ impl Ledger {
                 )
                 .metadata("file", extent.file.to_string())
                 .metadata("offset", extent.offset.to_string())
-        })
+        })?;
+        self.claimed_runs = self.claimed_runs + claimed.run_count() - before;
+        if self.claimed_runs > self.max_runs {
+            return Err(Reason::TooFragmented.field(
+                "chunk.offset",
+                format!(
+                    "the snapshot has come in {} pieces with gaps between them, at most {} are kept track of; send \
+                     each file from its start",
+                    self.claimed_runs, self.max_runs
+                ),
+            ));
+        }
+        Ok(())
     }
 
     /// The store has taken these bytes.
@@ -153,7 +175,7 @@ impl Ledger {
             let fits = insert(&mut self.written, *record);
             debug_assert!(fits, "inherited and durable overlap: {record:?}");
         }
-        self.claimed = self.written.clone();
+        self.forget_claims();
     }
 
     /// Written but not durable, in bytes.
@@ -191,6 +213,7 @@ impl Ledger {
     /// No stream writes: what was claimed but not written is missing again.
     pub(super) fn forget_claims(&mut self) {
         self.claimed = self.written.clone();
+        self.claimed_runs = self.claimed.iter().map(FileExtents::run_count).sum();
     }
 
     /// What no stream has brought or is bringing, in order.
@@ -280,7 +303,7 @@ impl Ledger {
             return None;
         }
         self.written = self.durable.clone();
-        self.claimed = self.durable.clone();
+        self.forget_claims();
         Some(
             (0_u32..)
                 .zip(&self.durable)

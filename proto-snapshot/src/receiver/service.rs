@@ -3,7 +3,7 @@
 use std::pin::Pin;
 use std::sync::Arc;
 
-use futures::{Stream, StreamExt as _};
+use futures::Stream;
 use proto_common::error::{CommonReason, Error};
 use proto_common::ids::TransferId;
 use proto_common::v1::Direction;
@@ -13,7 +13,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::completion::shutting_down;
 use super::handshake::Frames;
-use super::incoming::{Stage, cancelled};
+use super::incoming::{Incoming, Stage, cancelled};
 use super::session::Answers;
 use super::{Inner, SnapshotReceiver};
 use crate::reason::Reason;
@@ -71,19 +71,28 @@ impl<S: SnapshotStore> SplitSnapshotService for SnapshotReceiver<S> {
     ) -> Result<Response<Self::WatchTransferProgressStream>, Status> {
         let WatchTransferProgressRequest { transfer_id, direction } = request.into_inner();
         let id = transfer_id_of(&transfer_id)?;
-        let watch =
-            self.inner.transfers.registry().watch(wanted(direction)?, id.as_str()).map_err(|error| {
-                if error.is(CommonReason::LimitExceeded) {
-                    let refused = Reason::TooManyWatchers.error(error.message());
-                    refused.retry_after(error.retry_after_hint().unwrap_or(std::time::Duration::from_secs(1)))
-                } else {
-                    not_found(&id)
-                }
-            })?;
+        let direction = self.inner.meant(wanted(direction)?, &id);
+        let watch = self.inner.transfers.registry().watch(direction, id.as_str()).map_err(|error| {
+            if error.is(CommonReason::LimitExceeded) {
+                let refused = Reason::TooManyWatchers.error(error.message());
+                refused.retry_after(error.retry_after_hint().unwrap_or(std::time::Duration::from_secs(1)))
+            } else {
+                not_found(&id)
+            }
+        })?;
         let stopping = self.inner.stopping.clone();
-        let states = watch
-            .map(|transfer| Ok(WatchTransferProgressResponse { transfer: Some(transfer) }))
-            .take_until(async move { stopping.cancelled_owned().await });
+        let states = futures::stream::unfold(Some((watch, stopping)), |open| async move {
+            let (mut watch, stopping) = open?;
+            tokio::select! {
+                biased;
+                transfer = watch.next() => {
+                    let answer = WatchTransferProgressResponse { transfer: Some(transfer?) };
+                    Some((Ok(answer), Some((watch, stopping))))
+                }
+                // Not the end of the transfer, so not the end of a stream that went well.
+                () = stopping.cancelled() => Some((Err(shutting_down().into()), None)),
+            }
+        });
         Ok(Response::new(Box::pin(states)))
     }
 
@@ -127,7 +136,15 @@ impl<S: SnapshotStore> SplitSnapshotService for SnapshotReceiver<S> {
 }
 
 impl<S: SnapshotStore> Inner<S> {
+    /// The direction of the transfer that is meant: where none is given, incoming if there is one.
+    fn meant(&self, direction: Option<Direction>, id: &TransferId) -> Option<Direction> {
+        direction.or_else(|| {
+            self.transfers.registry().get(Some(Direction::In), id.as_str()).map(|_| Direction::In)
+        })
+    }
+
     fn get(&self, direction: Option<Direction>, id: &TransferId) -> Result<TransferProgress, Error> {
+        let direction = self.meant(direction, id);
         self.transfers.registry().get(direction, id.as_str()).ok_or_else(|| not_found(id))
     }
 
@@ -137,27 +154,10 @@ impl<S: SnapshotStore> Inner<S> {
         direction: Option<Direction>,
         reason: &str,
     ) -> Result<TransferProgress, Error> {
-        let slot = self.slots().get(id).cloned();
         if direction != Some(Direction::Out)
-            && let Some(slot) = slot
-            && let Some(incoming) = slot.get()
+            && let Some(cancelled) = self.cancel_incoming(id, reason).await?
         {
-            let before = incoming.close()?;
-            incoming.stop_streams(&cancelled()).await;
-            if before == Stage::Verifying {
-                // The check stops by itself when it sees that it was closed.
-                let _ = incoming.outcome().wait_for(Option::is_some).await;
-            }
-            let _attach = slot.attach.lock().await;
-            if before == Stage::Closed {
-                // Somebody else cancels it, and has now done so.
-                return self.get(Some(Direction::In), id);
-            }
-            let because = proto_common::text::printable(reason, MAX_CANCEL_REASON);
-            let message =
-                if because.is_empty() { "cancelled".to_owned() } else { format!("cancelled: {because}") };
-            let error = Reason::TransferCancelled.error(message);
-            return self.end(&incoming, TransferPhase::Cancelled, Some(&error)).await;
+            return Ok(cancelled);
         }
         if direction != Some(Direction::In)
             && let Some(cancel) = self.transfers.outgoing_cancel(id)
@@ -168,11 +168,43 @@ impl<S: SnapshotStore> Inner<S> {
         }
         let transfer = self.get(direction, id)?;
         match transfer.phase() {
-            TransferPhase::Cancelled | TransferPhase::Expired | TransferPhase::Failed => Ok(transfer),
+            TransferPhase::Cancelled => Ok(transfer),
             phase => Err(Reason::TooLateToCancel
                 .error(format!("the transfer is {}; it can no longer be cancelled", phase.as_str_name()))
                 .metadata("phase", phase.as_str_name())),
         }
+    }
+
+    /// Cancels a transfer that is staged here, or is about to be; `None` if there is none.
+    async fn cancel_incoming(
+        &self,
+        id: &TransferId,
+        reason: &str,
+    ) -> Result<Option<TransferProgress>, Error> {
+        let Some(slot) = self.slots().get(id).cloned() else { return Ok(None) };
+        if let Some(incoming) = slot.get() {
+            self.close(&incoming).await?;
+        }
+        // Whoever attaches has this; then there is something to cancel, or there is not.
+        let _attach = slot.attach.lock().await;
+        let Some(incoming) = slot.get() else { return Ok(None) };
+        self.close(&incoming).await?;
+        let because = proto_common::text::printable(reason, MAX_CANCEL_REASON);
+        let message =
+            if because.is_empty() { "cancelled".to_owned() } else { format!("cancelled: {because}") };
+        let error = Reason::TransferCancelled.error(message);
+        self.end(&incoming, TransferPhase::Cancelled, Some(&error)).await.map(Some)
+    }
+
+    /// Closes a transfer and waits until nobody works on it.
+    async fn close(&self, incoming: &Incoming<S::Staging>) -> Result<(), Error> {
+        let before = incoming.close()?;
+        incoming.stop_streams(&cancelled()).await;
+        if before == Stage::Verifying {
+            // The check stops by itself when it sees that it was closed.
+            let _ = incoming.outcome().wait_for(Option::is_some).await;
+        }
+        Ok(())
     }
 }
 

@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use proto_common::checksum::crc64;
 use proto_common::error::Error;
-use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::SendTimeoutError;
+use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tonic::Status;
 
@@ -65,6 +65,11 @@ impl Answers {
         let _ = self.sender.send_timeout(Err(Status::from(error)), Duration::from_secs(5)).await;
     }
 
+    /// Whether the peer is gone.
+    pub(super) fn is_closed(&self) -> bool {
+        self.sender.is_closed()
+    }
+
     /// Resolves when the peer is gone.
     pub(super) async fn closed(&self) {
         self.sender.closed().await;
@@ -105,7 +110,18 @@ pub(super) async fn accept(
     answers: &Answers,
     terms: Accepted,
     missing: Vec<WireExtent>,
+    stop: &mut watch::Receiver<Option<Error>>,
 ) -> Result<(), Error> {
+    // A takeover waits for this stream; it does not wait for its peer.
+    tokio::select! {
+        sent = send_pages(answers, terms, missing) => sent,
+        reason = async { stop.wait_for(Option::is_some).await.map_or(None, |reason| reason.clone()) } => {
+            Err(reason.unwrap_or_else(ended_early))
+        }
+    }
+}
+
+async fn send_pages(answers: &Answers, terms: Accepted, missing: Vec<WireExtent>) -> Result<(), Error> {
     // Three varints of at most ten bytes, and tag and length of the extent: never more than this.
     const EXTENT_BYTES: usize = 40;
     let per_page = PAGE_BYTES / EXTENT_BYTES;
@@ -140,9 +156,9 @@ impl<A: Staging> Session<'_, A> {
         budget.0.grant(limits)
     }
 
-    /// Takes chunks until `End` (whose totals it returns) or, on a lane, until the sender half-closes. `credit` is what was promised in
-    /// `Accepted`.
-    pub(super) async fn run(&mut self, credit: u64) -> Result<Option<Vec<FileTotal>>, Error> {
+    /// Takes chunks until `End` (whose totals it returns, with the last `Ack`) or, on a lane, until the sender half-closes.
+    /// `credit` is what was promised in `Accepted`.
+    pub(super) async fn run(&mut self, mut credit: u64) -> Result<(Option<Vec<FileTotal>>, Ack), Error> {
         let incoming = Arc::clone(self.permit.incoming());
         let written = Arc::new(Written { bytes: AtomicU64::new(0) });
         let (queue, chunks) = mpsc::channel(QUEUE);
@@ -150,7 +166,7 @@ impl<A: Staging> Session<'_, A> {
         let writer =
             tokio::spawn(write_all(Arc::clone(&incoming), chunks, Arc::clone(&written), self.limits.clone()));
         let mut in_hand = None;
-        let result = self.read(&incoming, &queue, &mut in_hand, &written, credit).await;
+        let result = self.read(&incoming, &queue, &mut in_hand, &written, &mut credit).await;
         // What was claimed must be written, or nobody would send it again while this attempt lasts.
         if let Some(chunk) = in_hand {
             let _ = queue.send(chunk).await;
@@ -160,16 +176,14 @@ impl<A: Staging> Session<'_, A> {
             Err(Reason::Internal.error("the writer of the stream panicked").caused_by(error))
         });
         // The stop reason is the cause where both failed.
-        let result = match (result, wrote) {
-            (Err(error), _) => Err(self.permit.stopped().unwrap_or(error)),
-            (Ok(_), Err(error)) => Err(error),
-            (Ok(totals), Ok(())) => Ok(totals),
+        let totals = match (result, wrote) {
+            (Err(error), _) => return Err(self.permit.stopped().unwrap_or(error)),
+            (Ok(_), Err(error)) => return Err(error),
+            (Ok(totals), Ok(())) => totals,
         };
-        if result.is_ok() {
-            let ack = self.ack(&incoming, &written, credit);
-            self.answers.offer(Answer::Ack(ack));
-        }
-        result
+        let last = self.ack(&incoming, &written, credit);
+        self.answers.offer(Answer::Ack(last));
+        Ok((totals, last))
     }
 
     async fn read(
@@ -178,7 +192,7 @@ impl<A: Staging> Session<'_, A> {
         queue: &mpsc::Sender<(StagedChunk, u64)>,
         in_hand: &mut Option<(StagedChunk, u64)>,
         written: &Written,
-        mut credit: u64,
+        credit: &mut u64,
     ) -> Result<Option<Vec<FileTotal>>, Error> {
         let mut stop = self.permit.stop.clone();
         let mut changes = incoming.changes();
@@ -196,8 +210,8 @@ impl<A: Staging> Session<'_, A> {
                 }
                 () = self.answers.closed() => return Err(ended_early()),
                 _ = alive.tick() => {
-                    let ack = self.ack(incoming, written, credit);
-                    credit = ack.credit_limit;
+                    let ack = self.ack(incoming, written, *credit);
+                    *credit = ack.credit_limit;
                     if self.answers.offer(Answer::Ack(ack)) {
                         last_ack = ack;
                     }
@@ -210,7 +224,7 @@ impl<A: Staging> Session<'_, A> {
                     deadline = Instant::now() + self.limits.idle;
                 }
                 _ = changes.changed() => {
-                    let ack = self.ack(incoming, written, credit);
+                    let ack = self.ack(incoming, written, *credit);
                     let fresh = ack.credit_limit.saturating_sub(last_ack.credit_limit);
                     if (ack.durable_bytes != last_ack.durable_bytes
                         || fresh >= u64::from(self.limits.chunk_bytes)
@@ -218,7 +232,7 @@ impl<A: Staging> Session<'_, A> {
                         && ack != last_ack
                         && self.answers.offer(Answer::Ack(ack))
                     {
-                        credit = ack.credit_limit;
+                        *credit = ack.credit_limit;
                         last_ack = ack;
                     }
                 }
@@ -227,7 +241,7 @@ impl<A: Staging> Session<'_, A> {
                     match frame? {
                         Some(Frame::Chunk(chunk)) if !totals.begun() => {
                             let bytes = chunk.payload.len() as u64;
-                            if taken.saturating_add(bytes) > credit {
+                            if taken.saturating_add(bytes) > *credit {
                                 return Err(Reason::CreditExceeded.field(
                                     "chunk.payload",
                                     format!("{taken} bytes were sent, {bytes} more exceed the credit of {credit}"),

@@ -1,0 +1,385 @@
+//! Calls that meet: cancels and takeovers, installs of one shard, fences, restarts between an end and its removal.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failed expectation is a failed test")]
+
+mod support;
+
+use std::num::NonZeroU64;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use proto_common::error::{CommonReason, Error};
+use proto_common::fence::Fence;
+use proto_common::v1::Direction;
+use proto_snapshot::hook::{HookFuture, InstallHook};
+use proto_snapshot::sender::{SenderOptions, SnapshotSender, SnapshotToSend, TransferHandle};
+use proto_snapshot::spec::SnapshotPoint;
+use proto_snapshot::store::PlacedSnapshot;
+use proto_snapshot::v1::split_snapshot_service_client::SplitSnapshotServiceClient;
+use proto_snapshot::v1::transfer_split_snapshot_request::{Chunk, File, Frame, Header, LaneHeader, Manifest};
+use proto_snapshot::v1::{
+    CancelTransferRequest, TransferPhase, TransferProgress, TransferSplitSnapshotRequest,
+    TransferSplitSnapshotResponse,
+};
+use proto_snapshot::{DirectorySource, Reason};
+use support::*;
+use tokio::sync::{Notify, mpsc};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::Channel;
+
+type Client = SplitSnapshotServiceClient<Channel>;
+
+fn send(address: &str, what: SnapshotToSend, source: &tempfile::TempDir, rate: u64) -> TransferHandle {
+    let mut options = SenderOptions::default();
+    options.backoff.initial = Duration::from_millis(5);
+    options.backoff.max = Duration::from_millis(50);
+    options.bytes_per_second = NonZeroU64::new(rate);
+    let sender = SnapshotSender::connect(address).unwrap().options(options);
+    sender.send(what, DirectorySource::new(source.path())).unwrap()
+}
+
+fn source() -> tempfile::TempDir {
+    let source = tempfile::tempdir().unwrap();
+    make_tree(source.path(), 4, 8 << 20, 41);
+    source
+}
+
+fn shown(server: &Server, id: &str) -> Option<TransferProgress> {
+    server.receiver.transfers().registry().get(Some(Direction::In), id)
+}
+
+fn phase(server: &Server, id: &str) -> Option<TransferPhase> {
+    shown(server, id).map(|shown| shown.phase())
+}
+
+fn durable(server: &Server, id: &str) -> u64 {
+    shown(server, id).and_then(|shown| shown.progress).map_or(0, |progress| progress.bytes_done)
+}
+
+async fn client(server: &Server) -> Client {
+    Client::new(proto_common::tuning::endpoint(&server.uri()).unwrap().connect().await.unwrap())
+}
+
+async fn cancel(server: &Server, id: &str) -> Result<TransferPhase, Error> {
+    let request = CancelTransferRequest { transfer_id: id.to_owned(), ..Default::default() };
+    let mut client = client(server).await;
+    let answer = tokio::time::timeout(LONG, client.cancel_transfer(request)).await.expect("a cancel returns");
+    Ok(answer.map_err(Error::from)?.into_inner().transfer.unwrap().phase())
+}
+
+/// Records what it is called for; refuses once, or holds one transfer until told.
+#[derive(Default)]
+struct Gate {
+    log: Arc<Mutex<Vec<String>>>,
+    refuse: AtomicBool,
+    held: &'static str,
+    go: Arc<Notify>,
+}
+
+impl InstallHook for Gate {
+    fn install<'a>(&'a self, snapshot: &'a PlacedSnapshot) -> HookFuture<'a, ()> {
+        Box::pin(async move {
+            let id = snapshot.plan.spec.transfer_id.to_string();
+            self.log.lock().unwrap().push(format!("begin {id}"));
+            if self.refuse.swap(false, Ordering::SeqCst) {
+                return Err(Error::new(CommonReason::InvalidField, "no"));
+            }
+            if id == self.held {
+                self.go.notified().await;
+            }
+            self.log.lock().unwrap().push(format!("merged {id}"));
+            Ok(())
+        })
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_id_that_expired_and_came_back_is_kept_by_a_restart() {
+    let (source, target) = (source(), tempfile::tempdir().unwrap());
+    let mut limits = small_limits();
+    limits.stale_after = Duration::from_millis(300);
+    let server = Server::start(builder(target.path()).limits(limits)).await;
+    let first = send(&server.uri(), snapshot("t"), &source, 4 << 20);
+    until("a part is durable", || durable(&server, "t") > 1 << 20).await;
+    drop(first);
+    until("it expired", || phase(&server, "t") == Some(TransferPhase::Expired)).await;
+    let second = send(&server.uri(), snapshot("t"), &source, 4 << 20);
+    until("it is transferring again", || {
+        phase(&server, "t") == Some(TransferPhase::Transferring) && durable(&server, "t") > 1 << 20
+    })
+    .await;
+    server.stop().await;
+    drop(second);
+    let server = Server::start(builder(target.path())).await;
+    assert_eq!(phase(&server, "t"), Some(TransferPhase::Interrupted));
+    assert!(durable(&server, "t") > 1 << 20);
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_last_end_of_an_id_is_the_one_that_a_restart_remembers() {
+    let (source, target) = (source(), tempfile::tempdir().unwrap());
+    let hook = Gate { refuse: AtomicBool::new(true), ..Gate::default() };
+    let server = Server::start(builder(target.path()).hook(hook)).await;
+    let refused = send(&server.uri(), snapshot("t"), &source, 1 << 30).join().await.unwrap_err();
+    assert!(refused.is(Reason::InstallRefused), "{refused:?}");
+    send(&server.uri(), snapshot("t"), &source, 1 << 30).join().await.unwrap();
+    server.stop().await;
+    let server = Server::start(builder(target.path())).await;
+    assert_eq!(phase(&server, "t"), Some(TransferPhase::Installed));
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn other_content_under_an_installed_id_is_refused_also_when_the_history_forgot_it() {
+    let (source, other, target) = (source(), source(), tempfile::tempdir().unwrap());
+    std::fs::write(other.path().join("more"), "more").unwrap();
+    let mut limits = small_limits();
+    limits.history = 1;
+    let server = Server::start(builder(target.path()).limits(limits)).await;
+    send(&server.uri(), snapshot("t"), &source, 1 << 30).join().await.unwrap();
+    let error = send(&server.uri(), snapshot("t"), &other, 1 << 30).join().await.unwrap_err();
+    assert!(error.is(Reason::SpecificationMismatch), "{error:?}");
+
+    let mut elsewhere = snapshot("u");
+    elsewhere.target_shard = proto_common::ids::ShardId::new("s3").unwrap();
+    send(&server.uri(), elsewhere, &source, 1 << 30).join().await.unwrap();
+    assert_eq!(phase(&server, "t"), None, "the history has forgotten it");
+    let error = send(&server.uri(), snapshot("t"), &other, 1 << 30).join().await.unwrap_err();
+    assert!(error.is(Reason::SpecificationMismatch), "{error:?}");
+    assert!(send(&server.uri(), snapshot("t"), &source, 1 << 30).join().await.unwrap().already_installed);
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_older_snapshot_is_never_merged_after_a_newer_one() {
+    let (source, target) = (source(), tempfile::tempdir().unwrap());
+    let hook = Gate { held: "old", ..Gate::default() };
+    let (log, go) = (Arc::clone(&hook.log), Arc::clone(&hook.go));
+    let server = Server::start(builder(target.path()).hook(hook)).await;
+    let mut old = send(&server.uri(), snapshot("old"), &source, 1 << 30);
+    until("the old one is being merged", || log.lock().unwrap().contains(&"begin old".to_owned())).await;
+    let newer = SnapshotToSend { point: SnapshotPoint { term: 1, index: 2 }, ..snapshot("new") };
+    let mut new = send(&server.uri(), newer, &source, 1 << 30);
+    until("the new one is complete", || phase(&server, "new") == Some(TransferPhase::Installing)).await;
+    go.notify_one();
+    old.join().await.unwrap();
+    new.join().await.unwrap();
+    assert_eq!(*log.lock().unwrap(), ["begin old", "merged old", "begin new", "merged new"]);
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leader_that_was_deposed_meanwhile_does_not_install() {
+    let (source, target) = (source(), tempfile::tempdir().unwrap());
+    let server = Server::start(builder(target.path()).limits(small_limits())).await;
+    let fenced = |id: &str, term| SnapshotToSend { fence: Some(Fence { epoch: 1, term }), ..snapshot(id) };
+    let mut old = send(&server.uri(), fenced("old", 1), &source, 4 << 20);
+    until("the old leader sends", || durable(&server, "old") > 0).await;
+    let new = send(&server.uri(), fenced("new", 2), &source, 1 << 20);
+    until("the new leader sends", || durable(&server, "new") > 0).await;
+    let error = old.join().await.unwrap_err();
+    assert!(error.is(Reason::StaleFence), "{error:?}");
+    assert_eq!(error.get("current_term"), Some("2"));
+    assert!(!installed_dir(target.path(), "old").exists());
+    drop(new);
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_removal_that_failed_is_repeated_by_the_next_cancel() {
+    let (source, target) = (source(), tempfile::tempdir().unwrap());
+    let server = Server::start(builder(target.path()).limits(small_limits())).await;
+    let handle = send(&server.uri(), snapshot("t"), &source, 2 << 20);
+    until("a part is durable", || durable(&server, "t") > 0).await;
+    // Where the store moves what it removes.
+    let in_the_way = target.path().join("staging").join(".gone.t");
+    std::fs::create_dir(&in_the_way).unwrap();
+    std::fs::write(in_the_way.join("x"), "x").unwrap();
+    let error = cancel(&server, "t").await.unwrap_err();
+    assert!(error.is(Reason::StorageFailed), "{error:?}");
+    assert!(target.path().join("staging").join("t").exists());
+    std::fs::remove_dir_all(&in_the_way).unwrap();
+    assert_eq!(cancel(&server, "t").await.unwrap(), TransferPhase::Cancelled);
+    assert!(!target.path().join("staging").join("t").exists());
+    drop(handle);
+    server.stop().await;
+}
+
+fn request(frame: Frame) -> TransferSplitSnapshotRequest {
+    TransferSplitSnapshotRequest { frame: Some(frame) }
+}
+
+/// Header and manifest of one transfer of `files` files of `size` bytes each.
+fn opening(id: &str, files: u64, size: u64) -> Vec<TransferSplitSnapshotRequest> {
+    let files: Vec<File> = (0..files)
+        .map(|number| File { name: format!("dir/{number:08}"), size: Some(size), blake3: None })
+        .collect();
+    let header = Header {
+        transfer_id: id.to_owned(),
+        source_shard_id: "s1".to_owned(),
+        target_shard_id: "s2".to_owned(),
+        source_node_id: "n1".to_owned(),
+        slots: Some(proto_common::v1::SlotRange { start: 0, end: 10 }),
+        attempt: 1,
+        session: vec![1; 16].into(),
+        generation: 1,
+        file_count: files.len() as u64,
+        name_bytes: files.iter().map(|file| file.name.len() as u64).sum(),
+        total_bytes: Some(files.len() as u64 * size),
+        lanes: 8,
+        ..Header::default()
+    };
+    let mut frames = vec![request(Frame::Header(header))];
+    let pages = files.chunks(20_000);
+    let last = pages.len() - 1;
+    for (number, page) in pages.enumerate() {
+        frames.push(request(Frame::Manifest(Manifest { files: page.to_vec(), last: number == last })));
+    }
+    frames
+}
+
+struct Stream {
+    frames: mpsc::Sender<TransferSplitSnapshotRequest>,
+    answers: tonic::Streaming<TransferSplitSnapshotResponse>,
+}
+
+/// Opens a stream on a connection of its own and sends `frames`.
+async fn stream(server: &Server, frames: Vec<TransferSplitSnapshotRequest>) -> Stream {
+    let (sender, receiver) = mpsc::channel(128);
+    let answers = client(server)
+        .await
+        .transfer_split_snapshot(ReceiverStream::new(receiver))
+        .await
+        .unwrap()
+        .into_inner();
+    for frame in frames {
+        // A refusal ends the stream before all are sent; the answer tells.
+        let _ = sender.send(frame).await;
+    }
+    Stream { frames: sender, answers }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancel_at_any_moment_of_the_opening_leaves_nothing_and_tells_the_truth() {
+    let target = tempfile::tempdir().unwrap();
+    let server = Server::start(builder(target.path())).await;
+    let mut cancelled = 0;
+    for round in 0..12_u64 {
+        let id = format!("t{round}");
+        let mut opened = stream(&server, opening(&id, 60_000, 1)).await;
+        // The moment differs from round to round, from before the transfer is known to after it was accepted.
+        tokio::time::sleep(Duration::from_millis(round * 20)).await;
+        if round % 3 == 0 {
+            opened.answers.message().await.unwrap().expect("Accepted");
+        } else {
+            drop(opened);
+        }
+        match cancel(&server, &id).await {
+            Ok(phase) => {
+                assert_eq!(phase, TransferPhase::Cancelled);
+                cancelled += 1;
+                assert!(!target.path().join("staging").join(&id).exists());
+            }
+            Err(error) => assert!(error.is(Reason::TransferNotFound), "{error:?}"),
+        }
+    }
+    assert!(cancelled > 0, "some were there to be cancelled");
+    // What a late opening may still have made is interrupted, not active, and can be cancelled.
+    until("nothing is left", || {
+        let staged = std::fs::read_dir(target.path().join("staging")).unwrap();
+        staged.filter_map(Result::ok).all(|entry| {
+            let id = entry.file_name().into_string().unwrap();
+            phase(&server, &id).is_none_or(|phase| phase != TransferPhase::Preparing)
+        })
+    })
+    .await;
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn lanes_with_a_backlog_end_after_their_control_stream() {
+    const CHUNK: u64 = 64 << 10;
+    let target = tempfile::tempdir().unwrap();
+    let mut limits = small_limits();
+    limits.unsynced_bytes = 4 * CHUNK;
+    limits.unsynced_time = LONG;
+    let server = Server::start(builder(target.path()).limits(limits)).await;
+    let data = bytes::Bytes::from(vec![7; usize::try_from(CHUNK).unwrap()]);
+    let crc64nvme = proto_common::checksum::crc64(&data);
+    let mut control = stream(&server, opening("t", 1, 64 << 20)).await;
+    control.answers.message().await.unwrap().expect("Accepted");
+    let mut lanes = Vec::new();
+    for lane in 1..8_u32 {
+        let header = LaneHeader {
+            transfer_id: "t".to_owned(),
+            attempt: 1,
+            session: vec![1; 16].into(),
+            lane,
+            generation: 1,
+        };
+        let mut opened = stream(&server, vec![request(Frame::LaneHeader(header))]).await;
+        opened.answers.message().await.unwrap().expect("Accepted");
+        lanes.push(opened);
+    }
+    for number in 0..8_u64 {
+        for (lane, stream) in (0..).zip(&lanes) {
+            let offset = (lane * 8 + number) * CHUNK;
+            let chunk = Chunk { file: 0, offset, crc64nvme, payload: data.clone() };
+            stream.frames.send(request(Frame::Chunk(chunk))).await.unwrap();
+        }
+    }
+    drop(control);
+    until("it is interrupted, and expires", || {
+        let shown = shown(&server, "t").unwrap();
+        shown.phase() == TransferPhase::Interrupted && shown.expires_unix_ms.is_some()
+    })
+    .await;
+    drop(lanes);
+    assert_eq!(cancel(&server, "t").await.unwrap(), TransferPhase::Cancelled);
+    assert!(staging_is_empty(target.path()));
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_in_too_many_pieces_is_refused_and_what_came_stays() {
+    let target = tempfile::tempdir().unwrap();
+    let mut limits = small_limits();
+    limits.extents = 16;
+    let server = Server::start(builder(target.path()).limits(limits)).await;
+    let mut opened = stream(&server, opening("t", 1, 1 << 20)).await;
+    opened.answers.message().await.unwrap().expect("Accepted");
+    let payload = bytes::Bytes::from_static(b"x");
+    let crc64nvme = proto_common::checksum::crc64(&payload);
+    for number in 0..40_u64 {
+        let chunk = Chunk { file: 0, offset: number * 2, crc64nvme, payload: payload.clone() };
+        opened.frames.send(request(Frame::Chunk(chunk))).await.unwrap();
+    }
+    let error = loop {
+        match opened.answers.message().await {
+            Ok(answer) => drop(answer.expect("the stream ends with an error")),
+            Err(status) => break Error::from(status),
+        }
+    };
+    assert!(error.is(Reason::TooFragmented), "{error:?}");
+    until("what came is durable", || durable(&server, "t") == 17).await;
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn manifests_beyond_the_memory_for_them_wait_for_others_to_end() {
+    let target = tempfile::tempdir().unwrap();
+    let mut limits = small_limits();
+    limits.manifest_memory_bytes = 1 << 20;
+    let server = Server::start(builder(target.path()).limits(limits)).await;
+    let mut first = stream(&server, opening("first", 5_000, 1)).await;
+    first.answers.message().await.unwrap().expect("one alone is always taken");
+    let mut second = stream(&server, opening("second", 5_000, 1)).await;
+    let error = Error::from(second.answers.message().await.unwrap_err());
+    assert!(error.is(Reason::TooManyTransfers) && error.is_retryable(), "{error:?}");
+    assert_eq!(cancel(&server, "first").await.unwrap(), TransferPhase::Cancelled);
+    let mut second = stream(&server, opening("second", 5_000, 1)).await;
+    second.answers.message().await.unwrap().expect("there is room again");
+    server.stop().await;
+}
