@@ -123,6 +123,14 @@ fn direction(transfer: &TransferProgress) -> Direction {
     if direction == Some(Direction::Out) { Direction::Out } else { Direction::In }
 }
 
+impl TransferPhase {
+    /// The phase as people write it: `INSTALLED`.
+    #[must_use]
+    pub fn short_name(self) -> &'static str {
+        self.as_str_name().trim_start_matches("TRANSFER_PHASE_")
+    }
+}
+
 impl TransferProgress {
     /// Whether the transfer has ended: nothing about it changes any more.
     #[must_use]

@@ -517,6 +517,11 @@ impl<A: Staging> Incoming<A> {
             progress.bytes_per_second = rate;
             progress.eta_ms = eta.map(|eta| u64::try_from(eta.as_millis()).unwrap_or(u64::MAX));
             change(transfer);
+            if transfer.phase() != TransferPhase::Transferring {
+                // Nothing flows; what flowed is no forecast.
+                let progress = transfer.progress.get_or_insert_default();
+                (progress.bytes_per_second, progress.eta_ms) = (None, None);
+            }
         });
     }
 

@@ -170,7 +170,7 @@ impl<S: SnapshotStore> Inner<S> {
         match transfer.phase() {
             TransferPhase::Cancelled => Ok(transfer),
             phase => Err(Reason::TooLateToCancel
-                .error(format!("the transfer is {}; it can no longer be cancelled", phase.as_str_name()))
+                .error(format!("the transfer is {}; it can no longer be cancelled", phase.short_name()))
                 .metadata("phase", phase.as_str_name())),
         }
     }
