@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::common::{NodeId, SlotRange};
+use crate::demo::DemoOptions;
+use crate::demo::load::Source;
 use crate::resp::Limits;
 use crate::serve::{Peer, ServeOptions};
 use crate::store::{NodeAddresses, StoreOptions};
@@ -24,6 +26,46 @@ pub struct Cli {
 pub enum Command {
     /// Serve one node until SIGINT or SIGTERM.
     Serve(ServeArgs),
+    /// Split a shard between two nodes, kill one in the middle, and prove that nothing is lost.
+    Demo(DemoArgs),
+}
+
+/// Of `node demo`.
+#[derive(Debug, Args)]
+#[command(
+    long_about = "\
+Split a shard between two nodes, kill one in the middle, and prove that nothing is lost.
+
+Starts two nodes as processes of their own and loads data into the first. Then, while clients write: takes a consistent \
+snapshot of the upper half of the slots, streams it to the second node, kills that with SIGKILL in the middle and restarts \
+it; the transfer resumes, the snapshot is installed, the slots are handed over. In the end every key is read back through \
+the Redis port of the node that owns it, and compared.",
+    after_help = "\
+Examples:
+  node demo
+  node demo --keys 1000000 --keep /tmp/demo
+  node demo --input pairs.tsv          # lines of key<TAB>value
+  node demo --input dump.resp          # commands, as for redis-cli --pipe
+
+Exit codes: 0 everything is as it should be, 1 something is not (it says what), 2 wrong usage, 130 interrupted."
+)]
+pub struct DemoArgs {
+    /// Keys to generate, of 100 bytes each.
+    #[arg(long, value_name = "N", default_value_t = 200_000, conflicts_with = "input", value_parser = clap::value_parser!(u64).range(1..))]
+    keys: u64,
+    /// Load this file instead: lines of key<TAB>value, or Redis commands as redis-cli --pipe takes them.
+    #[arg(long, value_name = "FILE")]
+    input: Option<PathBuf>,
+    /// Keep data directories and logs in DIR, which must be empty or not there yet.
+    #[arg(long, value_name = "DIR")]
+    keep: Option<PathBuf>,
+}
+
+impl From<DemoArgs> for DemoOptions {
+    fn from(args: DemoArgs) -> Self {
+        let DemoArgs { keys, input, keep } = args;
+        Self { source: input.map_or(Source::Generated(keys), Source::File), keep }
+    }
 }
 
 /// Of `node serve`.

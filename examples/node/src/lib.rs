@@ -10,9 +10,11 @@
 //! | [`resp`] | the Redis port |
 //! | [`grpc`] | the gRPC port |
 //! | [`serve`], [`cli`] | `node serve` |
+//! | [`demo`] | `node demo` |
 
 pub mod cli;
 pub mod common;
+pub mod demo;
 
 pub mod gate;
 pub mod grpc;

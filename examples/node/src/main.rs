@@ -6,9 +6,14 @@ use clap::Parser as _;
 use node::cli::{Cli, Command};
 use tracing_subscriber::EnvFilter;
 
+/// As a shell tells of SIGINT.
+const INTERRUPTED: u8 = 130;
+
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    // The demo speaks for itself; its nodes log into files.
+    let level = if matches!(cli.command, Command::Demo(_)) { "warn" } else { "info" };
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
@@ -19,13 +24,22 @@ fn main() -> ExitCode {
     };
     let result = runtime.block_on(async {
         match cli.command {
-            Command::Serve(args) => node::serve::serve(args.into()).await,
+            Command::Serve(args) => node::serve::serve(args.into()).await.map(|()| ExitCode::SUCCESS),
+            Command::Demo(args) => tokio::select! {
+                // Its nodes are killed when it is dropped, and its temporary directory removed.
+                interrupted = tokio::signal::ctrl_c() => {
+                    interrupted?;
+                    eprintln!("interrupted");
+                    Ok(ExitCode::from(INTERRUPTED))
+                }
+                result = node::demo::run(args.into()) => result.map(|()| ExitCode::SUCCESS),
+            },
         }
     });
     // Whatever still runs on a thread that blocks must not keep the process.
     runtime.shutdown_timeout(std::time::Duration::from_secs(1));
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE

@@ -1,0 +1,134 @@
+//! Nodes as processes of their own: started, killed, restarted, stopped.
+
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use tokio::io::{AsyncBufReadExt as _, BufReader};
+use tokio::process::{Child, Command};
+
+use crate::serve::Ready;
+use crate::store::NodeAddresses;
+
+/// Verifying a large database after a kill takes time.
+const READY_TIMEOUT: Duration = Duration::from_secs(120);
+const STOP_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// A node's process. Dropping it kills it.
+#[derive(Debug)]
+pub struct NodeProcess {
+    program: PathBuf,
+    id: String,
+    directory: PathBuf,
+    slots: String,
+    addresses: NodeAddresses,
+    child: Option<Child>,
+}
+
+impl NodeProcess {
+    /// Starts `program serve` with its data in `directory/<id>` and its log beside it, on free ports, and waits until it serves.
+    ///
+    /// # Errors
+    ///
+    /// It did not come up; the log says why.
+    pub async fn start(program: &Path, id: &str, directory: &Path, slots: &str) -> anyhow::Result<Self> {
+        let any = "127.0.0.1:0".to_owned();
+        let mut process = Self {
+            program: program.into(),
+            id: id.into(),
+            directory: directory.into(),
+            slots: slots.into(),
+            addresses: NodeAddresses { grpc: any.clone(), resp: any },
+            child: None,
+        };
+        process.restart().await?;
+        Ok(process)
+    }
+
+    /// Starts it again, on the ports that it had.
+    ///
+    /// # Errors
+    ///
+    /// As [`NodeProcess::start`].
+    pub async fn restart(&mut self) -> anyhow::Result<()> {
+        let log = self.log();
+        let log_file = std::fs::File::options()
+            .create(true)
+            .append(true)
+            .open(&log)
+            .with_context(|| format!("cannot write {}", log.display()))?;
+        let mut child = Command::new(&self.program)
+            .arg("serve")
+            .args(["--id", &self.id, "--slots", &self.slots])
+            .args(["--grpc", &self.addresses.grpc, "--resp", &self.addresses.resp])
+            .arg("--data")
+            .arg(self.directory.join(&self.id))
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(log_file)
+            .kill_on_drop(true)
+            .spawn()
+            .with_context(|| format!("cannot start {}", self.program.display()))?;
+        let stdout = child.stdout.take().context("the node has no output")?;
+        let mut lines = BufReader::new(stdout).lines();
+        let line = tokio::time::timeout(READY_TIMEOUT, lines.next_line())
+            .await
+            .with_context(|| format!("node {} is not ready after {READY_TIMEOUT:?}", self.id))??;
+        let Some(line) = line else {
+            bail!("node {} ended before it was ready; see {}", self.id, log.display());
+        };
+        let Ready { addresses, .. } = line.parse()?;
+        self.addresses = addresses;
+        self.child = Some(child);
+        Ok(())
+    }
+
+    /// Its id.
+    #[must_use]
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Where it listens.
+    #[must_use]
+    pub fn addresses(&self) -> &NodeAddresses {
+        &self.addresses
+    }
+
+    /// Where its log is.
+    #[must_use]
+    pub fn log(&self) -> PathBuf {
+        self.directory.join(format!("{}.log", self.id))
+    }
+
+    /// SIGKILL; returns when it is gone.
+    ///
+    /// # Errors
+    ///
+    /// It was not running.
+    pub async fn kill(&mut self) -> anyhow::Result<()> {
+        let mut child = self.child.take().with_context(|| format!("node {} is not running", self.id))?;
+        child.kill().await.with_context(|| format!("cannot kill node {}", self.id))
+    }
+
+    /// SIGTERM; returns when it has ended.
+    ///
+    /// # Errors
+    ///
+    /// It did not end in time, or not cleanly.
+    pub async fn stop(&mut self) -> anyhow::Result<()> {
+        let mut child = self.child.take().with_context(|| format!("node {} is not running", self.id))?;
+        let pid = child.id().and_then(|id| i32::try_from(id).ok()).and_then(rustix::process::Pid::from_raw);
+        let pid = pid
+            .with_context(|| format!("node {} has ended by itself; see {}", self.id, self.log().display()))?;
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM)?;
+        let status = tokio::time::timeout(STOP_TIMEOUT, child.wait())
+            .await
+            .with_context(|| format!("node {} did not stop within {STOP_TIMEOUT:?}", self.id))??;
+        if !status.success() {
+            bail!("node {} ended with {status}; see {}", self.id, self.log().display());
+        }
+        Ok(())
+    }
+}

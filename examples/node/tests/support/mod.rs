@@ -1,0 +1,53 @@
+//! What the tests with real processes share.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use node::demo::client::Client;
+use node::demo::processes::NodeProcess;
+use redis_protocol::resp2::types::BytesFrame;
+
+/// The binary under test.
+pub fn program() -> PathBuf {
+    PathBuf::from(env!("CARGO_BIN_EXE_node"))
+}
+
+/// A node on free ports.
+pub async fn start(id: &str, directory: &Path, slots: &str) -> NodeProcess {
+    NodeProcess::start(&program(), id, directory, slots).await.unwrap()
+}
+
+/// A connection to a node.
+pub async fn client(node: &NodeProcess) -> Client {
+    Client::connect(&node.addresses().resp).await.unwrap()
+}
+
+/// A reply as a line of text, in the manner of redis-cli.
+pub fn show(frame: &BytesFrame) -> String {
+    match frame {
+        BytesFrame::SimpleString(text) | BytesFrame::BulkString(text) => {
+            String::from_utf8_lossy(text).into_owned()
+        }
+        BytesFrame::Error(text) => format!("-{text}"),
+        BytesFrame::Integer(number) => format!(":{number}"),
+        BytesFrame::Null => "nil".into(),
+        BytesFrame::Array(items) => {
+            format!("[{}]", items.iter().map(show).collect::<Vec<_>>().join(" "))
+        }
+    }
+}
+
+/// Sends a command, whose arguments are separated by spaces, and shows the reply.
+pub async fn call(client: &mut Client, command: &str) -> String {
+    let arguments: Vec<&str> = command.split(' ').collect();
+    show(&client.call(&arguments).await.unwrap())
+}
+
+/// Asks again until `wanted` holds.
+pub async fn until(what: &str, mut wanted: impl AsyncFnMut() -> bool) {
+    let since = Instant::now();
+    while !wanted().await {
+        assert!(since.elapsed() < Duration::from_secs(60), "not within a minute: {what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
