@@ -362,6 +362,12 @@ impl<S: SnapshotStore> Inner<S> {
                 };
                 last.lanes = 0;
                 last.finish(phase);
+                if phase == TransferPhase::Installed {
+                    // Also where a size was unknown until the end.
+                    let progress = last.progress.get_or_insert_default();
+                    progress.bytes_total = Some(progress.bytes_done);
+                    progress.items_done = incoming.plan.manifest.file_count();
+                }
                 if let Some(error) = error {
                     last.progress.get_or_insert_default().error = Some(error.clone().into());
                 }

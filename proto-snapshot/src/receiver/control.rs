@@ -422,10 +422,10 @@ impl<S: SnapshotStore> Inner<S> {
     ) -> Result<Option<Installed>, Error> {
         let spec = &header.spec;
         let known = self.transfers.registry().get(Some(Direction::In), spec.transfer_id.as_str());
-        let installed = |bytes: u64, at: u64| Installed {
+        let installed = |bytes: u64, reused: u64, at: u64| Installed {
             total_bytes: bytes,
             file_count: manifest.file_count(),
-            reused_bytes: 0,
+            reused_bytes: reused,
             installed_unix_ms: at,
             already_installed: true,
         };
@@ -433,7 +433,8 @@ impl<S: SnapshotStore> Inner<S> {
             Some((known, TransferPhase::Installed)) => {
                 check_same_shown(known, header, manifest)?;
                 let progress = known.progress.clone().unwrap_or_default();
-                Ok(Some(installed(progress.bytes_done, progress.finished_unix_ms.unwrap_or(0))))
+                let at = progress.finished_unix_ms.unwrap_or(0);
+                Ok(Some(installed(progress.bytes_done, known.reused_bytes, at)))
             }
             Some((_, TransferPhase::Cancelled)) => Err(cancelled()),
             // The history forgets, the shard does not.
@@ -441,7 +442,7 @@ impl<S: SnapshotStore> Inner<S> {
                 if let Some(current) = self.store.current_plan(&spec.target_shard).await? {
                     check_same(&current, header, manifest)?;
                 }
-                Ok(Some(installed(manifest.total_bytes().unwrap_or(0), 0)))
+                Ok(Some(installed(manifest.total_bytes().unwrap_or(0), 0, 0)))
             }
             // A staging area tells by its attempt whether an end on record is its own.
             Some((known, _)) if header.claim.attempt <= known.attempt => Err(Reason::Superseded

@@ -139,9 +139,14 @@ impl ControlHeader {
             required_features,
             supported_features,
         } = header;
-        if required_features.len().max(supported_features.len()) > MAX_FEATURES {
-            return Err(Reason::InvalidField
-                .field("header.required_features", format!("at most {MAX_FEATURES} features can be named")));
+        for (field, features) in [
+            ("header.required_features", &required_features),
+            ("header.supported_features", &supported_features),
+        ] {
+            if features.len() > MAX_FEATURES {
+                let what = format!("names {} features, at most {MAX_FEATURES} are taken", features.len());
+                return Err(Reason::InvalidField.field(field, what));
+            }
         }
         if let Some(unknown) = required_features.iter().find(|name| !FEATURES.contains(&name.as_str())) {
             let unknown = proto_common::text::printable(unknown, 64);

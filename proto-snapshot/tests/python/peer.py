@@ -216,7 +216,7 @@ class Stream:
         self.changed = threading.Condition()
         self.accepted, self.missing, self.acks = None, [], []
         self.installed, self.error, self.ended = None, None, False
-        self.sent_bytes = 0
+        self.sent_bytes = self.accepted_pages = 0
         if read:
             threading.Thread(target=self._read, daemon=True).start()
 
@@ -227,6 +227,7 @@ class Stream:
                 with self.changed:
                     kind = response.WhichOneof("frame")
                     if kind == "accepted":
+                        self.accepted_pages += 1
                         assert self.accepted is None, "Accepted after its last page"
                         self.missing += [
                             (extent.file, extent.offset, extent.length if extent.HasField("length") else None)

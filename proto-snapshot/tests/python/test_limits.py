@@ -176,6 +176,18 @@ def test_too_many_transfers(start):
     peer.send_all(third)
 
 
+def test_a_place_is_kept_over_a_reconnection(start, snapshot):
+    """Whoever takes over the stream takes over its place: the limit holds."""
+    peer = start(transfers=1)
+    first = peer.open(snapshot).wait_accepted()
+    second = peer.open(snapshot).wait_accepted()
+    first.refusal().must_be("SUPERSEDED")
+    other = some_snapshot()
+    peer.open(other).refusal().must_be("TOO_MANY_TRANSFERS")
+    second.complete(snapshot)
+    peer.send_all(other)
+
+
 def test_too_many_staged(start):
     peer = start(staged=2)
     staged = [some_snapshot(), some_snapshot()]

@@ -1,6 +1,8 @@
 """Get, Watch, List and Cancel."""
 
+import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -64,17 +66,19 @@ def test_watch_from_beginning_to_end(peer, snapshot):
 
 
 def test_watch_is_paced(peer):
-    snapshot = Snapshot({"f": bytes(4_000_000)})
-    stream = peer.open(snapshot).wait_accepted()
+    """Attempts come faster than states may."""
+    snapshot = Snapshot({"f": bytes(100_000)})
+    peer.open(snapshot).wait_accepted()
     watch = peer.watch(snapshot.transfer_id)
-    times = []
-    for at in range(0, 4_000_000, 100_000):
-        stream.send_extents(snapshot, [(0, at, 100_000)])
-        time.sleep(0.02)
-    stream.send(snapshot.end()).wait_end()
-    for _ in watch:
-        times.append(time.monotonic())
-    assert len(times) <= 40
+    next(watch)
+    began = time.monotonic()
+    for _ in range(100):
+        stream = peer.open(snapshot).wait_accepted()
+    stream.complete(snapshot)
+    seconds = time.monotonic() - began
+    states = list(watch)
+    assert len(states) <= seconds / 0.1 + 3, f"{len(states)} states in {seconds:.1f} s"
+    assert (states[-1].phase, states[-1].attempt) == (pb.TRANSFER_PHASE_INSTALLED, stream.attempt)
 
 
 @pytest.mark.parametrize("end", ["installed", "cancelled"])
@@ -224,6 +228,18 @@ def test_cancel_while_interrupted(peer, snapshot):
     peer.send_half(snapshot)
     assert peer.progress(snapshot).phase == pb.TRANSFER_PHASE_INTERRUPTED
     cancel_and_check(peer, snapshot)
+
+
+def test_many_cancel_at_once(peer):
+    """All of them hear that it is cancelled, when it is."""
+    snapshot = Snapshot({f"d{n}/f": os.urandom(2000) for n in range(200)})
+    stream = peer.open(snapshot).wait_accepted()
+    stream.send_extents(snapshot, snapshot.half())
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda _: peer.cancel(snapshot), range(16)))
+    assert {answer.phase for answer in answers} == {pb.TRANSFER_PHASE_CANCELLED}
+    stream.refusal().must_be("TRANSFER_CANCELLED")
+    nothing_is_left(peer, snapshot)
 
 
 def test_cancel_after_a_failure(peer, snapshot):

@@ -76,7 +76,8 @@ def header(name, reason, field=None, **changes):
     header("2^64 - 1 bytes", "SNAPSHOT_TOO_LARGE", "header.total_bytes", total_bytes=2**64 - 1),
     header("unknown feature", "UNSUPPORTED_FEATURE", "header.required_features", required_features=["lanes", "time-travel"]),
     header("unprintable feature", "UNSUPPORTED_FEATURE", "header.required_features", required_features=["\x1b[31m" * 1000]),
-    header("1000 features", "INVALID_FIELD", required_features=["lanes"] * 1000),
+    header("1000 features", "INVALID_FIELD", "header.required_features", required_features=["lanes"] * 1000),
+    header("1000 known features", "INVALID_FIELD", "header.supported_features", supported_features=["x"] * 1000),
 )
 def test_header(peer, snapshot, case):
     peer.send_half(snapshot)
@@ -476,6 +477,11 @@ def test_stale_snapshot(peer, start, snapshot, older, crash):
     refused = peer.open(stale).refusal()
     refused.must_be("STALE_SNAPSHOT", installed_term=snapshot.term, installed_index=snapshot.index)
     assert peer.receiver.installed(snapshot) == snapshot.files
+
+
+def test_the_same_point_is_not_stale(peer, snapshot):
+    peer.send_all(snapshot)
+    peer.send_all(some_snapshot(target_shard=snapshot.target_shard))
 
 
 def test_overtaken_by_a_newer_snapshot(peer, snapshot):

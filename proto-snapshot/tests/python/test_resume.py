@@ -2,10 +2,12 @@
 
 import os
 import random
+import threading
+import time
 
 import pytest
 
-from peer import MIB, Snapshot, some_snapshot
+from peer import MIB, Refused, Snapshot, some_snapshot
 from stubs import pb
 
 
@@ -37,6 +39,17 @@ def test_the_same_attempt_goes_on_after_a_crash(start, snapshot):
     assert peer.receiver.installed(snapshot) == snapshot.files
 
 
+def test_a_claim_is_durable_when_it_is_accepted(start, snapshot):
+    """Otherwise two senders could both believe to hold the same attempt."""
+    peer = start()
+    stream = peer.open(snapshot, attempt=5).wait_accepted()
+    peer.receiver.restart()
+    assert peer.progress(snapshot).attempt == 5
+    peer.open(snapshot, attempt=5).refusal().must_be("SUPERSEDED", attempt=5)
+    again = peer.open(snapshot, attempt=5, session=stream.session, generation=2).wait_accepted()
+    again.complete(snapshot)
+
+
 def test_killed_again_and_again(start):
     """Kills at random moments: acknowledged extents stay, and the sum of what is missing is always right."""
     peer = start()
@@ -63,6 +76,19 @@ def test_killed_again_and_again(start):
     assert sum(length for _, _, length in stream.missing) <= snapshot.total - durable
     stream.complete(snapshot)
     assert peer.receiver.installed(snapshot) == snapshot.files
+
+
+def test_missing_extents_in_pages(start):
+    """Every other byte: more runs than fit into one page of `Accepted`, also after a crash."""
+    peer = start()
+    snapshot = Snapshot({"f": os.urandom(42_000)})
+    stream = peer.open(snapshot).wait_accepted()
+    stream.send_extents(snapshot, [(0, at, 1) for at in range(0, 42_000, 2)]).wait_durable(21_000)
+    peer.receiver.restart()
+    stream = peer.open(snapshot).wait_accepted()
+    assert stream.missing == [(0, at, 1) for at in range(1, 42_000, 2)]
+    assert stream.accepted_pages > 1
+    peer.cancel(snapshot)
 
 
 def test_received_bytes_are_kept_when_the_connection_breaks(peer, snapshot):
@@ -167,3 +193,59 @@ def test_damaged_staging_is_found_and_asked_for_again(start, snapshot):
     assert stream.missing and {file for file, _, _ in stream.missing} == {0}
     stream.complete(snapshot)
     assert peer.receiver.installed(snapshot) == snapshot.files
+
+
+def test_many_senders_over_many_kills(start):
+    """Eight senders that reconnect by themselves, a receiver that is killed five times: everything arrives, and no byte that was
+    acknowledged as durable is ever asked for again."""
+    peer = start()
+    done, failures, broken = [], [], []
+
+    def sender(number):
+        rng = random.Random(number)
+        snapshot = Snapshot({"a": rng.randbytes(2 * MIB), "b/c": rng.randbytes(rng.randrange(MIB)), "empty": b""})
+        session, durable = rng.randbytes(16), 0
+        for generation in range(1, 500):
+            stream = None
+            try:
+                stream = peer.open(snapshot, attempt=1, session=session, generation=generation).wait_accepted()
+                missing = sum(length for _, _, length in stream.missing)
+                assert missing <= snapshot.total - durable, "acknowledged bytes are asked for again"
+                if not stream.accepted.already_installed:
+                    for extent in stream.missing:
+                        stream.send_extents(snapshot, [extent], chunk_bytes=rng.choice([10_000, 100_000, MIB]))
+                        time.sleep(0.01)
+                    stream.send(snapshot.end())
+                stream.wait_end()
+                assert peer.receiver.installed(snapshot) == snapshot.files
+                done.append(number)
+                return
+            except Refused as refused:
+                if refused.reason is None:
+                    broken.append(number)
+                    assert refused.code.name in ("UNAVAILABLE", "CANCELLED", "INTERNAL"), refused
+                else:
+                    refused.must_be(refused.reason)
+                    assert refused.retry_seconds is not None, refused
+                time.sleep(0.05)
+            finally:
+                if stream is not None:
+                    durable = max([durable, *(ack.durable_bytes for _, ack in stream.acks)])
+                    stream.half_close()
+
+    def guarded(number):
+        try:
+            sender(number)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for _ in range(5):
+        time.sleep(0.3)
+        peer.receiver.restart()
+    for thread in threads:
+        thread.join(40)
+    assert not failures, failures[0]
+    assert len(done) == 8 and broken, "the kills came when nothing ran"

@@ -153,6 +153,7 @@ def test_unknown_size(peer):
     installed = stream.complete(snapshot)
     assert installed.total_bytes == snapshot.total
     assert peer.receiver.installed(snapshot) == snapshot.files
+    assert peer.progress(snapshot).progress.bytes_total == snapshot.total, "known in the end"
 
 
 def test_installing_twice_is_one_install(peer, snapshot):
@@ -186,6 +187,46 @@ def test_reuse_by_digest(peer, snapshot):
     assert peer.receiver.installed(newer) == newer.files
     transfer = peer.progress(newer)
     assert transfer.reused_bytes == reused and transfer.wire_bytes == newer.total - reused
+    again = peer.open(newer).wait_accepted().complete(newer)
+    assert again.already_installed and again.reused_bytes == reused
+
+
+def test_reuse_of_a_file_that_was_changed(peer, snapshot):
+    """Somebody wrote into an installed file: its digest no longer holds, so its bytes are asked for."""
+    peer.send_all(snapshot)
+    name = "data/000001.sst"
+    path = peer.receiver.dir / "installed" / snapshot.target_shard / snapshot.transfer_id / name
+    content = bytearray(path.read_bytes())
+    content[50_000] ^= 1
+    path.write_bytes(content)
+    newer = Snapshot(dict(snapshot.files), target_shard=snapshot.target_shard, index=snapshot.index + 1)
+    newer.digests = {name: blake3.blake3(content).digest() for name, content in newer.files.items()}
+    stream = peer.open(newer).wait_accepted()
+    assert stream.missing == [(0, 0, 100_003)]
+    stream.complete(newer)
+    assert peer.receiver.installed(newer) == newer.files
+
+
+def test_digest_of_other_bytes(peer, snapshot):
+    """A digest that is wrong finds nothing, or the wrong file: the checksum of the whole file finds that."""
+    peer.send_all(snapshot)
+    newer = some_snapshot(target_shard=snapshot.target_shard, index=snapshot.index + 1)
+    newer.digests = {"data/000001.sst": blake3.blake3(snapshot.files["data/000001.sst"]).digest()}
+    stream = peer.open(newer).wait_accepted()
+    stream.send_extents(newer, stream.missing).send(newer.end())
+    stream.refusal().must_be("FILE_CHECKSUM_MISMATCH", file=0)
+    newer.digests = {}
+    stream = peer.open(newer, discard_staged=True).wait_accepted()
+    assert stream.missing == newer.extents()
+    stream.complete(newer)
+    assert peer.receiver.installed(newer) == newer.files
+
+
+def test_frames_after_the_end_change_nothing(peer, snapshot):
+    stream = peer.open(snapshot).wait_accepted()
+    stream.send_extents(snapshot, stream.missing)
+    stream.send(snapshot.end(), snapshot.chunk(0, 0, 100, dict(payload=bytes(100))), snapshot.end(), b"\x7a\x00").wait_end()
+    assert stream.installed and peer.receiver.installed(snapshot) == snapshot.files
 
 
 @pytest.mark.parametrize("lanes", [0, 1, 3, 4_000_000_000])
