@@ -32,8 +32,8 @@ type AnyError = Box<dyn std::error::Error>;
 struct Options {
     /// `--node-id`: who this is. Default `receiver`.
     node_id: NodeId,
-    /// `--idle-ms --first-frame-ms --stale-ms --chunk-bytes --stream-credit-bytes --unsynced-bytes --lanes --transfers
-    /// --staged --watchers --history`.
+    /// `--idle-ms --first-frame-ms --stale-ms --chunk-bytes --stream-credit-bytes --unsynced-bytes --extents --lanes
+    /// --transfers --staged --watchers --history`.
     limits: Limits,
     /// `--capacity-bytes`: what the store may hold.
     store: FileStoreOptions,
@@ -85,6 +85,7 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<(PathBuf, String, Opt
             "--chunk-bytes" => limits.chunk_bytes = value.parse()?,
             "--stream-credit-bytes" => limits.stream_credit_bytes = value.parse()?,
             "--unsynced-bytes" => limits.unsynced_bytes = value.parse()?,
+            "--extents" => limits.extents = value.parse()?,
             "--lanes" => limits.lanes = value.parse()?,
             "--transfers" => limits.transfers = value.parse()?,
             "--staged" => limits.staged = value.parse()?,

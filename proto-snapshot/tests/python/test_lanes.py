@@ -126,7 +126,7 @@ def test_generation_of_a_lane(peer, snapshot):
     for generation in (5, 4):
         peer.lane(snapshot, control, 1, generation=generation).refusal().must_be("SUPERSEDED")
     newer = peer.lane(snapshot, control, 1, generation=6).wait_accepted()
-    lane.refusal().must_be("SUPERSEDED")
+    lane.refusal().must_be("STREAM_ENDED_EARLY")
     newer.send_extents(snapshot, newer.missing).wait_received()
     control.send(snapshot.end()).wait_end()
     assert control.installed

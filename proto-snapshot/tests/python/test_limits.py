@@ -120,6 +120,17 @@ def test_chunk_limit_is_what_accepted_says(start, snapshot):
     peer.finish(snapshot)
 
 
+def test_too_many_pieces(start):
+    peer = start(extents=100)
+    snapshot = Snapshot({"f": os.urandom(1000)})
+    stream = peer.open(snapshot).wait_accepted()
+    pieces = [(0, at, 1) for at in range(0, 1000, 2)]
+    snapshot.maybe_sent += pieces
+    stream.send(*[snapshot.chunk(*piece) for piece in pieces])
+    stream.refusal().must_be("TOO_FRAGMENTED")
+    peer.finish(snapshot)
+
+
 # ---- Places, space, watchers.
 
 

@@ -116,8 +116,9 @@ def test_sigterm_tells_the_sender(start, snapshot):
     next(watch)
     assert peer.receiver.terminate() == 0
     stream.refusal().must_be("SHUTTING_DOWN")
-    for _ in watch:
-        pass
+    with pytest.raises(Refused) as refused:
+        list(watch)
+    refused.value.must_be("SHUTTING_DOWN")
     peer.receiver.start()
     peer.finish(snapshot)
 
