@@ -84,6 +84,8 @@ struct Active<T> {
 struct Finished<T> {
     key: Key,
     started: u64,
+    /// Of an earlier process.
+    seeded: bool,
     value: T,
 }
 
@@ -148,19 +150,27 @@ impl<T: Clone + Send + Sync + 'static> Registry<T> {
         Ok(Tracker { shared: Arc::clone(&self.shared), key, started, state, ended: false })
     }
 
-    /// Puts tasks that had finished before this process started into the history, the oldest first.
+    /// Puts tasks that had finished before this process started into the history, the oldest first: of several with the same
+    /// direction and ID, the last one stays.
     ///
-    /// One whose direction and ID are known already is skipped: what this process knows is newer.
+    /// One whose direction and ID this process has inserted itself is skipped: what it knows is newer.
     pub fn seed(&self, finished: impl IntoIterator<Item = (Direction, String, T)>) {
         let mut tasks = self.shared.tasks();
         for (direction, id, value) in finished {
             let key: Key = (direction, Arc::from(id));
-            if tasks.by_key.contains_key(&key) {
-                continue;
+            match tasks.by_key.get(&key).copied() {
+                Some(Place::Active(_)) => continue,
+                Some(Place::Finished(number)) => {
+                    if tasks.finished.get(&number).is_some_and(|task| !task.seeded) {
+                        continue;
+                    }
+                    tasks.finished.remove(&number);
+                }
+                None => {}
             }
             let started = tasks.next_started;
             tasks.next_started += 1;
-            tasks.archive(Finished { key, started, value }, self.shared.limits.finished);
+            tasks.archive(Finished { key, started, seeded: true, value }, self.shared.limits.finished);
         }
     }
 
@@ -326,7 +336,7 @@ impl<T: Clone> Tracker<T> {
         let mut tasks = self.shared.tasks();
         tasks.active.remove(&self.started);
         let value = self.state.borrow().value.clone();
-        let task = Finished { key: self.key.clone(), started: self.started, value };
+        let task = Finished { key: self.key.clone(), started: self.started, seeded: false, value };
         tasks.archive(task, self.shared.limits.finished);
         drop(tasks);
         // Last, so that whoever sees the end finds the task in the history.

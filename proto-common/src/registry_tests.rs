@@ -64,6 +64,26 @@ fn the_history_is_bounded_and_can_be_seeded() {
     assert_eq!(registry.shared.tasks().by_key.len(), 3);
 }
 
+/// A transfer that failed, was repeated and succeeded is on record twice.
+#[test]
+fn of_several_records_of_a_task_the_last_one_counts() {
+    let registry = registry(RegistryLimits { finished: 3, ..Default::default() });
+    registry.insert(Direction::In, "own", 100).unwrap().finish(|_| {});
+    let running = registry.insert(Direction::In, "running", 200).unwrap();
+    let seed = |records: &[(&str, u32)]| {
+        registry.seed(records.iter().map(|&(id, value)| (Direction::In, id.to_owned(), value)));
+    };
+    seed(&[("a", 1), ("b", 2), ("own", 3), ("running", 4), ("a", 5)]);
+    assert_eq!(registry.get(None, "a"), Some(5));
+    assert_eq!(registry.get(None, "own"), Some(100), "what this process knows is newer");
+    assert_eq!(registry.get(None, "running"), Some(200));
+    assert_eq!(registry.list(ANY, 0, "").unwrap().items, [200, 5, 2, 100]);
+    seed(&[("b", 6)]);
+    assert_eq!(registry.list(ANY, 0, "").unwrap().items, [200, 6, 5, 100]);
+    drop(running);
+    assert_eq!(registry.shared.tasks().by_key.len(), 3);
+}
+
 #[test]
 fn pages() {
     let registry = registry(RegistryLimits { page: 3, ..Default::default() });

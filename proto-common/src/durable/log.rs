@@ -16,7 +16,7 @@ const HEADER_LEN: usize = 12;
 /// An append-only file of records: `[len: u32][crc: u64][bytes]`, little-endian, where `crc` is CRC-64/NVME of `len` and `bytes`.
 ///
 /// A record is durable once [`sync`](Self::sync) has returned; after a crash, [`open`](Self::open) finds all of those, and of the later ones
-/// a prefix. Once writing or syncing has failed, what the file holds is uncertain, so every further call fails; open it again.
+/// a prefix; what it returns is durable. Once writing or syncing has failed, what the file holds is uncertain, so every further call fails; open it again.
 ///
 /// All methods block.
 #[derive(Debug)]
@@ -51,18 +51,15 @@ pub enum Damage {
 impl RecordLog {
     /// Opens the log at `path`, creates it if there is none, and reads all records into memory.
     ///
-    /// What cannot be read is cut off, so that the log can be appended to, and reported.
+    /// What cannot be read is cut off, so that the log can be appended to, and reported. What was read is synced: a process that was
+    /// killed may have written it and not come to that.
     ///
     /// # Errors
     ///
     /// Those of the file system.
     pub fn open(path: impl AsRef<Path>) -> io::Result<(Self, Vec<Vec<u8>>, Option<Damage>)> {
         let path = path.as_ref().to_owned();
-        let created = !path.try_exists()?;
         let mut file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path)?;
-        if created {
-            sync_dir(parent(&path))?;
-        }
         let total = file.metadata()?.len();
         let (records, len, end) = read_records(&file, total)?;
         let damage = match end {
@@ -76,8 +73,10 @@ impl RecordLog {
         };
         if damage.is_some() {
             file.set_len(len)?;
-            file.sync_all()?;
         }
+        file.sync_all()?;
+        // Also when the file was there: whoever created it may not have come to this.
+        sync_dir(parent(&path))?;
         file.seek(SeekFrom::Start(len))?;
         Ok((Self { path, file, len, broken: false }, records, damage))
     }
