@@ -88,6 +88,9 @@ pub struct ShardState {
     pub high_water: Option<SnapshotPoint>,
     /// The transfer whose snapshot is current.
     pub current: Option<TransferId>,
+    /// Transfers whose snapshots were current and have been replaced, but whose staging areas are still there: they have been
+    /// installed, and only [`Staging::remove`] is left to do.
+    pub superseded: Vec<TransferId>,
 }
 
 /// Who may write into a staging area: the attempt and its session.
@@ -163,7 +166,7 @@ pub trait SnapshotStore: Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// [`StoreError::NoSpace`] before anything is kept.
+    /// [`StoreError::NoSpace`] before anything is kept; [`StoreError::Damaged`] if there is one that could not be recovered.
     fn stage(
         &self,
         plan: &TransferPlan,
@@ -181,7 +184,9 @@ pub struct Recovered<S> {
     pub staged: Vec<Arc<S>>,
     /// Finished ones, oldest first, as given to [`SnapshotStore::record_finished`].
     pub finished: Vec<Vec<u8>>,
-    /// What was damaged and had to be left out, in sentences for the log.
+    /// What was damaged or could not be read and had to be left out, in sentences for the log. One staging area, shard or
+    /// record that cannot be read does not keep the rest from being used: [`SnapshotStore::stage`] of the ID of such an area fails with
+    /// [`StoreError::Damaged`] until a later start can read it.
     pub damage: Vec<String>,
 }
 
@@ -201,7 +206,8 @@ pub trait Staging: Send + Sync + std::fmt::Debug + 'static {
     /// Persists who may write.
     fn set_claim(&self, claim: Claim) -> impl Future<Output = Result<(), StoreError>> + Send;
 
-    /// The extents that were durable when the area was opened, disjoint, in any order; empty for a new one.
+    /// The extents that were durable when the area was opened, disjoint, in any order; empty for a new one. Neighbours may be
+    /// merged, up to 64 MiB: a checksum that does not match costs the whole extent.
     fn records(&self) -> Vec<ExtentRecord>;
 
     /// When bytes were last added, in milliseconds since the Unix epoch; decides when it is stale.
@@ -244,7 +250,8 @@ pub trait Staging: Send + Sync + std::fmt::Debug + 'static {
     /// [`StoreError::Stale`] when a newer snapshot of the shard is in place.
     fn place(&self) -> impl Future<Output = Result<PlacedSnapshot, StoreError>> + Send;
 
-    /// Makes the placed snapshot the shard's current one and raises the high-water mark, in one atomic step.
+    /// Makes the placed snapshot the shard's current one and raises the high-water mark, in one atomic step. Does nothing if it
+    /// was current before and a newer one has replaced it since ([`ShardState::superseded`]).
     ///
     /// # Errors
     ///

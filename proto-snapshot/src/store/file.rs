@@ -8,6 +8,7 @@ mod layout;
 mod record;
 mod recover;
 mod reuse;
+mod runs;
 mod space;
 mod staging;
 mod sync;
@@ -108,6 +109,8 @@ pub(crate) struct Shared {
     trash: Trash,
     /// Transfers with a staging area.
     live: Mutex<HashSet<TransferId>>,
+    /// Those of them whose staging area could not be read or removed: its name, and why.
+    blocked: Mutex<HashMap<TransferId, (String, String)>>,
     serials: AtomicU64,
     /// Shards whose record is known to be durable as it is.
     settled: Mutex<HashSet<ShardId>>,
@@ -167,6 +170,7 @@ impl FileSnapshotStore {
             history: History::new(layout.history(), options.history_limit),
             trash: Trash::new(layout.trash()),
             live: Mutex::default(),
+            blocked: Mutex::default(),
             serials: AtomicU64::new(0),
             settled: Mutex::default(),
             shard_locks: Default::default(),
@@ -276,6 +280,9 @@ impl Shared {
     fn stage(self: &Arc<Self>, plan: TransferPlan) -> Result<FileStaging, StoreError> {
         const ACTION: &str = "make a staging area";
         let id = plan.spec.transfer_id.clone();
+        if let Some((file, what)) = lock(&self.blocked).get(&id).cloned() {
+            return Err(StoreError::Damaged { file, what });
+        }
         let shard = lock(self.shard_lock(&plan.spec.target_shard));
         let known = self.read_shard(&plan.spec.target_shard)?;
         drop(shard);

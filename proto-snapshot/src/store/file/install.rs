@@ -87,9 +87,12 @@ impl Inner {
         let (shard, id) = (&spec.target_shard, &spec.transfer_id);
         let _shard = lock(shared.shard_lock(shard));
         let known = shared.read_shard(shard)?;
-        self.refuse_stale(&known)?;
         let failed = |error| StoreError::io(ACTION, error);
         let target = shared.layout.installed(shard, id);
+        if known.state.superseded.contains(id) {
+            return Ok(PlacedSnapshot { path: Some(target), plan: self.plan.clone() });
+        }
+        self.refuse_stale(&known)?;
         make_dir(&shared.layout.installed_shard(shard)).map_err(failed)?;
         make_dir(&shared.layout.shard(shard)).map_err(failed)?;
         let manifest = PlanRecord::new(&self.plan, &totals);
@@ -121,15 +124,25 @@ impl Inner {
         let (shard, id) = (&spec.target_shard, &spec.transfer_id);
         let _shard = lock(shared.shard_lock(shard));
         let mut known = shared.read_shard(shard)?;
+        if known.state.superseded.contains(id) {
+            return Ok(());
+        }
         self.refuse_stale(&known)?;
         let target = shared.layout.installed(shard, id);
         if !exists(&target).map_err(|error| StoreError::io(ACTION, error))? {
             return Err(self.damaged(&target, "is missing"));
         }
         if known.state.current.as_ref() != Some(id) {
+            let replaced = known.state.current.replace(id.clone());
+            // One that is still to be removed has to be told that it was current, if it asks after a restart.
+            known.state.superseded.extend(replaced.clone());
             known.previous.retain(|previous| previous != id);
-            known.previous.splice(0..0, known.state.current.replace(id.clone()));
+            known.previous.splice(0..0, replaced);
             known.previous.truncate(shared.options.keep_previous);
+        }
+        {
+            let live = lock(&shared.live);
+            known.state.superseded.retain(|superseded| live.contains(superseded));
         }
         known.state.high_water = Some(spec.point);
         // Also when it says so already: the last call may have failed between replacing the file and syncing its directory.
@@ -144,22 +157,17 @@ impl Inner {
         let mut gate = self.exclusive();
         *gate = Gate::Removed;
         let (shared, spec) = (&*self.shared, &self.plan.spec);
-        let (shard, id) = (&spec.target_shard, &spec.transfer_id);
+        let id = &spec.transfer_id;
         shared.handles.forget_area(self.serial);
-        let _shard = lock(shared.shard_lock(shard));
-        // If nobody knows what is current, nothing that may be is touched.
-        match shared.read_shard(shard) {
-            Ok(known) if known.state.current.as_ref() == Some(id) => shared.prune(shard, &known, None)?,
-            Ok(known) => shared.prune(shard, &known, Some(id))?,
-            Err(error) => tracing::warn!(%error, %shard, "old snapshots of the shard are kept"),
-        }
         let failed = |error| StoreError::io(ACTION, error);
+        // First, so that a crash from here on is seen as one: the next start finishes what is left.
         let gone = shared.layout.staging_gone(id);
         match std::fs::rename(&self.area.dir, &gone) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
             _ => {}
         }
         sync_dir(shared.layout.staging_root()).map_err(failed)?;
+        shared.discard(&spec.target_shard, id)?;
         match std::fs::remove_dir_all(&gone) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
             _ => {}
@@ -187,6 +195,27 @@ impl Inner {
 }
 
 impl Shared {
+    /// Forgets a transfer that has ended, and moves what is placed of it to the trash unless that counts; if it does, what it
+    /// replaced goes there.
+    pub(super) fn discard(&self, shard: &ShardId, id: &TransferId) -> Result<(), StoreError> {
+        let _shard = lock(self.shard_lock(shard));
+        let mut known = match self.read_shard(shard) {
+            Ok(known) => known,
+            // If nobody knows what is current, nothing that may be is touched.
+            Err(error) => {
+                tracing::warn!(%error, %shard, "old snapshots of the shard are kept");
+                return Ok(());
+            }
+        };
+        let current = known.state.current.as_ref() == Some(id);
+        self.prune(shard, &known, (!current).then_some(id))?;
+        if known.state.superseded.contains(id) {
+            known.state.superseded.retain(|superseded| superseded != id);
+            self.write_shard(shard, &known)?;
+        }
+        Ok(())
+    }
+
     /// Moves snapshots of `shard` that are no longer needed to the trash: all that are neither current, nor kept, nor those of a
     /// transfer that is still under way (a hook may be reading them); or only `only`.
     pub(super) fn prune(

@@ -76,6 +76,8 @@ pub(super) struct ShardRecord {
     current: Option<String>,
     #[prost(string, repeated, tag = "6")]
     previous: Vec<String>,
+    #[prost(string, repeated, tag = "7")]
+    superseded: Vec<String>,
 }
 
 #[derive(Clone, Copy, PartialEq, Message)]
@@ -225,7 +227,7 @@ impl ClaimRecord {
 
 impl ShardRecord {
     pub(super) fn new(shard_id: &str, shard: &Shard) -> Self {
-        let Shard { state: ShardState { fence, high_water, current }, previous } = shard;
+        let Shard { state: ShardState { fence, high_water, current, superseded }, previous } = shard;
         Self {
             shard_id: shard_id.to_owned(),
             epoch: fence.epoch,
@@ -233,6 +235,7 @@ impl ShardRecord {
             high_water: high_water.map(|SnapshotPoint { term, index }| PointRecord { term, index }),
             current: current.as_ref().map(ToString::to_string),
             previous: previous.iter().map(ToString::to_string).collect(),
+            superseded: superseded.iter().map(ToString::to_string).collect(),
         }
     }
 
@@ -241,10 +244,11 @@ impl ShardRecord {
             return None;
         }
         let current = self.current.map(TransferId::try_from).transpose().ok()?;
-        let previous = self.previous.into_iter().map(TransferId::try_from).collect::<Result<_, _>>().ok()?;
+        let ids = |ids: Vec<String>| ids.into_iter().map(TransferId::try_from).collect::<Result<_, _>>().ok();
+        let (previous, superseded) = (ids(self.previous)?, ids(self.superseded)?);
         let fence = Fence { epoch: self.epoch, term: self.term };
         let high_water = self.high_water.map(|PointRecord { term, index }| SnapshotPoint { term, index });
-        Some(Shard { state: ShardState { fence, high_water, current }, previous })
+        Some(Shard { state: ShardState { fence, high_water, current, superseded }, previous })
     }
 }
 

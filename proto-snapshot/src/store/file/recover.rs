@@ -11,13 +11,13 @@ use std::time::UNIX_EPOCH;
 use proto_common::durable::{Damage, RecordLog, sync_dir, write_atomic};
 use proto_common::ids::{ShardId, TransferId};
 
-use crate::extent::FileExtents;
 use crate::spec::TransferPlan;
 use crate::store::{Claim, Recovered, StagingState, StoreError};
 
 use super::install::names;
 use super::layout::{Area, MANIFEST_SUFFIX};
 use super::record::{self, ClaimRecord, Kind, PlanRecord, SealedRecord};
+use super::runs::Runs;
 use super::staging::{FileStaging, Parts, read_records};
 use super::write::FileSpace;
 use super::{Shared, exists, lock, unix_ms};
@@ -50,9 +50,12 @@ impl Shared {
         let mut damage = Vec::new();
         let mut staged = Vec::new();
         let root = self.layout.staging_root();
+        let mut half = Vec::new();
+        // What is found here may be there in memory only: the process that made it may have been killed before it synced that.
+        sync_dir(&root).map_err(failed)?;
         for name in names(&root).map_err(failed)? {
-            if name.starts_with(".new.") || name.starts_with(".gone.") {
-                fs::remove_dir_all(root.join(&name)).map_err(failed)?;
+            if let Some(id) = name.strip_prefix(".new.").or_else(|| name.strip_prefix(".gone.")) {
+                half.push((id.to_owned(), name));
                 continue;
             }
             let Ok(id) = TransferId::new(&name) else {
@@ -64,27 +67,69 @@ impl Shared {
                     lock(&self.live).insert(id);
                     staged.push(Arc::new(staging));
                 }
-                Err(Unusable::Failed(error)) => return Err(error),
-                Err(Unusable::Damaged(what)) => {
-                    damage.push(format!("staging/{id} was set aside: {what}"));
-                    self.quarantine(&id).map_err(failed)?;
-                }
+                // The disk may answer tomorrow, so it is not thrown away.
+                Err(Unusable::Failed(error)) => damage.push(self.block(&name, &name, &error)),
+                Err(Unusable::Damaged(what)) => match self.quarantine(&id) {
+                    Ok(()) => damage.push(format!("staging/{id} was set aside: {what}")),
+                    Err(error) => {
+                        damage.push(format!("staging/{id}: {what}"));
+                        damage.push(self.block(&name, &name, &failed(error)));
+                    }
+                },
+            }
+        }
+        // Now that all are known whose files must stay.
+        for (id, name) in half {
+            if let Err(error) = self.finish_removal(&name) {
+                damage.push(self.block(&id, &name, &error));
             }
         }
         for name in names(&self.layout.shards_root()).map_err(failed)? {
-            if let Ok(shard) = ShardId::new(&name) {
-                self.recover_shard(&shard, &mut damage)?;
+            if let Ok(shard) = ShardId::new(&name)
+                && let Err(error) = self.recover_shard(&shard, &mut damage)
+            {
+                damage.push(format!("shards/{shard} cannot be used: {}", described(&error)));
             }
         }
         for name in names(&self.layout.installed_root()).map_err(failed)? {
             if let Ok(shard) = ShardId::new(&name)
-                && !exists(&self.layout.current(&shard)).map_err(failed)?
+                && let Err(error) = self.report_unclaimed(&shard, &mut damage)
             {
-                self.report_unclaimed(&shard, &mut damage)?;
+                damage.push(format!("installed/{shard} cannot be read: {}", described(&error)));
             }
         }
-        let finished = self.history.load(&mut damage)?;
+        let finished = self.history.load(&mut damage).unwrap_or_else(|error| {
+            damage.push(format!("history cannot be read: {}", described(&error)));
+            Vec::new()
+        });
         Ok(Recovered { staged, finished, damage })
+    }
+
+    /// Removes what was half made, or half removed with all that belongs to it.
+    fn finish_removal(&self, name: &str) -> Result<(), StoreError> {
+        let dir = self.layout.staging_root().join(name);
+        // Files of the store's layout, so those of a snapshot cannot be mistaken for it. Once it is deleted, the rest was.
+        let meta = record::read::<PlanRecord>(&self.layout, &Area::new(dir.clone()).meta(), Kind::Meta);
+        if name.starts_with(".gone.")
+            && let Some((plan, _)) = meta.ok().flatten().and_then(PlanRecord::decode_plan)
+            && !lock(&self.live).contains(&plan.spec.transfer_id)
+        {
+            self.discard(&plan.spec.target_shard, &plan.spec.transfer_id)?;
+        }
+        fs::remove_dir_all(dir).map_err(failed)
+    }
+
+    /// Leaves `staging/<name>` as it is and refuses new transfers of that ID, so that they do not fall over it. Returns what to
+    /// say about it.
+    fn block(&self, id: &str, name: &str, error: &StoreError) -> String {
+        let what = format!("cannot be used: {}", described(error));
+        let said = format!("staging/{name} {what}; it was left as it is, and its ID is refused");
+        if let Ok(id) = TransferId::new(id) {
+            // What may be installed of it is kept, too.
+            lock(&self.live).insert(id.clone());
+            lock(&self.blocked).insert(id, (format!("staging/{name}"), what));
+        }
+        said
     }
 
     fn recover_staging(
@@ -108,7 +153,8 @@ impl Shared {
         };
         let target = self.layout.installed(&plan.spec.target_shard, id);
         let placed = !exists(&area.tree).map_err(failed)? && exists(&target).map_err(failed)?;
-        // The log of a placed snapshot no longer matters, but it is there.
+        // The log of a placed snapshot no longer matters, but it is there. Opening it syncs the directory: the tree, the claim and the
+        // seal, too, may have been there in memory only, and what is acknowledged from here on needs them.
         let (mut log, records, cut) = RecordLog::open(area.records()).map_err(failed)?;
         if let Some(cut) = cut {
             damage.push(format!("{}: {}", shown(&area.records()), describe(cut)));
@@ -125,7 +171,7 @@ impl Shared {
         let state = self.recover_state(&area, &plan, placed, &found, damage)?;
         let current = self
             .read_shard(&plan.spec.target_shard)
-            .is_ok_and(|shard| shard.state.current.as_ref() == Some(id));
+            .is_ok_and(|shard| shard.state.current.as_ref() == Some(id) || shard.previous.contains(id));
         let (bytes, outstanding) = match (current, placed) {
             (true, _) => (0, 0),
             (false, true) => (plan.manifest.total_bytes().unwrap_or(0), 0),
@@ -203,7 +249,8 @@ impl Shared {
 
     /// Indexes what is installed, and moves away what an interrupted removal left.
     fn recover_shard(&self, shard: &ShardId, damage: &mut Vec<String>) -> Result<(), StoreError> {
-        let known = match self.read_shard(shard) {
+        let _shard = lock(self.shard_lock(shard));
+        let mut known = match self.read_shard(shard) {
             Ok(known) => known,
             Err(error @ StoreError::Damaged { .. }) => {
                 damage.push(format!(
@@ -217,6 +264,11 @@ impl Shared {
             return Ok(());
         }
         self.prune(shard, &known, None)?;
+        let forgotten = |id: &TransferId| !lock(&self.live).contains(id);
+        if known.state.superseded.iter().any(forgotten) {
+            known.state.superseded.retain(|id| !forgotten(id));
+            self.write_shard(shard, &known)?;
+        }
         for name in names(&self.layout.shard(shard)).map_err(failed)? {
             let Some(id) = name.strip_suffix(MANIFEST_SUFFIX).and_then(|id| TransferId::new(id).ok()) else {
                 continue;
@@ -239,6 +291,9 @@ impl Shared {
 
     /// Without a `CURRENT` record nothing tells what is installed: a first transfer under way, or a lost record.
     fn report_unclaimed(&self, shard: &ShardId, damage: &mut Vec<String>) -> Result<(), StoreError> {
+        if exists(&self.layout.current(shard)).map_err(failed)? {
+            return Ok(());
+        }
         for name in names(&self.layout.installed_shard(shard)).map_err(failed)? {
             if TransferId::new(&name).is_ok_and(|id| !lock(&self.live).contains(&id)) {
                 damage.push(format!(
@@ -298,7 +353,7 @@ impl Found {
     fn drop_missing(
         &self,
         plan: &TransferPlan,
-        durable: &mut HashMap<u32, FileExtents>,
+        durable: &mut HashMap<u32, Runs>,
         mut damage: impl FnMut(String),
     ) -> bool {
         let mut dropped = false;
@@ -306,7 +361,7 @@ impl Found {
             let Some(extents) = durable.get_mut(&number) else { continue };
             let size = size.unwrap_or(0);
             let beyond: Vec<u64> = extents
-                .runs()
+                .iter()
                 .filter(|(offset, len, _)| offset + len > size)
                 .map(|(offset, ..)| offset)
                 .collect();
@@ -343,6 +398,14 @@ pub(super) fn describe(damage: Damage) -> String {
         Damage::BadRecord { offset, bytes } => {
             format!("damaged at {offset}; {bytes} bytes from there on were set aside as *.damaged")
         }
+    }
+}
+
+/// With what the system answered.
+fn described(error: &StoreError) -> String {
+    match error {
+        StoreError::Io { action, source } => format!("failed to {action}: {source}"),
+        error => error.to_string(),
     }
 }
 

@@ -8,12 +8,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Rw
 
 use proto_common::durable::RecordLog;
 
-use crate::extent::{Extent, ExtentRecord, FileExtents};
+use crate::extent::{Extent, ExtentRecord};
 use crate::spec::{FileTotal, ManifestFile, TransferPlan};
 use crate::store::{Claim, PlacedSnapshot, StagedChunk, Staging, StagingState, StoreError};
 
 use super::layout::Area;
 use super::record::{self, ClaimRecord, Kind, decode_extents, encode_extents};
+use super::runs::Runs;
 use super::space::Reservation;
 use super::write::FileSpace;
 use super::{Shared, blocking, lock, unix_ms};
@@ -76,7 +77,7 @@ pub(super) struct State {
 pub(super) struct Records {
     /// `None` after a failure; opened and rewritten by the next sync.
     log: Option<RecordLog>,
-    durable: HashMap<u32, FileExtents>,
+    durable: HashMap<u32, Runs>,
     runs_written: u64,
 }
 
@@ -90,7 +91,7 @@ pub(super) struct Parts {
     pub(super) dirs: HashSet<PathBuf>,
     pub(super) claim: Claim,
     pub(super) log: RecordLog,
-    pub(super) durable: HashMap<u32, FileExtents>,
+    pub(super) durable: HashMap<u32, Runs>,
     pub(super) last_activity: u64,
 }
 
@@ -299,9 +300,8 @@ impl Inner {
             return Ok(());
         }
         for ExtentRecord { extent, .. } in records {
-            let known =
-                log.durable.get(&extent.file).and_then(|file| file.overlap(extent.offset, extent.len));
-            if known.is_some()
+            let known = log.durable.get(&extent.file);
+            if known.is_some_and(|known| known.overlaps(extent.offset, extent.len))
                 || extent.len == 0
                 || self.file(extent.file)?.size.is_some_and(|size| extent.end() > size)
             {
@@ -348,25 +348,26 @@ impl Records {
     fn is_wasteful(&self) -> bool {
         const WORTH_IT: u64 = 16 * 1024;
         self.runs_written > WORTH_IT
-            && self.runs_written / 4 > self.durable.values().map(|file| file.runs().count() as u64).sum()
+            && self.runs_written / 4
+                > self.durable.values().map(|file| u64::try_from(file.len()).unwrap_or(u64::MAX)).sum()
     }
 }
 
-fn insert(durable: &mut HashMap<u32, FileExtents>, record: &ExtentRecord) -> Result<(), StoreError> {
+fn insert(durable: &mut HashMap<u32, Runs>, record: &ExtentRecord) -> Result<(), StoreError> {
     let ExtentRecord { extent: Extent { file, offset, len }, crc } = *record;
-    durable
-        .entry(file)
-        .or_default()
-        .insert(offset, len, crc)
-        .map_err(|_| StoreError::invalid("record an extent", "it is recorded already"))
+    if durable.entry(file).or_default().insert(offset, len, crc) {
+        Ok(())
+    } else {
+        Err(StoreError::invalid("record an extent", "it is recorded already"))
+    }
 }
 
-pub(super) fn all_records(durable: &HashMap<u32, FileExtents>) -> Vec<ExtentRecord> {
+pub(super) fn all_records(durable: &HashMap<u32, Runs>) -> Vec<ExtentRecord> {
     durable
         .iter()
         .flat_map(|(&file, extents)| {
             extents
-                .runs()
+                .iter()
                 .map(move |(offset, len, crc)| ExtentRecord { extent: Extent { file, offset, len }, crc })
         })
         .collect()
@@ -377,8 +378,8 @@ pub(super) fn read_records(
     plan: &TransferPlan,
     records: &[Vec<u8>],
     mut damage: impl FnMut(String),
-) -> HashMap<u32, FileExtents> {
-    let mut durable: HashMap<u32, FileExtents> = HashMap::new();
+) -> HashMap<u32, Runs> {
+    let mut durable: HashMap<u32, Runs> = HashMap::new();
     for record in records {
         let Some(extents) = decode_extents(record) else {
             damage("a record is not a list of extents".to_owned());

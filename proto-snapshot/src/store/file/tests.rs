@@ -9,5 +9,6 @@ mod random;
 mod reuse;
 mod space;
 mod support;
+mod syscalls;
 
 use super::{FileSnapshotStore, FileStoreOptions};

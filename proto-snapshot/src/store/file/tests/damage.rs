@@ -261,3 +261,58 @@ async fn a_store_of_another_layout_is_refused() {
     let error = super::FileSnapshotStore::open(dir.path(), options()).unwrap_err();
     assert!(matches!(error, StoreError::Damaged { .. }), "{error:?}");
 }
+
+/// What a disk that cannot read one sector does to a start: everything else works.
+#[tokio::test]
+async fn what_cannot_be_read_or_removed_is_reported_and_blocks_its_id_only() {
+    for unreadable in ["open/meta", "open/claim", "open/records", "sealed/sealed", ".gone.open", ".new.open"]
+    {
+        let dir = populated().await;
+        let root = dir.path().join("staging");
+        let (path, away) = (root.join(unreadable), dir.path().join("away"));
+        let half = unreadable.starts_with('.');
+        if half {
+            fs::rename(root.join("open"), &away).unwrap();
+            // A file cannot be removed as a directory is.
+            fs::write(&path, "x").unwrap();
+        } else {
+            fs::rename(&path, &away).unwrap();
+            // A directory opens as a file does, and reading it is an error of the system.
+            fs::create_dir(&path).unwrap();
+        }
+        let (name, other) =
+            if unreadable.starts_with("sealed") { ("sealed", "open") } else { ("open", "sealed") };
+        let area = unreadable.split('/').next().unwrap();
+        let before = tree(&root);
+        {
+            let (store, recovered) = open(dir.path()).await;
+            let staged: Vec<_> =
+                recovered.staged.iter().map(|area| area.plan().spec.transfer_id.to_string()).collect();
+            assert_eq!(staged, [other], "{unreadable}");
+            assert_eq!(recovered.finished.len(), 2);
+            assert_eq!(recovered.damage.len(), 1, "{:?}", recovered.damage);
+            assert!(recovered.damage[0].contains(&format!("staging/{area} ")), "{:?}", recovered.damage);
+            let refused = store.stage(&plan(name, 9, &files())).await.unwrap_err();
+            assert!(
+                matches!(&refused, StoreError::Damaged { file, .. } if *file == format!("staging/{area}")),
+                "{refused:?}"
+            );
+            assert_eq!(tree(&root), before, "{unreadable}: it was left as it is");
+            // Also what others remove does not touch it.
+            let staging = store.stage(&plan("new", 9, &files())).await.unwrap();
+            fill(&staging, &files()).await;
+            install(&staging, &files()).await;
+            assert_eq!(current(&store).await.unwrap().1, as_tree(&files()));
+        }
+        // The disk answers again.
+        if half {
+            fs::remove_file(&path).unwrap();
+            fs::rename(&away, root.join("open")).unwrap();
+        } else {
+            fs::remove_dir(&path).unwrap();
+            fs::rename(&away, &path).unwrap();
+        }
+        let (_store, recovered) = open(dir.path()).await;
+        assert_eq!((recovered.staged.len(), recovered.damage), (2, Vec::new()), "{unreadable}");
+    }
+}

@@ -318,3 +318,85 @@ async fn a_second_store_on_the_directory_is_refused() {
     drop(store);
     FileSnapshotStore::open(dir.path(), options()).unwrap();
 }
+
+/// A crash before the removal, and somebody else is quicker after the restart.
+#[tokio::test]
+async fn what_was_current_is_not_stale_when_it_asks_again() {
+    let dir = tempfile::tempdir_in(fast_dir()).unwrap();
+    let (store, _) = open(dir.path()).await;
+    let older = filled(&store, "older", 1).await;
+    for at in 0..3 {
+        step(&older, at, 1).await;
+    }
+    drop((older, store));
+    let (store, mut recovered) = open(dir.path()).await;
+    installed(&store, "newer", 2).await;
+    assert_eq!(store.shard(&shard()).await.unwrap().superseded.len(), 1);
+    for at in 0..3 {
+        step(&recovered.staged[0], at, 1).await;
+    }
+    // And once more.
+    drop((recovered.staged.pop(), store));
+    let (store, mut recovered) = open(dir.path()).await;
+    assert_eq!(recovered.damage, Vec::<String>::new());
+    let superseded = store.shard(&shard()).await.unwrap().superseded;
+    assert_eq!(superseded, [recovered.staged[0].plan().spec.transfer_id.clone()]);
+    for at in 0..4 {
+        step(&recovered.staged[0], at, 1).await;
+    }
+    let state = store.shard(&shard()).await.unwrap();
+    assert_eq!((state.superseded, state.high_water), (Vec::new(), Some(spec("newer", 2).point)));
+    assert_eq!(current(&store).await.unwrap().1, as_tree(&files(2)));
+    until_gone(&dir.path().join("installed/shard-1/older")).await;
+    // The ID is free, and one that was never current is stale.
+    let again = filled(&store, "older", 1).await;
+    again.seal(&totals(&files(1))).await.unwrap();
+    assert!(matches!(again.place().await.unwrap_err(), StoreError::Stale { .. }));
+    again.remove().await.unwrap();
+    drop((again, recovered.staged.pop(), store));
+    let (_store, recovered) = open(dir.path()).await;
+    assert!(recovered.staged.is_empty() && recovered.damage.is_empty(), "{recovered:?}");
+}
+
+/// The owner refused a snapshot that was in place; every state in which its removal can be interrupted, made by hand.
+#[tokio::test]
+async fn an_interrupted_removal_is_finished_without_a_word() {
+    for first in [false, true] {
+        for state in 0..4 {
+            let dir = tempfile::tempdir_in(fast_dir()).unwrap();
+            let at = |path: &str| dir.path().join(path);
+            let (store, _) = open(dir.path()).await;
+            if !first {
+                installed(&store, "old", 1).await;
+            }
+            let refused = filled(&store, "refused", 2).await;
+            refused.seal(&totals(&files(2))).await.unwrap();
+            refused.place().await.unwrap();
+            // Another is in place and waits for its owner.
+            let waiting = filled(&store, "waiting", 3).await;
+            waiting.seal(&totals(&files(3))).await.unwrap();
+            waiting.place().await.unwrap();
+            drop((refused, waiting, store));
+            fs::rename(at("staging/refused"), at("staging/.gone.refused")).unwrap();
+            if state > 0 {
+                fs::rename(at("installed/shard-1/refused"), at("trash/1")).unwrap();
+            }
+            if state > 1 {
+                fs::remove_file(at("shards/shard-1/refused.manifest")).unwrap();
+            }
+            if state > 2 {
+                fs::remove_file(at("staging/.gone.refused/meta")).unwrap();
+            }
+            let (store, mut recovered) = open(dir.path()).await;
+            assert_eq!(recovered.damage, Vec::<String>::new(), "{first} {state}");
+            assert_eq!(recovered.staged.len(), 1);
+            for gone in
+                ["staging/.gone.refused", "installed/shard-1/refused", "shards/shard-1/refused.manifest"]
+            {
+                assert!(!at(gone).exists(), "{first} {state}: {gone}");
+            }
+            install(&recovered.staged.remove(0), &files(3)).await;
+            assert_eq!(current(&store).await.unwrap().1, as_tree(&files(3)));
+        }
+    }
+}

@@ -331,3 +331,35 @@ async fn the_log_of_extents_is_compacted() {
     let (_store, mut recovered) = open(dir.path()).await;
     assert_eq!(recovered.staged.remove(0).records(), [chunk(&files, 0, 0, 400_000).1]);
 }
+
+/// A checksum that does not match costs the whole extent, so they must not grow without end.
+#[tokio::test]
+async fn what_is_read_back_is_in_pieces_of_64_mib() {
+    const MIB: u64 = 1 << 20;
+    let dir = tempfile::tempdir_in(fast_dir()).unwrap();
+    let (store, _) = open(dir.path()).await;
+    let mut plan = plan("t1", 1, &vec![("f".to_owned(), Vec::new())]);
+    let mut file = plan.manifest.files()[0].clone();
+    file.size = Some(130 * MIB);
+    plan.manifest = crate::spec::Manifest::new(vec![file]).unwrap();
+    let staging = store.stage(&plan).await.unwrap();
+    let last = bytes::Bytes::from_static(b"x");
+    let chunk = crate::store::StagedChunk { file: 0, offset: 130 * MIB - 1, payload: last };
+    staging.write(vec![chunk]).await.unwrap();
+    for at in 0..130 {
+        let extent = Extent { file: 0, offset: at * MIB, len: MIB };
+        staging.sync(vec![ExtentRecord { extent, crc: at }]).await.unwrap();
+    }
+    let lengths = |staging: &crate::store::FileStaging| {
+        staging.records().iter().map(|record| record.extent.len / MIB).collect::<Vec<_>>()
+    };
+    drop((staging, store));
+    let (_store, mut recovered) = open(dir.path()).await;
+    let staging = recovered.staged.remove(0);
+    assert_eq!(lengths(&staging), [64, 64, 2]);
+    // Written anew, they stay so.
+    staging.reset_records(staging.records()).await.unwrap();
+    drop((staging, _store));
+    let (_store, mut recovered) = open(dir.path()).await;
+    assert_eq!(lengths(&recovered.staged.remove(0)), [64, 64, 2]);
+}
