@@ -53,7 +53,7 @@ pub struct DemoArgs {
     /// Keys to generate, of 100 bytes each.
     #[arg(long, value_name = "N", default_value_t = 200_000, conflicts_with = "input", value_parser = clap::value_parser!(u64).range(1..))]
     keys: u64,
-    /// Load this file instead: lines of key<TAB>value, or Redis commands as redis-cli --pipe takes them.
+    /// Load this file instead: lines of `key<TAB>value`, or Redis commands as redis-cli --pipe takes them.
     #[arg(long, value_name = "FILE")]
     input: Option<PathBuf>,
     /// Keep data directories and logs in DIR, which must be empty or not there yet.
