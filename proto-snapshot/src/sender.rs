@@ -2,9 +2,11 @@
 //!
 //! | question | where |
 //! |---|---|
-//! | when is it tried again, when is it given up? | `sender/task.rs` |
-//! | what goes over the wire, in which order? | `sender/stream.rs` |
-//! | who sends which bytes, and with which checksums? | `sender/work.rs` |
+//! | when is it tried again, when is it given up? | `sender/task.rs`, `sender/patience.rs` |
+//! | what goes over the wire, in which order? | `sender/control.rs`, `sender/lane.rs`, `sender/stream.rs` |
+//! | what is believed of the receiver's wishes? | `sender/missing.rs` |
+//! | who sends which bytes, and with which checksums? | `sender/work.rs`, `sender/pump.rs`, `sender/checksums.rs` |
+//! | what do others see of it? | `sender/shown.rs` |
 
 use std::num::NonZeroU64;
 use std::sync::Arc;
@@ -22,6 +24,13 @@ use proto_common::v1::{Direction, Priority};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
+mod checksums;
+mod control;
+mod lane;
+mod missing;
+mod patience;
+mod pump;
+mod shown;
 mod stream;
 mod task;
 mod work;
@@ -67,7 +76,10 @@ pub struct SenderOptions {
     pub digests: bool,
     /// Pauses between attempts to connect.
     pub backoff: Backoff,
-    /// Time without any progress after which a retryable error becomes final. Default 5 min; `None`: never.
+    /// Time spent failing since the last progress after which a retryable error becomes final. Default 5 min; `None`: never.
+    ///
+    /// It counts from a failure to the next sign of life: while the source is read, or the receiver prepares, takes bytes or
+    /// installs, it stands still. Bytes that become durable for the first time set it to 0.
     pub give_up_after: Option<Duration>,
 }
 
@@ -108,8 +120,9 @@ pub struct SnapshotToSend {
 
 /// A transfer that runs in a task of its own.
 ///
-/// Dropping the handle stops the sending; what is durable at the receiver stays, and the same [`SnapshotToSend`] continues it.
-/// [`cancel`](Self::cancel) stops it and discards what is staged.
+/// Dropping the handle stops the sending; what is durable at the receiver stays, and the same [`SnapshotToSend`] continues it. Where
+/// the transfer had not ended, it is shown as `FAILED` from then on, with the retryable error `STREAM_ENDED_EARLY`; that is not
+/// written to the history on disk. [`cancel`](Self::cancel) stops it and discards what is staged.
 #[derive(Debug)]
 pub struct TransferHandle {
     id: TransferId,
@@ -172,7 +185,7 @@ impl<C: Connect> SnapshotSender<C> {
         let tracker = self.transfers.registry().insert(
             Direction::Out,
             id.as_str(),
-            task::initial_progress(&snapshot),
+            shown::initial_progress(&snapshot),
         )?;
         let cancel = CancellationToken::new();
         self.transfers.register_outgoing(&id, cancel.clone());
@@ -210,7 +223,10 @@ impl TransferHandle {
     }
 
     /// Stops the transfer and has the receiver discard what is staged. [`join`](Self::join) then returns `TRANSFER_CANCELLED`, or
-    /// `Installed` where it was too late.
+    /// what becomes of it where it was too late: the receiver has everything and installs it.
+    ///
+    /// The receiver is waited for at most 30 s; the message of the error says if it could not be told. Nothing is sent meanwhile. Keep
+    /// the handle: dropping it stops the cancelling too.
     pub fn cancel(&self) {
         self.cancel.cancel();
     }

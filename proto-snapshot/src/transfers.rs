@@ -103,10 +103,13 @@ impl Transfers {
         self.outgoing().insert(id.clone(), cancel);
     }
 
-    /// The outgoing transfer has ended.
+    /// The outgoing transfer that was registered with `cancel` has ended; another may have its ID by now.
     #[cfg(feature = "client")]
-    pub(crate) fn forget_outgoing(&self, id: &TransferId) {
-        self.outgoing().remove(id);
+    pub(crate) fn forget_outgoing(&self, id: &TransferId, cancel: &CancellationToken) {
+        let mut outgoing = self.outgoing();
+        if outgoing.get(id) == Some(cancel) {
+            outgoing.remove(id);
+        }
     }
 
     /// The switch of an outgoing transfer that runs.
@@ -160,5 +163,22 @@ impl TransferProgress {
         progress.finished_unix_ms = Some(now_unix_ms());
         progress.bytes_per_second = None;
         progress.eta_ms = None;
+    }
+}
+
+#[cfg(all(test, feature = "client", feature = "server"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_end_of_a_transfer_leaves_the_switch_of_the_next_one_alone() {
+        let (transfers, id) = (Transfers::default(), TransferId::new("t").unwrap());
+        let (first, second) = (CancellationToken::new(), CancellationToken::new());
+        transfers.register_outgoing(&id, first.clone());
+        transfers.register_outgoing(&id, second.clone());
+        transfers.forget_outgoing(&id, &first);
+        assert!(transfers.outgoing_cancel(&id) == Some(second.clone()));
+        transfers.forget_outgoing(&id, &second);
+        assert!(transfers.outgoing_cancel(&id).is_none());
     }
 }

@@ -1,0 +1,191 @@
+//! Reading the source: to send it, or only for its checksums.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use futures::StreamExt as _;
+use proto_common::checksum::crc64;
+use proto_common::error::Error;
+use proto_common::rate::RateLimiter;
+use tokio::sync::watch;
+
+use super::checksums::Checksums;
+use super::missing::Span;
+use super::patience::Patience;
+use super::stream::{Heard, Outbound};
+use super::work::Work;
+use crate::reason::Reason;
+use crate::source::SnapshotSource;
+use crate::v1::transfer_split_snapshot_request::{Chunk, Frame};
+
+/// Smallest chunk that is worth its frame where the receiver allows more.
+const MAX_CHUNK: u32 = 1 << 20;
+
+/// What all streams of a transfer share.
+pub(super) struct Shared<S> {
+    pub(super) source: Arc<S>,
+    pub(super) checksums: Arc<Checksums>,
+    pub(super) limiter: Arc<RateLimiter>,
+    pub(super) counters: Arc<Counters>,
+    pub(super) patience: Arc<Patience>,
+    pub(super) hold: Hold,
+}
+
+impl<S> Clone for Shared<S> {
+    fn clone(&self) -> Self {
+        Self {
+            source: Arc::clone(&self.source),
+            checksums: Arc::clone(&self.checksums),
+            limiter: Arc::clone(&self.limiter),
+            counters: Arc::clone(&self.counters),
+            patience: Arc::clone(&self.patience),
+            hold: self.hold.clone(),
+        }
+    }
+}
+
+impl<S: SnapshotSource> Shared<S> {
+    pub(super) fn new(source: S, limiter: RateLimiter) -> Self {
+        Self {
+            source: Arc::new(source),
+            checksums: Arc::default(),
+            limiter: Arc::new(limiter),
+            counters: Arc::default(),
+            patience: Arc::default(),
+            hold: Hold::default(),
+        }
+    }
+
+    /// Sends chunks of at most `chunk` bytes on one stream.
+    pub(super) fn pump<'a>(&'a self, outbound: &'a Outbound, heard: &'a Heard, chunk: u32) -> Pump<'a, S> {
+        Pump {
+            shared: self,
+            outbound,
+            heard,
+            piece: usize::try_from(chunk.min(MAX_CHUNK)).unwrap_or(1),
+            sent: 0,
+        }
+    }
+
+    /// Reads what the receiver has already, for the checksums of whole files.
+    pub(super) async fn read_known(&self, spans: Vec<Span>) -> Result<(), Error> {
+        /// Pieces in which files are read that are not sent.
+        const PIECE: usize = 1 << 20;
+        for span in spans {
+            let mut pieces = self.source.open(span.file, span.offset, span.len, PIECE).await?;
+            let mut at = span.offset;
+            while let Some(payload) = pieces.next().await {
+                let payload = payload?;
+                let len = payload.len() as u64;
+                self.checksums.add(span.file, at, len, crc64(&payload));
+                self.patience.active();
+                at = at.saturating_add(len);
+                // Checksums alone are fast enough to keep a thread from everything else.
+                tokio::task::yield_now().await;
+            }
+            self.read_to(span, at)?;
+        }
+        Ok(())
+    }
+
+    /// The source ended at `at` what it was asked for as `span`.
+    fn read_to(&self, span: Span, at: u64) -> Result<(), Error> {
+        match span.len {
+            Some(len) if at != span.end() => Err(Reason::Internal.error(format!(
+                "the source gave {} of {len} bytes of file {} at offset {}",
+                at.saturating_sub(span.offset),
+                span.file,
+                span.offset
+            ))),
+            Some(_) => Ok(()),
+            None => {
+                self.checksums.end(span.file, at);
+                Ok(())
+            }
+        }
+    }
+}
+
+/// What all streams of a transfer count together.
+#[derive(Debug, Default)]
+pub(super) struct Counters {
+    pub(super) wire_bytes: AtomicU64,
+    pub(super) throttled_us: AtomicU64,
+}
+
+/// Holds everything back that would be sent, as long as it is not known whether it is still wanted.
+#[derive(Debug, Clone)]
+pub(super) struct Hold(Arc<watch::Sender<bool>>);
+
+impl Default for Hold {
+    fn default() -> Self {
+        Self(Arc::new(watch::Sender::new(false)))
+    }
+}
+
+impl Hold {
+    pub(super) fn set(&self, held: bool) {
+        self.0.send_replace(held);
+    }
+
+    /// Waits until nothing is held back.
+    pub(super) async fn pass(&self) {
+        if *self.0.borrow() {
+            // The sender lives in `self`.
+            let _ = self.0.subscribe().wait_for(|held| !held).await;
+        }
+    }
+}
+
+/// Sends chunks on one stream.
+pub(super) struct Pump<'a, S> {
+    shared: &'a Shared<S>,
+    outbound: &'a Outbound,
+    heard: &'a Heard,
+    piece: usize,
+    /// Payload bytes sent on this stream.
+    pub(super) sent: u64,
+}
+
+impl<S: SnapshotSource> Pump<'_, S> {
+    /// Sends units until there are none. Every unit taken is added to `taken` first.
+    pub(super) async fn drain(&mut self, work: &Work, taken: &mut Vec<Span>) -> Result<(), Error> {
+        while let Some(unit) = work.take() {
+            taken.push(unit);
+            self.send(unit).await?;
+        }
+        Ok(())
+    }
+
+    async fn send(&mut self, unit: Span) -> Result<(), Error> {
+        let shared = self.shared;
+        let mut pieces = shared.source.open(unit.file, unit.offset, unit.len, self.piece).await?;
+        let mut at = unit.offset;
+        while let Some(payload) = pieces.next().await {
+            let payload = payload?;
+            let len = payload.len() as u64;
+            let crc = crc64(&payload);
+            shared.checksums.add(unit.file, at, len, crc);
+            self.wait_for(len).await?;
+            let chunk = Frame::Chunk(Chunk { file: unit.file, offset: at, crc64nvme: crc, payload });
+            self.heard.quiet.bound("a chunk to be read", self.outbound.send(chunk)).await??;
+            self.sent = self.sent.saturating_add(len);
+            shared.counters.wire_bytes.fetch_add(len, Ordering::Relaxed);
+            shared.patience.active();
+            at = at.saturating_add(len);
+        }
+        shared.read_to(unit, at)
+    }
+
+    /// Waits for credit and for the rate limit.
+    async fn wait_for(&self, bytes: u64) -> Result<(), Error> {
+        let mut waited = self.shared.limiter.acquire(bytes).await;
+        self.shared.hold.pass().await;
+        let since = tokio::time::Instant::now();
+        self.heard.credit(self.sent.saturating_add(bytes)).await?;
+        waited += since.elapsed();
+        let waited = u64::try_from(waited.as_micros()).unwrap_or(u64::MAX);
+        self.shared.counters.throttled_us.fetch_add(waited, Ordering::Relaxed);
+        Ok(())
+    }
+}

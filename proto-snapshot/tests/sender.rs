@@ -1,0 +1,831 @@
+//! A sender against receivers that lie, are lazy, or end at the wrong moment: a scripted server in the same process, on a clock
+//! that jumps whenever everybody waits.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a failed expectation is a failed test"
+)]
+
+use std::pin::Pin;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use futures::{FutureExt as _, Stream, StreamExt as _};
+use proto_common::connect::connect_fn;
+use proto_common::error::Error;
+use proto_common::ids::{NodeId, ShardId, TransferId};
+use proto_common::path::FileName;
+use proto_common::slots::SlotRange;
+use proto_common::v1::{Direction, NodeIdentity, Priority};
+use proto_snapshot::Reason;
+use proto_snapshot::sender::{SenderOptions, SnapshotSender, SnapshotToSend, TransferHandle};
+use proto_snapshot::source::{Description, PieceStream, SnapshotSource, SourceError};
+use proto_snapshot::spec::{ManifestFile, SnapshotPoint};
+use proto_snapshot::transfers::Transfers;
+use proto_snapshot::v1::split_snapshot_service_server::{SplitSnapshotService, SplitSnapshotServiceServer};
+use proto_snapshot::v1::transfer_split_snapshot_request::{End, Frame, Header};
+use proto_snapshot::v1::transfer_split_snapshot_response::{
+    Accepted, Ack, Extent, Frame as Answer, Installed,
+};
+use proto_snapshot::v1::*;
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, sleep};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+const MIB: u64 = 1 << 20;
+
+// ---- The receiver.
+
+type Answers = mpsc::Sender<Result<TransferSplitSnapshotResponse, Status>>;
+
+/// One stream, as its script sees it.
+struct Call {
+    /// 0 for the first stream of the test.
+    number: usize,
+    frames: Streaming<TransferSplitSnapshotRequest>,
+    answers: Answers,
+}
+
+impl Call {
+    async fn next(&mut self) -> Option<Frame> {
+        self.frames.message().await.ok().flatten().map(|request| request.frame.expect("a frame is set"))
+    }
+
+    async fn say(&self, frame: Answer) {
+        let _ = self.answers.send(Ok(TransferSplitSnapshotResponse { frame: Some(frame) })).await;
+    }
+
+    async fn fail(&self, error: Error) {
+        let _ = self.answers.send(Err(error.into())).await;
+    }
+
+    /// Reads the header and the manifest.
+    async fn header(&mut self) -> (Header, u64) {
+        let Some(Frame::Header(header)) = self.next().await else { panic!("no header") };
+        let mut files = 0;
+        loop {
+            match self.next().await {
+                Some(Frame::Manifest(page)) => {
+                    files += page.files.len() as u64;
+                    if page.last {
+                        return (header, files);
+                    }
+                }
+                Some(Frame::Heartbeat(_)) => {}
+                other => panic!("{other:?} in the manifest"),
+            }
+        }
+    }
+
+    /// Takes chunks until the end, acknowledging each; returns how many bytes came.
+    async fn take(&mut self, credit: u64) -> (u64, End) {
+        let mut bytes = 0;
+        let mut end = End::default();
+        loop {
+            match self.next().await {
+                Some(Frame::Chunk(chunk)) => {
+                    bytes += chunk.payload.len() as u64;
+                    self.say(ack(bytes, bytes, bytes + credit, TransferPhase::Transferring)).await;
+                }
+                Some(Frame::End(page)) => {
+                    end.files.extend(page.files);
+                    if page.last {
+                        return (bytes, End { files: end.files, ..page });
+                    }
+                }
+                Some(Frame::Heartbeat(_)) => {}
+                other => panic!("{other:?} among chunks"),
+            }
+        }
+    }
+
+    /// Accepts `missing`, takes it and installs; returns how many bytes came.
+    async fn install(&mut self, missing: Vec<Extent>) -> u64 {
+        self.say(accepted(missing)).await;
+        let (bytes, end) = self.take(8 * MIB).await;
+        self.say(installed(&end)).await;
+        bytes
+    }
+}
+
+fn accepted(missing: Vec<Extent>) -> Answer {
+    Answer::Accepted(terms(missing))
+}
+
+fn terms(missing: Vec<Extent>) -> Accepted {
+    Accepted {
+        missing,
+        last: true,
+        max_chunk_bytes: 1 << 20,
+        credit_limit: 8 * MIB,
+        idle_timeout_ms: 10_000,
+        max_lanes: 1,
+        ..Accepted::default()
+    }
+}
+
+fn ack(received: u64, durable: u64, credit: u64, phase: TransferPhase) -> Answer {
+    Answer::Ack(Ack {
+        received_bytes: received,
+        durable_bytes: durable,
+        credit_limit: credit,
+        phase: phase.into(),
+    })
+}
+
+fn installed(end: &End) -> Answer {
+    Answer::Installed(Installed {
+        total_bytes: end.total_bytes,
+        file_count: end.file_count,
+        ..Installed::default()
+    })
+}
+
+fn extent(file: u32, offset: u64, length: impl Into<Option<u64>>) -> Extent {
+    Extent { file, offset, length: length.into() }
+}
+
+type Script = Arc<dyn Fn(Call) -> BoxFuture<'static, ()> + Send + Sync>;
+type OnCancel = Arc<dyn Fn() -> BoxFuture<'static, Result<(), Error>> + Send + Sync>;
+
+#[derive(Clone)]
+struct Peer {
+    script: Script,
+    on_cancel: OnCancel,
+    /// Answers a stream only when its script has ended, headers included.
+    lazy: bool,
+    streams: Arc<AtomicUsize>,
+    connections: Arc<AtomicUsize>,
+    /// Connections that are refused first.
+    refuse: Arc<AtomicUsize>,
+}
+
+impl Peer {
+    fn new<F: Future<Output = ()> + Send + 'static>(
+        script: impl Fn(Call) -> F + Send + Sync + 'static,
+    ) -> Self {
+        Self {
+            script: Arc::new(move |call| script(call).boxed()),
+            on_cancel: Arc::new(|| async { Ok(()) }.boxed()),
+            lazy: false,
+            streams: Arc::default(),
+            connections: Arc::default(),
+            refuse: Arc::default(),
+        }
+    }
+
+    fn send<S: SnapshotSource>(&self, source: S) -> TransferHandle {
+        self.send_with(source, SenderOptions::default(), Transfers::default())
+    }
+
+    fn send_with<S: SnapshotSource>(
+        &self,
+        source: S,
+        options: SenderOptions,
+        transfers: Transfers,
+    ) -> TransferHandle {
+        let peer = self.clone();
+        let connect = connect_fn(move || {
+            let peer = peer.clone();
+            async move {
+                peer.connections.fetch_add(1, Ordering::SeqCst);
+                let refused =
+                    peer.refuse.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1));
+                if refused.is_ok() {
+                    return Err(Reason::ShuttingDown.error("nobody listens"));
+                }
+                Ok(SplitSnapshotServiceServer::new(peer))
+            }
+        });
+        SnapshotSender::new(connect).options(options).transfers(transfers).send(snapshot(), source).unwrap()
+    }
+
+    fn streams(&self) -> usize {
+        self.streams.load(Ordering::SeqCst)
+    }
+}
+
+#[tonic::async_trait]
+impl SplitSnapshotService for Peer {
+    type TransferSplitSnapshotStream =
+        Pin<Box<dyn Stream<Item = Result<TransferSplitSnapshotResponse, Status>> + Send>>;
+    type WatchTransferProgressStream = futures::stream::Empty<Result<WatchTransferProgressResponse, Status>>;
+
+    async fn transfer_split_snapshot(
+        &self,
+        request: Request<Streaming<TransferSplitSnapshotRequest>>,
+    ) -> Result<Response<Self::TransferSplitSnapshotStream>, Status> {
+        let (answers, stream) = mpsc::channel(if self.lazy { 1000 } else { 1 });
+        let number = self.streams.fetch_add(1, Ordering::SeqCst);
+        let script = (self.script)(Call { number, frames: request.into_inner(), answers });
+        if self.lazy {
+            script.await;
+            return Ok(Response::new(ReceiverStream::new(stream).boxed()));
+        }
+        // The script lives as long as the stream does.
+        let script = script.map(|()| None).into_stream();
+        let answers = ReceiverStream::new(stream).map(Some);
+        let both = futures::stream::select(answers, script).filter_map(|answer| async { answer });
+        Ok(Response::new(both.boxed()))
+    }
+
+    async fn get_transfer_progress(
+        &self,
+        _: Request<GetTransferProgressRequest>,
+    ) -> Result<Response<GetTransferProgressResponse>, Status> {
+        Err(Reason::TransferNotFound.error("unknown").into())
+    }
+
+    async fn watch_transfer_progress(
+        &self,
+        _: Request<WatchTransferProgressRequest>,
+    ) -> Result<Response<Self::WatchTransferProgressStream>, Status> {
+        Err(Status::unimplemented("not in this test"))
+    }
+
+    async fn list_transfers(
+        &self,
+        _: Request<ListTransfersRequest>,
+    ) -> Result<Response<ListTransfersResponse>, Status> {
+        Err(Status::unimplemented("not in this test"))
+    }
+
+    async fn cancel_transfer(
+        &self,
+        _: Request<CancelTransferRequest>,
+    ) -> Result<Response<CancelTransferResponse>, Status> {
+        (self.on_cancel)().await?;
+        Ok(Response::new(CancelTransferResponse::default()))
+    }
+}
+
+fn snapshot() -> SnapshotToSend {
+    SnapshotToSend {
+        transfer_id: TransferId::new("t").unwrap(),
+        source_shard: ShardId::new("s1").unwrap(),
+        target_shard: ShardId::new("s2").unwrap(),
+        source_node: NodeId::new("n1").unwrap(),
+        target_node: None,
+        slots: SlotRange::FULL,
+        point: SnapshotPoint { term: 1, index: 1 },
+        fence: None,
+        priority: Priority::Split,
+    }
+}
+
+// ---- The source.
+
+/// What was asked of a source: file, offset and length.
+type Opened = (u32, u64, Option<u64>);
+
+/// Zeros.
+#[derive(Clone)]
+struct Zeros {
+    sizes: Vec<Option<u64>>,
+    /// What files of unknown size have.
+    unknown: u64,
+    name_len: usize,
+    can_seek: bool,
+    describing: Duration,
+    opened: Arc<Mutex<Vec<Opened>>>,
+}
+
+impl Zeros {
+    fn new(sizes: impl Into<Vec<u64>>) -> Self {
+        Self {
+            sizes: sizes.into().into_iter().map(Some).collect(),
+            unknown: 0,
+            name_len: 5,
+            can_seek: true,
+            describing: Duration::ZERO,
+            opened: Arc::default(),
+        }
+    }
+
+    fn opened(&self) -> Vec<Opened> {
+        std::mem::take(&mut self.opened.lock().unwrap())
+    }
+}
+
+impl SnapshotSource for Zeros {
+    async fn describe(&self, _: bool) -> Result<Description, SourceError> {
+        sleep(self.describing).await;
+        let file = |(number, size): (usize, &Option<u64>)| ManifestFile {
+            name: FileName::new(&format!("{number:0>width$}", width = self.name_len)).unwrap(),
+            size: *size,
+            blake3: None,
+        };
+        let files = self.sizes.iter().enumerate().map(file).collect();
+        Ok(Description { files, content_version: "v".to_owned() })
+    }
+
+    async fn open(
+        &self,
+        file: u32,
+        offset: u64,
+        len: Option<u64>,
+        piece: usize,
+    ) -> Result<PieceStream, SourceError> {
+        self.opened.lock().unwrap().push((file, offset, len));
+        let size = self.sizes[usize::try_from(file).unwrap()].unwrap_or(self.unknown);
+        let end = offset + len.unwrap_or(size - offset);
+        assert!(end <= size, "{len:?} bytes at {offset} of file {file} are beyond its {size}");
+        let piece = piece as u64;
+        let pieces = (0..(end - offset).div_ceil(piece)).map(move |number| {
+            let left = end - offset - number * piece;
+            Ok(Bytes::from(vec![0; usize::try_from(piece.min(left)).unwrap()]))
+        });
+        Ok(futures::stream::iter(pieces).boxed())
+    }
+
+    fn can_seek(&self) -> bool {
+        self.can_seek
+    }
+}
+
+async fn ends<T>(future: impl Future<Output = T>) -> T {
+    tokio::time::timeout(Duration::from_secs(24 * 60 * 60), future).await.expect("it ends")
+}
+
+// ---- The tests.
+
+#[tokio::test(start_paused = true)]
+async fn a_cancel_that_comes_too_late_ends_as_the_install_does() {
+    let (asked, was_asked) = watch::channel(false);
+    let mut peer = Peer::new(move |mut call| {
+        let mut was_asked = was_asked.clone();
+        async move {
+            call.header().await;
+            call.say(accepted(vec![extent(0, 0, 10)])).await;
+            let (_, end) = call.take(0).await;
+            call.say(ack(10, 10, 10, TransferPhase::Installing)).await;
+            was_asked.wait_for(|asked| *asked).await.unwrap();
+            call.say(installed(&end)).await;
+        }
+    });
+    peer.on_cancel = Arc::new(move || {
+        asked.send_replace(true);
+        async { Err(Reason::TooLateToCancel.error("it is being installed")) }.boxed()
+    });
+    let mut handle = peer.send(Zeros::new([10]));
+    let mut watch = handle.watch().unwrap();
+    while watch.next().await.unwrap().phase() != TransferPhase::Installing {}
+    handle.cancel();
+    ends(handle.join()).await.unwrap();
+    assert_eq!(handle.progress().unwrap().phase(), TransferPhase::Installed);
+    assert_eq!(peer.streams(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn nothing_is_sent_while_it_is_not_known_whether_a_cancel_came_in_time() {
+    let (taken, count) = watch::channel(0);
+    let taken = Arc::new(taken);
+    let bytes = Arc::clone(&taken);
+    let mut peer = Peer::new(move |mut call| {
+        let taken = Arc::clone(&bytes);
+        async move {
+            call.header().await;
+            call.say(accepted(vec![extent(0, 0, 64 * MIB)])).await;
+            // One chunk at a time.
+            while let Some(frame) = call.next().await {
+                if let Frame::Chunk(chunk) = frame {
+                    taken.send_modify(|taken| *taken += chunk.payload.len());
+                    let taken = *taken.borrow() as u64;
+                    sleep(Duration::from_secs(1)).await;
+                    call.say(ack(taken, taken, taken + MIB, TransferPhase::Transferring)).await;
+                }
+            }
+        }
+    });
+    let (answers, since) = (Arc::new(Mutex::new(0)), count.clone());
+    let at_cancel = Arc::clone(&answers);
+    peer.on_cancel = Arc::new(move || {
+        *at_cancel.lock().unwrap() = *since.borrow();
+        sleep(Duration::from_secs(25)).map(Ok).boxed()
+    });
+    let mut handle = peer.send(Zeros::new([64 * MIB]));
+    count.clone().wait_for(|taken| *taken > 10 << 20).await.unwrap();
+    handle.cancel();
+    let error = ends(handle.join()).await.unwrap_err();
+    assert!(error.is(Reason::TransferCancelled), "{error:?}");
+    assert_eq!(error.to_string(), "the transfer was cancelled at its sender", "25 s are waited for");
+    assert_eq!(handle.progress().unwrap().phase(), TransferPhase::Cancelled);
+    // What was in the queue already.
+    let later = *count.borrow() - *answers.lock().unwrap();
+    assert!(later <= 10 << 20, "{later} bytes were sent after the cancel");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_cancel_says_whether_the_receiver_knows() {
+    let quiet = |mut call: Call| async move {
+        call.header().await;
+        std::future::pending().await
+    };
+    let mut peer = Peer::new(quiet);
+    peer.on_cancel = Arc::new(|| std::future::pending().boxed());
+    let mut handle = peer.send(Zeros::new([10]));
+    while peer.streams() == 0 {
+        sleep(Duration::from_millis(10)).await;
+    }
+    let start = Instant::now();
+    handle.cancel();
+    let error = ends(handle.join()).await.unwrap_err();
+    assert!(error.is(Reason::TransferCancelled), "{error:?}");
+    assert!(error.to_string().contains("did not answer in time"), "{error}");
+    assert!(start.elapsed() >= Duration::from_secs(30));
+
+    let peer = Peer::new(quiet);
+    let mut handle = peer.send(Zeros::new([10]));
+    while peer.streams() == 0 {
+        sleep(Duration::from_millis(10)).await;
+    }
+    peer.refuse.store(1, Ordering::SeqCst);
+    handle.cancel();
+    let error = ends(handle.join()).await.unwrap_err();
+    assert!(error.is(Reason::TransferCancelled), "{error:?}");
+    assert!(error.to_string().contains("could not be told (nobody listens)"), "{error}");
+
+    let mut peer = Peer::new(quiet);
+    peer.on_cancel = Arc::new(|| {
+        let error = Reason::TooLateToCancel.error("it has failed");
+        async { Err(error.metadata("phase", TransferPhase::Failed.as_str_name())) }.boxed()
+    });
+    let mut handle = peer.send(Zeros::new([10]));
+    handle.cancel();
+    let error = ends(handle.join()).await.unwrap_err();
+    assert!(error.is(Reason::TransferCancelled), "{error:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_may_keep_its_headers_until_it_has_read_everything() {
+    // Four pages at least, so that they fit no queue.
+    let source = Zeros { name_len: 200, ..Zeros::new(vec![0; 20_000]) };
+    let mut peer = Peer::new(|mut call| async move {
+        let (header, files) = call.header().await;
+        assert_eq!((header.file_count, files), (20_000, 20_000));
+        let installed = Installed { file_count: files, ..Installed::default() };
+        call.say(Answer::Accepted(Accepted { already_installed: true, ..terms(Vec::new()) })).await;
+        call.say(Answer::Installed(installed)).await;
+    });
+    peer.lazy = true;
+    assert_eq!(ends(peer.send(source).join()).await.unwrap().file_count, 20_000);
+    assert_eq!(peer.streams(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_that_never_answers_is_given_up_and_tried_again() {
+    for reads in [false, true] {
+        let mut peer = Peer::new(move |mut call| async move {
+            if reads {
+                while call.next().await.is_some() {}
+            }
+            std::future::pending().await
+        });
+        peer.lazy = true;
+        let options = with_patience(60);
+        let mut handle = peer.send_with(Zeros::new([10]), options, Transfers::default());
+        let error = ends(handle.join()).await.unwrap_err();
+        assert!(error.is(Reason::IdleTimeout), "{error:?}");
+        assert!((3..5).contains(&peer.streams()), "{}", peer.streams());
+    }
+}
+
+fn with_patience(seconds: u64) -> SenderOptions {
+    let mut options = SenderOptions::default();
+    options.give_up_after = Some(Duration::from_secs(seconds));
+    options
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_missing_is_believed_only_as_far_as_the_manifest_goes() {
+    let sizes = || Zeros { sizes: vec![Some(100), None, Some(1 << 40)], unknown: 10, ..Zeros::new([]) };
+    for (name, missing) in [
+        ("beyond the manifest", vec![extent(3, 0, 1)]),
+        ("beyond the file", vec![extent(0, 1, 100)]),
+        ("beyond all numbers", vec![extent(2, 1, u64::MAX)]),
+        ("far beyond", vec![extent(0, 0, u64::MAX)]),
+        ("far beyond any file", vec![extent(1, 1, u64::MAX - 1)]),
+        ("empty", vec![extent(0, 0, 0)]),
+        ("open although the size is known", vec![extent(0, 0, None)]),
+        ("files out of order", vec![extent(2, 0, 1), extent(0, 0, 1)]),
+        ("offsets out of order", vec![extent(0, 50, 1), extent(0, 0, 1)]),
+        ("overlapping", vec![extent(0, 0, 51), extent(0, 50, 1)]),
+        ("twice", vec![extent(0, 0, 51), extent(0, 0, 51)]),
+        ("after an open end", vec![extent(1, 0, None), extent(1, 10, 1)]),
+    ] {
+        let peer = Peer::new(move |mut call| {
+            let missing = missing.clone();
+            async move {
+                call.header().await;
+                call.install(missing).await;
+            }
+        });
+        let mut handle = peer.send(sizes());
+        let error = ends(handle.join()).await.unwrap_err();
+        assert!(error.is(Reason::InvalidField) && !error.is_retryable(), "{name}: {error:?}");
+        assert_eq!(error.violations()[0].field, "accepted.missing", "{name}");
+        assert_eq!(handle.progress().unwrap().wire_bytes, 0, "{name}");
+        assert_eq!(peer.streams(), 1, "{name}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn pages_without_end_are_not_read_for_ever() {
+    for per_page in [0_u64, 20_000] {
+        let pages = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&pages);
+        let peer = Peer::new(move |mut call| {
+            let pages = Arc::clone(&count);
+            async move {
+                call.header().await;
+                for page in 0..1000 {
+                    let missing =
+                        (page * per_page..(page + 1) * per_page).map(|at| extent(0, at * 2, 1)).collect();
+                    let page = Answer::Accepted(Accepted { missing, ..Accepted::default() });
+                    call.say(page).await;
+                    if call.answers.is_closed() {
+                        break;
+                    }
+                    pages.fetch_add(1, Ordering::SeqCst);
+                }
+            }
+        });
+        let error = ends(peer.send(Zeros::new([1 << 40])).join()).await.unwrap_err();
+        assert!(error.is(Reason::InvalidField), "{error:?}");
+        assert_eq!(error.violations()[0].field, "accepted.missing");
+        assert!(pages.load(Ordering::SeqCst) < 60);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_huge_file_is_not_cut_before_it_is_sent() {
+    let peer = Peer::new(|mut call| async move {
+        call.header().await;
+        call.say(accepted(vec![extent(0, 0, 1 << 62)])).await;
+        let _ = call.next().await;
+        call.fail(Reason::StaleFence.error("it was accepted")).await;
+    });
+    let error = ends(peer.send(Zeros::new([1 << 62])).join()).await.unwrap_err();
+    assert!(error.is(Reason::StaleFence), "{error:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_time_before_the_first_failure_is_not_held_against_it() {
+    let mut peer = Peer::new(|mut call| async move {
+        call.header().await;
+        if call.number == 0 {
+            // Longer than its patience, but it says so.
+            for _ in 0..100 {
+                sleep(Duration::from_secs(10)).await;
+                call.say(ack(0, 0, 0, TransferPhase::Preparing)).await;
+            }
+            return call.fail(Reason::StorageFailed.error("the disk is busy")).await;
+        }
+        call.install(vec![extent(0, 0, 10)]).await;
+    });
+    peer.refuse = Arc::new(AtomicUsize::new(2));
+    let source = Zeros { describing: Duration::from_secs(1000), ..Zeros::new([10]) };
+    ends(peer.send_with(source, with_patience(60), Transfers::default()).join()).await.unwrap();
+    assert_eq!(peer.streams(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_receiver_that_accepts_and_fails_is_given_up_all_the_same() {
+    let peer = Peer::new(|mut call| async move {
+        call.header().await;
+        call.say(accepted(vec![extent(0, 0, 10)])).await;
+        let _ = call.next().await;
+        call.fail(Reason::StorageFailed.error("the disk is full")).await;
+    });
+    let start = Instant::now();
+    let mut handle = peer.send_with(Zeros::new([10]), with_patience(60), Transfers::default());
+    let error = ends(handle.join()).await.unwrap_err();
+    assert!(error.is(Reason::StorageFailed), "{error:?}");
+    assert!((60..90).contains(&start.elapsed().as_secs()), "{:?}", start.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn signs_of_life_alone_are_no_progress() {
+    // At which point the receiver does nothing more than to repeat its acknowledgement.
+    for point in ["credit", "end", "installed"] {
+        let peer = Peer::new(move |mut call| async move {
+            call.header().await;
+            if call.number == 1 {
+                call.install(vec![extent(0, 0, 4 * MIB)]).await;
+                return;
+            }
+            let received = match point {
+                "credit" => {
+                    call.say(Answer::Accepted(Accepted {
+                        credit_limit: MIB,
+                        ..terms(vec![extent(0, 0, 4 * MIB)])
+                    }))
+                    .await;
+                    MIB
+                }
+                "end" => {
+                    call.say(accepted(vec![extent(0, 0, 4 * MIB)])).await;
+                    call.take(8 * MIB).await.0
+                }
+                _ => {
+                    let terms = Accepted { already_installed: true, ..terms(Vec::new()) };
+                    call.say(Answer::Accepted(terms)).await;
+                    0
+                }
+            };
+            loop {
+                call.say(ack(received, received, received, TransferPhase::Transferring)).await;
+                sleep(Duration::from_secs(3)).await;
+            }
+        });
+        let start = Instant::now();
+        ends(peer.send(Zeros::new([4 * MIB])).join()).await.unwrap();
+        assert_eq!(peer.streams(), 2, "{point}");
+        assert!((10..20).contains(&start.elapsed().as_secs()), "{point}: {:?}", start.elapsed());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_slow_disk_and_a_long_check_are_borne() {
+    let peer = Peer::new(|mut call| async move {
+        call.header().await;
+        call.say(Answer::Accepted(Accepted { credit_limit: MIB, ..terms(vec![extent(0, 0, 8 * MIB)]) }))
+            .await;
+        let mut received = 0;
+        let end = loop {
+            match call.next().await {
+                Some(Frame::Chunk(chunk)) => {
+                    received += chunk.payload.len() as u64;
+                    // The disk takes a little at a time; the credit comes last.
+                    for step in 1..=10 {
+                        sleep(Duration::from_secs(3)).await;
+                        let written = received - MIB + MIB / 10 * step;
+                        call.say(ack(written, 0, received, TransferPhase::Transferring)).await;
+                    }
+                    call.say(ack(received, 0, received + MIB, TransferPhase::Transferring)).await;
+                }
+                Some(Frame::End(end)) => break end,
+                _ => {}
+            }
+        };
+        for _ in 0..1000 {
+            call.say(ack(received, received, received, TransferPhase::Verifying)).await;
+            sleep(Duration::from_secs(3)).await;
+        }
+        call.say(installed(&end)).await;
+    });
+    ends(peer.send_with(Zeros::new([8 * MIB]), with_patience(20), Transfers::default()).join())
+        .await
+        .unwrap();
+    assert_eq!(peer.streams(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_there_before_is_not_speed() {
+    let had = 63 * MIB;
+    let peer = Peer::new(move |mut call| async move {
+        call.header().await;
+        if call.number == 0 {
+            return call.fail(Reason::StorageFailed.error("come back")).await;
+        }
+        let missing = vec![extent(0, had, MIB)];
+        call.say(Answer::Accepted(Accepted { durable_bytes: had, credit_limit: 0, ..terms(missing) })).await;
+        for step in 0..50 {
+            sleep(Duration::from_millis(100)).await;
+            call.say(ack(0, had, step, TransferPhase::Transferring)).await;
+        }
+        call.say(ack(0, had, MIB, TransferPhase::Transferring)).await;
+        let (_, end) = call.take(0).await;
+        call.say(installed(&end)).await;
+    });
+    let mut handle = peer.send(Zeros::new([64 * MIB]));
+    let mut watch = handle.watch().unwrap();
+    let mut measured = 0;
+    while let Some(transfer) = watch.next().await {
+        let progress = transfer.progress.unwrap();
+        if let Some(rate) = progress.bytes_per_second {
+            measured += 1;
+            assert!(rate <= MIB, "{rate} bytes per second of 1 MiB that was sent");
+        }
+    }
+    assert!(measured > 5);
+    ends(handle.join()).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dropped_handle_leaves_a_transfer_that_has_ended() {
+    let peer = Peer::new(|mut call| async move {
+        call.header().await;
+        call.say(accepted(vec![extent(0, 0, MIB)])).await;
+        std::future::pending().await
+    });
+    let transfers = Transfers::default();
+    let handle = peer.send_with(Zeros::new([MIB]), SenderOptions::default(), transfers.clone());
+    let mut watch = handle.watch().unwrap();
+    while watch.next().await.unwrap().phase() != TransferPhase::Transferring {}
+    drop(handle);
+    let mut last = None;
+    while let Some(transfer) = ends(watch.next()).await {
+        last = Some(transfer);
+    }
+    let last = last.unwrap();
+    assert_eq!(last.phase(), TransferPhase::Failed);
+    assert!(last.is_finished());
+    let error = Error::from(last.progress.clone().unwrap().error.unwrap());
+    assert!(error.is(Reason::StreamEndedEarly) && error.is_retryable(), "{error:?}");
+    assert_eq!(transfers.registry().get(Some(Direction::Out), "t"), Some(last));
+    assert_eq!(transfers.registry().active(None), 0);
+    drop(peer.send_with(Zeros::new([MIB]), SenderOptions::default(), transfers));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_source_that_cannot_seek_is_read_once_and_from_the_start() {
+    let size = 40 * MIB;
+    // What the receiver has kept of an earlier attempt: a part of the second file, or all of it.
+    for kept in [vec![extent(0, 0, size), extent(1, 1, size - 1)], vec![extent(0, 0, size)]] {
+        let peer = Peer::new(move |mut call| {
+            let kept = kept.clone();
+            async move {
+                let (header, _) = call.header().await;
+                if call.number == 0 {
+                    assert_eq!((header.attempt, header.discard_staged), (1, false));
+                    call.install(kept).await;
+                } else {
+                    assert_eq!((header.attempt, header.discard_staged), (2, true));
+                    call.install(vec![extent(0, 0, size), extent(1, 0, size)]).await;
+                }
+            }
+        });
+        let source = Zeros { can_seek: false, ..Zeros::new([size, size]) };
+        let mut options = SenderOptions::default();
+        options.lanes = 4;
+        ends(peer.send_with(source.clone(), options, Transfers::default()).join()).await.unwrap();
+        assert_eq!(peer.streams(), 2);
+        assert_eq!(source.opened(), [(0, 0, Some(size)), (1, 0, Some(size))]);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_receiver_that_does_not_discard_ends_a_transfer_that_cannot_seek() {
+    let peer = Peer::new(|mut call| async move {
+        call.header().await;
+        call.install(vec![extent(0, 1, 9)]).await;
+    });
+    let source = Zeros { can_seek: false, ..Zeros::new([10]) };
+    let error = ends(peer.send(source.clone()).join()).await.unwrap_err();
+    assert!(error.is(Reason::InvalidField) && !error.is_retryable(), "{error:?}");
+    assert_eq!(peer.streams(), 2);
+    assert_eq!(source.opened(), []);
+}
+
+#[tokio::test(start_paused = true)]
+async fn installed_is_believed_after_the_end_and_with_the_same_totals() {
+    for early in [true, false] {
+        let peer = Peer::new(move |mut call| async move {
+            call.header().await;
+            call.say(accepted(vec![extent(0, 0, 10)])).await;
+            let (_, mut end) = if early {
+                (0, End { total_bytes: 10, file_count: 1, ..End::default() })
+            } else {
+                call.take(0).await
+            };
+            end.total_bytes -= u64::from(!early);
+            call.say(installed(&end)).await;
+            while call.next().await.is_some() {}
+        });
+        // It is still waiting for credit where the receiver is early.
+        let source = Zeros::new([10]);
+        let mut options = SenderOptions::default();
+        options.bytes_per_second = if early { std::num::NonZeroU64::new(1) } else { None };
+        let mut handle = peer.send_with(source, options, Transfers::default());
+        let error = ends(handle.join()).await.unwrap_err();
+        assert!(error.is(if early { Reason::UnexpectedFrame } else { Reason::TotalsMismatch }), "{error:?}");
+        assert_eq!(handle.progress().unwrap().phase(), TransferPhase::Failed);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn another_node_than_the_one_that_is_meant_gets_nothing() {
+    let peer = Peer::new(|mut call| async move {
+        call.header().await;
+        let node = NodeIdentity { node_id: "n3".to_owned(), ..NodeIdentity::default() };
+        call.say(Answer::Accepted(Accepted { receiver: Some(node), ..terms(vec![extent(0, 0, 10)]) })).await;
+        while call.next().await.is_some() {}
+    });
+    let connect = connect_fn(move || {
+        let peer = peer.clone();
+        async move { Ok(SplitSnapshotServiceServer::new(peer)) }
+    });
+    let mut what = snapshot();
+    what.target_node = Some(NodeId::new("n2").unwrap());
+    let mut handle = SnapshotSender::new(connect).send(what, Zeros::new([10])).unwrap();
+    let error = ends(handle.join()).await.unwrap_err();
+    assert!(error.is(Reason::WrongNode), "{error:?}");
+    assert_eq!(handle.progress().unwrap().wire_bytes, 0);
+}
