@@ -149,7 +149,9 @@ impl<S: SnapshotStore> Inner<S> {
             }
         };
         // After a crash between the last step and the removal, nothing is repeated but the removal.
-        if shard.current.as_ref() != Some(&spec.transfer_id) {
+        let was_current =
+            shard.current.as_ref() == Some(&spec.transfer_id) || shard.superseded.contains(&spec.transfer_id);
+        if !was_current {
             if let Some(installed) = shard.high_water
                 && spec.point < installed
             {
