@@ -6,6 +6,7 @@
 
 mod code;
 mod reason;
+mod reasons;
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -18,6 +19,9 @@ pub use reason::{CommonReason, Reason};
 
 use crate::clock::millis;
 use crate::v1;
+
+/// What a caller is told to wait by an error whose reason allows to try again, where nothing better is known.
+pub const RETRY_AFTER: Duration = Duration::from_millis(100);
 
 /// The `domain` of our `google.rpc.ErrorInfo`.
 pub const ERROR_DOMAIN: &str = "node.v1";

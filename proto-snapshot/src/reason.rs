@@ -1,156 +1,89 @@
 //! Why the service refuses: the error table of `snapshot.proto`, typed.
 
-use std::time::Duration;
-
-use proto_common::error::{Code, Error};
-
-macro_rules! reasons {
-    ($($(#[$doc:meta])* $name:ident = $text:literal, $code:ident $(, $retry:ident)?;)+) => {
-        /// A row of the error table in `snapshot.proto`.
-        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-        #[non_exhaustive]
-        pub enum Reason {
-            $($(#[$doc])* $name,)+
-        }
-
-        impl Reason {
-            /// All reasons, in the order of the table.
-            pub const ALL: &[Self] = &[$(Self::$name),+];
-
-            /// Whether trying again can help: errors of this reason carry `RetryInfo`.
-            #[must_use]
-            pub fn hints_retry(self) -> bool {
-                match self {
-                    $(Self::$name => false $(|| stringify!($retry) == "retry")?,)+
-                }
-            }
-
-            /// The reason named `text` in an error, if this version knows it.
-            #[must_use]
-            pub fn parse(text: &str) -> Option<Self> {
-                match text {
-                    $($text => Some(Self::$name),)+
-                    _ => None,
-                }
-            }
-        }
-
-        impl proto_common::error::Reason for Reason {
-            fn as_str(&self) -> &'static str {
-                match self {
-                    $(Self::$name => $text,)+
-                }
-            }
-
-            fn code(&self) -> Code {
-                match self {
-                    $(Self::$name => Code::$code,)+
-                }
-            }
-        }
-    };
-}
-
-reasons! {
-    /// An ID is not valid.
-    InvalidId = "INVALID_ID", InvalidArgument;
-    /// Another field is not valid.
-    InvalidField = "INVALID_FIELD", InvalidArgument;
-    /// A slot range is empty or beyond 16384.
-    InvalidSlotRange = "INVALID_SLOT_RANGE", InvalidArgument;
-    /// The frame is not set or not known to this version.
-    UnknownFrame = "UNKNOWN_FRAME", InvalidArgument;
-    /// A known frame at the wrong time.
-    UnexpectedFrame = "UNEXPECTED_FRAME", InvalidArgument;
-    /// A required feature is not supported.
-    UnsupportedFeature = "UNSUPPORTED_FEATURE", Unimplemented;
-    /// The header means another node.
-    WrongNode = "WRONG_NODE", FailedPrecondition;
-    /// A file name breaks the rules.
-    InvalidFileName = "INVALID_FILE_NAME", InvalidArgument;
-    /// Two files of one name, or a name that is a directory of another.
-    ConflictingFileNames = "CONFLICTING_FILE_NAMES", InvalidArgument;
-    /// Declared counts are beyond a limit.
-    ManifestTooLarge = "MANIFEST_TOO_LARGE", InvalidArgument;
-    /// The manifest differs from the counts in the header.
-    ManifestMismatch = "MANIFEST_MISMATCH", InvalidArgument;
-    /// A file or the snapshot is larger than allowed.
-    SnapshotTooLarge = "SNAPSHOT_TOO_LARGE", InvalidArgument;
-    /// A payload or message is larger than allowed.
-    ChunkTooLarge = "CHUNK_TOO_LARGE", InvalidArgument;
-    /// A chunk has no payload.
-    EmptyChunk = "EMPTY_CHUNK", InvalidArgument;
-    /// The extent is not part of the manifest.
-    ExtentOutOfBounds = "EXTENT_OUT_OF_BOUNDS", InvalidArgument;
-    /// Bytes that are there already.
-    OverlappingExtent = "OVERLAPPING_EXTENT", InvalidArgument;
-    /// Too many pieces with gaps between them.
-    TooFragmented = "TOO_FRAGMENTED", InvalidArgument;
-    /// More bytes than credit was given for.
-    CreditExceeded = "CREDIT_EXCEEDED", InvalidArgument;
-    /// Payload and checksum differ.
-    ChunkChecksumMismatch = "CHUNK_CHECKSUM_MISMATCH", DataLoss, retry;
-    /// `End` while extents are missing.
-    MissingExtents = "MISSING_EXTENTS", FailedPrecondition;
-    /// Totals differ from what arrived.
-    TotalsMismatch = "TOTALS_MISMATCH", DataLoss;
-    /// A whole-file checksum differs from what was stored.
-    FileChecksumMismatch = "FILE_CHECKSUM_MISMATCH", DataLoss;
-    /// Stored data no longer matches its record.
-    StagedDataDamaged = "STAGED_DATA_DAMAGED", DataLoss, retry;
-    /// The stream was closed without `End`.
-    StreamEndedEarly = "STREAM_ENDED_EARLY", Aborted, retry;
-    /// Same ID, other specification.
-    SpecificationMismatch = "SPECIFICATION_MISMATCH", AlreadyExists;
-    /// The fence is lower than the persisted one.
-    StaleFence = "STALE_FENCE", FailedPrecondition;
-    /// An installed snapshot of the shard is newer.
-    StaleSnapshot = "STALE_SNAPSHOT", FailedPrecondition;
-    /// Another sender claimed this ID.
-    Superseded = "SUPERSEDED", FailedPrecondition;
-    /// A lane without a control stream.
-    NoSuchAttempt = "NO_SUCH_ATTEMPT", FailedPrecondition, retry;
-    /// Slots of the range are held by another task.
-    RangeBusy = "RANGE_BUSY", Aborted, retry;
-    /// No free place for one more transfer.
-    TooManyTransfers = "TOO_MANY_TRANSFERS", ResourceExhausted, retry;
-    /// The snapshot does not fit on the disk.
-    InsufficientDisk = "INSUFFICIENT_DISK", ResourceExhausted, retry;
-    /// No free place for one more watcher.
-    TooManyWatchers = "TOO_MANY_WATCHERS", ResourceExhausted, retry;
-    /// The transfer was cancelled.
-    TransferCancelled = "TRANSFER_CANCELLED", Cancelled;
-    /// A cancel came at INSTALLING or later.
-    TooLateToCancel = "TOO_LATE_TO_CANCEL", FailedPrecondition;
-    /// The store's owner refused the snapshot for good.
-    InstallRefused = "INSTALL_REFUSED", FailedPrecondition;
-    /// Nothing arrived for the idle timeout.
-    IdleTimeout = "IDLE_TIMEOUT", DeadlineExceeded, retry;
-    /// No such transfer.
-    TransferNotFound = "TRANSFER_NOT_FOUND", NotFound;
-    /// Reading or writing the staging area failed.
-    StorageFailed = "STORAGE_FAILED", Unavailable, retry;
-    /// The node is going away.
-    ShuttingDown = "SHUTTING_DOWN", Unavailable, retry;
-    /// A bug.
-    Internal = "INTERNAL", Internal;
-}
-
-/// What a caller is told to wait where nothing better is known.
-const RETRY_AFTER: Duration = Duration::from_millis(100);
-
-impl Reason {
-    /// An error for this reason; with `RetryInfo` where trying again can help.
-    #[must_use]
-    pub fn error(self, message: impl Into<String>) -> Error {
-        let error = Error::new(self, message);
-        if self.hints_retry() { error.retry_after(RETRY_AFTER) } else { error }
-    }
-
-    /// An error that blames the field `path`.
-    #[must_use]
-    pub fn field(self, path: &str, description: impl Into<String>) -> Error {
-        let description = description.into();
-        self.error(format!("{path}: {description}")).violation(path, description)
+proto_common::reasons! {
+    /// A row of the error table in `snapshot.proto`. A test compares the two.
+    pub enum Reason {
+        /// An ID is not valid.
+        InvalidId "INVALID_ID" InvalidArgument,
+        /// Another field is not valid.
+        InvalidField "INVALID_FIELD" InvalidArgument,
+        /// A slot range is empty or beyond 16384.
+        InvalidSlotRange "INVALID_SLOT_RANGE" InvalidArgument,
+        /// The frame is not set or not known to this version.
+        UnknownFrame "UNKNOWN_FRAME" InvalidArgument,
+        /// A known frame at the wrong time.
+        UnexpectedFrame "UNEXPECTED_FRAME" InvalidArgument,
+        /// A required feature is not supported.
+        UnsupportedFeature "UNSUPPORTED_FEATURE" Unimplemented,
+        /// The header means another node.
+        WrongNode "WRONG_NODE" FailedPrecondition,
+        /// A file name breaks the rules.
+        InvalidFileName "INVALID_FILE_NAME" InvalidArgument,
+        /// Two files of one name, or a name that is a directory of another.
+        ConflictingFileNames "CONFLICTING_FILE_NAMES" InvalidArgument,
+        /// Declared counts are beyond a limit.
+        ManifestTooLarge "MANIFEST_TOO_LARGE" InvalidArgument,
+        /// The manifest differs from the counts in the header.
+        ManifestMismatch "MANIFEST_MISMATCH" InvalidArgument,
+        /// A file or the snapshot is larger than allowed.
+        SnapshotTooLarge "SNAPSHOT_TOO_LARGE" InvalidArgument,
+        /// A payload or message is larger than allowed.
+        ChunkTooLarge "CHUNK_TOO_LARGE" InvalidArgument,
+        /// A chunk has no payload.
+        EmptyChunk "EMPTY_CHUNK" InvalidArgument,
+        /// The extent is not part of the manifest.
+        ExtentOutOfBounds "EXTENT_OUT_OF_BOUNDS" InvalidArgument,
+        /// Bytes that are there already.
+        OverlappingExtent "OVERLAPPING_EXTENT" InvalidArgument,
+        /// Too many pieces with gaps between them.
+        TooFragmented "TOO_FRAGMENTED" InvalidArgument,
+        /// More bytes than credit was given for.
+        CreditExceeded "CREDIT_EXCEEDED" InvalidArgument,
+        /// Payload and checksum differ.
+        ChunkChecksumMismatch "CHUNK_CHECKSUM_MISMATCH" DataLoss retry,
+        /// `End` while extents are missing.
+        MissingExtents "MISSING_EXTENTS" FailedPrecondition,
+        /// Totals differ from what arrived.
+        TotalsMismatch "TOTALS_MISMATCH" DataLoss,
+        /// A whole-file checksum differs from what was stored.
+        FileChecksumMismatch "FILE_CHECKSUM_MISMATCH" DataLoss,
+        /// Stored data no longer matches its record.
+        StagedDataDamaged "STAGED_DATA_DAMAGED" DataLoss retry,
+        /// The stream was closed without `End`.
+        StreamEndedEarly "STREAM_ENDED_EARLY" Aborted retry,
+        /// Same ID, other specification.
+        SpecificationMismatch "SPECIFICATION_MISMATCH" AlreadyExists,
+        /// The fence is lower than the persisted one.
+        StaleFence "STALE_FENCE" FailedPrecondition,
+        /// An installed snapshot of the shard is newer.
+        StaleSnapshot "STALE_SNAPSHOT" FailedPrecondition,
+        /// Another sender claimed this ID.
+        Superseded "SUPERSEDED" FailedPrecondition,
+        /// A lane without a control stream.
+        NoSuchAttempt "NO_SUCH_ATTEMPT" FailedPrecondition retry,
+        /// Slots of the range are held by another task.
+        RangeBusy "RANGE_BUSY" Aborted retry,
+        /// No free place for one more transfer.
+        TooManyTransfers "TOO_MANY_TRANSFERS" ResourceExhausted retry,
+        /// The snapshot does not fit on the disk.
+        InsufficientDisk "INSUFFICIENT_DISK" ResourceExhausted retry,
+        /// No free place for one more watcher.
+        TooManyWatchers "TOO_MANY_WATCHERS" ResourceExhausted retry,
+        /// The transfer was cancelled.
+        TransferCancelled "TRANSFER_CANCELLED" Cancelled,
+        /// A cancel came at INSTALLING or later.
+        TooLateToCancel "TOO_LATE_TO_CANCEL" FailedPrecondition,
+        /// The store's owner refused the snapshot for good.
+        InstallRefused "INSTALL_REFUSED" FailedPrecondition,
+        /// Nothing arrived for the idle timeout.
+        IdleTimeout "IDLE_TIMEOUT" DeadlineExceeded retry,
+        /// No such transfer.
+        TransferNotFound "TRANSFER_NOT_FOUND" NotFound,
+        /// Reading or writing the staging area failed.
+        StorageFailed "STORAGE_FAILED" Unavailable retry,
+        /// The node is going away.
+        ShuttingDown "SHUTTING_DOWN" Unavailable retry,
+        /// A bug.
+        Internal "INTERNAL" Internal,
     }
 }
