@@ -4,6 +4,7 @@
 //! |---|---|
 //! | where is a frame handled? | `receiver/session.rs` (chunks, end), `receiver/handshake.rs` (header, manifest) |
 //! | who may write? | `receiver/incoming.rs` |
+//! | is it the same transfer as before? | `receiver/identity.rs` |
 //! | which bytes are there? | `receiver/ledger.rs` |
 //! | where do bytes become durable? | [`Staging::sync`], called by `receiver/incoming.rs` |
 //! | how is a snapshot put in place? | `receiver/completion.rs` |
@@ -24,13 +25,15 @@ mod admission;
 mod completion;
 mod control;
 mod handshake;
+mod identity;
 mod incoming;
 mod ledger;
 mod service;
 mod session;
 
 use self::admission::{Admission, Manifests};
-use self::incoming::{Incoming, Stage, initial_progress};
+use self::identity::initial_progress;
+use self::incoming::{Incoming, Stage};
 use self::session::Budget;
 use crate::hook::{InstallHook, KeepFiles};
 use crate::limits::{Limits, MAX_MESSAGE_BYTES};

@@ -12,20 +12,18 @@ use tokio_util::sync::CancellationToken;
 use super::admission::{Charge, Place};
 use super::completion::shutting_down;
 use super::handshake::{CheckedLane, ControlHeader, FEATURES, Frames, ended_early, unexpected};
-use super::incoming::{
-    CONTENT_DIGEST, Incoming, Outcome, Stage, StreamPermit, cancelled, content_digests, initial_progress,
-    replaced,
-};
+use super::identity::{check_same, check_same_shown, initial_progress};
+use super::incoming::{Incoming, Outcome, Stage, StreamPermit, cancelled, replaced};
 use super::session::{Answers, Session, accept};
 use super::{Inner, Slot};
 use crate::extent::{Extent, ExtentRecord};
 use crate::hook::Hold;
 use crate::reason::Reason;
-use crate::spec::{Manifest, TransferPlan, TransferSpec};
+use crate::spec::{Manifest, TransferPlan};
 use crate::store::{ShardState, SnapshotStore, Staging, StoreError};
+use crate::v1::TransferPhase;
 use crate::v1::transfer_split_snapshot_request::Frame;
 use crate::v1::transfer_split_snapshot_response::{Accepted, Ack, Frame as Answer, Installed};
-use crate::v1::{TransferPhase, TransferProgress};
 
 /// What a control stream finds when it attaches.
 enum Attached<A: Staging> {
@@ -517,63 +515,4 @@ impl<S: SnapshotStore> Inner<S> {
 /// The outcome, once there is one.
 async fn ended(outcome: &mut watch::Receiver<Outcome>) -> Outcome {
     outcome.wait_for(Option::is_some).await.map_or(None, |outcome| outcome.clone())
-}
-
-/// Refuses another specification under the same ID. A sender that cannot read its source twice may bring other content.
-fn check_same(plan: &TransferPlan, header: &ControlHeader, manifest: &Manifest) -> Result<(), Error> {
-    let spec = &header.spec;
-    let other_content = header.discard_staged;
-    match plan.spec.difference(spec) {
-        Some("content_version") if other_content => {}
-        Some(field) => return Err(other_specification(spec, &format!("header.{field}"), field)),
-        None => {}
-    }
-    match plan.manifest.difference(manifest) {
-        Some(what) if !other_content => {
-            Err(other_specification(spec, "manifest.files", &format!("manifest ({what})")))
-        }
-        _ => Ok(()),
-    }
-}
-
-/// The same against the history, which keeps digests of manifest and content version.
-fn check_same_shown(
-    known: &TransferProgress,
-    header: &ControlHeader,
-    manifest: &Manifest,
-) -> Result<(), Error> {
-    let spec = &header.spec;
-    let sent = TransferProgress::from(spec);
-    let (content_version, manifest) = content_digests(spec, manifest);
-    let differs = |known: Option<&[u8]>, sent: [u8; CONTENT_DIGEST]| {
-        !header.discard_staged && known.is_some_and(|known| known != sent)
-    };
-    let digests = known.specification.split_at_checked(CONTENT_DIGEST);
-    let field = if known.source_shard_id != sent.source_shard_id {
-        "header.source_shard_id"
-    } else if known.target_shard_id != sent.target_shard_id {
-        "header.target_shard_id"
-    } else if known.source_node_id != sent.source_node_id {
-        "header.source_node_id"
-    } else if known.slots != sent.slots {
-        "header.slots"
-    } else if known.snapshot_index != sent.snapshot_index {
-        "header.snapshot_index"
-    } else if known.snapshot_term != sent.snapshot_term {
-        "header.snapshot_term"
-    } else if differs(digests.map(|(known, _)| known), content_version) {
-        "header.content_version"
-    } else if differs(digests.map(|(_, known)| known), manifest) {
-        "manifest.files"
-    } else {
-        return Ok(());
-    };
-    Err(other_specification(spec, field, field.trim_start_matches("header.")))
-}
-
-fn other_specification(spec: &TransferSpec, field: &str, what: &str) -> Error {
-    Reason::SpecificationMismatch
-        .error(format!("transfer {} exists with another {what}; use a new ID", spec.transfer_id))
-        .violation(field, format!("{what} is another one than before"))
-        .metadata("field", field)
 }

@@ -9,7 +9,6 @@ use proto_common::error::Error;
 use proto_common::fence::Fence;
 use proto_common::meter::Meter;
 use proto_common::registry::Tracker;
-use proto_common::v1 as common;
 use tokio::sync::{Notify, OwnedMutexGuard, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -20,7 +19,7 @@ use crate::extent::ExtentRecord;
 use crate::hook::Hold;
 use crate::limits::Limits;
 use crate::reason::Reason;
-use crate::spec::{Manifest, TransferPlan, TransferSpec};
+use crate::spec::TransferPlan;
 use crate::store::{Claim, Staging};
 use crate::v1::transfer_split_snapshot_response::Installed;
 use crate::v1::{TransferPhase, TransferProgress};
@@ -591,48 +590,7 @@ fn tell(stop: &watch::Sender<Option<Error>>, error: &Error) {
     });
 }
 
-/// What the counters of a new transfer start from.
-pub(super) fn initial_progress(plan: &TransferPlan, node: &str, phase: TransferPhase) -> TransferProgress {
-    let mut transfer = TransferProgress::from(&plan.spec);
-    node.clone_into(&mut transfer.target_node_id);
-    transfer.progress = Some(common::Progress {
-        direction: common::Direction::In.into(),
-        bytes_total: plan.manifest.total_bytes(),
-        items_total: Some(plan.manifest.file_count()),
-        started_unix_ms: now_unix_ms(),
-        ..common::Progress::default()
-    });
-    let (content_version, manifest) = content_digests(&plan.spec, &plan.manifest);
-    transfer.specification = [content_version, manifest].concat().into();
-    transfer.enter(phase);
-    transfer
-}
-
-/// Length of each digest in `TransferProgress.specification`.
-pub(super) const CONTENT_DIGEST: usize = 16;
-
-/// Digests of the parts of a specification that its progress does not show: content version; names and sizes of the manifest.
-pub(super) fn content_digests(
-    spec: &TransferSpec,
-    manifest: &Manifest,
-) -> ([u8; CONTENT_DIGEST], [u8; CONTENT_DIGEST]) {
-    let mut files = blake3::Hasher::new();
-    for file in manifest.files() {
-        files.update(file.name.as_str().as_bytes());
-        // No name contains it.
-        files.update(&[0, u8::from(file.size.is_some())]);
-        files.update(&file.size.unwrap_or(0).to_le_bytes());
-    }
-    let mut version = blake3::Hasher::new();
-    version.update(spec.content_version.as_bytes());
-    let digest = |hasher: &blake3::Hasher| {
-        let mut digest = [0; CONTENT_DIGEST];
-        hasher.finalize_xof().fill(&mut digest);
-        digest
-    };
-    (digest(&version), digest(&files))
-}
-
+/// The transfer was cancelled.
 pub(super) fn cancelled() -> Error {
     Reason::TransferCancelled.error("the transfer was cancelled; send the snapshot under a new ID")
 }
