@@ -206,7 +206,15 @@ impl Split {
             .phases
             .iter()
             .rev()
-            .find(|phase| phase.phase() == TransferPhase::Verifying)
+            // A short one may be installed before its sender hears that it is being verified.
+            .take_while(|phase| {
+                let phase = phase.phase();
+                matches!(
+                    phase,
+                    TransferPhase::Verifying | TransferPhase::Installing | TransferPhase::Installed
+                )
+            })
+            .last()
             .map(|phase| phase.started_unix_ms);
         for (name, time) in [
             ("hold writes, export the snapshot", between(at("exporting"), at("sending"))),
