@@ -94,13 +94,6 @@ impl FileExtents {
         (start + run.len > offset).then_some(Overlap { offset: start, len: run.len })
     }
 
-    /// Removes the run that starts at `offset`; returns its length.
-    pub fn remove(&mut self, offset: u64) -> Option<u64> {
-        let removed = self.runs.remove(&offset)?;
-        self.bytes -= removed.len;
-        Some(removed.len)
-    }
-
     /// Bytes that are there.
     #[must_use]
     pub fn bytes(&self) -> u64 {
@@ -206,9 +199,6 @@ mod tests {
         extents.insert(5, 0, 0).unwrap();
         assert_eq!(extents.bytes(), 15);
         assert_eq!(extents.end(), 35);
-        assert_eq!(extents.remove(10), Some(10));
-        assert_eq!(extents.remove(10), None);
-        assert_eq!(extents.runs().collect::<Vec<_>>(), [(30, 5, 2)]);
     }
 
     #[test]

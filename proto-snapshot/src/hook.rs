@@ -34,7 +34,9 @@ pub trait InstallHook: Send + Sync + 'static {
     /// not the shard's current one until this returns `Ok`; the sender sees the phase INSTALLING.
     ///
     /// **Must be idempotent**: it is called again when the node crashed before its success was
-    /// recorded. It runs in a task of the receiver, so a sender that disconnects doesn't end it.
+    /// recorded. Putting the same rows once more is not enough where clients may have written since: record
+    /// the transfer ID, or the ownership that it brings, in the transaction that merges the rows, and do nothing where that
+    /// is found. It runs in a task of the receiver, so a sender that disconnects doesn't end it.
     ///
     /// # Errors
     ///

@@ -273,12 +273,6 @@ impl ManifestFile {
     }
 }
 
-impl From<SnapshotPoint> for (u64, u64) {
-    fn from(point: SnapshotPoint) -> Self {
-        (point.term, point.index)
-    }
-}
-
 /// The part of a transfer's progress that never changes.
 impl From<&TransferSpec> for v1::TransferProgress {
     fn from(spec: &TransferSpec) -> Self {

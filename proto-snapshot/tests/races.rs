@@ -343,6 +343,29 @@ async fn lanes_with_a_backlog_end_after_their_control_stream() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_attempt_that_has_expired_is_not_resumed_and_the_next_is() {
+    let target = tempfile::tempdir().unwrap();
+    let mut limits = small_limits();
+    limits.stale_after = Duration::from_millis(100);
+    let server = Server::start(builder(target.path()).limits(limits)).await;
+    let mut first = stream(&server, opening("t", 1, 1 << 20)).await;
+    first.answers.message().await.unwrap().expect("Accepted");
+    drop(first);
+    until("it expired", || phase(&server, "t") == Some(TransferPhase::Expired)).await;
+    let mut again = opening("t", 1, 1 << 20);
+    let Some(Frame::Header(header)) = &mut again[0].frame else { panic!("a header") };
+    header.generation = 2;
+    let mut same = stream(&server, again.clone()).await;
+    let error = Error::from(same.answers.message().await.unwrap_err());
+    assert!(error.is(Reason::Superseded), "{error:?}");
+    let Some(Frame::Header(header)) = &mut again[0].frame else { panic!("a header") };
+    (header.attempt, header.generation) = (2, 1);
+    let mut next = stream(&server, again).await;
+    next.answers.message().await.unwrap().expect("Accepted");
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_snapshot_in_too_many_pieces_is_refused_and_what_came_stays() {
     let target = tempfile::tempdir().unwrap();
     let mut limits = small_limits();
