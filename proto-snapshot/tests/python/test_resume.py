@@ -201,6 +201,7 @@ def test_many_senders_over_many_kills(start):
     acknowledged as durable is ever asked for again."""
     peer = start()
     done, failures, broken = [], [], []
+    under_way, no_more_kills = set(), threading.Event()
 
     def sender(number):
         rng = random.Random(number)
@@ -212,10 +213,13 @@ def test_many_senders_over_many_kills(start):
                 stream = peer.open(snapshot, attempt=1, session=session, generation=generation).wait_accepted()
                 missing = sum(length for _, _, length in stream.missing)
                 assert missing <= snapshot.total - durable, "acknowledged bytes are asked for again"
+                under_way.add(number)
                 if not stream.accepted.already_installed:
                     for extent in stream.missing:
                         stream.send_extents(snapshot, [extent], chunk_bytes=rng.choice([10_000, 100_000, MIB]))
-                        time.sleep(0.01)
+                    # So that each kill finds transfers under way, however fast the machine is.
+                    while not no_more_kills.wait(0.01):
+                        stream.wait_for(lambda: not stream.ended, "the kills")
                     stream.send(snapshot.end())
                 stream.wait_end()
                 assert peer.receiver.installed(snapshot) == snapshot.files
@@ -230,6 +234,7 @@ def test_many_senders_over_many_kills(start):
                     assert refused.retry_seconds is not None, refused
                 time.sleep(0.05)
             finally:
+                under_way.discard(number)
                 if stream is not None:
                     durable = max([durable, *(ack.durable_bytes for _, ack in stream.acks)])
                     stream.half_close()
@@ -240,13 +245,24 @@ def test_many_senders_over_many_kills(start):
         except BaseException as error:
             failures.append(error)
 
+    def wait(condition, what):
+        until = time.monotonic() + 20
+        while not condition() and not failures:
+            assert time.monotonic() < until, what
+            time.sleep(0.01)
+
     threads = [threading.Thread(target=guarded, args=(number,)) for number in range(8)]
     for thread in threads:
         thread.start()
+    rng = random.Random(5)
     for _ in range(5):
-        time.sleep(0.3)
+        wait(lambda: under_way, "nobody is accepted")
+        time.sleep(rng.uniform(0, 0.2))
+        before = len(broken)
         peer.receiver.restart()
+        wait(lambda: len(broken) > before, "the kill broke no stream")
+    no_more_kills.set()
     for thread in threads:
         thread.join(40)
     assert not failures, failures[0]
-    assert len(done) == 8 and broken, "the kills came when nothing ran"
+    assert len(done) == 8
