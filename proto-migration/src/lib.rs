@@ -1,9 +1,28 @@
 #![doc = include_str!("../README.md")]
 
+#[cfg(feature = "server")]
+pub mod decisions;
+#[cfg(feature = "_rpc")]
+pub mod digest;
+#[cfg(feature = "_rpc")]
+pub mod entry;
+#[cfg(feature = "server")]
+pub mod hold;
 mod reason;
+#[cfg(all(feature = "client", feature = "server"))]
+pub mod source;
 mod spec;
 mod state;
+#[cfg(feature = "server")]
+pub mod target;
 pub mod v1;
+
+#[cfg(feature = "server")]
+pub use decisions::Decisions;
+#[cfg(all(feature = "client", feature = "server"))]
+pub use source::MigrationSource;
+#[cfg(feature = "server")]
+pub use target::MigrationTarget;
 
 pub use reason::Reason;
 pub use spec::{MAX_VALUE_FORMAT_LEN, MigrationSpec};

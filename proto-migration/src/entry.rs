@@ -1,0 +1,213 @@
+//! One key as it was at a sequence, and how many of them travel in a batch.
+//!
+//! Policy of this border: a batch is checked as a whole before any of it is applied, and an error names the
+//! entry and the field. Inside, an entry is either an image or a tombstone; nothing else can be expressed.
+
+use bytes::Bytes;
+use prost::Message as _;
+use proto_common::error::Error;
+use proto_common::slots::{SlotRange, slot_of};
+
+use crate::Reason;
+use crate::v1::transfer_migration_data_request as wire;
+
+/// Entries of one batch, at most.
+pub const MAX_ENTRIES: usize = 65_536;
+
+/// Longest key, in bytes.
+pub const MAX_KEY_BYTES: usize = 65_536;
+
+/// What a batch spends on an entry beside its key and value, at most, in bytes.
+pub const ENTRY_OVERHEAD: usize = 64;
+
+/// One key as it was at a sequence of the source's change log: a post-image or a tombstone, never an operation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// The sequence at which this was true, 1 or more.
+    pub seq: u64,
+    /// The key.
+    pub key: Bytes,
+    /// What the key held then; `None`: it did not exist.
+    pub image: Option<Image>,
+}
+
+/// What a key holds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Image {
+    /// The value, in the encoding that the specification names.
+    pub value: Bytes,
+    /// When it expires, in Unix milliseconds, 1 or more; `None` if it does not.
+    pub expires_unix_ms: Option<u64>,
+}
+
+impl Entry {
+    /// Bytes of key and value, as limits and progress count them.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        let value = self.image.as_ref().map_or(0, |image| image.value.len());
+        u64::try_from(self.key.len().saturating_add(value)).unwrap_or(u64::MAX)
+    }
+}
+
+impl From<Entry> for wire::Entry {
+    fn from(entry: Entry) -> Self {
+        let Entry { seq, key, image } = entry;
+        match image {
+            None => Self { seq, tombstone: true, expires_unix_ms: None, key, value: Bytes::new() },
+            Some(Image { value, expires_unix_ms }) => {
+                Self { seq, tombstone: false, expires_unix_ms, key, value }
+            }
+        }
+    }
+}
+
+/// Encodes entries as the payload of a batch.
+#[must_use]
+pub fn encode(entries: Vec<Entry>) -> Bytes {
+    let entries = wire::Entries { entries: entries.into_iter().map(wire::Entry::from).collect() };
+    entries.encode_to_vec().into()
+}
+
+/// Decodes a payload whose checksum is right and checks every entry of it. Keys and values share the payload's
+/// memory.
+///
+/// # Errors
+///
+/// `MALFORMED_BATCH`, `INVALID_FIELD`, `KEY_OUTSIDE_RANGE` (metadata `slot`) or `ENTRY_TOO_LARGE`, naming the entry
+/// below `path`.
+pub fn decode(payload: Bytes, declared: u32, slots: SlotRange, path: &str) -> Result<Vec<Entry>, Error> {
+    let decoded = wire::Entries::decode(payload).map_err(|error| {
+        let sentence =
+            format!("{path}.payload does not decode as Entries: {error}; nothing of the batch is applied");
+        Reason::MalformedBatch.error(sentence).violation(format!("{path}.payload"), "does not decode")
+    })?;
+    let found = decoded.entries.len();
+    if u32::try_from(found) != Ok(declared) {
+        let problem = format!("is {declared}, but the payload holds {found} entries");
+        return Err(Reason::MalformedBatch.field(&format!("{path}.entry_count"), problem));
+    }
+    decoded
+        .entries
+        .into_iter()
+        .enumerate()
+        .map(|(index, entry)| check(entry, slots, &|| format!("{path}.payload.entries[{index}]")))
+        .collect()
+}
+
+fn check(entry: wire::Entry, slots: SlotRange, path: &dyn Fn() -> String) -> Result<Entry, Error> {
+    let wire::Entry { seq, tombstone, expires_unix_ms, key, value } = entry;
+    let bad =
+        |field: &str, problem: &str| Reason::InvalidField.field(&format!("{}.{field}", path()), problem);
+    if seq == 0 {
+        return Err(bad("seq", "is 0; sequences start at 1"));
+    }
+    if expires_unix_ms == Some(0) {
+        return Err(bad("expires_unix_ms", "is 0; leave it out for a key that does not expire"));
+    }
+    if tombstone && !value.is_empty() {
+        return Err(bad("value", "is set, but the entry is a tombstone"));
+    }
+    if tombstone && expires_unix_ms.is_some() {
+        return Err(bad("expires_unix_ms", "is set, but the entry is a tombstone"));
+    }
+    let slot = slot_of(&key);
+    if key.len() > MAX_KEY_BYTES {
+        let problem = format!("has {} bytes; the limit is {MAX_KEY_BYTES}", key.len());
+        return Err(Reason::EntryTooLarge
+            .field(&format!("{}.key", path()), problem)
+            .metadata("slot", slot.to_string())
+            .metadata("size", key.len().to_string()));
+    }
+    if !slots.contains(slot) {
+        let problem = format!("lies in slot {slot}, outside of {slots}");
+        return Err(Reason::KeyOutsideRange
+            .field(&format!("{}.key", path()), problem)
+            .metadata("slot", slot.to_string()));
+    }
+    let image = (!tombstone).then_some(Image { value, expires_unix_ms });
+    Ok(Entry { seq, key, image })
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn image(value: &[u8]) -> Option<Image> {
+        Some(Image { value: Bytes::copy_from_slice(value), expires_unix_ms: None })
+    }
+
+    fn entry(seq: u64, key: &[u8], image: Option<Image>) -> Entry {
+        Entry { seq, key: Bytes::copy_from_slice(key), image }
+    }
+
+    fn one(entry: wire::Entry, slots: SlotRange) -> Result<Vec<Entry>, Error> {
+        let payload = wire::Entries { entries: vec![entry] }.encode_to_vec();
+        decode(payload.into(), 1, slots, "bulk")
+    }
+
+    #[test]
+    fn what_is_wrong_with_an_entry_is_named() {
+        type Spoil = fn(&mut wire::Entry);
+        let bad: [(&str, &str, Spoil); 6] = [
+            ("seq", "INVALID_FIELD", |e| e.seq = 0),
+            ("expires_unix_ms", "INVALID_FIELD", |e| e.expires_unix_ms = Some(0)),
+            ("value", "INVALID_FIELD", |e| e.tombstone = true),
+            ("expires_unix_ms", "INVALID_FIELD", |e| {
+                (e.tombstone, e.expires_unix_ms, e.value) = (true, Some(1), Bytes::new());
+            }),
+            ("key", "ENTRY_TOO_LARGE", |e| e.key = vec![b'k'; MAX_KEY_BYTES + 1].into()),
+            ("key", "KEY_OUTSIDE_RANGE", |e| e.key = Bytes::from_static(b"{other}k")),
+        ];
+        let key = Bytes::from_static(b"{tag}k");
+        let slots = SlotRange::new(slot_of(&key), slot_of(&key) + 1).unwrap();
+        let good = wire::Entry { seq: 7, tombstone: false, expires_unix_ms: None, key, value: "v".into() };
+        assert_eq!(one(good.clone(), slots).unwrap(), [entry(7, b"{tag}k", image(b"v"))]);
+        for (field, reason, spoil) in bad {
+            let mut entry = good.clone();
+            spoil(&mut entry);
+            let error = one(entry, slots).unwrap_err();
+            assert_eq!(error.reason(), reason, "{field}");
+            assert_eq!(error.violations()[0].field, format!("bulk.payload.entries[0].{field}"));
+        }
+    }
+
+    #[test]
+    fn a_payload_that_is_no_batch_is_refused() {
+        let error = decode(Bytes::from_static(b"\xff\xff"), 0, SlotRange::FULL, "delta").unwrap_err();
+        assert_eq!(error.reason(), "MALFORMED_BATCH");
+        let payload = encode(vec![entry(1, b"k", None)]);
+        let error = decode(payload, 2, SlotRange::FULL, "delta").unwrap_err();
+        assert_eq!((error.reason(), &*error.violations()[0].field), ("MALFORMED_BATCH", "delta.entry_count"));
+    }
+
+    proptest! {
+        #[test]
+        fn entries_survive_the_wire(
+            entries in prop::collection::vec(
+                (1_u64.., any::<Vec<u8>>(), prop::option::of((any::<Vec<u8>>(), prop::option::of(1_u64..)))),
+                0..20,
+            ),
+        ) {
+            let entries: Vec<Entry> = entries
+                .into_iter()
+                .map(|(seq, key, image)| Entry {
+                    seq,
+                    key: key.into(),
+                    image: image.map(|(value, expires_unix_ms)| Image { value: value.into(), expires_unix_ms }),
+                })
+                .collect();
+            let payload = encode(entries.clone());
+            let overhead = payload.len() - entries.iter().map(|e| usize::try_from(e.bytes()).unwrap()).sum::<usize>();
+            prop_assert!(overhead <= ENTRY_OVERHEAD * entries.len());
+            let count = u32::try_from(entries.len()).unwrap();
+            prop_assert_eq!(decode(payload, count, SlotRange::FULL, "bulk").unwrap(), entries);
+        }
+
+        #[test]
+        fn no_bytes_panic(payload in any::<Vec<u8>>(), declared in any::<u32>()) {
+            let _ = decode(payload.into(), declared, SlotRange::FULL, "bulk");
+        }
+    }
+}

@@ -1,0 +1,165 @@
+//! What a store does to take slots over: stage rows that nobody sees, and make them visible at once.
+//!
+//! With what is staged the store keeps a record, opaque to it, in the same transaction: so what the [receiver](crate::receiver)
+//! knows of a migration and what is staged of it never differ, whatever crashes.
+
+use std::future::Future;
+
+use bytes::Bytes;
+use proto_common::error::Error;
+use proto_common::fence::Fence;
+use proto_common::ids::MigrationId;
+use proto_common::slots::SlotRange;
+
+use crate::digest::SlotDigest;
+use crate::entry::Entry;
+use crate::hold::Hold;
+use crate::spec::MigrationSpec;
+
+/// What a source asks a node to take.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Offer<'a> {
+    /// The migration.
+    pub id: &'a MigrationId,
+    /// What is moved.
+    pub spec: &'a MigrationSpec,
+    /// Fence of the target shard; `None`: "current".
+    pub fence: Option<Fence>,
+    /// Bytes that are still to come, if known; an estimate.
+    pub missing_bytes: Option<u64>,
+}
+
+/// Live rows that are staged for one migration.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Staged {
+    /// Keys; tombstones do not count.
+    pub keys: u64,
+    /// Bytes of their keys and values.
+    pub bytes: u64,
+}
+
+/// A record that an earlier process left, with what is staged for it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredMigration {
+    /// The migration.
+    pub id: MigrationId,
+    /// The record, as it was last saved.
+    pub record: Bytes,
+    /// What is staged.
+    pub staged: Staged,
+}
+
+/// The switch that makes staged rows those of the node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Takeover<'a> {
+    /// The migration.
+    pub id: &'a MigrationId,
+    /// The slots.
+    pub slots: SlotRange,
+    /// The epoch at which this node owns them from now on.
+    pub slot_epoch: u64,
+}
+
+/// A store that takes slots over.
+///
+/// Every method that takes a record saves it in the same durable transaction as what else it does. Calls for one migration
+/// come one after the other. Futures run to their end, whatever becomes of the stream.
+///
+/// Errors that are [retryable](Error::is_retryable) end the stream, and the source comes back; any other fails the migration at the source.
+pub trait MigrationTarget: Send + Sync + 'static {
+    /// All records, at the start of the process.
+    ///
+    /// # Errors
+    ///
+    /// The store cannot be read; the node does not start.
+    fn load(&self) -> impl Future<Output = Result<Vec<StoredMigration>, Error>> + Send;
+
+    /// Says whether this node can take what is offered. Called at the start of each stream that moves data, and before it answers that
+    /// it is prepared.
+    ///
+    /// # Errors
+    ///
+    /// `STALE_FENCE`, `UNSUPPORTED_VALUE_FORMAT`, `INSUFFICIENT_DISK` (metadata `needed_bytes`, `available_bytes`), or `RANGE_BUSY`
+    /// if this node owns a slot of the range itself or cannot take it for another reason that passes.
+    fn admit(&self, offer: &Offer<'_>) -> impl Future<Output = Result<(), Error>> + Send;
+
+    /// Starts staging for `id` from nothing: what was staged for it before becomes invisible garbage, deleted in the background.
+    ///
+    /// # Errors
+    ///
+    /// `STORAGE_FAILED`, and nothing has changed.
+    fn begin(
+        &self,
+        id: &MigrationId,
+        slots: SlotRange,
+        record: Bytes,
+    ) -> impl Future<Output = Result<(), Error>> + Send;
+
+    /// Saves the record alone.
+    ///
+    /// # Errors
+    ///
+    /// `STORAGE_FAILED`, and nothing has changed.
+    fn save(&self, id: &MigrationId, record: Bytes) -> impl Future<Output = Result<(), Error>> + Send;
+
+    /// Stages entries, and returns what is staged then: each is applied if and only if its sequence is higher than that of the entry
+    /// that is staged for its key; tombstones are kept as such. Staged rows never expire. All of it is durable on return.
+    ///
+    /// # Errors
+    ///
+    /// `STORAGE_FAILED` or `INSUFFICIENT_DISK`, and nothing has changed.
+    fn apply(
+        &self,
+        id: &MigrationId,
+        entries: Vec<Entry>,
+        record: Bytes,
+    ) -> impl Future<Output = Result<Staged, Error>> + Send;
+
+    /// Count and digest of the live staged keys of each slot that has any, in rising order, from the store and not from what came.
+    ///
+    /// # Errors
+    ///
+    /// `STORAGE_FAILED`.
+    fn digests(&self, id: &MigrationId) -> impl Future<Output = Result<Vec<SlotDigest>, Error>> + Send;
+
+    /// Whether this node could own the slots at that epoch.
+    ///
+    /// # Errors
+    ///
+    /// `STALE_SLOT_EPOCH` (metadata `slot`, `slot_epoch`) if it knows of a claim to one of them with the same or a higher epoch.
+    fn check_epoch(
+        &self,
+        slots: SlotRange,
+        slot_epoch: u64,
+    ) -> impl Future<Output = Result<(), Error>> + Send;
+
+    /// The commit: in one transaction, this node owns the slots at that epoch, and their staged rows are its rows; rows that
+    /// it had of these slots before are garbage. A switch, whose time does not depend on how many rows there are. Tombstones are
+    /// dropped and expiry begins in the background.
+    ///
+    /// # Errors
+    ///
+    /// `STORAGE_FAILED`: it is called again until it succeeds; the requests for the slots are held meanwhile.
+    fn commit(
+        &self,
+        takeover: &Takeover<'_>,
+        record: Bytes,
+    ) -> impl Future<Output = Result<(), Error>> + Send;
+
+    /// Drops what is staged: invisible for ever, deleted in the background.
+    ///
+    /// # Errors
+    ///
+    /// `STORAGE_FAILED`, and nothing has changed.
+    fn discard(&self, id: &MigrationId, record: Bytes) -> impl Future<Output = Result<(), Error>> + Send;
+
+    /// Removes the record of a migration for which nothing is staged. Does nothing where there is none.
+    ///
+    /// # Errors
+    ///
+    /// `STORAGE_FAILED`.
+    fn forget(&self, id: &MigrationId) -> impl Future<Output = Result<(), Error>> + Send;
+
+    /// Holds all requests for `slots`, which are not this node's yet, instead of redirecting them, as long as the hold lives.
+    fn hold(&self, slots: SlotRange) -> Hold;
+}
