@@ -3,6 +3,7 @@
 //! Everything here blocks; call it from a blocking thread. Each path has one writer at a time: that is for the owner of the
 //! directory to ensure.
 
+mod history;
 mod log;
 
 use std::ffi::OsString;
@@ -10,6 +11,7 @@ use std::fs::{self, File};
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 
+pub use history::History;
 pub use log::{Damage, MAX_RECORD_LEN, RecordLog};
 
 /// Replaces the file at `path` by `content`, or leaves it as it was, whatever crashes.

@@ -8,7 +8,19 @@ pub mod digest;
 pub mod entry;
 #[cfg(feature = "server")]
 pub mod hold;
+#[cfg(feature = "server")]
+pub mod journal;
+#[cfg(feature = "_rpc")]
+pub mod limits;
+#[cfg(feature = "server")]
+pub mod migrations;
+#[cfg(feature = "_rpc")]
+mod progress;
 mod reason;
+#[cfg(feature = "server")]
+pub mod receiver;
+#[cfg(feature = "server")]
+pub mod service;
 #[cfg(all(feature = "client", feature = "server"))]
 pub mod source;
 mod spec;
@@ -19,6 +31,8 @@ pub mod v1;
 
 #[cfg(feature = "server")]
 pub use decisions::Decisions;
+#[cfg(feature = "server")]
+pub use receiver::MigrationReceiver;
 #[cfg(all(feature = "client", feature = "server"))]
 pub use source::MigrationSource;
 #[cfg(feature = "server")]

@@ -48,6 +48,19 @@ pub enum Damage {
     },
 }
 
+impl std::fmt::Display for Damage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::TornTail { offset, bytes } => {
+                write!(f, "an unfinished record of {bytes} bytes at {offset} was cut off")
+            }
+            Self::BadRecord { offset, bytes } => {
+                write!(f, "damaged at {offset}; {bytes} bytes from there on were set aside as *.damaged")
+            }
+        }
+    }
+}
+
 impl RecordLog {
     /// Opens the log at `path`, creates it if there is none, and reads all records into memory.
     ///

@@ -1,7 +1,6 @@
 //! A store in a directory. Where things lie is told in [`layout`]; where bytes become durable, in [`sync`].
 
 mod handles;
-mod history;
 mod index;
 mod install;
 mod layout;
@@ -31,7 +30,7 @@ use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use proto_common::durable::{RecordLog, sync_dir};
+use proto_common::durable::{History, RecordLog, sync_dir};
 use proto_common::fence::Fence;
 use proto_common::ids::{ShardId, TransferId};
 
@@ -39,7 +38,6 @@ use crate::spec::{FileTotal, TransferPlan};
 
 use super::{Claim, PlacedSnapshot, Recovered, ShardState, SnapshotStore, StagingState, StoreError};
 use handles::Handles;
-use history::History;
 use index::Index;
 use layout::{Area, Layout};
 use record::{Kind, PlanRecord, Shard, ShardRecord};
@@ -272,7 +270,9 @@ impl SnapshotStore for FileSnapshotStore {
 
     async fn record_finished(&self, record: &[u8]) -> Result<(), StoreError> {
         let (shared, record) = (Arc::clone(&self.shared), record.to_vec());
-        blocking("record a finished transfer", move || shared.history.add(&record)).await
+        const ACTION: &str = "record a finished transfer";
+        blocking(ACTION, move || shared.history.add(&record).map_err(|error| StoreError::io(ACTION, error)))
+            .await
     }
 }
 

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::UNIX_EPOCH;
 
-use proto_common::durable::{Damage, RecordLog, sync_dir, write_atomic};
+use proto_common::durable::{RecordLog, sync_dir, write_atomic};
 use proto_common::ids::{ShardId, TransferId};
 
 use crate::spec::TransferPlan;
@@ -98,10 +98,11 @@ impl Shared {
                 damage.push(format!("installed/{shard} cannot be read: {}", described(&error)));
             }
         }
-        let finished = self.history.load(&mut damage).unwrap_or_else(|error| {
-            damage.push(format!("history cannot be read: {}", described(&error)));
-            Vec::new()
+        let (finished, cut) = self.history.load().unwrap_or_else(|error| {
+            damage.push(format!("history cannot be read: {error}"));
+            Default::default()
         });
+        damage.extend(cut.map(|cut| format!("history: {cut}")));
         Ok(Recovered { staged, finished, damage })
     }
 
@@ -157,7 +158,7 @@ impl Shared {
         // seal, too, may have been there in memory only, and what is acknowledged from here on needs them.
         let (mut log, records, cut) = RecordLog::open(area.records()).map_err(failed)?;
         if let Some(cut) = cut {
-            damage.push(format!("{}: {}", shown(&area.records()), describe(cut)));
+            damage.push(format!("{}: {cut}", shown(&area.records())));
         }
         let mut durable =
             read_records(&plan, &records, |what| damage.push(format!("{}: {what}", shown(&area.records()))));
@@ -387,17 +388,6 @@ impl Found {
             promised.1 = promised.1.saturating_add(space.remaining());
         }
         promised
-    }
-}
-
-pub(super) fn describe(damage: Damage) -> String {
-    match damage {
-        Damage::TornTail { offset, bytes } => {
-            format!("an unfinished record of {bytes} bytes at {offset} was cut off")
-        }
-        Damage::BadRecord { offset, bytes } => {
-            format!("damaged at {offset}; {bytes} bytes from there on were set aside as *.damaged")
-        }
     }
 }
 

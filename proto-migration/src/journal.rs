@@ -1,0 +1,335 @@
+//! What a source must not forget: one file per migration that runs, and the history of those that ended.
+//!
+//! | path | content |
+//! |---|---|
+//! | `active/<first slot>-<last slot>.<id>.task` | one migration: `[magic: 4][len: u32][crc: u64][bytes]`, little-endian, replaced atomically |
+//! | `history` | the last that ended, in either direction |
+//!
+//! The slots are part of a file's name, so that a file whose content is damaged still says which slots must not be served until somebody has
+//! looked: whether they were handed over is what it would have told.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use prost::Message as _;
+use proto_common::checksum::crc64;
+use proto_common::durable::{History, sync_dir, write_atomic};
+use proto_common::error::Error;
+use proto_common::ids::MigrationId;
+use proto_common::slots::SlotRange;
+use proto_common::v1::Fence;
+
+use crate::Reason;
+use crate::v1::MigrationProgress;
+
+const MAGIC: [u8; 4] = *b"NMJ1";
+const HEADER_LEN: usize = 16;
+/// Largest record. What a progress remembers is bounded far below it.
+const MAX_RECORD_BYTES: usize = 4 << 20;
+
+/// Everything that a source persists of one migration.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct SourceRecord {
+    /// What is shown of it, its state and attempt included.
+    #[prost(message, optional, tag = "1")]
+    pub progress: Option<MigrationProgress>,
+    /// Sequence behind which the log of the present copy starts.
+    #[prost(uint64, tag = "2")]
+    pub base_seq: u64,
+    /// Fence of the source shard that the caller gave.
+    #[prost(message, optional, tag = "3")]
+    pub fence: Option<Fence>,
+    /// The state that NEEDS_OPERATOR was entered from, as a `MigrationState`.
+    #[prost(int32, tag = "4")]
+    pub stopped_in: i32,
+    /// The epoch at which an operator took the slots back; 0 if none did.
+    #[prost(uint64, tag = "5")]
+    pub claim_epoch: u64,
+}
+
+/// A file of the journal that cannot be trusted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DamagedFile {
+    /// The file's name, below the journal's directory.
+    pub file: String,
+    /// The slots that its name says.
+    pub slots: Option<SlotRange>,
+    /// What is wrong with it.
+    pub problem: String,
+}
+
+/// What an earlier process left.
+#[derive(Debug, Default)]
+pub struct Recovered {
+    /// Migrations that had not ended.
+    pub active: Vec<(MigrationId, SourceRecord)>,
+    /// Migrations that had, oldest first.
+    pub finished: Vec<MigrationProgress>,
+    /// Files that cannot be trusted. They stay where they are.
+    pub damaged: Vec<DamagedFile>,
+}
+
+/// The journal of a node, in a directory of its own. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Journal {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    active: PathBuf,
+    history: History,
+}
+
+impl Journal {
+    /// Opens the journal in `directory`, makes it where there is none, and reads what is there. Remembers the last `finished` migrations that
+    /// ended. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// Those of the file system. A damaged file is none: it is reported in [`Recovered::damaged`].
+    pub fn open(directory: impl AsRef<Path>, finished: usize) -> io::Result<(Self, Recovered)> {
+        let directory = directory.as_ref();
+        let active = directory.join("active");
+        fs::create_dir_all(&active)?;
+        sync_dir(directory)?;
+        let history = History::new(directory.join("history"), finished);
+        let mut recovered = Recovered::default();
+        let (records, cut) = history.load()?;
+        recovered.damaged.extend(cut.map(|cut| DamagedFile {
+            file: "history".to_owned(),
+            slots: None,
+            problem: cut.to_string(),
+        }));
+        recovered.finished =
+            records.iter().filter_map(|record| MigrationProgress::decode(record.as_slice()).ok()).collect();
+        let mut names: Vec<_> = fs::read_dir(&active)?
+            .map(|entry| entry.map(|entry| entry.file_name()))
+            .collect::<io::Result<_>>()?;
+        names.sort();
+        for name in names {
+            let shown = name.to_string_lossy().into_owned();
+            let path = active.join(&name);
+            if shown.ends_with(".task.tmp") {
+                // The process died while it replaced a file, which is whole.
+                fs::remove_file(&path)?;
+                continue;
+            }
+            let named = parse_name(&shown);
+            let damaged = |problem: String| DamagedFile {
+                file: format!("active/{}", proto_common::text::printable(&shown, 200)),
+                slots: named.as_ref().map(|(slots, _)| *slots),
+                problem,
+            };
+            let Some((slots, id)) = &named else {
+                recovered.damaged.push(damaged("is not named like a migration".to_owned()));
+                continue;
+            };
+            match read(&path).and_then(|record| consistent(record, *slots, id)) {
+                Ok(record) => recovered.active.push((id.clone(), record)),
+                Err(problem) => recovered.damaged.push(damaged(problem)),
+            }
+        }
+        Ok((Self { shared: Arc::new(Shared { active, history }) }, recovered))
+    }
+
+    /// Makes `record` what is known of `id`, durably and as a whole.
+    ///
+    /// Calls for one migration come one after the other. Not cancel safe: a dropped future leaves open which record is there.
+    ///
+    /// # Errors
+    ///
+    /// `STORAGE_FAILED`; the old or the new record is there.
+    pub async fn save(&self, id: &MigrationId, slots: SlotRange, record: &SourceRecord) -> Result<(), Error> {
+        let path = self.shared.active.join(file_name(slots, id));
+        let content = encode(&record.encode_to_vec());
+        blocking("save a migration", move || write_atomic(path, &content)).await
+    }
+
+    /// Puts a migration that ended into the history, and drops its record if it has one. Repeated after a crash.
+    ///
+    /// # Errors
+    ///
+    /// `STORAGE_FAILED`; call it again.
+    pub async fn finish(
+        &self,
+        id: &MigrationId,
+        slots: SlotRange,
+        progress: &MigrationProgress,
+    ) -> Result<(), Error> {
+        let shared = Arc::clone(&self.shared);
+        let path = shared.active.join(file_name(slots, id));
+        let content = progress.encode_to_vec();
+        blocking("record a migration that ended", move || {
+            shared.history.add(&content)?;
+            match fs::remove_file(path) {
+                Ok(()) => sync_dir(&shared.active),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+                Err(error) => Err(error),
+            }
+        })
+        .await
+    }
+}
+
+async fn blocking(
+    action: &'static str,
+    work: impl FnOnce() -> io::Result<()> + Send + 'static,
+) -> Result<(), Error> {
+    let failed = |error: io::Error| {
+        Reason::StorageFailed.error(format!("cannot {action}: {error}; it is tried again")).caused_by(error)
+    };
+    match tokio::task::spawn_blocking(work).await {
+        Ok(done) => done.map_err(failed),
+        Err(error) => Err(failed(io::Error::other(error))),
+    }
+}
+
+fn file_name(slots: SlotRange, id: &MigrationId) -> String {
+    format!("{:05}-{:05}.{id}.task", slots.start(), slots.end() - 1)
+}
+
+fn parse_name(name: &str) -> Option<(SlotRange, MigrationId)> {
+    let (slots, id) = name.strip_suffix(".task")?.split_once('.')?;
+    let (first, last) = slots.split_once('-')?;
+    let number = |text: &str| (text.len() == 5).then(|| text.parse::<u16>().ok()).flatten();
+    let slots = SlotRange::new(number(first)?, number(last)?.checked_add(1)?).ok()?;
+    Some((slots, MigrationId::new(id).ok()?))
+}
+
+fn encode(record: &[u8]) -> Vec<u8> {
+    let len = u32::try_from(record.len()).unwrap_or(u32::MAX).to_le_bytes();
+    let mut file = Vec::with_capacity(HEADER_LEN + record.len());
+    file.extend_from_slice(&MAGIC);
+    file.extend_from_slice(&len);
+    file.extend_from_slice(&crc(len, record).to_le_bytes());
+    file.extend_from_slice(record);
+    file
+}
+
+fn crc(len: [u8; 4], record: &[u8]) -> u64 {
+    let mut covered = Vec::with_capacity(4 + record.len());
+    covered.extend_from_slice(&len);
+    covered.extend_from_slice(record);
+    crc64(&covered)
+}
+
+fn read(path: &Path) -> Result<SourceRecord, String> {
+    let len = fs::metadata(path).map_err(|error| error.to_string())?.len();
+    if len > (MAX_RECORD_BYTES + HEADER_LEN) as u64 {
+        return Err(format!("has {len} bytes, more than any record"));
+    }
+    let file = fs::read(path).map_err(|error| error.to_string())?;
+    let Some((header, record)) = file.split_first_chunk::<HEADER_LEN>() else {
+        return Err(format!("has {} bytes, less than its header", file.len()));
+    };
+    let (magic, rest) = header.split_at(4);
+    if magic != MAGIC {
+        return Err("does not begin like a record".to_owned());
+    }
+    let (len, stored) = rest.split_at(4);
+    let (Ok(len), Ok(stored)) = (<[u8; 4]>::try_from(len), <[u8; 8]>::try_from(stored)) else {
+        return Err("has no whole header".to_owned());
+    };
+    if usize::try_from(u32::from_le_bytes(len)) != Ok(record.len()) {
+        return Err(format!("says {} bytes and holds {}", u32::from_le_bytes(len), record.len()));
+    }
+    if crc(len, record) != u64::from_le_bytes(stored) {
+        return Err("does not match its checksum".to_owned());
+    }
+    SourceRecord::decode(record).map_err(|error| format!("does not decode: {error}"))
+}
+
+/// A file that was renamed by hand would be believed for other slots.
+fn consistent(record: SourceRecord, slots: SlotRange, id: &MigrationId) -> Result<SourceRecord, String> {
+    let progress = record.progress.as_ref().ok_or("holds no progress")?;
+    let spec = progress.spec.as_ref().ok_or("holds no specification")?;
+    if progress.migration_id != id.as_str() || SlotRange::from_wire(spec.slots) != Ok(slots) {
+        return Err("holds another migration than its name says".to_owned());
+    }
+    Ok(record)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::v1;
+
+    fn slots() -> SlotRange {
+        SlotRange::new(100, 200).unwrap()
+    }
+
+    fn id(text: &str) -> MigrationId {
+        MigrationId::new(text).unwrap()
+    }
+
+    fn progress(id: &str, attempt: u64) -> MigrationProgress {
+        let spec = v1::MigrationSpec { slots: Some(slots().into()), ..Default::default() };
+        MigrationProgress { migration_id: id.to_owned(), spec: Some(spec), attempt, ..Default::default() }
+    }
+
+    fn record(id: &str, attempt: u64) -> SourceRecord {
+        SourceRecord { progress: Some(progress(id, attempt)), base_seq: 7, ..Default::default() }
+    }
+
+    #[tokio::test]
+    async fn the_last_record_is_read_back_until_the_migration_ends() {
+        let dir = tempfile::tempdir().unwrap();
+        let (journal, recovered) = Journal::open(dir.path(), 10).unwrap();
+        assert!(recovered.active.is_empty());
+        journal.save(&id("m1"), slots(), &record("m1", 1)).await.unwrap();
+        journal.save(&id("m1"), slots(), &record("m1", 2)).await.unwrap();
+        journal.save(&id("m2.tmp"), slots(), &record("m2.tmp", 9)).await.unwrap();
+        // A crash while a file was replaced.
+        fs::write(dir.path().join("active/00100-00199.m1.task.tmp"), b"half").unwrap();
+        let (journal, recovered) = Journal::open(dir.path(), 10).unwrap();
+        assert_eq!(recovered.damaged, []);
+        assert_eq!(recovered.active, [(id("m1"), record("m1", 2)), (id("m2.tmp"), record("m2.tmp", 9))]);
+        journal.finish(&id("m1"), slots(), &progress("m1", 3)).await.unwrap();
+        journal.finish(&id("m1"), slots(), &progress("m1", 3)).await.unwrap();
+        let (_, recovered) = Journal::open(dir.path(), 10).unwrap();
+        assert_eq!(recovered.active.len(), 1);
+        assert_eq!(recovered.finished.last(), Some(&progress("m1", 3)));
+    }
+
+    #[tokio::test]
+    async fn every_flipped_bit_and_every_cut_is_found_and_the_slots_are_known() {
+        let dir = tempfile::tempdir().unwrap();
+        let (journal, _) = Journal::open(dir.path(), 10).unwrap();
+        journal.save(&id("m1"), slots(), &record("m1", 1)).await.unwrap();
+        let path = dir.path().join("active/00100-00199.m1.task");
+        let good = fs::read(&path).unwrap();
+        let mut bad: Vec<Vec<u8>> = (0..good.len()).map(|len| good[..len].to_vec()).collect();
+        for bit in 0..good.len() * 8 {
+            let mut flipped = good.clone();
+            flipped[bit / 8] ^= 1 << (bit % 8);
+            bad.push(flipped);
+        }
+        bad.push([good.as_slice(), b"x"].concat());
+        for content in bad {
+            fs::write(&path, &content).unwrap();
+            let (_, recovered) = Journal::open(dir.path(), 10).unwrap();
+            assert_eq!(recovered.active, []);
+            let damaged = &recovered.damaged[0];
+            assert_eq!((damaged.file.as_str(), damaged.slots), ("active/00100-00199.m1.task", Some(slots())));
+            assert_eq!(fs::read(&path).unwrap(), content, "what is damaged stays for whoever looks");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_file_that_was_renamed_is_not_believed() {
+        let dir = tempfile::tempdir().unwrap();
+        let (journal, _) = Journal::open(dir.path(), 10).unwrap();
+        for other in ["00100-00198.m1.task", "00100-00199.m9.task", "notes.txt"] {
+            journal.save(&id("m1"), slots(), &record("m1", 1)).await.unwrap();
+            fs::rename(dir.path().join("active/00100-00199.m1.task"), dir.path().join("active").join(other))
+                .unwrap();
+            let (_, recovered) = Journal::open(dir.path(), 10).unwrap();
+            assert_eq!(recovered.active, [], "{other}");
+            assert_eq!(recovered.damaged.len(), 1, "{other}");
+            fs::remove_file(dir.path().join("active").join(other)).unwrap();
+        }
+    }
+}

@@ -1,0 +1,189 @@
+//! What a node takes and keeps, in one place.
+
+use std::num::NonZeroU64;
+use std::time::Duration;
+
+use proto_common::error::Error;
+
+use crate::{Reason, v1};
+
+/// Largest message of this service beside its payload: what `migration.proto` calls 1 MiB.
+pub const MESSAGE_OVERHEAD: usize = 1 << 20;
+
+/// Bounds of a batch's payload that a target may declare.
+pub const BATCH_BYTES: std::ops::RangeInclusive<u32> = (64 << 10)..=(64 << 20);
+
+/// Limits of a node. Each default is safe for a node with 4 GiB of memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Limits {
+    /// Migrations that leave the node at the same time. Default 4.
+    pub outgoing: usize,
+    /// Migrations that come to the node at the same time. Default 4.
+    pub incoming: usize,
+    /// Payload of a batch that is taken, in bytes. Default 16 MiB.
+    pub batch_bytes: u32,
+    /// Payload of a batch that is sent, in bytes, unless one entry is larger. Default 256 KiB: far more than a round trip costs on
+    /// a fast network, and little enough that a change never waits long behind rows.
+    pub sent_batch_bytes: usize,
+    /// Payload bytes that a source may have on the way, per migration. Default 32 MiB.
+    pub credit_bytes: u64,
+    /// Payload bytes that are staged in one transaction of the store. Default 1 MiB, so that clients of other slots that wait for
+    /// the same disk wait for milliseconds.
+    pub apply_bytes: u64,
+    /// Payload bytes per second that sources are asked for, per migration. Default: no limit.
+    pub bytes_per_second: Option<NonZeroU64>,
+    /// Silence after which a stream is given up. Default 30 s; 3 s or more.
+    pub idle: Duration,
+    /// How long the record of a migration that was cancelled, or of which nothing is staged, is kept at the target after its last stream.
+    /// Default 1 h.
+    pub record_kept: Duration,
+    /// Migrations that ended and are remembered. Default 1000.
+    pub history: usize,
+    /// Open watches of the node. Default 1024.
+    pub watchers: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            outgoing: 4,
+            incoming: 4,
+            batch_bytes: 16 << 20,
+            sent_batch_bytes: 256 << 10,
+            credit_bytes: 32 << 20,
+            apply_bytes: 1 << 20,
+            bytes_per_second: None,
+            idle: Duration::from_secs(30),
+            record_kept: Duration::from_secs(3600),
+            history: 1000,
+            watchers: 1024,
+        }
+    }
+}
+
+/// Limits of one migration, with the defaults of the contract filled in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TaskLimits {
+    /// Payload bytes per second, rows and changes together.
+    pub bytes_per_second: Option<NonZeroU64>,
+    /// Longest time that writes are held before the freeze is given up.
+    pub freeze_timeout: Duration,
+    /// READY needs a lag of at most this many changes.
+    pub ready_lag_entries: u64,
+    /// READY needs a lag of at most this.
+    pub ready_lag: Duration,
+    /// Unacknowledged changes that the source retains, in bytes.
+    pub log_bytes_cap: u64,
+    /// Slow the writers of the moving slots near the cap.
+    pub slow_writers: bool,
+    /// How long the target may take to accept for the first time.
+    pub accept_timeout: Duration,
+}
+
+impl TaskLimits {
+    /// Reads the limits in field `path` of a request.
+    ///
+    /// # Errors
+    ///
+    /// `INVALID_FIELD`, naming the field that is out of bounds.
+    pub fn from_wire(limits: Option<v1::MigrationLimits>, path: &str) -> Result<Self, Error> {
+        let v1::MigrationLimits {
+            max_bytes_per_second,
+            freeze_timeout_ms,
+            ready_lag_entries,
+            ready_lag_ms,
+            log_bytes_cap,
+            slow_writers,
+            accept_timeout_ms,
+        } = limits.unwrap_or_default();
+        let bad =
+            |field: &str, problem: String| Reason::InvalidField.field(&format!("{path}.{field}"), problem);
+        let freeze = freeze_timeout_ms.unwrap_or(500);
+        if !(1..=60_000).contains(&freeze) {
+            return Err(bad("freeze_timeout_ms", format!("is {freeze}; it takes 1 to 60000")));
+        }
+        let cap = log_bytes_cap.unwrap_or(256 << 20);
+        if cap < 1 << 20 {
+            return Err(bad("log_bytes_cap", format!("is {cap}; it takes 1048576 (1 MiB) or more")));
+        }
+        let accept = accept_timeout_ms.unwrap_or(30_000);
+        if accept == 0 {
+            return Err(bad("accept_timeout_ms", "is 0; it takes 1 or more".to_owned()));
+        }
+        Ok(Self {
+            bytes_per_second: max_bytes_per_second.and_then(NonZeroU64::new),
+            freeze_timeout: Duration::from_millis(freeze),
+            ready_lag_entries: ready_lag_entries.unwrap_or(10_000),
+            ready_lag: Duration::from_millis(ready_lag_ms.unwrap_or(200)),
+            log_bytes_cap: cap,
+            slow_writers: slow_writers.unwrap_or(true),
+            accept_timeout: Duration::from_millis(accept),
+        })
+    }
+}
+
+impl From<TaskLimits> for v1::MigrationLimits {
+    fn from(limits: TaskLimits) -> Self {
+        let TaskLimits {
+            bytes_per_second,
+            freeze_timeout,
+            ready_lag_entries,
+            ready_lag,
+            log_bytes_cap,
+            slow_writers,
+            accept_timeout,
+        } = limits;
+        let millis = proto_common::clock::millis;
+        Self {
+            max_bytes_per_second: bytes_per_second.map(NonZeroU64::get),
+            freeze_timeout_ms: Some(millis(freeze_timeout)),
+            ready_lag_entries: Some(ready_lag_entries),
+            ready_lag_ms: Some(millis(ready_lag)),
+            log_bytes_cap: Some(log_bytes_cap),
+            slow_writers: Some(slow_writers),
+            accept_timeout_ms: Some(millis(accept_timeout)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_defaults_are_those_of_the_contract() {
+        const PROTO: &str = include_str!("../proto/node/migration/v1/migration.proto");
+        let limits = v1::MigrationLimits::from(TaskLimits::from_wire(None, "limits").unwrap());
+        assert_eq!(limits.max_bytes_per_second, None);
+        for (field, default) in [
+            ("freeze_timeout_ms", limits.freeze_timeout_ms),
+            ("ready_lag_entries", limits.ready_lag_entries),
+            ("ready_lag_ms", limits.ready_lag_ms),
+            ("accept_timeout_ms", limits.accept_timeout_ms),
+        ] {
+            let (before, _) = PROTO.split_once(&format!("optional uint64 {field} =")).unwrap();
+            let comment = &before[before.len() - 120..];
+            assert!(comment.contains(&format!("default {}.", default.unwrap())), "{field}: {comment}");
+        }
+        assert!(PROTO.contains("1 MiB or more, default 256 MiB"));
+        assert_eq!(limits.log_bytes_cap, Some(256 << 20));
+        assert_eq!(limits.slow_writers, Some(true));
+        let again = TaskLimits::from_wire(Some(limits), "limits").unwrap();
+        assert_eq!(v1::MigrationLimits::from(again), limits);
+    }
+
+    #[test]
+    fn what_is_out_of_bounds_is_named() {
+        let none = v1::MigrationLimits::default();
+        for (field, limits) in [
+            ("freeze_timeout_ms", v1::MigrationLimits { freeze_timeout_ms: Some(0), ..none }),
+            ("freeze_timeout_ms", v1::MigrationLimits { freeze_timeout_ms: Some(60_001), ..none }),
+            ("log_bytes_cap", v1::MigrationLimits { log_bytes_cap: Some(1000), ..none }),
+            ("accept_timeout_ms", v1::MigrationLimits { accept_timeout_ms: Some(0), ..none }),
+        ] {
+            let error = TaskLimits::from_wire(Some(limits), "limits").unwrap_err();
+            assert_eq!(error.violations()[0].field, format!("limits.{field}"));
+        }
+    }
+}
