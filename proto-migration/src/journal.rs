@@ -47,6 +47,12 @@ pub struct SourceRecord {
     /// The epoch at which an operator took the slots back; 0 if none did.
     #[prost(uint64, tag = "5")]
     pub claim_epoch: u64,
+    /// An error that no retry helps has ended it, or is about to.
+    #[prost(bool, tag = "6")]
+    pub failed: bool,
+    /// It has ended here, and the target has not been told.
+    #[prost(bool, tag = "7")]
+    pub untold: bool,
 }
 
 /// A file of the journal that cannot be trusted.

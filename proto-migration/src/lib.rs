@@ -4,6 +4,8 @@
 pub mod decisions;
 #[cfg(feature = "_rpc")]
 pub mod digest;
+#[cfg(all(feature = "client", feature = "server"))]
+pub mod driver;
 #[cfg(feature = "_rpc")]
 pub mod entry;
 #[cfg(feature = "server")]
@@ -31,6 +33,8 @@ pub mod v1;
 
 #[cfg(feature = "server")]
 pub use decisions::Decisions;
+#[cfg(all(feature = "client", feature = "server"))]
+pub use driver::MigrationDriver;
 #[cfg(feature = "server")]
 pub use receiver::MigrationReceiver;
 #[cfg(all(feature = "client", feature = "server"))]

@@ -1,0 +1,536 @@
+//! The source's side: starts migrations, drives each to its end, and answers for them.
+//!
+//! | question | where |
+//! |---|---|
+//! | what is the state, what is saved when, what may callers do? | `driver/task.rs` |
+//! | how are rows and changes sent? | `driver/pump.rs`, within one stream: `driver/transfer.rs` |
+//! | how do slots change hands? | `driver/freeze.rs` |
+//! | how is an unknown outcome found out? | `driver/resolve.rs` |
+//! | who is slowed when the target does not keep up? | `driver/pressure.rs` |
+//! | what must my store do? | implement [`MigrationSource`] |
+
+mod dial;
+mod freeze;
+mod link;
+mod open;
+mod pressure;
+mod pump;
+mod resolve;
+mod task;
+mod transfer;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use proto_common::clock::now_unix_ms;
+use proto_common::error::{CommonReason, Error};
+use proto_common::fence::Fence;
+use proto_common::guard::{RangeGuard, RangeHold};
+use proto_common::ids::{MigrationId, NodeId};
+use proto_common::meter::Meter;
+use proto_common::rate::RateLimiter;
+use proto_common::retry::Backoff;
+use proto_common::v1::{Direction, NodeIdentity, Priority, Progress};
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+#[cfg(feature = "channel")]
+pub use dial::TcpDial;
+pub use dial::{Dial, DialFn, dial_fn};
+
+use self::task::{Command, Task, freeze_backoff};
+use crate::Reason;
+use crate::hold::{Hold, HoldMode};
+use crate::journal::{Journal, Recovered, SourceRecord};
+use crate::limits::{Limits, TaskLimits};
+use crate::migrations::{Migrations, not_found};
+use crate::service::{MigrationNode, Resolution, SourceCalls, shutting_down};
+use crate::source::MigrationSource;
+use crate::spec::MigrationSpec;
+use crate::v1::{
+    FreezeOutcome, MigrationGate, MigrationProgress, MigrationState, StartMigrationRequest,
+    StartMigrationResponse,
+};
+
+/// Features of this version, as both sides name them.
+pub(crate) const FEATURES: [&str; 2] = ["crc64nvme", "blake3-sum128"];
+
+/// Calls that wait for one task.
+const COMMANDS: usize = 16;
+
+/// Drives the migrations that leave a node. Cheap to clone; all clones are one driver.
+pub struct MigrationDriver<S: MigrationSource, D: Dial> {
+    inner: Arc<Inner<S, D>>,
+}
+
+impl<S: MigrationSource, D: Dial> Clone for MigrationDriver<S, D> {
+    fn clone(&self) -> Self {
+        Self { inner: Arc::clone(&self.inner) }
+    }
+}
+
+impl<S: MigrationSource, D: Dial> std::fmt::Debug for MigrationDriver<S, D> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("MigrationDriver")
+            .field("node_id", &self.inner.identity.node_id)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What all calls and tasks of a driver share.
+struct Inner<S: MigrationSource, D: Dial> {
+    source: Arc<S>,
+    dial: D,
+    journal: Journal,
+    identity: NodeIdentity,
+    me: NodeId,
+    /// 16 random bytes of this process.
+    session: Bytes,
+    limits: Limits,
+    migrations: Migrations,
+    guard: RangeGuard,
+    running: Mutex<HashMap<MigrationId, Handle>>,
+    /// One start at a time: a second with the same ID finds the first.
+    starting: tokio::sync::Mutex<()>,
+    /// Held as long as the process lives: slots whose record is damaged, and what was undecided when the driver stopped.
+    held: Mutex<Vec<(Hold, Option<RangeHold>)>>,
+    tasks: TaskTracker,
+    draining: CancellationToken,
+    stopping: CancellationToken,
+}
+
+#[derive(Clone)]
+struct Handle {
+    spec: MigrationSpec,
+    commands: mpsc::Sender<Command>,
+}
+
+/// Makes a [`MigrationDriver`].
+pub struct MigrationDriverBuilder<S: MigrationSource, D: Dial> {
+    source: S,
+    dial: D,
+    identity: NodeIdentity,
+    journal: Journal,
+    limits: Limits,
+    migrations: Option<Migrations>,
+    guard: RangeGuard,
+}
+
+impl<S: MigrationSource, D: Dial> std::fmt::Debug for MigrationDriverBuilder<S, D> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("MigrationDriverBuilder").field("limits", &self.limits).finish_non_exhaustive()
+    }
+}
+
+impl<S: MigrationSource, D: Dial> MigrationDriverBuilder<S, D> {
+    /// Other limits than the default ones.
+    #[must_use]
+    pub fn limits(mut self, limits: Limits) -> Self {
+        self.limits = limits;
+        self
+    }
+
+    /// The node's registry, shared with its receiver. Default: a new one.
+    #[must_use]
+    pub fn migrations(mut self, migrations: Migrations) -> Self {
+        self.migrations = Some(migrations);
+        self
+    }
+
+    /// The node's guard of slots, shared with its transfers and its receiver. Default: a new one.
+    #[must_use]
+    pub fn guard(mut self, guard: RangeGuard) -> Self {
+        self.guard = guard;
+        self
+    }
+
+    /// Takes up what an earlier process left, and starts. When it returns, the slots of every undecided migration are held: let clients
+    /// in after that.
+    ///
+    /// Slots of a damaged record are held as long as this process lives, since they may have been handed over: their requests get what
+    /// the store answers to those that waited too long. The rest of the node serves.
+    ///
+    /// # Errors
+    ///
+    /// The node's ID is none, or the store cannot hold the slots.
+    pub async fn start(self, recovered: Recovered) -> Result<MigrationDriver<S, D>, Error> {
+        let Self { source, dial, identity, journal, limits, migrations, guard } = self;
+        let inner = Arc::new(Inner {
+            source: Arc::new(source),
+            dial,
+            journal,
+            me: NodeId::new(&identity.node_id).map_err(|error| error.at("identity.node_id"))?,
+            identity,
+            session: Bytes::copy_from_slice(&rand::random::<[u8; 16]>()),
+            migrations: migrations.unwrap_or_else(|| Migrations::new(&limits)),
+            limits,
+            guard,
+            running: Mutex::default(),
+            starting: tokio::sync::Mutex::default(),
+            held: Mutex::default(),
+            tasks: TaskTracker::new(),
+            draining: CancellationToken::new(),
+            stopping: CancellationToken::new(),
+        });
+        inner.migrations.seed(recovered.finished);
+        for damaged in recovered.damaged {
+            tracing::error!(file = damaged.file, problem = damaged.problem, slots = ?damaged.slots, "the journal is damaged");
+            let Some(slots) = damaged.slots else { continue };
+            let hold = inner.source.hold(slots, HoldMode::All).await?;
+            let range = inner.guard.try_acquire(slots, &format!("the damaged record {}", damaged.file)).ok();
+            lock(&inner.held).push((hold, range));
+        }
+        for (id, record) in recovered.active {
+            inner.take_up(id, record).await?;
+        }
+        Ok(MigrationDriver { inner })
+    }
+}
+
+impl<S: MigrationSource, D: Dial> MigrationDriver<S, D> {
+    /// A driver of the node `identity`, whose slots are in `source`.
+    pub fn builder(
+        identity: NodeIdentity,
+        source: S,
+        journal: Journal,
+        dial: D,
+    ) -> MigrationDriverBuilder<S, D> {
+        MigrationDriverBuilder {
+            source,
+            dial,
+            identity,
+            journal,
+            limits: Limits::default(),
+            migrations: None,
+            guard: RangeGuard::new(),
+        }
+    }
+
+    /// The source's half of the node's service.
+    #[must_use]
+    pub fn node(&self) -> MigrationNode {
+        MigrationNode {
+            migrations: self.inner.migrations.clone(),
+            limits: self.inner.limits.clone(),
+            source: Some(Arc::new(Calls(Arc::clone(&self.inner)))),
+            target: None,
+            stopping: self.inner.stopping.clone(),
+        }
+    }
+
+    /// All migrations of the node.
+    #[must_use]
+    pub fn migrations(&self) -> Migrations {
+        self.inner.migrations.clone()
+    }
+
+    /// Refuses new migrations with `SHUTTING_DOWN`; those under way go on.
+    pub fn drain(&self) {
+        self.inner.draining.cancel();
+    }
+
+    /// Stops all tasks where they are, and waits for them. Everything goes on after the next start. What is undecided stays held until
+    /// the process ends. Cancel safe; may be called again.
+    pub async fn shutdown(&self) {
+        self.inner.draining.cancel();
+        self.inner.stopping.cancel();
+        self.inner.tasks.close();
+        self.inner.tasks.wait().await;
+    }
+}
+
+impl<S: MigrationSource, D: Dial> Inner<S, D> {
+    fn running(&self) -> MutexGuard<'_, HashMap<MigrationId, Handle>> {
+        lock(&self.running)
+    }
+
+    fn ended(&self, id: &MigrationId) {
+        self.running().remove(id);
+    }
+
+    fn keep_held(&self, hold: Hold) {
+        lock(&self.held).push((hold, None));
+    }
+
+    /// Goes on with a migration of an earlier process.
+    async fn take_up(self: &Arc<Self>, id: MigrationId, mut record: SourceRecord) -> Result<(), Error> {
+        let Some(progress) = record.progress.as_mut() else { return Ok(()) };
+        let spec = MigrationSpec::from_wire(progress.spec.clone(), "spec", None)?;
+        let limits = TaskLimits::from_wire(progress.limits, "limits")?;
+        progress.reporter = Some(self.identity.clone());
+        progress.connected = false;
+        if matches!(
+            progress.state(),
+            MigrationState::Copying | MigrationState::Ready | MigrationState::Freezing
+        ) && progress.state() != MigrationState::Copying
+        {
+            // Nothing is held after a restart, and how far behind the target is has to be seen first.
+            progress.enter(MigrationState::CatchingUp);
+            progress.set_gate(MigrationGate::Open);
+        }
+        let state = progress.state();
+        let closed = state == MigrationState::Committing || progress.gate() == MigrationGate::Closed;
+        let hold = if closed { Some(self.source.hold(spec.slots, HoldMode::All).await?) } else { None };
+        let range = if state.is_final() { None } else { Some(self.acquire(&id, &spec)?) };
+        let claim = record.claim_epoch;
+        let mut task = self.task(id, spec, limits, record, hold, range)?;
+        if state != MigrationState::Committing {
+            task.end_freeze(FreezeOutcome::Interrupted, None);
+        }
+        if claim > 0 && state != MigrationState::Cancelled {
+            // An operator took the slots back, and the crash came before that was recorded.
+            self.source.keep(&task.id, task.spec.slots, Some(claim)).await?;
+            task.change().enter(MigrationState::Cancelled);
+            task.change().set_gate(MigrationGate::Open);
+            task.open_gate();
+        }
+        task.show();
+        self.tasks.spawn(task.run());
+        Ok(())
+    }
+
+    fn acquire(&self, id: &MigrationId, spec: &MigrationSpec) -> Result<RangeHold, Error> {
+        let held = self.guard.try_acquire(spec.slots, &format!("migration {id}"));
+        held.map_err(|error| {
+            let refused = Reason::RangeBusy.error(error.message());
+            refused.metadata("holder", error.get("holder").unwrap_or_default())
+        })
+    }
+
+    fn task(
+        self: &Arc<Self>,
+        id: MigrationId,
+        spec: MigrationSpec,
+        limits: TaskLimits,
+        record: SourceRecord,
+        hold: Option<Hold>,
+        range: Option<RangeHold>,
+    ) -> Result<Task<S, D>, Error> {
+        let tracker = self.migrations.insert(record.progress.clone().unwrap_or_default())?;
+        let (commands, asked) = mpsc::channel(COMMANDS);
+        self.running().insert(id.clone(), Handle { spec: spec.clone(), commands });
+        Ok(Task {
+            inner: Arc::clone(self),
+            rate: RateLimiter::with_rate(limits.bytes_per_second),
+            id,
+            spec,
+            limits,
+            record,
+            tracker,
+            commands: asked,
+            hold,
+            range,
+            meter: Meter::default(),
+            backoff: Backoff::default().start(),
+            freeze_after: Instant::now(),
+            freeze_backoff: freeze_backoff(),
+            began: Instant::now(),
+        })
+    }
+
+    /// Asks a task that runs.
+    async fn ask(
+        &self,
+        id: &MigrationId,
+        command: impl FnOnce(task::Reply) -> Command,
+    ) -> Result<MigrationProgress, Error> {
+        let handle = self.running().get(id).cloned();
+        let Some(handle) = handle else { return self.answer_for_ended(id) };
+        let (reply, answer) = oneshot::channel();
+        if handle.commands.send(command(reply)).await.is_err() {
+            return self.answer_for_ended(id);
+        }
+        match answer.await {
+            Ok(answer) => answer,
+            // It ended, or the node stops, before it looked.
+            Err(_) => self.answer_for_ended(id),
+        }
+    }
+
+    fn answer_for_ended(&self, id: &MigrationId) -> Result<MigrationProgress, Error> {
+        if self.stopping.is_cancelled() {
+            return Err(shutting_down());
+        }
+        self.migrations.get(Some(Direction::Out), id)
+    }
+
+    async fn start(self: Arc<Self>, request: StartMigrationRequest) -> Result<StartMigrationResponse, Error> {
+        let StartMigrationRequest { migration_id, spec, target_address, fence, priority, limits } = request;
+        let id = MigrationId::new(&migration_id).map_err(|error| error.at("migration_id"))?;
+        let spec = MigrationSpec::from_wire(spec, "spec", Some(&self.me))?;
+        if spec.source_node != self.me {
+            let text = format!(
+                "this node is {}, not {}; ask the source of the migration",
+                self.me, spec.source_node
+            );
+            return Err(Reason::WrongNode
+                .error(text)
+                .violation("spec.source_node_id", "is another node")
+                .metadata("node_id", self.me.as_str()));
+        }
+        if target_address.is_empty() || target_address.len() > 512 {
+            let problem = "is empty or longer than 512 bytes; write host:port";
+            return Err(Reason::InvalidField.field("target_address", problem));
+        }
+        self.dial
+            .check(&target_address)
+            .map_err(|error| Reason::InvalidField.field("target_address", error.message()))?;
+        let priority = Priority::try_from(priority).map_err(|_| {
+            Reason::InvalidField.field("priority", format!("is {priority}, which this node does not know"))
+        })?;
+        let limits = TaskLimits::from_wire(limits, "limits")?;
+
+        let _one = self.starting.lock().await;
+        let known = self.running().get(&id).map(|handle| handle.spec.clone());
+        if let Some(known) = known {
+            same(&known, &spec, &id)?;
+            let joined = self
+                .ask(&id, |reply| Command::Join { limits, priority, address: target_address, reply })
+                .await?;
+            return Ok(StartMigrationResponse { migration: Some(joined), joined: true });
+        }
+        if let Ok(ended) = self.migrations.get(Some(Direction::Out), &id) {
+            same(&MigrationSpec::from_wire(ended.spec.clone(), "spec", None)?, &spec, &id)?;
+            return Ok(StartMigrationResponse { migration: Some(ended), joined: true });
+        }
+        if self.draining.is_cancelled() {
+            return Err(shutting_down());
+        }
+        let going = self.migrations.active(Some(Direction::Out)).len();
+        if going >= self.limits.outgoing {
+            let text = format!("{going} migrations leave this node already; try again when one has ended");
+            return Err(Reason::TooManyMigrations.error(text).retry_after(Duration::from_secs(1)));
+        }
+        let terms = self.source.admit(&spec, fence.map(Fence::from)).await?;
+        let range = self.acquire(&id, &spec)?;
+        let now = now_unix_ms();
+        let mut progress = MigrationProgress {
+            migration_id: id.to_string(),
+            progress: Some(Progress {
+                direction: Direction::Out.into(),
+                bytes_total: terms.estimated_bytes,
+                items_total: terms.estimated_keys,
+                total_is_estimate: true,
+                started_unix_ms: now,
+                ..Progress::default()
+            }),
+            spec: Some(spec.clone().into()),
+            gate: MigrationGate::Open.into(),
+            reporter: Some(self.identity.clone()),
+            target_address,
+            limits: Some(limits.into()),
+            priority: priority.into(),
+            slot_epoch: terms.slot_epoch,
+            decision: crate::v1::MigrationDecision::Undecided.into(),
+            ..MigrationProgress::default()
+        };
+        progress.enter(MigrationState::Pending);
+        let record = SourceRecord { progress: Some(progress.clone()), fence, ..SourceRecord::default() };
+        self.journal.save(&id, spec.slots, &record).await?;
+        tracing::info!(migration_id = %id, slots = %spec.slots, target = %spec.target_node, "migration started");
+        let task = self.task(id, spec, limits, record, None, Some(range))?;
+        self.tasks.spawn(task.run());
+        Ok(StartMigrationResponse { migration: Some(progress), joined: false })
+    }
+
+    /// Refuses a caller that is not, or no longer, who it believes to be.
+    async fn check_fence(&self, id: &MigrationId, fence: Option<Fence>) -> Result<(), Error> {
+        let Some(fence) = fence else { return Ok(()) };
+        let spec = self.running().get(id).map(|handle| handle.spec.clone()).ok_or_else(|| not_found(id));
+        let Ok(spec) = spec else { return Ok(()) };
+        match self.source.admit(&spec, Some(fence)).await {
+            Err(error) if error.is(CommonReason::StaleFence) => Err(error),
+            // Whether the node still owns the slots is for the task to say.
+            _ => Ok(()),
+        }
+    }
+}
+
+fn same(known: &MigrationSpec, asked: &MigrationSpec, id: &MigrationId) -> Result<(), Error> {
+    match known.difference(asked) {
+        None => Ok(()),
+        Some(field) => {
+            let text =
+                format!("migration {id} exists with another {field}; choose a new ID for another migration");
+            Err(Reason::SpecificationMismatch
+                .error(text)
+                .violation(format!("spec.{field}"), "differs from what the migration began with")
+                .metadata("field", field))
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+struct Calls<S: MigrationSource, D: Dial>(Arc<Inner<S, D>>);
+
+impl<S: MigrationSource, D: Dial> Calls<S, D> {
+    /// What was begun goes on when the caller hangs up.
+    async fn owned<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = Result<T, Error>> + Send + 'static,
+    ) -> Result<T, Error> {
+        let done = self.0.tasks.spawn(work).await;
+        done.unwrap_or_else(|error| Err(Reason::Internal.error("the call panicked").caused_by(error)))
+    }
+}
+
+#[tonic::async_trait]
+impl<S: MigrationSource, D: Dial> SourceCalls for Calls<S, D> {
+    async fn start(&self, request: StartMigrationRequest) -> Result<StartMigrationResponse, Error> {
+        self.owned(Arc::clone(&self.0).start(request)).await
+    }
+
+    async fn complete(
+        &self,
+        id: &MigrationId,
+        deadline_ms: u64,
+        fence: Option<Fence>,
+    ) -> Result<MigrationProgress, Error> {
+        self.0.check_fence(id, fence).await?;
+        let deadline = Duration::from_millis(deadline_ms);
+        let known = self.0.migrations.get(Some(Direction::Out), id)?;
+        match known.state() {
+            MigrationState::Completed => Ok(known),
+            MigrationState::Cancelled | MigrationState::Failed => Err(task::ended(known.state())),
+            _ => self.0.ask(id, |reply| Command::Complete { deadline, reply }).await,
+        }
+    }
+
+    async fn cancel(
+        &self,
+        id: &MigrationId,
+        reason: &str,
+        fence: Option<Fence>,
+    ) -> Result<MigrationProgress, Error> {
+        self.0.check_fence(id, fence).await?;
+        let known = self.0.migrations.get(Some(Direction::Out), id)?;
+        match known.state() {
+            MigrationState::Cancelled => Ok(known),
+            MigrationState::Completed => Err(task::already_committed()),
+            MigrationState::Failed => Err(task::ended(known.state())),
+            _ => {
+                let reason = reason.to_owned();
+                self.0.ask(id, |reply| Command::Cancel { reason, reply }).await
+            }
+        }
+    }
+
+    async fn resolve(&self, id: &MigrationId, resolution: Resolution) -> Result<MigrationProgress, Error> {
+        let known = self.0.migrations.get(Some(Direction::Out), id)?;
+        if self.0.running().contains_key(id) {
+            return self.0.ask(id, |reply| Command::Resolve { resolution, reply }).await;
+        }
+        if known.resolved_reason.is_some() && known.decision() == resolution.decision {
+            return Ok(known);
+        }
+        let text = format!("the migration has ended: it is {}", known.state().short_name());
+        Err(task::resolve_refused(&text, &known))
+    }
+}

@@ -1,0 +1,278 @@
+//! The cut-over: writes wait, the last changes go, the target verifies, and the slots change hands.
+//!
+//! Up to `Prepared` all of it is bounded by the freeze timeout and lives in memory; whatever goes wrong, writes go on and nothing is lost. From
+//! the moment that COMMITTING is saved, only evidence ends it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use proto_common::clock::millis;
+use proto_common::error::Error;
+use tokio::time::{Instant, timeout, timeout_at};
+
+use super::dial::Dial;
+use super::link::{Said, unexpected};
+use super::pump::Wish;
+use super::task::{Command, Halt, Task};
+use super::transfer::Running;
+use crate::Reason;
+use crate::digest::SlotDigest;
+use crate::hold::{Hold, HoldMode};
+use crate::source::MigrationSource;
+use crate::v1::transfer_migration_data_request::{Commit, Frame, Prepare, Release};
+use crate::v1::{FreezeOutcome, MigrationGate, MigrationState, SlotMismatch};
+
+/// How a freeze ended before the commit was decided.
+enum GivenUp {
+    TimedOut,
+    Refused(Error, Option<SlotMismatch>),
+    Interrupted(Error),
+    /// A caller asked for something that ends it.
+    Asked(Command),
+}
+
+impl From<Error> for GivenUp {
+    fn from(error: Error) -> Self {
+        Self::Interrupted(error)
+    }
+}
+
+/// What the way to `Prepared` took.
+#[derive(Default)]
+struct Times {
+    drained: Duration,
+    flushed: Duration,
+    prepared: Duration,
+    final_seq: u64,
+}
+
+impl<S: MigrationSource, D: Dial> Task<S, D> {
+    /// Tries to cut over. True when the slots are handed over; false when writes go on.
+    pub(super) async fn freeze(&mut self, running: &mut Running) -> Result<bool, Halt> {
+        self.come_close(running).await?;
+        let number = self.begin_freeze();
+        // Its number is not used again, whatever crashes.
+        self.save().await?;
+        let began = Instant::now();
+        let deadline = began + self.limits.freeze_timeout;
+        let progress = self.change();
+        progress.enter(MigrationState::Freezing);
+        progress.set_gate(MigrationGate::WritesHeld);
+        if let Some(freeze) = progress.freezes.last_mut() {
+            freeze.started_unix_ms = proto_common::clock::now_unix_ms();
+        }
+        self.show();
+
+        let mut times = Times::default();
+        let prepared = self.prepare(running, number, began, deadline, &mut times).await;
+        if let Some(freeze) = self.change().freezes.last_mut() {
+            freeze.drain_ms = millis(times.drained);
+            freeze.flush_ms = millis(times.flushed);
+            freeze.prepare_ms = millis(times.prepared);
+            freeze.final_seq = times.final_seq;
+        }
+        let writes = match prepared? {
+            Ok(hold) => hold,
+            Err(given_up) => {
+                return self.give_up_freeze(running, number, given_up).await.map(|()| false);
+            }
+        };
+        match self.commit(running, number, writes, deadline).await? {
+            Ok(()) => Ok(true),
+            Err(given_up) => self.give_up_freeze(running, number, given_up).await.map(|()| false),
+        }
+    }
+
+    /// Brings the lag down to what a round trip takes, with writes going on, so that the freeze has little to send.
+    async fn come_close(&mut self, running: &mut Running) -> Result<(), Halt> {
+        let head = running.log.borrow().head_seq;
+        let mut acks = running.link.acks.clone();
+        let patience = self.limits.ready_lag + Duration::from_millis(50);
+        // The rest is sent with writes held, if it has to be.
+        let close = async move { acks.wait_for(|ack| ack.durable_seq >= head).await.map(drop) };
+        let _ = self.meanwhile(timeout(patience, close)).await?;
+        Ok(())
+    }
+
+    /// Up to `Prepared`; returns the hold of the writes.
+    async fn prepare(
+        &mut self,
+        running: &mut Running,
+        number: u64,
+        began: Instant,
+        deadline: Instant,
+        times: &mut Times,
+    ) -> Result<Result<Hold, GivenUp>, Halt> {
+        let (source, id, slots) = (Arc::clone(&self.inner.source), self.id.clone(), self.spec.slots);
+        let new_slot_epoch = self.new_slot_epoch();
+        let stopping = self.inner.stopping.clone();
+        let Running { link, out, wish, sent, log, .. } = running;
+        let steps = async {
+            let hold = source.hold(slots, HoldMode::Writes).await?;
+            times.drained = began.elapsed();
+            let goal = log.borrow().head_seq;
+            wish.send_replace(Wish::Flush(goal));
+            let final_seq = sent
+                .wait_for(|sent| sent.flushed >= Some(goal))
+                .await
+                .map_err(|_| super::link::broken())?
+                .watermark;
+            times.final_seq = final_seq;
+            let digests = source.digests(&id).await?;
+            let prepare = prepare_frame(number, final_seq, new_slot_epoch, digests);
+            out.send(Frame::Prepare(prepare)).await?;
+            times.flushed = began.elapsed().saturating_sub(times.drained);
+            loop {
+                match link.next().await? {
+                    Said::Prepared(prepared) if prepared.freeze == number => {
+                        if prepared.final_seq != final_seq {
+                            return Err(unexpected("the target prepared another sequence").into());
+                        }
+                        break;
+                    }
+                    Said::Refused(refused) if refused.freeze == number => {
+                        let error = Error::from(refused.error.unwrap_or_default());
+                        return Err(GivenUp::Refused(error, refused.mismatch));
+                    }
+                    // Of an earlier freeze.
+                    Said::Prepared(_) | Said::Refused(_) => {}
+                    Said::Discarded(_) => {
+                        return Err(Reason::MigrationCancelled.error("cancelled at the target").into());
+                    }
+                    Said::Committed(_) | Said::Forgotten => {
+                        return Err(unexpected("the target answered what it was not asked").into());
+                    }
+                }
+            }
+            times.prepared = began.elapsed().saturating_sub(times.drained + times.flushed);
+            Ok(hold)
+        };
+        let mut steps = std::pin::pin!(timeout_at(deadline, steps));
+        loop {
+            tokio::select! {
+                biased;
+                () = stopping.cancelled() => return Err(Halt::Stopping),
+                command = self.commands.recv() => match command {
+                    None => return Err(Halt::Stopping),
+                    Some(command @ (Command::Cancel { .. } | Command::Resolve { .. })) => {
+                        return Ok(Err(GivenUp::Asked(command)));
+                    }
+                    // Nothing that it asks can end a freeze.
+                    Some(command) => self.command(command).await?,
+                },
+                done = &mut steps => return Ok(done.unwrap_or(Err(GivenUp::TimedOut))),
+            }
+        }
+    }
+
+    /// From `Prepared` on. `Err` inside only as long as nothing was sent that could commit.
+    async fn commit(
+        &mut self,
+        running: &mut Running,
+        number: u64,
+        writes: Hold,
+        deadline: Instant,
+    ) -> Result<Result<(), GivenUp>, Halt> {
+        let began = Instant::now();
+        let (source, slots) = (Arc::clone(&self.inner.source), self.spec.slots);
+        let closing = timeout_at(deadline, async move { source.hold(slots, HoldMode::All).await });
+        let all = match self.meanwhile(closing).await {
+            Ok(Ok(Ok(hold))) => hold,
+            Ok(Ok(Err(error))) => return Ok(Err(error.into())),
+            Ok(Err(_)) => return Ok(Err(GivenUp::TimedOut)),
+            Err(halt) => return Err(halt),
+        };
+        // A cancel and the commit race for this point: commands are not looked at until it is saved.
+        let progress = self.change();
+        progress.enter(MigrationState::Committing);
+        progress.set_gate(MigrationGate::Closed);
+        if let Err(error) = self.inner.journal.save(&self.id, self.spec.slots, &self.record).await {
+            // It may be saved or not; nothing was sent, so after a crash the target's fence tells.
+            return Ok(Err(error.into()));
+        }
+        self.hold = Some(all);
+        if let Some(freeze) = self.change().freezes.last_mut() {
+            freeze.held_requests = writes.held_requests();
+        }
+        drop(writes);
+        self.show();
+        let new_slot_epoch = self.new_slot_epoch();
+        running.out.send(Frame::Commit(Commit { freeze: number, new_slot_epoch })).await?;
+        let committed = loop {
+            let said = self.meanwhile(running.link.next()).await??;
+            match said {
+                Said::Committed(committed) => break committed,
+                Said::Discarded(discarded) => {
+                    self.heard(Said::Discarded(discarded)).await?;
+                }
+                Said::Prepared(_) | Said::Refused(_) => {}
+                Said::Forgotten => return Err(unexpected("the target forgot what it was not told to").into()),
+            }
+        };
+        if let Some(freeze) = self.change().freezes.last_mut() {
+            freeze.commit_ms = millis(began.elapsed());
+        }
+        self.hand_over(&committed).await?;
+        Ok(Ok(()))
+    }
+
+    /// Writes go on. The target is told, and the next try comes later.
+    async fn give_up_freeze(
+        &mut self,
+        running: &mut Running,
+        number: u64,
+        given_up: GivenUp,
+    ) -> Result<(), Halt> {
+        self.open_gate();
+        running.wish.send_replace(Wish::Run);
+        let freeze_timeout = self.limits.freeze_timeout;
+        let timeout_error = || {
+            let text = format!(
+                "the target was not prepared within {} ms; writes go on and the freeze is tried again",
+                freeze_timeout.as_millis()
+            );
+            Reason::FreezeTimeout.error(text)
+        };
+        let (outcome, error, then) = match given_up {
+            GivenUp::TimedOut => (FreezeOutcome::TimedOut, timeout_error(), None),
+            GivenUp::Refused(error, mismatch) => {
+                self.change().mismatch = mismatch;
+                (FreezeOutcome::Refused, error, None)
+            }
+            GivenUp::Interrupted(error) => (FreezeOutcome::Interrupted, error.clone(), Some(Ok(error))),
+            GivenUp::Asked(command) => (
+                FreezeOutcome::Cancelled,
+                Reason::MigrationCancelled.error("a caller ended the freeze"),
+                Some(Err(command)),
+            ),
+        };
+        self.end_freeze(outcome, Some(&error));
+        self.change().incident(&error);
+        if outcome == FreezeOutcome::Refused && (error.is(Reason::DigestMismatch) || !error.is_retryable()) {
+            self.fail(&error).await?;
+            return Err(Halt::Changed);
+        }
+        self.enter(MigrationState::CatchingUp, MigrationGate::Open).await?;
+        let retryable = if error.is_retryable() { error } else { timeout_error() };
+        let wait = self.freeze_backoff.next(&retryable).unwrap_or(Duration::from_secs(5));
+        self.freeze_after = Instant::now() + wait;
+        match then {
+            None => {
+                running.out.send(Frame::Release(Release { freeze: number })).await?;
+                Ok(())
+            }
+            Some(Ok(error)) => Err(Halt::Failed(error)),
+            Some(Err(command)) => self.command(command).await,
+        }
+    }
+}
+
+fn prepare_frame(freeze: u64, final_seq: u64, new_slot_epoch: u64, digests: Vec<SlotDigest>) -> Prepare {
+    Prepare {
+        freeze,
+        final_seq,
+        new_slot_epoch,
+        keys: digests.iter().fold(0, |keys, digest| digest.keys.saturating_add(keys)),
+        digests: digests.into_iter().map(Into::into).collect(),
+    }
+}

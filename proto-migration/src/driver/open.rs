@@ -1,0 +1,136 @@
+//! Claims an attempt, opens its stream, and makes sure that the right node answers.
+
+use std::sync::Arc;
+
+use proto_common::clock::now_unix_ms;
+use proto_common::error::Error;
+use proto_common::v1::NodeIdentity;
+
+use super::FEATURES;
+use super::dial::Dial;
+use super::link::Link;
+use super::task::{Halt, Task};
+use crate::Reason;
+use crate::source::MigrationSource;
+use crate::v1::MigrationState;
+use crate::v1::transfer_migration_data_request::{Header, Purpose};
+use crate::v1::transfer_migration_data_response::Accepted;
+
+impl<S: MigrationSource, D: Dial> Task<S, D> {
+    /// A stream of the next attempt. The attempt is saved before anybody hears of it.
+    pub(super) async fn open(&mut self, purpose: Purpose) -> Result<Link, Halt> {
+        self.change().connected = false;
+        self.change().attempt += 1;
+        self.save().await?;
+        let header = self.header(purpose);
+        let (inner, node) = (Arc::clone(&self.inner), self.spec.target_node.clone());
+        let address = self.shown().target_address.clone();
+        let opening = async move { Link::open(inner.dial.dial(&node, &address).await?, header).await };
+        let link = self.meanwhile(opening).await??;
+        self.check_target(&link.accepted)?;
+        if self.shown().peer.is_none() {
+            self.change().peer.clone_from(&link.accepted.target);
+            self.save().await?;
+        }
+        let skew = i128::from(link.accepted.sent_unix_ms) - i128::from(now_unix_ms());
+        let progress = self.change();
+        progress.clock_skew_ms = i64::try_from(skew).ok();
+        progress.connected = true;
+        self.show();
+        Ok(link)
+    }
+
+    fn header(&self, purpose: Purpose) -> Header {
+        let shown = self.shown();
+        Header {
+            migration_id: self.id.to_string(),
+            spec: Some(self.spec.clone().into()),
+            purpose: purpose.into(),
+            source: Some(self.inner.identity.clone()),
+            target_store_id: shown.peer.as_ref().map(|peer| peer.store_id.clone()).unwrap_or_default(),
+            fence: None,
+            attempt: shown.attempt,
+            session: self.inner.session.clone(),
+            copy: shown.copy.max(1),
+            base_seq: self.record.base_seq,
+            priority: shown.priority,
+            estimated_keys: shown.progress.as_ref().and_then(|progress| progress.items_total),
+            estimated_bytes: shown.progress.as_ref().and_then(|progress| progress.bytes_total),
+            sent_unix_ms: now_unix_ms(),
+            required_features: Vec::new(),
+            supported_features: FEATURES.map(str::to_owned).to_vec(),
+        }
+    }
+
+    /// Is it the node, the cluster and the store that the migration began with?
+    fn check_target(&self, accepted: &Accepted) -> Result<(), Error> {
+        if let Some(feature) =
+            accepted.required_features.iter().find(|feature| !FEATURES.contains(&feature.as_str()))
+        {
+            let feature = proto_common::text::printable(feature, 64);
+            let text = format!("the target requires the feature {feature}, which this node does not have");
+            return Err(Reason::UnsupportedFeature.error(text).metadata("feature", feature));
+        }
+        let found = accepted.target.clone().unwrap_or_default();
+        if found.node_id != self.spec.target_node.as_str() {
+            let shown = proto_common::text::printable(&found.node_id, 128);
+            let text = format!(
+                "{} answers at {} where {} was expected",
+                shown,
+                self.shown().target_address,
+                self.spec.target_node
+            );
+            return Err(Reason::WrongNode.error(text).metadata("node_id", shown));
+        }
+        let mine = &self.inner.identity;
+        if !mine.cluster_id.is_empty() && !found.cluster_id.is_empty() && mine.cluster_id != found.cluster_id
+        {
+            let shown = proto_common::text::printable(&found.cluster_id, 128);
+            let text =
+                format!("{} belongs to cluster {shown}, this node to {}", found.node_id, mine.cluster_id);
+            return Err(Reason::WrongCluster.error(text).metadata("cluster_id", shown));
+        }
+        match &self.shown().peer {
+            Some(NodeIdentity { store_id, .. }) if *store_id != found.store_id => {
+                let id: String = found.store_id.iter().map(|byte| format!("{byte:02x}")).collect();
+                let text = format!(
+                    "{} came back with another store than the one that the migration began with; what was staged or decided \
+                     there cannot be found out from it",
+                    found.node_id
+                );
+                Err(Reason::StoreChanged.error(text).metadata("store_id", id))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Makes sure that changes are logged, from where the target needs them, before rows are read.
+    pub(super) async fn open_log(&mut self) -> Result<(), Halt> {
+        let (source, id, slots) = (Arc::clone(&self.inner.source), self.id.clone(), self.spec.slots);
+        if self.shown().copy == 0 {
+            let base = self.meanwhile(async move { source.open_log(&id, slots, None).await }).await??;
+            self.record.base_seq = base;
+            let progress = self.change();
+            (progress.copy, progress.durable_seq) = (1, base);
+            return Ok(());
+        }
+        let from = self.shown().durable_seq.max(self.record.base_seq);
+        match self.meanwhile(async move { source.open_log(&id, slots, Some(from)).await }).await? {
+            Ok(_) => Ok(()),
+            Err(error) if error.is(Reason::LogLost) => self.copy_again(error.message()).await,
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// PENDING and up to FREEZING: `Accepted` says who decides from here on.
+    pub(super) fn in_transfer(&self) -> bool {
+        matches!(
+            self.state(),
+            MigrationState::Pending
+                | MigrationState::Copying
+                | MigrationState::CatchingUp
+                | MigrationState::Ready
+                | MigrationState::Freezing
+        )
+    }
+}

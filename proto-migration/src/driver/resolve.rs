@@ -1,0 +1,131 @@
+//! Finding out the outcome, and telling the end: streams that carry no data.
+//!
+//! | state | COMMITTED | UNDECIDED | DISCARDED | not known |
+//! |---|---|---|---|---|
+//! | COMMITTING | COMPLETED | known: no attempt commits any more, CATCHING_UP | CANCELLED | NEEDS_OPERATOR |
+//! | CANCELLING | an operator decided so at the target: COMPLETED | `Discard` | CANCELLED or FAILED | likewise |
+//! | COMPLETED | `Forget` | an operator decided here: told again later | likewise | forgotten |
+//! | CANCELLED by an operator | `Forget`: its claim is the lower one | `Discard` | told | told |
+
+use std::time::Duration;
+
+use proto_common::error::Error;
+use tokio::time::timeout;
+
+use super::dial::Dial;
+use super::link::{Link, Said, unexpected};
+use super::task::{Halt, Task};
+use crate::Reason;
+use crate::source::MigrationSource;
+use crate::v1::transfer_migration_data_request::{Discard, Forget, Frame, Purpose};
+use crate::v1::{FreezeOutcome, MigrationDecision, MigrationGate, MigrationState};
+
+/// How long the target may take to forget.
+const FORGET_TIMEOUT: Duration = Duration::from_secs(5);
+
+impl<S: MigrationSource, D: Dial> Task<S, D> {
+    /// One stream that asks for the outcome, or tells it. `Ok` when the target knows the end.
+    pub(super) async fn resolve(&mut self) -> Result<(), Halt> {
+        let mut link = self.open(Purpose::Resolve).await?;
+        self.backoff.reset();
+        let accepted = link.accepted.clone();
+        match (self.state(), accepted.decision()) {
+            (_, MigrationDecision::Unspecified) => {
+                Err(unexpected("the target told no decision that this version knows").into())
+            }
+            (MigrationState::Completed, MigrationDecision::Committed) => self.forget(link).await,
+            (MigrationState::Completed, _) if !accepted.known => self.told().await,
+            (MigrationState::Completed, _) => {
+                // Only an operator's word can lead here; the other node waits for one, too.
+                let text =
+                    "this node gave the slots up by an operator's decision; decide so at the target, too";
+                Err(Reason::OutcomePending.error(text).into())
+            }
+            (MigrationState::Cancelled | MigrationState::Failed, MigrationDecision::Committed) => {
+                self.forget(link).await
+            }
+            (MigrationState::Cancelled | MigrationState::Failed, MigrationDecision::Undecided)
+                if accepted.known =>
+            {
+                self.discard(&mut link).await?;
+                self.told().await
+            }
+            (MigrationState::Cancelled | MigrationState::Failed, _) => self.told().await,
+
+            (_, MigrationDecision::Committed) => {
+                let committed = accepted.committed.clone().unwrap_or_default();
+                self.hand_over(&committed).await?;
+                self.forget(link).await
+            }
+            (_, MigrationDecision::Discarded) => self.discarded("").await.and(Err(Halt::Changed)),
+            (MigrationState::Cancelling, MigrationDecision::Undecided) => {
+                let reason = if accepted.known { self.discard(&mut link).await? } else { String::new() };
+                self.discarded(&reason).await.and(Err(Halt::Changed))
+            }
+            (_, MigrationDecision::Undecided) if accepted.known => {
+                let error = Reason::StreamEndedEarly.error(
+                    "the stream broke before the commit; the target's fence proves that it did not commit",
+                );
+                self.end_freeze(FreezeOutcome::Fenced, Some(&error));
+                self.enter(MigrationState::CatchingUp, MigrationGate::Open).await?;
+                self.open_gate();
+                Err(Halt::Changed)
+            }
+            (_, MigrationDecision::Undecided) => {
+                let error = Reason::OutcomeLost.error(
+                    "the target has no record of an attempt that was prepared; whether it committed cannot be found out: \
+                     look at the target, then decide with ResolveMigration",
+                );
+                self.needs_operator(&error).await.and(Err(Halt::Changed))
+            }
+        }
+    }
+
+    /// Says that the record of the commit is not needed any more.
+    pub(super) async fn forget(&mut self, mut link: Link) -> Result<(), Halt> {
+        link.outbound().send(Frame::Forget(Forget {})).await?;
+        let forgotten = timeout(FORGET_TIMEOUT, async {
+            loop {
+                match link.next().await {
+                    Ok(Said::Forgotten) => return Ok(()),
+                    // What was under way before.
+                    Ok(_) => {}
+                    Err(error) => return Err(error),
+                }
+            }
+        });
+        self.meanwhile(forgotten)
+            .await?
+            .unwrap_or_else(|_| Err(unexpected("the target does not say that it forgot")))?;
+        self.told().await
+    }
+
+    async fn discard(&mut self, link: &mut Link) -> Result<String, Halt> {
+        let shown = self.shown();
+        let reason = match shown.resolved_reason.as_ref().unwrap_or(&shown.cancel_reason) {
+            reason if reason.is_empty() => shown
+                .progress
+                .as_ref()
+                .and_then(|p| p.error.as_ref())
+                .map_or(String::new(), |e| e.reason.clone()),
+            reason => reason.clone(),
+        };
+        link.outbound().send(Frame::Discard(Discard { reason })).await?;
+        let answered = async {
+            loop {
+                match link.next().await {
+                    Ok(Said::Discarded(discarded)) => return Ok::<_, Error>(discarded.reason),
+                    Ok(_) => {}
+                    Err(error) => return Err(error),
+                }
+            }
+        };
+        Ok(self.meanwhile(answered).await??)
+    }
+
+    async fn told(&mut self) -> Result<(), Halt> {
+        self.record.untold = false;
+        // Repeated after a crash, which does no harm: the target answers that it knows no such migration.
+        self.save().await
+    }
+}

@@ -1,0 +1,669 @@
+//! One migration at the source: its state, what is persisted when, and what callers ask of it.
+//!
+//! A task owns its record. Every transition is saved before it is acted on, except the way into and out of FREEZING: a source that
+//! restarts holds no writes of a freeze.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use proto_common::clock::now_unix_ms;
+use proto_common::error::{CommonReason, Error};
+use proto_common::guard::RangeHold;
+use proto_common::ids::MigrationId;
+use proto_common::meter::Meter;
+use proto_common::rate::RateLimiter;
+use proto_common::registry::Tracker;
+use proto_common::retry::{Backoff, BackoffState};
+use proto_common::v1::Priority;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
+
+use super::Inner;
+use super::dial::Dial;
+use crate::Reason;
+use crate::hold::{Hold, HoldMode};
+use crate::journal::SourceRecord;
+use crate::limits::TaskLimits;
+use crate::progress::kept;
+use crate::service::{Resolution, shutting_down};
+use crate::source::{Handover, MigrationSource};
+use crate::spec::MigrationSpec;
+use crate::v1::transfer_migration_data_response::Committed;
+use crate::v1::{
+    FreezeAttempt, FreezeOutcome, MigrationDecision, MigrationGate, MigrationProgress, MigrationState,
+};
+
+/// What a caller asks of a task that runs.
+#[derive(Debug)]
+pub(super) enum Command {
+    Join { limits: TaskLimits, priority: Priority, address: String, reply: Reply },
+    Complete { deadline: Duration, reply: Reply },
+    Cancel { reason: String, reply: Reply },
+    Resolve { resolution: Resolution, reply: Reply },
+}
+
+pub(super) type Reply = oneshot::Sender<Result<MigrationProgress, Error>>;
+
+/// Why something stopped half way.
+#[derive(Debug)]
+pub(super) enum Halt {
+    /// The state is another one now: look again.
+    Changed,
+    /// The node is shutting down.
+    Stopping,
+    Failed(Error),
+}
+
+impl From<Error> for Halt {
+    fn from(error: Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
+pub(super) struct Task<S: MigrationSource, D: Dial> {
+    pub(super) inner: Arc<Inner<S, D>>,
+    pub(super) id: MigrationId,
+    pub(super) spec: MigrationSpec,
+    pub(super) limits: TaskLimits,
+    pub(super) record: SourceRecord,
+    pub(super) tracker: Tracker<MigrationProgress>,
+    pub(super) commands: mpsc::Receiver<Command>,
+    /// What clients wait for, outside of a freeze.
+    pub(super) hold: Option<Hold>,
+    /// Keeps others off the slots until the migration has ended.
+    pub(super) range: Option<RangeHold>,
+    pub(super) rate: RateLimiter,
+    pub(super) meter: Meter,
+    pub(super) backoff: BackoffState,
+    /// No freeze before this.
+    pub(super) freeze_after: Instant,
+    pub(super) freeze_backoff: BackoffState,
+    /// When this process began to dial, for `accept_timeout_ms`.
+    pub(super) began: Instant,
+}
+
+/// Between freezes that failed: long enough for whatever made them fail to pass, short enough for a deadline of seconds.
+pub(super) fn freeze_backoff() -> BackoffState {
+    Backoff {
+        initial: Duration::from_millis(100),
+        max: Duration::from_secs(5),
+        jitter: 0.3,
+        ..Backoff::default()
+    }
+    .start()
+}
+
+impl<S: MigrationSource, D: Dial> Task<S, D> {
+    /// Runs until the migration has ended and the target knows, or the node stops.
+    pub(super) async fn run(mut self) {
+        loop {
+            let ended = match self.state() {
+                MigrationState::Committing | MigrationState::Cancelling => self.resolve().await,
+                MigrationState::Completed | MigrationState::Cancelled | MigrationState::Failed => {
+                    if self.record.untold { self.resolve().await } else { Ok(()) }
+                }
+                MigrationState::NeedsOperator => self.wait_for_operator().await,
+                _ => self.transfer().await,
+            };
+            match ended {
+                Ok(()) => return self.finish().await,
+                Err(Halt::Changed) => {}
+                Err(Halt::Stopping) => return self.park(),
+                Err(Halt::Failed(error)) => {
+                    if let Some(wait) = self.judge(error).await
+                        && matches!(self.pause(wait).await, Err(Halt::Stopping))
+                    {
+                        return self.park();
+                    }
+                }
+            }
+            if self.inner.stopping.is_cancelled() {
+                return self.park();
+            }
+        }
+    }
+
+    pub(super) fn state(&self) -> MigrationState {
+        self.shown().state()
+    }
+
+    /// What is known of the migration.
+    pub(super) fn shown(&self) -> &MigrationProgress {
+        // A record without a progress is never made, and not believed when it is read.
+        static EMPTY: std::sync::OnceLock<MigrationProgress> = std::sync::OnceLock::new();
+        self.record.progress.as_ref().unwrap_or_else(|| EMPTY.get_or_init(MigrationProgress::default))
+    }
+
+    pub(super) fn change(&mut self) -> &mut MigrationProgress {
+        self.record.progress.get_or_insert_default()
+    }
+
+    /// Shows the record to whoever looks.
+    pub(super) fn show(&self) {
+        let shown = self.shown().clone();
+        self.tracker.update(|progress| *progress = shown);
+    }
+
+    /// Saves the record; tries until it is saved, or the node stops.
+    pub(super) async fn save(&mut self) -> Result<(), Halt> {
+        let mut backoff = Backoff::default().start();
+        loop {
+            match self.inner.journal.save(&self.id, self.spec.slots, &self.record).await {
+                Ok(()) => {
+                    self.show();
+                    return Ok(());
+                }
+                Err(error) => {
+                    tracing::error!(migration_id = %self.id, error = %error, "the journal cannot be written");
+                    self.change().incident(&error);
+                    self.show();
+                    let wait = backoff.next(&error).unwrap_or(Duration::from_secs(10));
+                    tokio::select! {
+                        () = self.inner.stopping.cancelled() => return Err(Halt::Stopping),
+                        () = tokio::time::sleep(wait) => {}
+                    }
+                }
+            }
+        }
+    }
+
+    /// Enters a state and the gate that belongs to it, and saves.
+    pub(super) async fn enter(&mut self, state: MigrationState, gate: MigrationGate) -> Result<(), Halt> {
+        if self.state() != state {
+            tracing::info!(migration_id = %self.id, from = self.state().short_name(), to = state.short_name(), "migration");
+        }
+        let progress = self.change();
+        progress.enter(state);
+        progress.set_gate(gate);
+        self.save().await
+    }
+
+    /// Does `work` while callers are answered. What they ask may make it pointless: then it is dropped.
+    pub(super) async fn meanwhile<T>(&mut self, work: impl Future<Output = T>) -> Result<T, Halt> {
+        let mut work = std::pin::pin!(work);
+        let stopping = self.inner.stopping.clone();
+        loop {
+            tokio::select! {
+                biased;
+                () = stopping.cancelled() => return Err(Halt::Stopping),
+                command = self.commands.recv() => match command {
+                    Some(command) => self.command(command).await?,
+                    None => return Err(Halt::Stopping),
+                },
+                done = &mut work => return Ok(done),
+            }
+        }
+    }
+
+    async fn pause(&mut self, wait: Duration) -> Result<(), Halt> {
+        self.meanwhile(tokio::time::sleep(wait)).await
+    }
+
+    async fn wait_for_operator(&mut self) -> Result<(), Halt> {
+        self.meanwhile(std::future::pending()).await
+    }
+
+    /// Answers a caller. `Changed` if the migration is in another state now.
+    pub(super) async fn command(&mut self, command: Command) -> Result<(), Halt> {
+        let (reply, answer, halt) = match command {
+            Command::Join { limits, priority, address, reply } => {
+                self.limits = limits;
+                let progress = self.change();
+                progress.limits = Some(limits.into());
+                progress.set_priority(priority);
+                progress.target_address = address;
+                self.rate.set_rate(limits.bytes_per_second);
+                let saved = self.save().await;
+                (reply, Ok(()), saved)
+            }
+            Command::Complete { deadline, reply } => {
+                let (answer, halt) = self.complete_wanted(deadline).await;
+                (reply, answer, halt)
+            }
+            Command::Cancel { reason, reply } => {
+                let (answer, halt) = self.cancel_wanted(&reason).await;
+                (reply, answer, halt)
+            }
+            Command::Resolve { resolution, reply } => {
+                let (answer, halt) = self.resolved(resolution).await;
+                (reply, answer, halt)
+            }
+        };
+        let answer = match halt {
+            Err(Halt::Stopping) => Err(shutting_down()),
+            _ => answer.map(|()| self.shown().clone()),
+        };
+        // A caller that hung up asks again.
+        let _ = reply.send(answer);
+        halt
+    }
+
+    async fn complete_wanted(&mut self, deadline: Duration) -> (Result<(), Error>, Result<(), Halt>) {
+        let state = self.state();
+        match state {
+            MigrationState::CatchingUp | MigrationState::Ready => {
+                let until = now_unix_ms().saturating_add(proto_common::clock::millis(deadline));
+                self.change().complete_deadline_unix_ms = Some(until);
+                (Ok(()), self.save().await)
+            }
+            MigrationState::Freezing | MigrationState::Committing | MigrationState::Completed => {
+                (Ok(()), Ok(()))
+            }
+            MigrationState::Pending | MigrationState::Copying => {
+                let error = Reason::NotReady
+                    .error(format!("the rows are not copied yet ({}); ask again", state.short_name()))
+                    .metadata("state", state.as_str_name());
+                (Err(error), Ok(()))
+            }
+            _ => (Err(ended(state)), Ok(())),
+        }
+    }
+
+    async fn cancel_wanted(&mut self, reason: &str) -> (Result<(), Error>, Result<(), Halt>) {
+        let state = self.state();
+        let refusal = match state {
+            MigrationState::Cancelling | MigrationState::Cancelled => return (Ok(()), Ok(())),
+            MigrationState::Committing => Reason::OutcomePending
+                .error("the commit is under way and its outcome is being found out; ask again"),
+            MigrationState::Completed => already_committed(),
+            MigrationState::Failed => ended(state),
+            MigrationState::NeedsOperator => resolve_refused(
+                "the outcome of this migration cannot be found out; decide it with ResolveMigration",
+                self.shown(),
+            ),
+            _ => {
+                let me = self.inner.identity.node_id.clone();
+                let accepted = self.shown().peer.is_some();
+                let progress = self.change();
+                reason.clone_into(&mut progress.cancel_reason);
+                progress.cancelled_at_node_id = me;
+                let next = if accepted { MigrationState::Cancelling } else { MigrationState::Cancelled };
+                return match self.enter(next, MigrationGate::Open).await {
+                    Ok(()) => {
+                        self.open_gate();
+                        (Ok(()), Err(Halt::Changed))
+                    }
+                    Err(halt) => (Err(shutting_down()), Err(halt)),
+                };
+            }
+        };
+        (Err(refusal.metadata("state", state.as_str_name())), Ok(()))
+    }
+
+    /// An operator decides.
+    async fn resolved(&mut self, resolution: Resolution) -> (Result<(), Error>, Result<(), Halt>) {
+        let Resolution { decision, attempt, peer_store_id, reason } = resolution;
+        let shown = self.shown();
+        let state = shown.state();
+        if shown.resolved_reason.is_some() && shown.decision() == decision {
+            return (Ok(()), Ok(()));
+        }
+        let peer = shown.peer.as_ref().map(|peer| peer.store_id.clone()).unwrap_or_default();
+        let refusal = match state {
+            MigrationState::Committing | MigrationState::Cancelling | MigrationState::NeedsOperator => {
+                if attempt != shown.attempt {
+                    Some(format!("attempt {attempt} is not the present one, {}; look again", shown.attempt))
+                } else if peer_store_id != peer {
+                    Some("the peer's store is another one than the one vouched for; look again".to_owned())
+                } else {
+                    None
+                }
+            }
+            _ => Some(format!("nothing is to be decided in {}", state.short_name())),
+        };
+        if let Some(refusal) = refusal {
+            return (Err(resolve_refused(&refusal, shown)), Ok(()));
+        }
+        tracing::warn!(migration_id = %self.id, decision = decision.as_str_name(), reason, "an operator decided");
+        self.change().resolved_reason = Some(reason);
+        let halt = if decision == MigrationDecision::Committed {
+            let slot_epoch = self.new_slot_epoch();
+            self.hand_over(&Committed {
+                attempt,
+                slot_epoch,
+                resolved_by_operator: true,
+                ..Committed::default()
+            })
+            .await
+        } else {
+            self.take_back().await
+        };
+        match halt {
+            Ok(()) => (Ok(()), Err(Halt::Changed)),
+            Err(halt) => (Err(shutting_down()), Err(halt)),
+        }
+    }
+
+    /// The epoch that the commit gives the slots.
+    pub(super) fn new_slot_epoch(&self) -> u64 {
+        self.shown().slot_epoch.saturating_add(1)
+    }
+
+    /// The operator's DISCARDED: this node serves, at an epoch that the lost target cannot have.
+    async fn take_back(&mut self) -> Result<(), Halt> {
+        let epoch = self.shown().slot_epoch.saturating_add(2);
+        self.record.claim_epoch = epoch;
+        self.record.untold = true;
+        self.save().await?;
+        self.keep(Some(epoch)).await?;
+        let progress = self.change();
+        progress.set_decision(MigrationDecision::Discarded);
+        progress.slot_epoch = epoch;
+        self.end_freeze(FreezeOutcome::Fenced, None);
+        self.enter(MigrationState::Cancelled, MigrationGate::Open).await?;
+        self.open_gate();
+        Ok(())
+    }
+
+    /// The target owns the slots: gives them up here, lets clients through to be redirected, and records it.
+    pub(super) async fn hand_over(&mut self, committed: &Committed) -> Result<(), Halt> {
+        if self.hold.is_none() {
+            // An operator decided at the target: until now this node served.
+            let held = self.until(|task| {
+                let (source, slots) = (Arc::clone(&task.inner.source), task.spec.slots);
+                async move { source.hold(slots, HoldMode::All).await }
+            });
+            self.hold = Some(held.await?);
+        }
+        let handover = Handover {
+            id: self.id.clone(),
+            slots: self.spec.slots,
+            owner: self.spec.target_node.clone(),
+            address: self.shown().target_address.clone(),
+            slot_epoch: committed.slot_epoch.max(self.new_slot_epoch()),
+        };
+        self.until(|task| {
+            let (source, handover) = (Arc::clone(&task.inner.source), handover.clone());
+            async move { source.give_up(&handover).await }
+        })
+        .await?;
+        self.open_gate();
+        self.end_freeze(FreezeOutcome::Committed, None);
+        let progress = self.change();
+        progress.set_decision(MigrationDecision::Committed);
+        progress.slot_epoch = handover.slot_epoch;
+        progress.complete_deadline_unix_ms = None;
+        progress.not_converging = false;
+        progress.not_converging_since_unix_ms = None;
+        progress.lag = None;
+        progress.log_bytes = 0;
+        progress.task().error = None;
+        self.record.untold = true;
+        self.enter(MigrationState::Completed, MigrationGate::Moved).await?;
+        self.range = None;
+        Ok(())
+    }
+
+    /// Does what the store must do, until it has.
+    async fn until<T, F>(&mut self, mut work: impl FnMut(&Self) -> F) -> Result<T, Halt>
+    where
+        F: Future<Output = Result<T, Error>>,
+    {
+        let mut backoff = Backoff { max: Duration::from_secs(2), ..Backoff::default() }.start();
+        loop {
+            match work(self).await {
+                Ok(value) => return Ok(value),
+                Err(error) => {
+                    tracing::error!(migration_id = %self.id, error = %error, "the store failed; trying again");
+                    self.change().incident(&error);
+                    self.show();
+                    let wait = backoff.next(&error).unwrap_or(Duration::from_secs(2));
+                    tokio::select! {
+                        () = self.inner.stopping.cancelled() => return Err(Halt::Stopping),
+                        () = tokio::time::sleep(wait) => {}
+                    }
+                }
+            }
+        }
+    }
+
+    /// The change log ends, and the slots stay here.
+    async fn keep(&mut self, claim: Option<u64>) -> Result<(), Halt> {
+        self.inner.source.slow_writers(&self.id, Duration::ZERO);
+        self.until(|task| {
+            let (source, id, slots) = (Arc::clone(&task.inner.source), task.id.clone(), task.spec.slots);
+            async move { source.keep(&id, slots, claim).await }
+        })
+        .await
+    }
+
+    /// The decision is DISCARDED, or nothing was ever begun at the target: ends as cancelled, or as failed where an error led here.
+    pub(super) async fn discarded(&mut self, reason: &str) -> Result<(), Halt> {
+        self.keep(None).await?;
+        let failed = self.record.failed;
+        let progress = self.change();
+        if progress.cancelled_at_node_id.is_empty() && !failed {
+            // The cancel came from the target's side.
+            progress.cancelled_at_node_id =
+                progress.peer.as_ref().map(|peer| peer.node_id.clone()).unwrap_or_default();
+            reason.clone_into(&mut progress.cancel_reason);
+        }
+        progress.set_decision(MigrationDecision::Discarded);
+        progress.complete_deadline_unix_ms = None;
+        self.end_freeze(FreezeOutcome::Cancelled, None);
+        let state = if failed { MigrationState::Failed } else { MigrationState::Cancelled };
+        if !failed {
+            let reason = self.shown().cancel_reason.clone();
+            let error = Reason::MigrationCancelled.error(if reason.is_empty() {
+                "the migration was cancelled".to_owned()
+            } else {
+                format!("the migration was cancelled: {reason}")
+            });
+            self.change().task().error = Some(kept(&error));
+        }
+        self.enter(state, MigrationGate::Open).await?;
+        self.open_gate();
+        Ok(())
+    }
+
+    /// An error that no retry helps: what is staged is discarded, and the migration ends as FAILED.
+    pub(super) async fn fail(&mut self, error: &Error) -> Result<(), Halt> {
+        tracing::warn!(migration_id = %self.id, reason = error.reason(), error = %error, "migration failed");
+        self.change().task().error = Some(kept(error));
+        self.record.failed = true;
+        self.end_freeze(FreezeOutcome::Refused, Some(error));
+        if self.shown().peer.is_some() {
+            self.enter(MigrationState::Cancelling, MigrationGate::Open).await?;
+            self.open_gate();
+            return Ok(());
+        }
+        self.keep(None).await?;
+        self.enter(MigrationState::Failed, MigrationGate::Open).await?;
+        self.open_gate();
+        Ok(())
+    }
+
+    /// Nobody but an operator can say what happened. The gate stays as it is.
+    pub(super) async fn needs_operator(&mut self, error: &Error) -> Result<(), Halt> {
+        tracing::error!(migration_id = %self.id, reason = error.reason(), error = %error, "migration needs an operator");
+        self.record.stopped_in = self.state().into();
+        let gate = self.shown().gate();
+        self.change().task().error = Some(kept(error));
+        self.enter(MigrationState::NeedsOperator, gate).await
+    }
+
+    /// Begins the next copy, from nothing.
+    pub(super) async fn copy_again(&mut self, why: &str) -> Result<(), Halt> {
+        tracing::warn!(migration_id = %self.id, why, "copying starts again");
+        let base = self
+            .until(|task| {
+                let (source, id, slots) = (Arc::clone(&task.inner.source), task.id.clone(), task.spec.slots);
+                async move { source.open_log(&id, slots, None).await }
+            })
+            .await?;
+        self.record.base_seq = base;
+        let progress = self.change();
+        progress.copy += 1;
+        why.clone_into(&mut progress.copy_reason);
+        progress.durable_seq = base;
+        let task = progress.task();
+        (task.bytes_done, task.items_done) = (0, 0);
+        let state = if self.state() == MigrationState::Pending {
+            MigrationState::Pending
+        } else {
+            MigrationState::Copying
+        };
+        self.enter(state, MigrationGate::Open).await
+    }
+
+    /// What follows from an error: how long to wait before the next stream, `None` to look at the state at once.
+    async fn judge(&mut self, error: Error) -> Option<Duration> {
+        let state = self.state();
+        self.change().incident(&error);
+        self.change().connected = false;
+        tracing::debug!(migration_id = %self.id, state = state.short_name(), reason = error.reason(), error = %error, "a stream ended");
+        let known = self.shown().peer.is_some();
+        let reason = Reason::parse(error.reason());
+        let done = match reason {
+            Some(Reason::Superseded) => self.needs_operator(&error).await,
+            Some(Reason::StoreChanged | Reason::WrongCluster | Reason::WrongNode) if known => {
+                match state {
+                    // Nothing can have been committed there, and nothing of it is left.
+                    MigrationState::Cancelling => self.discarded("").await,
+                    MigrationState::Completed | MigrationState::Cancelled | MigrationState::Failed => {
+                        self.record.untold = false;
+                        self.save().await
+                    }
+                    _ => self.needs_operator(&error).await,
+                }
+            }
+            Some(Reason::StaleAttempt) => {
+                let seen = error.get("attempt").and_then(|attempt| attempt.parse().ok()).unwrap_or(0);
+                let progress = self.change();
+                progress.attempt = progress.attempt.max(seen);
+                self.save().await
+            }
+            _ if matches!(state, MigrationState::Committing | MigrationState::Cancelling)
+                || state.is_final() =>
+            {
+                self.show();
+                return Some(self.wait_after(&error));
+            }
+            Some(Reason::LogLost) => self.copy_again(error.message()).await,
+            Some(Reason::StaleCopy) => {
+                let seen = error.get("copy").and_then(|copy| copy.parse().ok()).unwrap_or(0);
+                let progress = self.change();
+                progress.copy = progress.copy.max(seen);
+                self.copy_again("the target has a later copy than this source knew of").await
+            }
+            _ if state == MigrationState::Pending && self.began.elapsed() >= self.limits.accept_timeout => {
+                let address = &self.shown().target_address;
+                let waited = self.limits.accept_timeout.as_millis();
+                let text = format!(
+                    "{} at {address} did not accept within {waited} ms: {error}",
+                    self.spec.target_node
+                );
+                self.fail(&Reason::TargetUnreachable.error(text)).await
+            }
+            _ if error.is_retryable() => {
+                let wait = self.wait_after(&error);
+                self.change().task().error = Some(kept(&error));
+                self.show();
+                // Only as long as it may still be accepted in time.
+                let left = self.limits.accept_timeout.saturating_sub(self.began.elapsed());
+                return Some(if state == MigrationState::Pending { wait.min(left) } else { wait });
+            }
+            _ => self.fail(&error).await,
+        };
+        // Stopping is seen by whoever looks next.
+        let _ = done;
+        None
+    }
+
+    fn wait_after(&mut self, error: &Error) -> Duration {
+        let retryable = if error.is_retryable() {
+            error.clone()
+        } else {
+            // The outcome has to be found out, whatever the target answers.
+            Error::new(CommonReason::Unavailable, error.message())
+        };
+        self.backoff.next(&retryable).unwrap_or(Duration::from_secs(10))
+    }
+
+    /// Closes the books of the freeze that lasts, if one does.
+    pub(super) fn end_freeze(&mut self, outcome: FreezeOutcome, error: Option<&Error>) {
+        let progress = self.change();
+        let Some(freeze) = progress.freezes.last_mut().filter(|freeze| freeze.freeze_ms.is_none()) else {
+            return;
+        };
+        let lasted = now_unix_ms().saturating_sub(freeze.started_unix_ms);
+        freeze.freeze_ms = Some(lasted);
+        freeze.set_outcome(outcome);
+        freeze.error = error.map(kept);
+        progress.max_freeze_ms = progress.max_freeze_ms.max(lasted);
+    }
+
+    /// Books a freeze that begins.
+    pub(super) fn begin_freeze(&mut self) -> u64 {
+        let progress = self.change();
+        progress.freeze_count += 1;
+        let freeze = FreezeAttempt {
+            freeze: progress.freeze_count,
+            attempt: progress.attempt,
+            started_unix_ms: now_unix_ms(),
+            outcome: FreezeOutcome::Running.into(),
+            ..FreezeAttempt::default()
+        };
+        let number = freeze.freeze;
+        progress.add_freeze(freeze);
+        number
+    }
+
+    pub(super) fn open_gate(&mut self) {
+        if let (Some(hold), Some(freeze)) =
+            (&self.hold, self.record.progress.as_mut().and_then(|p| p.freezes.last_mut()))
+        {
+            freeze.held_requests = freeze.held_requests.max(hold.held_requests());
+        }
+        self.hold = None;
+    }
+
+    /// The migration has ended and the target knows: into the history.
+    async fn finish(mut self) {
+        self.range = None;
+        let progress = self.shown().clone();
+        let mut backoff = Backoff::default().start();
+        while let Err(error) = self.inner.journal.finish(&self.id, self.spec.slots, &progress).await {
+            tracing::error!(migration_id = %self.id, error = %error, "the journal cannot be written");
+            let wait = backoff.next(&error).unwrap_or(Duration::from_secs(10));
+            tokio::select! {
+                () = self.inner.stopping.cancelled() => break,
+                () = tokio::time::sleep(wait) => {}
+            }
+        }
+        self.inner.ended(&self.id);
+        self.tracker.finish(|shown| *shown = progress);
+    }
+
+    /// The node stops: what is undecided stays held, so that this process serves it no more.
+    fn park(mut self) {
+        if let Some(hold) = self.hold.take() {
+            self.inner.keep_held(hold);
+        }
+    }
+}
+
+pub(super) fn ended(state: MigrationState) -> Error {
+    Reason::MigrationEnded
+        .error(format!("the migration has ended: it is {}", state.short_name()))
+        .metadata("state", state.as_str_name())
+}
+
+pub(super) fn already_committed() -> Error {
+    Reason::AlreadyCommitted
+        .error("the target owns the slots; migrate them back instead")
+        .metadata("state", MigrationState::Completed.as_str_name())
+}
+
+pub(super) fn resolve_refused(why: &str, shown: &MigrationProgress) -> Error {
+    let store: String = shown
+        .peer
+        .as_ref()
+        .map(|peer| peer.store_id.iter().map(|byte| format!("{byte:02x}")).collect())
+        .unwrap_or_default();
+    Reason::ResolveRefused
+        .error(why)
+        .metadata("state", shown.state().as_str_name())
+        .metadata("attempt", shown.attempt.to_string())
+        .metadata("store_id", store)
+}
