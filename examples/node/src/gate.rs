@@ -4,10 +4,16 @@
 //! waits until the requests that were let in before are done; so when [`Gate::hold`] returns, nothing that
 //! it stops is under way, and nothing will be until the [`GateHold`] is dropped.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+mod slow;
+
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
 
 use tokio::sync::Notify;
+use tokio::time::Instant;
+
+pub use slow::WriteDelay;
 
 use crate::common::{NodeId, SLOT_COUNT, SlotRange};
 use crate::store::Ownership;
@@ -43,10 +49,16 @@ pub enum Verdict {
     Unowned,
 }
 
-/// Too many requests wait already.
+/// Why a request does not wait any longer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("too many requests wait for slots that change hands")]
-pub struct TooManyWaiting;
+pub enum WaitError {
+    /// Too many requests wait already.
+    #[error("too many requests wait for slots that change hands")]
+    TooMany,
+    /// It has waited as long as requests may.
+    #[error("the slot has been changing hands for long")]
+    TooLong,
+}
 
 /// See the [module](self). Clones are the same gate.
 #[derive(Debug, Clone)]
@@ -68,6 +80,7 @@ struct Shared {
     waiting: AtomicUsize,
     max_waiting: usize,
     sealed: AtomicBool,
+    slow: slow::SlowSlots,
 }
 
 #[derive(Debug)]
@@ -75,9 +88,27 @@ struct State {
     ownership: Arc<Ownership>,
     /// The same by slot, since every request asks.
     owners: Box<[Owner]>,
-    holds: Vec<(u64, SlotRange, HoldMode)>,
+    holds: Vec<Entry>,
     held: Box<[Option<HoldMode>]>,
     next_hold: u64,
+}
+
+/// A hold that lives.
+#[derive(Debug)]
+struct Entry {
+    id: u64,
+    range: SlotRange,
+    mode: HoldMode,
+    /// How long a request waits for it at most.
+    patience: Option<Duration>,
+    /// Requests that have waited for it.
+    waited: Arc<AtomicU64>,
+}
+
+impl Entry {
+    fn stops(&self, slot: u16, access: Access) -> bool {
+        self.range.contains(slot) && (self.mode == HoldMode::All || access == Access::Write)
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -112,6 +143,7 @@ impl Gate {
                 waiting: AtomicUsize::new(0),
                 max_waiting,
                 sealed: AtomicBool::new(false),
+                slow: slow::SlowSlots::default(),
             }),
         }
     }
@@ -151,21 +183,33 @@ impl Gate {
     ///
     /// # Errors
     ///
-    /// [`TooManyWaiting`] at once.
-    pub async fn wait(&self, slot: u16, access: Access) -> Result<Verdict, TooManyWaiting> {
+    /// [`WaitError::TooMany`] at once, [`WaitError::TooLong`] when the [patience](Gate::hold_for) of a hold is at its end.
+    pub async fn wait(&self, slot: u16, access: Access) -> Result<Verdict, WaitError> {
         let waiting = self.shared.waiting.fetch_add(1, Ordering::Relaxed);
         let _place = Place(&self.shared.waiting);
         if waiting >= self.shared.max_waiting {
-            return Err(TooManyWaiting);
+            return Err(WaitError::TooMany);
         }
+        let since = Instant::now();
+        let mut counted = 0;
         loop {
             let changed = self.shared.changed.notified();
             tokio::pin!(changed);
             // Registered before looking, so that no change between looking and waiting is missed.
             changed.as_mut().enable();
-            match self.verdict(slot, access) {
-                Verdict::Held => changed.await,
-                verdict => return Ok(verdict),
+            let patience = {
+                let state = self.shared.read();
+                match state.verdict(slot, access) {
+                    Verdict::Held => state.count_waiting(slot, access, &mut counted),
+                    verdict => return Ok(verdict),
+                }
+            };
+            match patience {
+                None => changed.await,
+                Some(patience) => {
+                    let left = tokio::time::timeout_at(since + patience, changed).await;
+                    left.map_err(|_| WaitError::TooLong)?;
+                }
             }
         }
     }
@@ -187,14 +231,24 @@ impl Gate {
     ///
     /// Cancel safe: dropping the future releases the hold.
     pub async fn hold(&self, range: SlotRange, mode: HoldMode) -> GateHold {
-        let hold = self.hold_undrained(range, mode);
+        self.drained(self.hold_undrained(range, mode)).await
+    }
+
+    /// [`Gate::hold`], for which each request waits for `patience` at most.
+    ///
+    /// Cancel safe: dropping the future releases the hold.
+    pub async fn hold_for(&self, range: SlotRange, mode: HoldMode, patience: Duration) -> GateHold {
+        self.drained(self.hold_undrained_for(range, mode, Some(patience))).await
+    }
+
+    async fn drained(&self, hold: GateHold) -> GateHold {
         self.shared.draining.fetch_add(1, Ordering::SeqCst);
         let _draining = Place(&self.shared.draining);
         loop {
             let ended = self.shared.ended.notified();
             tokio::pin!(ended);
             ended.as_mut().enable();
-            if self.shared.is_drained(range, mode) {
+            if self.shared.is_drained(hold.range, hold.mode) {
                 return hold;
             }
             ended.await;
@@ -203,12 +257,42 @@ impl Gate {
 
     /// [`Gate::hold`] where nothing can be under way yet: before a node serves.
     pub fn hold_undrained(&self, range: SlotRange, mode: HoldMode) -> GateHold {
+        self.hold_undrained_for(range, mode, None)
+    }
+
+    /// [`Gate::hold_undrained`], for which each request waits for `patience` at most.
+    pub fn hold_undrained_for(
+        &self,
+        range: SlotRange,
+        mode: HoldMode,
+        patience: Option<Duration>,
+    ) -> GateHold {
+        let waited = Arc::default();
         let mut state = self.shared.write();
         let id = state.next_hold;
         state.next_hold += 1;
-        state.holds.push((id, range, mode));
+        state.holds.push(Entry { id, range, mode, patience, waited: Arc::clone(&waited) });
         state.spread();
-        GateHold { shared: Arc::clone(&self.shared), id, range }
+        GateHold { shared: Arc::clone(&self.shared), id, range, mode, waited }
+    }
+
+    /// Delays writes to `range` until the result is dropped; see [`WriteDelay::set`].
+    #[must_use]
+    pub fn slow_writes(&self, range: SlotRange) -> WriteDelay {
+        self.shared.slow.add(range)
+    }
+
+    /// Whether writes to `slot` are delayed.
+    #[must_use]
+    pub fn is_slow(&self, slot: u16) -> bool {
+        self.shared.slow.of(slot).is_some()
+    }
+
+    /// Waits as long as a write to `slot` is delayed. Takes no time where nothing is.
+    ///
+    /// Cancel safe.
+    pub async fn delay_write(&self, slot: u16) {
+        self.shared.slow.delay(slot).await;
     }
 }
 
@@ -235,9 +319,19 @@ impl State {
         }
     }
 
+    /// Counts a request that waits, once per hold, and says how long it may. `counted` is which holds it was counted for.
+    fn count_waiting(&self, slot: u16, access: Access, counted: &mut u64) -> Option<Duration> {
+        let stopping = || self.holds.iter().filter(|hold| hold.stops(slot, access));
+        for hold in stopping().filter(|hold| hold.id >= *counted) {
+            hold.waited.fetch_add(1, Ordering::Relaxed);
+        }
+        *counted = self.next_hold;
+        stopping().filter_map(|hold| hold.patience).min()
+    }
+
     fn spread(&mut self) {
         self.held.fill(None);
-        for &(_, range, mode) in &self.holds {
+        for &Entry { range, mode, .. } in &self.holds {
             for held in &mut self.held[usize::from(range.start())..usize::from(range.end())] {
                 *held = (*held).max(Some(mode));
             }
@@ -319,9 +413,17 @@ pub struct GateHold {
     shared: Arc<Shared>,
     id: u64,
     range: SlotRange,
+    mode: HoldMode,
+    waited: Arc<AtomicU64>,
 }
 
 impl GateHold {
+    /// Requests that have waited for it so far, those that wait now included.
+    #[must_use]
+    pub fn waited(&self) -> u64 {
+        self.waited.load(Ordering::Relaxed)
+    }
+
     /// The held slots.
     #[must_use]
     pub fn range(&self) -> SlotRange {
@@ -335,7 +437,7 @@ impl Drop for GateHold {
             return;
         }
         let mut state = self.shared.write();
-        state.holds.retain(|(id, _, _)| *id != self.id);
+        state.holds.retain(|hold| hold.id != self.id);
         state.spread();
         drop(state);
         self.shared.changed.notify_waiters();
@@ -430,7 +532,8 @@ mod tests {
         while gate.waiting() == 0 {
             tokio::task::yield_now().await;
         }
-        assert_eq!(gate.wait(7, Access::Write).await, Err(TooManyWaiting), "only one may wait");
+        assert_eq!(gate.wait(7, Access::Write).await, Err(WaitError::TooMany), "only one may wait");
+        assert_eq!(hold.waited(), 1);
         let mut ownership = Ownership::clone(&gate.ownership());
         ownership.adopt(&Claim { range: range("0-99"), owner: NodeId::new("n2").unwrap(), epoch: 2 });
         gate.set_ownership(ownership);
@@ -438,6 +541,43 @@ mod tests {
         drop(hold);
         assert_eq!(waiter.await.unwrap(), Ok(Verdict::Moved));
         assert_eq!(gate.waiting(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_request_waits_as_long_as_the_least_patient_hold_lets_it() {
+        let gate = gate(9);
+        let patient = gate.hold(range("0-99"), HoldMode::All).await;
+        let hold = gate.hold_for(range("50-99"), HoldMode::Writes, Duration::from_secs(5)).await;
+        let begun = Instant::now();
+        assert_eq!(gate.wait(60, Access::Write).await, Err(WaitError::TooLong));
+        assert_eq!(begun.elapsed(), Duration::from_secs(5));
+        assert_eq!((patient.waited(), hold.waited()), (1, 1));
+        // Reads of it, and other slots, are stopped by the other one only.
+        for (slot, access) in [(60, Access::Read), (7, Access::Write)] {
+            tokio::time::timeout(Duration::from_secs(60), gate.wait(slot, access)).await.unwrap_err();
+        }
+        assert_eq!((patient.waited(), hold.waited(), gate.waiting()), (3, 1, 0));
+    }
+
+    #[tokio::test]
+    async fn a_request_is_counted_by_a_hold_that_comes_while_it_waits() {
+        let gate = gate(9);
+        let first = gate.hold(range("0-99"), HoldMode::All).await;
+        let waiter = tokio::spawn({
+            let gate = gate.clone();
+            async move { gate.wait(7, Access::Read).await }
+        });
+        while first.waited() == 0 {
+            tokio::task::yield_now().await;
+        }
+        let second = gate.hold_undrained(range("0-9"), HoldMode::All);
+        drop(first);
+        while second.waited() == 0 {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(second.waited(), 1);
+        drop(second);
+        assert_eq!(waiter.await.unwrap(), Ok(Verdict::Pass));
     }
 
     #[tokio::test]

@@ -158,6 +158,7 @@ impl Connection {
                 }
             }
             Action::Write { slot, op, answer } => {
+                self.delay_write(slot).await?;
                 if self.enter(slot, Access::Write).await?
                     && let Run::Writes { ops, answers, .. } = &mut self.run
                 {
@@ -210,6 +211,19 @@ impl Connection {
         }
     }
 
+    /// Waits where writes to the slot are slowed, with nothing let in meanwhile.
+    async fn delay_write(&mut self, slot: u16) -> io::Result<()> {
+        if self.context.node.gate().is_slow(slot) {
+            self.finish_run().await?;
+            self.send().await?;
+            tokio::select! {
+                () = self.context.node.gate().delay_write(slot) => {}
+                () = self.stop.cancelled() => {}
+            }
+        }
+        Ok(())
+    }
+
     /// Waits until the slot is not held. A reply says that it is of no use to wait.
     async fn wait(&mut self, slot: u16, access: Access) -> io::Result<Option<Reply>> {
         let gate = self.context.node.gate().clone();
@@ -244,8 +258,10 @@ impl Connection {
                 Reply::error("TRYAGAIN the slot changed hands this moment; try again")
             }
             Some(owner) => match node.addresses(owner) {
-                Some(addresses) => Reply::error(format!("MOVED {slot} {}", addresses.resp)),
-                None => Reply::error(format!(
+                Some(addresses) if !addresses.resp.is_empty() => {
+                    Reply::error(format!("MOVED {slot} {}", addresses.resp))
+                }
+                _ => Reply::error(format!(
                     "CLUSTERDOWN the address of node {owner}, which owns slot {slot}, is not known"
                 )),
             },
