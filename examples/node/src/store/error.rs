@@ -37,9 +37,41 @@ pub enum StoreError {
     /// Stored bytes are not what this program writes.
     #[error("damaged data: {0}")]
     Damaged(String),
-    /// The slots are not this node's, or another change is under way.
+    /// The slots are not this node's, or a newer owner is known.
     #[error("{0}")]
     Refused(String),
+    /// Something else is under way with these slots, which passes.
+    #[error("{0}")]
+    Busy(String),
+    /// A slot is claimed at a higher epoch.
+    #[error("slot {slot} is claimed at epoch {epoch}, which is newer")]
+    Outdated {
+        /// The slot.
+        slot: u16,
+        /// Its epoch.
+        epoch: u64,
+    },
+    /// The change log does not reach back so far.
+    #[error("{0}")]
+    LogLost(String),
+    /// A key is too long to be moved to another node.
+    #[error("a key of slot {slot} has {bytes} bytes, which is too long to be moved to another node")]
+    KeyTooLong {
+        /// Its slot.
+        slot: u16,
+        /// Its length.
+        bytes: usize,
+    },
+    /// The disk has no room.
+    #[error("the disk of {} has {available} bytes left, of {needed} that are needed", path.display())]
+    NoSpace {
+        /// The data directory.
+        path: PathBuf,
+        /// Bytes that are needed.
+        needed: u64,
+        /// Bytes that are left.
+        available: u64,
+    },
     /// The store is shutting down; nothing was done.
     #[error("the node is shutting down")]
     Closed,

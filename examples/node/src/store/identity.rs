@@ -2,13 +2,14 @@
 
 use std::path::Path;
 
-use redb::{Database, ReadableTable as _};
+use redb::{Database, ReadableTable as _, WriteTransaction};
 
+use super::generations::{self, Generations};
 use super::ownership::{Claim, Ownership, adopt_all, load};
-use super::{StoreError, tables};
+use super::{StoreError, counters, tables};
 use crate::common::{NodeId, SlotRange};
 
-const FORMAT: u64 = 1;
+const FORMAT: u64 = 2;
 const KEY_FORMAT: &str = "format";
 const KEY_NODE: &str = "node_id";
 const KEY_STORE: &str = "store_id";
@@ -49,13 +50,6 @@ pub(super) fn load_or_init(
     let mismatch = |what: String| StoreError::Mismatch { path: directory.to_path_buf(), what };
     let txn = database.begin_write()?;
     let identity = {
-        // Every table exists from the start, so that readers need not care.
-        txn.open_table(tables::ROWS)?;
-        txn.open_table(tables::EXPIRY)?;
-        txn.open_table(tables::SLOT_COUNTS)?;
-        txn.open_table(tables::NODES)?;
-        txn.open_table(tables::GARBAGE)?;
-        txn.open_table(tables::SPLITS)?;
         let mut meta = txn.open_table(tables::META)?;
         let stored = |key: &str| -> Result<Option<Vec<u8>>, StoreError> {
             Ok(meta.get(key)?.map(|value| value.value().to_vec()))
@@ -63,9 +57,13 @@ pub(super) fn load_or_init(
         match stored(KEY_FORMAT)? {
             Some(format) => {
                 if format != FORMAT.to_be_bytes() {
-                    return Err(mismatch(
-                        "made by another version of this program, which this one cannot read".into(),
-                    ));
+                    let found = format
+                        .try_into()
+                        .map_or_else(|_| "unknown".into(), |n| u64::from_be_bytes(n).to_string());
+                    return Err(mismatch(format!(
+                        "its format is {found}, and this program reads format {FORMAT}; use the version that made it, or another \
+                         --data"
+                    )));
                 }
                 let node = stored(KEY_NODE)?.unwrap_or_default();
                 if node != init.node.as_str().as_bytes() {
@@ -99,6 +97,7 @@ pub(super) fn load_or_init(
                 let own =
                     slots.iter().map(|&range| Claim { range, owner: init.node.clone(), epoch: FIRST_EPOCH });
                 let claims: Vec<_> = own.chain(init.others.iter().cloned()).collect();
+                make_tables(&txn)?;
                 meta.insert(KEY_FORMAT, FORMAT.to_be_bytes().as_slice())?;
                 meta.insert(KEY_NODE, init.node.as_str().as_bytes())?;
                 meta.insert(KEY_STORE, store_id.as_slice())?;
@@ -110,6 +109,26 @@ pub(super) fn load_or_init(
     };
     txn.commit()?;
     Ok(identity)
+}
+
+/// Every table exists from the start, so that readers need not care.
+fn make_tables(txn: &WriteTransaction) -> Result<(), StoreError> {
+    txn.open_table(tables::ROWS)?;
+    txn.open_table(tables::EXPIRY)?;
+    txn.open_table(tables::SLOT_COUNTS)?;
+    txn.open_table(tables::GARBAGE)?;
+    txn.open_table(tables::NODES)?;
+    txn.open_table(tables::SPLITS)?;
+    txn.open_table(tables::LEASES)?;
+    txn.open_table(tables::CHANGES)?;
+    txn.open_table(tables::MIGRATIONS)?;
+    txn.open_table(tables::TOMBSTONES)?;
+    txn.open_table(tables::STAGED)?;
+    txn.open_table(tables::FENCES)?;
+    Generations::first().store(txn)?;
+    counters::set(txn, counters::GENERATION, generations::FIRST.into())?;
+    // A row that never changed is read at this sequence; 0 would be none.
+    counters::set(txn, counters::SEQUENCE, 1)
 }
 
 /// Slot ranges as the operator writes them.

@@ -3,18 +3,32 @@
 //! Writes go through one thread (`writer`) that commits them in groups; reads are redb read transactions,
 //! which see the last commit and wait for nobody.
 
+mod apply;
+mod changes;
+mod counters;
+mod digest_scan;
 mod error;
+mod fences;
+mod generations;
+mod handover;
 mod identity;
+mod leases;
+mod log;
 mod ops;
 mod ownership;
 mod read;
+mod retained;
+mod shared;
 mod snapshot;
+mod space;
 mod splits;
+mod staging;
 mod sweep;
 mod tables;
 #[cfg(test)]
 pub(crate) mod test_store;
 mod txn;
+mod visible;
 mod writer;
 
 use std::collections::BTreeMap;
@@ -25,17 +39,19 @@ use std::thread::JoinHandle;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use redb::{Database, DatabaseError, ReadableDatabase as _};
+use shared::Shared;
 
+pub(crate) use apply::parse_integer;
 pub use error::StoreError;
 pub use identity::{Identity, Init};
 pub use ops::{ExpireCondition, Outcome, SetCondition, SetExpiry, WriteOp};
 pub use ownership::{Claim, NodeAddresses, Ownership};
 pub use read::{Entry, Reader, ScanPosition, Scanned};
+pub use shared::ExpiryPause;
 pub use snapshot::{ExportSummary, Handover, SnapshotHeader, read_header};
 pub use splits::SplitIntent;
-pub(crate) use txn::parse_integer;
 
-use crate::common::{NodeId, SLOT_COUNT, SlotRange};
+use crate::common::{NodeId, SlotRange};
 use crate::gate::Permits;
 use writer::Writer;
 
@@ -65,13 +81,11 @@ pub struct Store {
 struct Inner {
     directory: PathBuf,
     file: PathBuf,
-    database: Arc<Database>,
     cache_bytes: u64,
-    counts: Arc<SlotCounts>,
+    shared: Arc<Shared>,
     writer: Mutex<Option<Writer>>,
     thread: Mutex<Option<JoinHandle<()>>>,
     file_bytes: AtomicU64,
-    importing: Mutex<Vec<SlotRange>>,
 }
 
 impl Store {
@@ -99,19 +113,16 @@ impl Store {
             error => error.into(),
         })?;
         let identity = identity::load_or_init(&database, directory, init)?;
-        let counts = Arc::new(SlotCounts::load(&database)?);
-        let database = Arc::new(database);
-        let (writer, thread) = Writer::start(Arc::clone(&database), Arc::clone(&counts))?;
+        let shared = Arc::new(Shared::load(database)?);
+        let (writer, thread) = Writer::start(Arc::clone(&shared))?;
         let inner = Inner {
             directory: directory.to_path_buf(),
             file,
-            database,
             cache_bytes: u64::try_from(options.cache_bytes).unwrap_or(u64::MAX),
-            counts,
+            shared,
             writer: Mutex::new(Some(writer)),
             thread: Mutex::new(Some(thread)),
             file_bytes: AtomicU64::new(0),
-            importing: Mutex::new(Vec::new()),
         };
         inner.measure();
         Ok((Self { inner: Arc::new(inner) }, identity))
@@ -157,18 +168,39 @@ impl Store {
         work: impl FnOnce(&Reader) -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, StoreError> {
         if extent == ReadExtent::Point && self.file_bytes() <= self.inner.cache_bytes {
-            return work(&Reader::begin(&self.inner.database, unix_ms())?);
+            return work(&Reader::begin(&self.inner.shared, unix_ms())?);
         }
-        let database = Arc::clone(&self.inner.database);
-        tokio::task::spawn_blocking(move || work(&Reader::begin(&database, unix_ms())?))
-            .await
-            .map_err(|_| StoreError::Closed)?
+        self.blocking(move |shared| work(&Reader::begin(shared, unix_ms())?)).await
     }
 
-    /// How many rows of `range` are stored. Rows that have expired count until they are deleted, as in Redis.
+    /// Runs `work` in a thread that may block.
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Shared) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let shared = Arc::clone(&self.inner.shared);
+        tokio::task::spawn_blocking(move || work(&shared)).await.map_err(|_| StoreError::Closed)?
+    }
+
+    /// How many rows of `range` are visible. Rows that have expired count until they are deleted, as in Redis.
     #[must_use]
     pub fn rows_in(&self, range: SlotRange) -> u64 {
-        self.inner.counts.sum(range)
+        self.inner.shared.counts.sum(range)
+    }
+
+    /// Leaves expired rows of `range` alone until the result is dropped. A removal that has begun ends before [`Store::settle`] does.
+    pub(crate) fn pause_expiry(&self, range: SlotRange) -> ExpiryPause {
+        self.inner.shared.paused.add(range)
+    }
+
+    /// Returns when everything that was asked of the writer before is done.
+    pub(crate) async fn settle(&self) -> Result<(), StoreError> {
+        self.writer()?.run(|_| ()).await
+    }
+
+    /// Whether slots of `range` are being imported.
+    pub(crate) fn is_importing(&self, range: SlotRange) -> bool {
+        lock(&self.inner.shared.importing).iter().any(|(other, _)| other.overlaps(range))
     }
 
     /// Takes claims over, by epoch, durably, and returns the whole.
@@ -195,7 +227,7 @@ impl Store {
     ///
     /// The database could not be read.
     pub fn nodes(&self) -> Result<BTreeMap<NodeId, NodeAddresses>, StoreError> {
-        ownership::load_nodes(&self.inner.database.begin_read()?.open_table(tables::NODES)?)
+        ownership::load_nodes(&self.inner.shared.database.begin_read()?.open_table(tables::NODES)?)
     }
 
     /// Ends the writer thread after what is queued is done. Writes are refused from now on. Blocks.
@@ -227,38 +259,6 @@ impl Inner {
         if let Ok(metadata) = std::fs::metadata(&self.file) {
             self.file_bytes.store(metadata.len(), Ordering::Relaxed);
         }
-    }
-}
-
-/// How many rows each slot has, in memory; equal to the table `slot_counts` at the last commit.
-#[derive(Debug)]
-struct SlotCounts {
-    counts: Box<[AtomicU64]>,
-}
-
-impl SlotCounts {
-    fn load(database: &Database) -> Result<Self, StoreError> {
-        use redb::ReadableTable as _;
-        let counts: Box<[AtomicU64]> = (0..SLOT_COUNT).map(|_| AtomicU64::new(0)).collect();
-        for entry in database.begin_read()?.open_table(tables::SLOT_COUNTS)?.iter()? {
-            let (slot, count) = entry?;
-            if let Some(counter) = counts.get(usize::from(slot.value())) {
-                counter.store(count.value(), Ordering::Relaxed);
-            }
-        }
-        Ok(Self { counts })
-    }
-
-    fn add(&self, slot: u16, delta: i64) {
-        if let Some(counter) = self.counts.get(usize::from(slot)) {
-            // Two's complement: adding the wrapped value subtracts.
-            counter.fetch_add(delta.cast_unsigned(), Ordering::Relaxed);
-        }
-    }
-
-    fn sum(&self, range: SlotRange) -> u64 {
-        let counters = &self.counts[usize::from(range.start())..usize::from(range.end())];
-        counters.iter().map(|counter| counter.load(Ordering::Relaxed)).sum()
     }
 }
 

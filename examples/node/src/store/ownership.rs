@@ -53,6 +53,27 @@ impl Ownership {
         self.claims.iter().filter(move |claim| claim.owner == *node).map(|claim| claim.range)
     }
 
+    /// Whether every slot of `claim` belongs to its owner, at its epoch or a higher one.
+    #[must_use]
+    pub fn gives(&self, claim: &Claim) -> bool {
+        self.against(claim).is_none()
+    }
+
+    /// The first slot of `claim` that does not belong to its owner, or at a lower epoch; and the epoch that it has.
+    #[must_use]
+    pub fn against(&self, claim: &Claim) -> Option<(u16, u64)> {
+        let gives = |present: &&Claim| present.owner == claim.owner && present.epoch >= claim.epoch;
+        let slot = claim.range.iter().find(|&slot| self.of(slot).filter(gives).is_none())?;
+        Some((slot, self.of(slot).map_or(0, |present| present.epoch)))
+    }
+
+    /// The first slot of `range` that has this epoch or a higher one; and the epoch.
+    #[must_use]
+    pub fn at_least(&self, range: SlotRange, epoch: u64) -> Option<(u16, u64)> {
+        let claim = self.claims.iter().find(|claim| claim.range.overlaps(range) && claim.epoch >= epoch)?;
+        Some((claim.range.start().max(range.start()), claim.epoch))
+    }
+
     /// The highest epoch of any slot of `range`; 0 if none is owned.
     #[must_use]
     pub fn highest_epoch(&self, range: SlotRange) -> u64 {

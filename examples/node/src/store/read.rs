@@ -1,12 +1,15 @@
 //! Reads, each in a redb read transaction.
 
-use std::ops::Bound;
+use std::sync::Arc;
 
 use bytes::Bytes;
-use redb::{Database, ReadOnlyTable, ReadableDatabase as _};
+use redb::ReadOnlyTable;
 
 use super::StoreError;
-use super::tables::{self, Row, row_key, split_row_key};
+use super::generations::Generations;
+use super::shared::Shared;
+use super::tables::{self, Place, Row};
+use super::visible::VisibleRows;
 use crate::common::{SlotRange, slot_of};
 
 /// A live row.
@@ -21,6 +24,7 @@ pub struct Entry {
 /// One read transaction: everything is seen as it was when that began.
 pub struct Reader {
     rows: ReadOnlyTable<&'static [u8], &'static [u8]>,
+    generations: Arc<Generations>,
     now: u64,
 }
 
@@ -31,8 +35,14 @@ impl std::fmt::Debug for Reader {
 }
 
 impl Reader {
-    pub(super) fn begin(database: &Database, now: u64) -> Result<Self, StoreError> {
-        Ok(Self { rows: database.begin_read()?.open_table(tables::ROWS)?, now })
+    pub(super) fn begin(shared: &Shared, now: u64) -> Result<Self, StoreError> {
+        let (txn, generations) = shared.generations.begin_read(&shared.database)?;
+        Ok(Self { rows: txn.open_table(tables::ROWS)?, generations, now })
+    }
+
+    fn row_key(&self, key: &[u8]) -> Vec<u8> {
+        let slot = slot_of(key);
+        Place { slot, generation: self.generations.of(slot), key }.row()
     }
 
     /// The time that expiry is compared with, in milliseconds since the Unix epoch.
@@ -47,7 +57,7 @@ impl Reader {
     ///
     /// The database could not be read.
     pub fn get(&self, key: &[u8]) -> Result<Option<Entry>, StoreError> {
-        let Some(stored) = self.rows.get(row_key(slot_of(key), key).as_slice())? else {
+        let Some(stored) = self.rows.get(self.row_key(key).as_slice())? else {
             return Ok(None);
         };
         let row = Row::decode(stored.value())?;
@@ -62,7 +72,7 @@ impl Reader {
     ///
     /// The database could not be read.
     pub fn exists(&self, key: &[u8]) -> Result<bool, StoreError> {
-        match self.rows.get(row_key(slot_of(key), key).as_slice())? {
+        match self.rows.get(self.row_key(key).as_slice())? {
             Some(stored) => Ok(Row::decode(stored.value())?.is_live(self.now)),
             None => Ok(false),
         }
@@ -75,17 +85,19 @@ impl Reader {
     ///
     /// The database could not be read.
     pub fn scan(&self, from: &ScanPosition, range: SlotRange, count: usize) -> Result<Scanned, StoreError> {
-        let (start, end) = tables::range_bounds(range);
-        let start = match from {
-            ScanPosition::Slot(slot) => Bound::Included(start.max(slot.to_be_bytes()).to_vec()),
-            ScanPosition::After(key) => Bound::Excluded(row_key(slot_of(key), key)),
-        };
-        let bounds = (start.as_ref().map(Vec::as_slice), Bound::Excluded(end.as_slice()));
         let mut keys = Vec::new();
         let mut last: Option<Bytes> = None;
-        for (looked_at, entry) in self.rows.range::<&[u8]>(bounds)?.enumerate() {
-            let (row, stored) = entry?;
-            let (slot, key) = split_row_key(row.value())?;
+        let (range, behind) = match from {
+            ScanPosition::Slot(slot) => match SlotRange::new(range.start().max(*slot), range.end()) {
+                Ok(rest) => (rest, None),
+                Err(_) => return Ok(Scanned { keys, next: None }),
+            },
+            ScanPosition::After(key) => (range, Some(tables::position(slot_of(key), key))),
+        };
+        let mut rows = VisibleRows::new(&self.rows, &self.generations, range, behind.as_deref())?;
+        let mut looked_at = 0;
+        while let Some(found) = rows.next()? {
+            let Place { slot, key, .. } = found.place()?;
             if let Some(last) = &last {
                 // Ending between slots needs no memory of where it was; a large slot has to be cut.
                 let new_slot = slot_of(last) != slot;
@@ -98,9 +110,10 @@ impl Reader {
             }
             let key = Bytes::copy_from_slice(key);
             last = Some(key.clone());
-            if Row::decode(stored.value())?.is_live(self.now) {
+            if found.row()?.is_live(self.now) {
                 keys.push(key);
             }
+            looked_at += 1;
         }
         Ok(Scanned { keys, next: None })
     }

@@ -62,7 +62,7 @@ impl Store {
     ///
     /// The database could not be read.
     pub fn splits(&self) -> Result<Vec<SplitIntent>, StoreError> {
-        let table = self.inner.database.begin_read()?.open_table(tables::SPLITS)?;
+        let table = self.inner.shared.database.begin_read()?.open_table(tables::SPLITS)?;
         table.iter()?.map(|entry| from_json(entry?.1.value(), "splits")).collect()
     }
 }

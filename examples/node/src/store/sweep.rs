@@ -1,13 +1,15 @@
-//! What is deleted in the background: rows whose time has come, and rows of slots that were given up.
+//! What is deleted in the background: rows whose time has come, rows that are not visible any more, and what is left of migrations.
 //!
-//! Both are invisible already; this frees their space, in small transactions between those of clients.
+//! All of it is invisible already; this frees the space, in small transactions between those of clients.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use redb::{ReadableDatabase as _, ReadableTable as _};
+use redb::{ReadableDatabase as _, ReadableTable, WriteTransaction};
 use tokio_util::sync::CancellationToken;
 
-use super::{Store, StoreError, lock, tables, unix_ms};
+use super::shared::Shared;
+use super::txn::{RowsTxn, due_rows};
+use super::{Store, StoreError, lock, log, staging, tables, unix_ms};
 use crate::common::SlotRange;
 
 /// How often it is looked for expired rows; as Redis does by default.
@@ -25,7 +27,11 @@ impl Store {
                 () = stop.cancelled() => return,
                 _ = ticks.tick() => {}
             }
-            match self.sweep_once().await {
+            let swept = tokio::select! {
+                () = stop.cancelled() => return,
+                swept = self.sweep_once() => swept,
+            };
+            match swept {
                 Ok(()) => {}
                 Err(StoreError::Closed) => return,
                 Err(error) => tracing::warn!(%error, "background deletion failed; it is tried again"),
@@ -33,61 +39,81 @@ impl Store {
         }
     }
 
-    /// Deletes one chunk of each kind, if there is any.
+    /// Deletes what is due, and all garbage that there is.
     ///
     /// # Errors
     ///
     /// What was deleted before stays deleted.
     pub async fn sweep_once(&self) -> Result<(), StoreError> {
         self.inner.measure();
-        while self.is_something_due()? {
-            let deleted = self.writer()?.transact(|_, rows| rows.delete_expired(CHUNK)).await?;
+        while self.blocking(is_something_due).await? {
+            let paused = self.inner.shared.paused.clone();
+            let deleted =
+                self.writer()?.transact(move |_, rows| rows.delete_expired(CHUNK, &paused.ranges())).await?;
             if deleted < CHUNK {
                 break;
             }
         }
-        while self.collect_garbage(CHUNK).await? {}
+        while self.blocking(is_something_left).await? {
+            let begun = Instant::now();
+            let shared = std::sync::Arc::clone(&self.inner.shared);
+            self.writer()?.transact(move |txn, rows| delete_some(&shared, txn, rows)).await?;
+            // Half of the writer's time is left to clients, however much there is to delete.
+            tokio::time::sleep(begun.elapsed()).await;
+        }
         Ok(())
     }
+}
 
-    fn is_something_due(&self) -> Result<bool, StoreError> {
-        let expiry = self.inner.database.begin_read()?.open_table(tables::EXPIRY)?;
-        match expiry.first()? {
-            Some((entry, _)) => Ok(tables::split_expiry_key(entry.value())?.0 <= unix_ms()),
-            None => Ok(false),
+fn is_something_due(shared: &Shared) -> Result<bool, StoreError> {
+    let (txn, generations) = shared.generations.begin_read(&shared.database)?;
+    let expiry = txn.open_table(tables::EXPIRY)?;
+    let (now, paused, mut due) = (unix_ms(), shared.paused.ranges(), Vec::new());
+    for generation in generations.all() {
+        due_rows(&expiry, generation, now, &paused, 1, &mut due)?;
+    }
+    Ok(!due.is_empty())
+}
+
+fn is_something_left(shared: &Shared) -> Result<bool, StoreError> {
+    let txn = shared.database.begin_read()?;
+    if next_garbage(&txn.open_table(tables::GARBAGE)?, shared)?.is_some() || shared.leases.is_trimmable() {
+        return Ok(true);
+    }
+    let leases = log::live_leases(&txn.open_table(tables::LEASES)?)?;
+    let staged = staging::live_generations(&txn.open_table(tables::MIGRATIONS)?)?;
+    Ok(log::first_dead(&txn.open_table(tables::CHANGES)?, &leases)?.is_some()
+        || staging::first_dead_tombstones(&txn.open_table(tables::TOMBSTONES)?, &staged)?.is_some()
+        || staging::first_dead_sums(&txn.open_table(tables::STAGED)?, &staged)?.is_some())
+}
+
+/// Deletes a chunk of each kind.
+fn delete_some(shared: &Shared, txn: &WriteTransaction, rows: &mut RowsTxn<'_>) -> Result<(), StoreError> {
+    let mut garbage = txn.open_table(tables::GARBAGE)?;
+    // Looked for in the writer, so that an import that begins sees no deletion of its own rows.
+    if let Some((generation, range)) = next_garbage(&garbage, shared)?
+        && rows.delete_generation(range, generation, CHUNK)? < CHUNK
+    {
+        garbage.remove((generation, range.start()))?;
+    }
+    drop(garbage);
+    rows.log().trim(CHUNK)?;
+    rows.log().remove_dead(CHUNK)?;
+    staging::remove_dead(txn, CHUNK)
+}
+
+fn next_garbage(
+    garbage: &impl ReadableTable<(u32, u16), u16>,
+    shared: &Shared,
+) -> Result<Option<(u32, SlotRange)>, StoreError> {
+    for entry in garbage.iter()? {
+        let (place, end) = entry?;
+        let (generation, start) = place.value();
+        if !lock(&shared.importing).iter().any(|(_, importing)| *importing == generation) {
+            let range =
+                SlotRange::new(start, end.value()).map_err(|error| StoreError::Damaged(error.to_string()))?;
+            return Ok(Some((generation, range)));
         }
     }
-
-    /// Deletes at most `limit` rows that were given up; returns whether there was a range to work on.
-    async fn collect_garbage(&self, limit: usize) -> Result<bool, StoreError> {
-        if self.inner.database.begin_read()?.open_table(tables::GARBAGE)?.first()?.is_none() {
-            return Ok(false);
-        }
-        let store = self.clone();
-        self.writer()?
-            .transact(move |txn, rows| {
-                let mut garbage = txn.open_table(tables::GARBAGE)?;
-                let mut next = None;
-                for entry in garbage.iter()? {
-                    let (start, end) = entry?;
-                    let range = SlotRange::new(start.value(), end.value())
-                        .map_err(|error| StoreError::Damaged(error.to_string()))?;
-                    // Looked at in the writer, so that an import that begins sees no deletion any more.
-                    if !store.is_importing(range) {
-                        next = Some(range);
-                        break;
-                    }
-                }
-                let Some(range) = next else { return Ok(false) };
-                if rows.delete_range(range, limit)? < limit {
-                    garbage.remove(range.start())?;
-                }
-                Ok(true)
-            })
-            .await
-    }
-
-    fn is_importing(&self, range: SlotRange) -> bool {
-        lock(&self.inner.importing).iter().any(|other| other.overlaps(range))
-    }
+    Ok(None)
 }

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use bytes::Bytes;
+use redb::{ReadableDatabase as _, ReadableTableMetadata as _};
 
 use super::{Identity, Init, Outcome, SetCondition, SetExpiry, Store, StoreOptions, WriteOp};
 use crate::common::NodeId;
@@ -28,4 +29,10 @@ pub(crate) async fn set(store: &Store, key: &str, value: &str) {
         want_old: false,
     };
     assert_eq!(store.write(vec![op], ungated()).await.unwrap(), [Outcome::Done]);
+}
+
+/// Rows in the database, visible or not.
+pub(crate) fn stored_rows(store: &Store) -> u64 {
+    let txn = store.inner.shared.database.begin_read().unwrap();
+    txn.open_table(super::tables::ROWS).unwrap().len().unwrap()
 }

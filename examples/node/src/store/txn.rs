@@ -1,21 +1,32 @@
-//! One write transaction: rows, with the expiry index and the slot counts kept in step.
+//! One write transaction: rows, with all that is kept in step with them.
+//!
+//! The expiry index and the slot counts follow every row. Changes of visible rows in slots that are [leased](super::leases) are logged,
+//! too; where nothing is leased that costs nothing.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use bytes::Bytes;
+use proto::migration::digest::entry_hash;
 use redb::{ReadableTable as _, Table, WriteTransaction};
 
-use super::ops::{ExpireCondition, Outcome, SetCondition, SetExpiry, WriteOp};
-use super::tables::{self, Row, expiry_key, row_key, split_expiry_key, split_row_key};
-use super::{SlotCounts, StoreError};
+use super::generations::Generations;
+use super::log::LogTxn;
+use super::shared::Shared;
+use super::tables::{self, Place, Row};
+use super::{StoreError, counters};
 use crate::common::{SlotRange, slot_of};
 
 /// The tables of rows, open in a write transaction.
 pub(super) struct RowsTxn<'t> {
+    txn: &'t WriteTransaction,
     rows: Table<'t, &'static [u8], &'static [u8]>,
     expiry: Table<'t, &'static [u8], ()>,
-    counts: Table<'t, u16, u64>,
-    deltas: HashMap<u16, i64>,
+    counts: Table<'t, (u32, u16), u64>,
+    log: LogTxn<'t>,
+    generations: Arc<Generations>,
+    deltas: HashMap<(u32, u16), i64>,
+    switched: Vec<SlotRange>,
     now: u64,
 }
 
@@ -26,286 +37,254 @@ impl std::fmt::Debug for RowsTxn<'_> {
 }
 
 /// What a row was before it changed.
-struct Before {
-    live: bool,
-    expires_at: Option<u64>,
-    value: Bytes,
+pub(super) struct Before {
+    pub(super) live: bool,
+    pub(super) expires_at: Option<u64>,
+    pub(super) value: Bytes,
+}
+
+/// What the memory of the store learns once the transaction is committed.
+pub(super) struct Effects {
+    /// Rows of each slot whose number changed.
+    pub(super) counts: Vec<(u16, u64)>,
+    /// What is visible, if that changed.
+    pub(super) generations: Option<Arc<Generations>>,
+    pub(super) log: super::log::LogEffects,
 }
 
 impl<'t> RowsTxn<'t> {
-    pub(super) fn open(txn: &'t WriteTransaction, now: u64) -> Result<Self, StoreError> {
+    pub(super) fn open(txn: &'t WriteTransaction, shared: &Shared, now: u64) -> Result<Self, StoreError> {
         Ok(Self {
+            txn,
             rows: txn.open_table(tables::ROWS)?,
             expiry: txn.open_table(tables::EXPIRY)?,
             counts: txn.open_table(tables::SLOT_COUNTS)?,
+            log: LogTxn::open(txn, shared, now)?,
+            generations: shared.generations.current(),
             deltas: HashMap::new(),
+            switched: Vec::new(),
             now,
         })
     }
 
-    /// Writes the slot counts. The result belongs into the counts in memory, after the commit.
-    pub(super) fn finish(mut self) -> Result<CountDeltas, StoreError> {
+    /// Writes what was counted.
+    pub(super) fn finish(mut self) -> Result<Effects, StoreError> {
         self.deltas.retain(|_, delta| *delta != 0);
-        for (&slot, &delta) in &self.deltas {
-            let count = self.counts.get(slot)?.map_or(0, |count| count.value());
+        let mut counts = Vec::new();
+        for (&place, &delta) in &self.deltas {
+            let (generation, slot) = place;
+            let count = self.counts.get(place)?.map_or(0, |count| count.value());
             let changed = count
                 .checked_add_signed(delta)
                 .ok_or_else(|| StoreError::Damaged(format!("slot {slot} counts fewer rows than it has")))?;
             if changed == 0 {
-                self.counts.remove(slot)?;
+                self.counts.remove(place)?;
             } else {
-                self.counts.insert(slot, changed)?;
+                self.counts.insert(place, changed)?;
+            }
+            if self.generations.of(slot) == generation {
+                counts.push((slot, changed));
             }
         }
-        Ok(CountDeltas(self.deltas))
-    }
-
-    pub(super) fn apply(&mut self, op: &WriteOp) -> Result<Outcome, StoreError> {
-        match op {
-            WriteOp::Set { key, value, expiry, condition, want_old } => {
-                self.set(key, value, *expiry, *condition, *want_old)
-            }
-            WriteOp::SetMany { pairs } => {
-                for (key, value) in pairs {
-                    self.put(&row_key(slot_of(key), key), Row { expires_at: None, value })?;
-                }
-                Ok(Outcome::Done)
-            }
-            WriteOp::Delete { keys } => {
-                let mut deleted = 0;
-                for key in keys {
-                    if self.delete(&row_key(slot_of(key), key))? {
-                        deleted += 1;
-                    }
-                }
-                Ok(Outcome::Integer(deleted))
-            }
-            WriteOp::Take { key } => {
-                let row = row_key(slot_of(key), key);
-                let before = self.before(&row)?;
-                if before.is_some() {
-                    self.delete(&row)?;
-                }
-                Ok(Outcome::Old(before.filter(|before| before.live).map(|before| before.value)))
-            }
-            WriteOp::Expire { key, at, condition } => self.expire(key, *at, *condition),
-            WriteOp::Persist { key } => {
-                let row = row_key(slot_of(key), key);
-                match self.before(&row)? {
-                    Some(before) if before.live && before.expires_at.is_some() => {
-                        self.put(&row, Row { expires_at: None, value: &before.value })?;
-                        Ok(Outcome::Integer(1))
-                    }
-                    _ => Ok(Outcome::Integer(0)),
-                }
-            }
-            WriteOp::Add { key, delta } => self.add(key, *delta),
-        }
-    }
-
-    fn set(
-        &mut self,
-        key: &[u8],
-        value: &[u8],
-        expiry: SetExpiry,
-        condition: SetCondition,
-        want_old: bool,
-    ) -> Result<Outcome, StoreError> {
-        let row = row_key(slot_of(key), key);
-        let need_before = want_old || condition != SetCondition::Always || expiry == SetExpiry::Keep;
-        let before = if need_before { self.before(&row)?.filter(|before| before.live) } else { None };
-        let wanted = match condition {
-            SetCondition::Always => true,
-            SetCondition::IfAbsent => before.is_none(),
-            SetCondition::IfPresent => before.is_some(),
-        };
-        if wanted {
-            let expires_at = match expiry {
-                SetExpiry::Never => None,
-                SetExpiry::Keep => before.as_ref().and_then(|before| before.expires_at),
-                SetExpiry::At(at) => Some(at),
-            };
-            if expires_at.is_some_and(|at| at <= self.now) {
-                self.delete(&row)?;
-            } else {
-                self.put(&row, Row { expires_at, value })?;
+        for range in &self.switched {
+            for slot in range.iter() {
+                let place = (self.generations.of(slot), slot);
+                counts.push((slot, self.counts.get(place)?.map_or(0, |count| count.value())));
             }
         }
-        Ok(match (want_old, wanted) {
-            (true, _) => Outcome::Old(before.map(|before| before.value)),
-            (false, true) => Outcome::Done,
-            (false, false) => Outcome::NotDone,
-        })
+        let generations = (!self.switched.is_empty()).then(|| Arc::clone(&self.generations));
+        Ok(Effects { counts, generations, log: self.log.finish()? })
     }
 
-    fn expire(&mut self, key: &[u8], at: u64, condition: ExpireCondition) -> Result<Outcome, StoreError> {
-        let row = row_key(slot_of(key), key);
-        let Some(before) = self.before(&row)?.filter(|before| before.live) else {
-            return Ok(Outcome::Integer(0));
-        };
-        let ExpireCondition { if_none, if_some, if_later, if_earlier } = condition;
-        let refused = (if_none && before.expires_at.is_some())
-            || (if_some && before.expires_at.is_none())
-            || (if_later && before.expires_at.is_none_or(|present| at <= present))
-            || (if_earlier && before.expires_at.is_some_and(|present| at >= present));
-        if refused {
-            return Ok(Outcome::Integer(0));
-        }
-        if at <= self.now {
-            self.delete(&row)?;
-        } else {
-            self.put(&row, Row { expires_at: Some(at), value: &before.value })?;
-        }
-        Ok(Outcome::Integer(1))
+    /// The change log of this transaction.
+    pub(super) fn log(&mut self) -> &mut LogTxn<'t> {
+        &mut self.log
     }
 
-    fn add(&mut self, key: &[u8], delta: i64) -> Result<Outcome, StoreError> {
-        let row = row_key(slot_of(key), key);
-        let before = self.before(&row)?.filter(|before| before.live);
-        let Some(present) = before.as_ref().map_or(Some(0), |before| parse_integer(&before.value)) else {
-            return Ok(Outcome::NotAnInteger);
-        };
-        let Some(sum) = present.checked_add(delta) else {
-            return Ok(Outcome::Overflow);
-        };
-        let expires_at = before.and_then(|before| before.expires_at);
-        self.put(&row, Row { expires_at, value: sum.to_string().as_bytes() })?;
-        Ok(Outcome::Integer(sum))
+    /// The time that expiry is compared with.
+    pub(super) fn now(&self) -> u64 {
+        self.now
     }
 
-    fn before(&self, row: &[u8]) -> Result<Option<Before>, StoreError> {
-        let Some(stored) = self.rows.get(row)? else {
+    /// Where the row of a client's key lies.
+    pub(super) fn visible<'k>(&self, key: &'k [u8]) -> Place<'k> {
+        let slot = slot_of(key);
+        Place { slot, generation: self.generations.of(slot), key }
+    }
+
+    pub(super) fn before(&self, place: Place<'_>) -> Result<Option<Before>, StoreError> {
+        let Some(stored) = self.rows.get(place.row().as_slice())? else {
             return Ok(None);
         };
-        let decoded = Row::decode(stored.value())?;
+        let row = Row::decode(stored.value())?;
         Ok(Some(Before {
-            live: decoded.is_live(self.now),
-            expires_at: decoded.expires_at,
-            value: Bytes::copy_from_slice(decoded.value),
+            live: row.is_live(self.now),
+            expires_at: row.expires_at,
+            value: Bytes::copy_from_slice(row.value),
         }))
     }
 
+    /// Looks at a row as it is stored.
+    pub(super) fn inspect<T>(
+        &self,
+        place: Place<'_>,
+        look: impl FnOnce(Row<'_>) -> T,
+    ) -> Result<Option<T>, StoreError> {
+        let stored = self.rows.get(place.row().as_slice())?;
+        stored.map(|stored| Row::decode(stored.value()).map(look)).transpose()
+    }
+
     /// Stores a row, whatever was there.
-    pub(super) fn put(&mut self, row: &[u8], new: Row<'_>) -> Result<(), StoreError> {
-        let old = self.rows.insert(row, new.encode().as_slice())?;
-        let is_new = old.is_none();
-        let old_expiry =
-            old.map(|old| Row::decode(old.value()).map(|old| old.expires_at)).transpose()?.flatten();
-        if is_new {
-            self.count(row, 1)?;
+    pub(super) fn put(&mut self, place: Place<'_>, new: Row<'_>) -> Result<(), StoreError> {
+        let lease = self.log.lease_of(place, &self.generations);
+        let old = match self.rows.insert(place.row().as_slice(), new.encode().as_slice())? {
+            None => None,
+            Some(old) => {
+                let old = Row::decode(old.value())?;
+                Some((old.expires_at, lease.map(|_| hash(place, old))))
+            }
+        };
+        if old.is_none() {
+            self.count(place, 1);
         }
+        let old_expiry = old.and_then(|(expires_at, _)| expires_at);
         if old_expiry != new.expires_at {
             if let Some(at) = old_expiry {
-                self.expiry.remove(expiry_key(at, row).as_slice())?;
+                self.expiry.remove(place.expiry(at).as_slice())?;
             }
             if let Some(at) = new.expires_at {
-                self.expiry.insert(expiry_key(at, row).as_slice(), ())?;
+                self.expiry.insert(place.expiry(at).as_slice(), ())?;
             }
+        }
+        if let Some(lease) = lease {
+            self.log.append(
+                lease,
+                place,
+                new.value.len(),
+                old.and_then(|(_, hash)| hash),
+                Some(hash(place, new)),
+            )?;
         }
         Ok(())
     }
 
     /// Removes a row; true if a live one was there.
-    fn delete(&mut self, row: &[u8]) -> Result<bool, StoreError> {
-        let (live, expires_at) = match self.rows.remove(row)? {
+    pub(super) fn delete(&mut self, place: Place<'_>) -> Result<bool, StoreError> {
+        let lease = self.log.lease_of(place, &self.generations);
+        let (live, expires_at, old_hash) = match self.rows.remove(place.row().as_slice())? {
             None => return Ok(false),
             Some(old) => {
                 let old = Row::decode(old.value())?;
-                (old.is_live(self.now), old.expires_at)
+                (old.is_live(self.now), old.expires_at, lease.map(|_| hash(place, old)))
             }
         };
-        self.count(row, -1)?;
+        self.count(place, -1);
         if let Some(at) = expires_at {
-            self.expiry.remove(expiry_key(at, row).as_slice())?;
+            self.expiry.remove(place.expiry(at).as_slice())?;
+        }
+        if let Some(lease) = lease {
+            self.log.append(lease, place, 0, old_hash, None)?;
         }
         Ok(live)
     }
 
-    fn count(&mut self, row: &[u8], delta: i64) -> Result<(), StoreError> {
-        let (slot, _) = split_row_key(row)?;
-        *self.deltas.entry(slot).or_default() += delta;
+    fn count(&mut self, place: Place<'_>, delta: i64) {
+        *self.deltas.entry((place.generation, place.slot)).or_default() += delta;
+    }
+
+    /// A generation that was never used.
+    pub(super) fn new_generation(&mut self) -> Result<u32, StoreError> {
+        let next = counters::next(self.txn, counters::GENERATION)?;
+        u32::try_from(next).map_err(|_| StoreError::Damaged("all generations are used up".into()))
+    }
+
+    /// From the commit on, the rows of `range` are those of `generation`; those that were, are garbage.
+    pub(super) fn switch(&mut self, range: SlotRange, generation: u32) -> Result<(), StoreError> {
+        for (part, old) in self.generations.parts(range) {
+            if old != generation {
+                self.discard(part, old)?;
+            }
+        }
+        let generations = self.generations.with(range, generation);
+        generations.store(self.txn)?;
+        self.generations = Arc::new(generations);
+        self.switched.push(range);
         Ok(())
     }
 
-    /// Removes at most `limit` rows whose time has come; returns how many there were.
-    pub(super) fn delete_expired(&mut self, limit: usize) -> Result<usize, StoreError> {
-        let due = {
-            let mut due = Vec::new();
-            for entry in self.expiry.iter()? {
-                let (entry, _) = entry?;
-                let (at, row) = split_expiry_key(entry.value())?;
-                if at > self.now || due.len() == limit {
-                    break;
-                }
-                due.push(row.to_vec());
-            }
-            due
-        };
+    /// The rows that `generation` has in `range` are to be deleted in the background.
+    pub(super) fn discard(&mut self, range: SlotRange, generation: u32) -> Result<(), StoreError> {
+        self.txn.open_table(tables::GARBAGE)?.insert((generation, range.start()), range.end())?;
+        Ok(())
+    }
+
+    /// Removes at most `limit` rows whose time has come, but for those of `paused` slots; returns how many there were.
+    pub(super) fn delete_expired(&mut self, limit: usize, paused: &[SlotRange]) -> Result<usize, StoreError> {
+        let mut due = Vec::new();
+        for generation in self.generations.all() {
+            due_rows(&self.expiry, generation, self.now, paused, limit, &mut due)?;
+        }
         for row in &due {
-            self.delete(row)?;
+            self.delete(Place::of_row(row)?)?;
         }
         Ok(due.len())
     }
 
-    /// Removes at most `limit` rows of `range`; returns how many there were.
-    pub(super) fn delete_range(&mut self, range: SlotRange, limit: usize) -> Result<usize, StoreError> {
-        let (start, end) = tables::range_bounds(range);
-        let doomed: Vec<Vec<u8>> = self
-            .rows
-            .range(start.as_slice()..end.as_slice())?
+    /// Removes at most `limit` rows that `generation` has in `range`; returns how many there were.
+    pub(super) fn delete_generation(
+        &mut self,
+        range: SlotRange,
+        generation: u32,
+        limit: usize,
+    ) -> Result<usize, StoreError> {
+        let mut doomed = Vec::new();
+        // The counts say in which slots there are any.
+        let counted: Vec<u16> = self
+            .counts
+            .range((generation, range.start())..(generation, range.end()))?
             .take(limit)
-            .map(|entry| entry.map(|(row, _)| row.value().to_vec()))
+            .map(|entry| entry.map(|(place, _)| place.value().1))
             .collect::<Result<_, _>>()?;
+        for slot in counted {
+            let first = Place { slot, generation, key: b"" }.row();
+            let behind = Place { slot, generation: generation.saturating_add(1), key: b"" }.row();
+            for entry in self.rows.range(first.as_slice()..behind.as_slice())? {
+                if doomed.len() == limit {
+                    break;
+                }
+                doomed.push(entry?.0.value().to_vec());
+            }
+        }
         for row in &doomed {
-            self.delete(row)?;
+            self.delete(Place::of_row(row)?)?;
         }
         Ok(doomed.len())
     }
 }
 
-/// How slot counts changed in a transaction.
-#[derive(Debug, Default)]
-pub(super) struct CountDeltas(HashMap<u16, i64>);
-
-impl CountDeltas {
-    pub(super) fn publish(&self, counts: &SlotCounts) {
-        for (&slot, &delta) in &self.0 {
-            counts.add(slot, delta);
+/// Collects the row keys of what has expired, up to `limit`.
+pub(super) fn due_rows(
+    expiry: &impl redb::ReadableTable<&'static [u8], ()>,
+    generation: u32,
+    now: u64,
+    paused: &[SlotRange],
+    limit: usize,
+    due: &mut Vec<Vec<u8>>,
+) -> Result<(), StoreError> {
+    let (start, end) = tables::due_bounds(generation, now);
+    for entry in expiry.range(start.as_slice()..end.as_slice())? {
+        if due.len() >= limit {
+            break;
+        }
+        let (entry, ()) = entry.map(|(entry, _)| (entry, ()))?;
+        let place = Place::of_expiry(entry.value())?;
+        if !paused.iter().any(|range| range.contains(place.slot)) {
+            due.push(place.row());
         }
     }
+    Ok(())
 }
 
-/// An integer as Redis stores it: no spaces, no plus, no leading zeros.
-pub(crate) fn parse_integer(text: &[u8]) -> Option<i64> {
-    let text = std::str::from_utf8(text).ok()?;
-    let number: i64 = text.parse().ok()?;
-    let digits = text.strip_prefix('-').unwrap_or(text);
-    let plain =
-        digits.starts_with(|c: char| c.is_ascii_digit()) && (digits == "0" || !digits.starts_with('0'));
-    (plain && text != "-0").then_some(number)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::parse_integer;
-
-    #[test]
-    fn integers_are_read_as_redis_does() {
-        for (text, number) in [
-            ("0", Some(0)),
-            ("-1", Some(-1)),
-            ("9223372036854775807", Some(i64::MAX)),
-            ("-9223372036854775808", Some(i64::MIN)),
-            ("9223372036854775808", None),
-            ("", None),
-            ("-", None),
-            ("-0", None),
-            ("+1", None),
-            (" 5", None),
-            ("05", None),
-            ("1e3", None),
-        ] {
-            assert_eq!(parse_integer(text.as_bytes()), number, "{text:?}");
-        }
-    }
+fn hash(place: Place<'_>, row: Row<'_>) -> u128 {
+    entry_hash(place.key, row.value, row.expires_at)
 }

@@ -6,12 +6,13 @@
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use redb::{Database, Durability, WriteTransaction};
+use redb::{Durability, WriteTransaction};
 use tokio::sync::{mpsc, oneshot};
 
 use super::ops::{Outcome, WriteOp};
-use super::txn::{CountDeltas, RowsTxn};
-use super::{SlotCounts, StoreError, unix_ms};
+use super::shared::Shared;
+use super::txn::RowsTxn;
+use super::{StoreError, unix_ms};
 use crate::gate::Permits;
 
 /// Batches that may wait for the writer. A connection has one at a time, so this bounds how many connections
@@ -24,12 +25,7 @@ const MAX_OPS: usize = 16 * 1024;
 /// What the writer is asked for.
 enum Job {
     Writes { ops: Vec<WriteOp>, permits: Permits, reply: oneshot::Sender<Result<Vec<Outcome>, StoreError>> },
-    Alone(Box<dyn FnOnce(&Context) + Send>),
-}
-
-struct Context {
-    database: Arc<Database>,
-    counts: Arc<SlotCounts>,
+    Alone(Box<dyn FnOnce(&Shared) + Send>),
 }
 
 /// Hands writes to the writer thread. Dropping all clones ends the thread once the queue is empty.
@@ -45,15 +41,11 @@ impl std::fmt::Debug for Job {
 }
 
 impl Writer {
-    pub(super) fn start(
-        database: Arc<Database>,
-        counts: Arc<SlotCounts>,
-    ) -> Result<(Self, JoinHandle<()>), StoreError> {
+    pub(super) fn start(shared: Arc<Shared>) -> Result<(Self, JoinHandle<()>), StoreError> {
         let (queue, jobs) = mpsc::channel(QUEUE);
-        let context = Context { database, counts };
         let thread = std::thread::Builder::new()
             .name("node-writer".into())
-            .spawn(move || run(&context, jobs))
+            .spawn(move || run(&shared, jobs))
             .map_err(|source| StoreError::io("cannot start the writer thread", source))?;
         Ok((Self { queue }, thread))
     }
@@ -75,9 +67,40 @@ impl Writer {
         &self,
         work: impl FnOnce(&WriteTransaction, &mut RowsTxn<'_>) -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, StoreError> {
-        let (job, outcome) = alone(work);
+        self.transact_with(Durability::Immediate, work).await
+    }
+
+    /// [`Writer::transact`], durable with the next transaction that is: for parts of something that is only of use as a whole.
+    pub(super) async fn transact_lazily<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&WriteTransaction, &mut RowsTxn<'_>) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        self.transact_with(Durability::None, work).await
+    }
+
+    async fn transact_with<T: Send + 'static>(
+        &self,
+        durability: Durability,
+        work: impl FnOnce(&WriteTransaction, &mut RowsTxn<'_>) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let (job, outcome) = alone(move |shared| commit(shared, durability, work));
         self.queue.send(job).await.map_err(|_| StoreError::Closed)?;
         outcome.await.map_err(|_| StoreError::Closed)?
+    }
+
+    /// Runs `work` in the writer's thread, without a transaction: when everything queued before is done and published.
+    pub(super) async fn run<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Shared) -> T + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let (job, outcome) = alone(move |shared| Ok(work(shared)));
+        self.queue.send(job).await.map_err(|_| StoreError::Closed)?;
+        outcome.await.map_err(|_| StoreError::Closed)?
+    }
+
+    /// [`Writer::run`], without waiting for it.
+    pub(super) async fn post(&self, work: impl FnOnce(&Shared) + Send + 'static) -> Result<(), StoreError> {
+        self.queue.send(Job::Alone(Box::new(work))).await.map_err(|_| StoreError::Closed)
     }
 
     /// [`Writer::transact`] for threads that may block. Panics on an async thread.
@@ -85,28 +108,28 @@ impl Writer {
         &self,
         work: impl FnOnce(&WriteTransaction, &mut RowsTxn<'_>) -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, StoreError> {
-        let (job, outcome) = alone(work);
+        let (job, outcome) = alone(move |shared| commit(shared, Durability::Immediate, work));
         self.queue.blocking_send(job).map_err(|_| StoreError::Closed)?;
         outcome.blocking_recv().map_err(|_| StoreError::Closed)?
     }
 }
 
 fn alone<T: Send + 'static>(
-    work: impl FnOnce(&WriteTransaction, &mut RowsTxn<'_>) -> Result<T, StoreError> + Send + 'static,
+    work: impl FnOnce(&Shared) -> Result<T, StoreError> + Send + 'static,
 ) -> (Job, oneshot::Receiver<Result<T, StoreError>>) {
     let (reply, outcome) = oneshot::channel();
-    let job = Job::Alone(Box::new(move |context| {
+    let job = Job::Alone(Box::new(move |shared| {
         // Nobody may be waiting any more; what was committed stays committed.
-        let _ = reply.send(commit(context, work));
+        let _ = reply.send(work(shared));
     }));
     (job, outcome)
 }
 
-fn run(context: &Context, mut jobs: mpsc::Receiver<Job>) {
+fn run(shared: &Shared, mut jobs: mpsc::Receiver<Job>) {
     let mut next = None;
     while let Some(job) = next.take().or_else(|| jobs.blocking_recv()) {
         match job {
-            Job::Alone(work) => work(context),
+            Job::Alone(work) => work(shared),
             Job::Writes { ops, permits, reply } => {
                 let mut batch = Batch { size: ops.len(), members: vec![Member { ops, reply, permits }] };
                 while batch.size < MAX_OPS {
@@ -122,7 +145,7 @@ fn run(context: &Context, mut jobs: mpsc::Receiver<Job>) {
                         Err(_) => break,
                     }
                 }
-                batch.commit(context);
+                batch.commit(shared);
             }
         }
     }
@@ -140,8 +163,8 @@ struct Batch {
 }
 
 impl Batch {
-    fn commit(self, context: &Context) {
-        let outcomes = commit(context, |_, rows| {
+    fn commit(self, shared: &Shared) {
+        let outcomes = commit(shared, Durability::Immediate, |_, rows| {
             self.members
                 .iter()
                 .map(|member| member.ops.iter().map(|op| rows.apply(op)).collect::<Result<Vec<_>, _>>())
@@ -166,20 +189,24 @@ impl Batch {
 }
 
 fn commit<T>(
-    context: &Context,
+    shared: &Shared,
+    durability: Durability,
     work: impl FnOnce(&WriteTransaction, &mut RowsTxn<'_>) -> Result<T, StoreError>,
 ) -> Result<T, StoreError> {
-    let mut txn = context.database.begin_write()?;
-    txn.set_durability(Durability::Immediate).map_err(redb::Error::from)?;
-    let done: Result<(T, CountDeltas), StoreError> = (|| {
-        let mut rows = RowsTxn::open(&txn, unix_ms())?;
+    let mut txn = shared.database.begin_write()?;
+    txn.set_durability(durability).map_err(redb::Error::from)?;
+    let done = (|| {
+        let mut rows = RowsTxn::open(&txn, shared, unix_ms())?;
         let value = work(&txn, &mut rows)?;
         Ok((value, rows.finish()?))
     })();
     match done {
-        Ok((value, deltas)) => {
-            txn.commit()?;
-            deltas.publish(&context.counts);
+        Ok((value, effects)) => {
+            match effects.generations.clone() {
+                None => txn.commit()?,
+                Some(generations) => shared.generations.switch(generations, || Ok(txn.commit()?))?,
+            }
+            shared.publish(effects);
             Ok(value)
         }
         Err(error) => {

@@ -4,11 +4,10 @@ use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
-use redb::ReadableDatabase as _;
-
 use super::format::{Handover, SnapshotHeader, SnapshotWriter};
 use crate::common::{NodeId, SlotRange};
-use crate::store::tables::{self, Row, split_row_key};
+use crate::store::tables;
+use crate::store::visible::VisibleRows;
 use crate::store::{Store, StoreError, unix_ms};
 
 /// What an export holds.
@@ -35,7 +34,8 @@ impl Store {
         out: W,
     ) -> Result<(W, ExportSummary), StoreError> {
         let now = unix_ms();
-        let rows = self.inner.database.begin_read()?.open_table(tables::ROWS)?;
+        let (txn, generations) = self.inner.shared.generations.begin_read(&self.inner.shared.database)?;
+        let table = txn.open_table(tables::ROWS)?;
         let header = SnapshotHeader {
             start: range.start(),
             end: range.end(),
@@ -44,12 +44,11 @@ impl Store {
             handover,
         };
         let mut writer = SnapshotWriter::begin(out, &header)?;
-        let (start, end) = tables::range_bounds(range);
-        for entry in rows.range::<&[u8]>(start.as_slice()..end.as_slice())? {
-            let (row, stored) = entry?;
-            let stored = Row::decode(stored.value())?;
-            if stored.is_live(now) {
-                writer.row(split_row_key(row.value())?.1, stored.value, stored.expires_at)?;
+        let mut rows = VisibleRows::new(&table, &generations, range, None)?;
+        while let Some(found) = rows.next()? {
+            let row = found.row()?;
+            if row.is_live(now) {
+                writer.row(found.place()?.key, row.value, row.expires_at)?;
             }
         }
         let (out, rows) = writer.finish()?;

@@ -1,25 +1,22 @@
 //! Import: the rows of a snapshot file become this node's, all at once.
 //!
 //! Rows are written in many transactions of moderate size, so that clients of other slots are served in
-//! between and memory stays bounded; they are invisible until the last transaction, which hands the slots
-//! over. From the first transaction on, the range is marked as garbage, so what a crash leaves is either swept or
-//! begun anew, and a repeated import ends as the first one would have.
+//! between and memory stays bounded. They are of a new generation, which is invisible until the last transaction hands the slots
+//! over, and marked as garbage until then: what a crash leaves is swept, and a repeated import begins anew.
 
 use std::collections::BTreeMap;
 use std::path::Path;
-
-use redb::{ReadableTable as _, WriteTransaction};
+use std::sync::Arc;
 
 use super::format::{self, SnapshotRow};
 use crate::common::{NodeId, SlotRange, slot_of};
 use crate::store::ownership::{Claim, NodeAddresses, Ownership, adopt_all, load, put_nodes};
-use crate::store::tables::{self, Row, row_key};
-use crate::store::{Store, StoreError, lock, splits};
+use crate::store::shared::Shared;
+use crate::store::tables::{self, Place, Row};
+use crate::store::{Store, StoreError, lock};
 
 /// Bytes of rows in one transaction.
 const CHUNK_BYTES: usize = 8 << 20;
-/// Rows deleted in one transaction before the import begins.
-const CHUNK_ROWS: usize = 8 << 10;
 
 impl Store {
     /// Merges the snapshot file at `path` and hands its slots over: in one transaction, the rows of `range` are
@@ -42,26 +39,28 @@ impl Store {
     ) -> Result<(Option<u64>, Ownership), StoreError> {
         let writer = self.writer()?;
         let (begin_me, begin_claims) = (me.clone(), claims.to_vec());
-        let _importing = Importing::begin(self, range)?;
-        let done = writer.transact_blocking(move |txn, _| {
+        let hold = Importing::begin(self, range)?;
+        let shared = Arc::clone(&hold.shared);
+        let begun = writer.transact_blocking(move |txn, rows| {
             let present = load(&txn.open_table(tables::OWNERSHIP)?)?;
             if is_done(&present, &begin_me, range, &begin_claims) {
-                return Ok(Some(present));
+                return Ok(Err(present));
             }
             if let Some(own) = present.ranges_of(&begin_me).find(|own| own.overlaps(range)) {
                 return Err(StoreError::Refused(format!(
                     "slots {range} cannot be imported: this node owns slots {own} already"
                 )));
             }
-            mark(txn, range, true)?;
-            Ok(None)
+            let generation = rows.new_generation()?;
+            // Before the sweeper can see the mark.
+            importing(&shared, range, generation);
+            rows.discard(range, generation)?;
+            Ok(Ok(generation))
         })?;
-        if let Some(ownership) = done {
-            return Ok((None, ownership));
-        }
-
-        while writer.transact_blocking(move |_, rows| rows.delete_range(range, CHUNK_ROWS))? == CHUNK_ROWS {}
-
+        let generation = match begun {
+            Ok(generation) => generation,
+            Err(ownership) => return Ok((None, ownership)),
+        };
         let mut file = format::open(path)?;
         let header = file.header().range()?;
         if header != range {
@@ -82,14 +81,15 @@ impl Store {
             if size >= CHUNK_BYTES {
                 let rows = std::mem::take(&mut chunk);
                 size = 0;
-                writer.transact_blocking(move |_, txn| insert(txn, &rows))?;
+                writer.transact_blocking(move |_, txn| insert(txn, generation, &rows))?;
             }
         }
         let rows = file.rows();
         let (me, claims, nodes) = (me.clone(), claims.to_vec(), nodes.clone());
         let ownership = writer.transact_blocking(move |txn, rows| {
-            insert(rows, &chunk)?;
-            mark(txn, range, false)?;
+            insert(rows, generation, &chunk)?;
+            txn.open_table(tables::GARBAGE)?.remove((generation, range.start()))?;
+            rows.switch(range, generation)?;
             put_nodes(txn, &nodes)?;
             let ownership = adopt_all(txn, &claims)?;
             if !is_done(&ownership, &me, range, &claims) {
@@ -101,43 +101,16 @@ impl Store {
         })?;
         Ok((Some(rows), ownership))
     }
-
-    /// Takes `claims` over and gives the rows of `range` up, in one transaction. They are invisible at once, and
-    /// deleted in the background. The intent of the split `finished` is removed with them.
-    ///
-    /// # Errors
-    ///
-    /// Nothing was changed. [`StoreError::Refused`] when `me` would still own a slot of the range.
-    pub(crate) async fn give_up(
-        &self,
-        me: &NodeId,
-        range: SlotRange,
-        claims: Vec<Claim>,
-        finished: Option<String>,
-    ) -> Result<Ownership, StoreError> {
-        let me = me.clone();
-        self.writer()?
-            .transact(move |txn, _| {
-                let ownership = adopt_all(txn, &claims)?;
-                if let Some(own) = ownership.ranges_of(&me).find(|own| own.overlaps(range)) {
-                    return Err(StoreError::Refused(format!(
-                        "slots {range} cannot be given up: this node would still own slots {own}"
-                    )));
-                }
-                mark(txn, range, true)?;
-                if let Some(split) = finished {
-                    splits::remove(txn, &split)?;
-                }
-                Ok(ownership)
-            })
-            .await
-    }
 }
 
-fn insert(txn: &mut crate::store::txn::RowsTxn<'_>, rows: &[SnapshotRow]) -> Result<(), StoreError> {
+fn insert(
+    txn: &mut crate::store::txn::RowsTxn<'_>,
+    generation: u32,
+    rows: &[SnapshotRow],
+) -> Result<(), StoreError> {
     for row in rows {
-        let stored = Row { expires_at: row.expires_at, value: &row.value };
-        txn.put(&row_key(slot_of(&row.key), &row.key), stored)?;
+        let place = Place { slot: slot_of(&row.key), generation, key: &row.key };
+        txn.put(place, Row::new(&row.value, row.expires_at))?;
     }
     Ok(())
 }
@@ -154,48 +127,36 @@ fn is_done(present: &Ownership, me: &NodeId, range: SlotRange, claims: &[Claim])
         .all(|slot| present.of(slot).is_some_and(|claim| claim.owner == *me && claim.epoch >= wanted))
 }
 
-/// Puts `range` into the table of garbage, or takes it out.
-fn mark(txn: &WriteTransaction, range: SlotRange, garbage: bool) -> Result<(), StoreError> {
-    let mut table = txn.open_table(tables::GARBAGE)?;
-    let mut pieces = Vec::new();
-    for entry in table.iter()? {
-        let (start, end) = entry?;
-        let (start, end) = (start.value(), end.value());
-        pieces.push((start, end.min(range.start())));
-        pieces.push((start.max(range.end()), end));
-    }
-    if garbage {
-        pieces.push((range.start(), range.end()));
-    }
-    table.retain(|_, _| false)?;
-    for (start, end) in pieces {
-        if start < end {
-            table.insert(start, end)?;
-        }
-    }
-    Ok(())
-}
-
-/// Keeps the sweeper away from a range that is being imported, and a second import.
-struct Importing<'a> {
-    store: &'a Store,
+/// Keeps the sweeper away from rows that are being imported, and a second import from their slots.
+struct Importing {
+    shared: Arc<Shared>,
     range: SlotRange,
 }
 
-impl<'a> Importing<'a> {
-    fn begin(store: &'a Store, range: SlotRange) -> Result<Self, StoreError> {
-        let mut importing = lock(&store.inner.importing);
-        if let Some(other) = importing.iter().find(|other| other.overlaps(range)) {
-            return Err(StoreError::Refused(format!("slots {other} are being imported already")));
+impl Importing {
+    fn begin(store: &Store, range: SlotRange) -> Result<Self, StoreError> {
+        let shared = Arc::clone(&store.inner.shared);
+        let mut importing = lock(&shared.importing);
+        if let Some((other, _)) = importing.iter().find(|(other, _)| other.overlaps(range)) {
+            return Err(StoreError::Busy(format!("slots {other} are being imported already")));
         }
-        importing.push(range);
-        Ok(Self { store, range })
+        // No generation is 0.
+        importing.push((range, 0));
+        drop(importing);
+        Ok(Self { shared, range })
     }
 }
 
-impl Drop for Importing<'_> {
+/// Says of which generation the rows of `range` are that are being imported.
+fn importing(shared: &Shared, range: SlotRange, generation: u32) {
+    for entry in lock(&shared.importing).iter_mut().filter(|(other, _)| *other == range) {
+        entry.1 = generation;
+    }
+}
+
+impl Drop for Importing {
     fn drop(&mut self) {
-        lock(&self.store.inner.importing).retain(|range| *range != self.range);
+        lock(&self.shared.importing).retain(|(range, _)| *range != self.range);
     }
 }
 
@@ -263,33 +224,42 @@ mod tests {
 
         let given = source.give_up(&id("n1"), range("8192-16383"), to_n2(), None).await.unwrap();
         assert_eq!(given.claims(), to_n2());
+        assert_eq!((source.rows_in(range("8192-16383")), test_store::stored_rows(&source)), (0, 500));
         source.sweep_once().await.unwrap();
-        assert_eq!(source.rows_in(range("8192-16383")), 0);
+        assert_eq!(test_store::stored_rows(&source), 500 - rows);
         assert_eq!(source.rows_in(SlotRange::FULL), 500 - rows);
     }
 
     #[tokio::test(flavor = "multi_thread")]
-    async fn what_an_interrupted_import_left_is_replaced_or_swept() {
+    async fn what_an_interrupted_import_left_is_invisible_and_swept() {
         let dir = tempfile::tempdir().unwrap();
-        let (_source, path, rows) = exported(dir.path()).await;
+        let (source, _, _) = exported(dir.path()).await;
         let (target, _) = test_store::open(&dir.path().join("target"), "n2", "none");
+        // Large enough for several transactions.
+        let large = "x".repeat(CHUNK_BYTES / 4);
+        for n in 0..6 {
+            set(&source, &format!("{{foo}}{n}"), &large).await;
+        }
+        let path = dir.path().join("large.snap");
+        let rows =
+            source.export_file(&id("n1"), range("8192-16383"), Handover::default(), &path).unwrap().rows;
         let whole = std::fs::read(&path).unwrap();
         let cut = dir.path().join("cut.snap");
         std::fs::write(&cut, &whole[..whole.len() - 1]).unwrap();
 
         let failed = import(&target, &cut, &BTreeMap::new());
         assert!(matches!(failed, Err(StoreError::Damaged(_))), "{failed:?}");
-        // A row that the snapshot does not have, as an older import could have left it.
-        set(&target, "key:leftover:1", "x").await;
+        assert!(test_store::stored_rows(&target) > 0, "the test needs an import that has begun");
+        assert_eq!(target.rows_in(SlotRange::FULL), 0);
+        // A row of another owner's slots, as an older import could have left it.
+        set(&target, "foo", "leftover").await;
+        assert!(range("8192-16383").contains(slot_of(b"foo")));
 
         let (imported, _) = import(&target, &path, &BTreeMap::new()).unwrap();
         assert_eq!(imported, Some(rows));
-        let slot = slot_of(b"key:leftover:1");
-        assert!(
-            range("8192-16383").contains(slot),
-            "the test needs a key of the upper half, this is of {slot}"
-        );
         assert_eq!(target.rows_in(SlotRange::FULL), rows);
+        target.sweep_once().await.unwrap();
+        assert_eq!((target.rows_in(SlotRange::FULL), test_store::stored_rows(&target)), (rows, rows));
     }
 
     #[tokio::test(flavor = "multi_thread")]
@@ -304,7 +274,7 @@ mod tests {
         assert!(matches!(failed, Err(StoreError::Refused(_))), "{failed:?}");
         assert!(rows > 0);
         target.sweep_once().await.unwrap();
-        assert_eq!(target.rows_in(SlotRange::FULL), 0);
+        assert_eq!(test_store::stored_rows(&target), 0);
     }
 
     #[tokio::test(flavor = "multi_thread")]
@@ -314,29 +284,5 @@ mod tests {
         let (target, _) = test_store::open(&dir.path().join("target"), "n2", "16000-16383");
         let refused = import(&target, &path, &BTreeMap::new());
         assert!(matches!(refused, Err(StoreError::Refused(_))), "{refused:?}");
-    }
-
-    #[tokio::test(flavor = "multi_thread")]
-    async fn garbage_ranges_are_cut_and_joined() {
-        let dir = tempfile::tempdir().unwrap();
-        let (store, _) = test_store::open(dir.path(), "n1", "none");
-        let marks = [("0-99", true), ("50-149", true), ("20-29", false), ("145-200", false)];
-        for (slots, garbage) in marks {
-            let slots = range(slots);
-            store.writer().unwrap().transact(move |txn, _| mark(txn, slots, garbage)).await.unwrap();
-        }
-        let left = store
-            .writer()
-            .unwrap()
-            .transact(|txn, _| {
-                let table = txn.open_table(tables::GARBAGE)?;
-                table
-                    .iter()?
-                    .map(|entry| entry.map(|(a, b)| (a.value(), b.value())).map_err(Into::into))
-                    .collect()
-            })
-            .await;
-        let left: Vec<(u16, u16)> = left.unwrap();
-        assert_eq!(left, [(0, 20), (30, 50), (50, 145)]);
     }
 }

@@ -1,0 +1,94 @@
+//! Giving slots up, and keeping them: the end of a split or a migration at the node that owned them.
+
+use proto::common::ids::MigrationId;
+use redb::WriteTransaction;
+
+use super::ownership::{Claim, Ownership, adopt_all, load, load_nodes, put_nodes};
+use super::txn::RowsTxn;
+use super::{Store, StoreError, splits, tables};
+use crate::common::{NodeId, SlotRange};
+
+impl Store {
+    /// Takes `claims` over and gives the rows of `range` up, in one transaction. They are invisible at once, and
+    /// deleted in the background. The intent of the split `finished` is removed with them.
+    ///
+    /// # Errors
+    ///
+    /// Nothing was changed. [`StoreError::Refused`] when `me` would still own a slot of the range.
+    pub(crate) async fn give_up(
+        &self,
+        me: &NodeId,
+        range: SlotRange,
+        claims: Vec<Claim>,
+        finished: Option<String>,
+    ) -> Result<Ownership, StoreError> {
+        let me = me.clone();
+        self.writer()?
+            .transact(move |txn, rows| {
+                if let Some(split) = finished {
+                    splits::remove(txn, &split)?;
+                }
+                give_up(txn, rows, &me, range, &claims)
+            })
+            .await
+    }
+
+    /// [`Store::give_up`] to the owner of `claim`, for a migration, whose change log ends with it. `grpc` is where the owner is.
+    /// Does nothing where that is done.
+    pub(crate) async fn give_up_migrated(
+        &self,
+        me: &NodeId,
+        id: &MigrationId,
+        claim: Claim,
+        grpc: String,
+    ) -> Result<Ownership, StoreError> {
+        let (me, id) = (me.clone(), id.clone());
+        self.writer()?
+            .transact(move |txn, rows| {
+                let had_log = rows.log().close_lease(&id)?;
+                let present = load(&txn.open_table(tables::OWNERSHIP)?)?;
+                if !had_log && !present.ranges_of(&me).any(|own| own.overlaps(claim.range)) {
+                    return Ok(present);
+                }
+                let mut nodes = load_nodes(&txn.open_table(tables::NODES)?)?;
+                nodes.retain(|node, _| *node == claim.owner);
+                nodes.entry(claim.owner.clone()).or_default().grpc = grpc;
+                put_nodes(txn, &nodes)?;
+                give_up(txn, rows, &me, claim.range, std::slice::from_ref(&claim))
+            })
+            .await
+    }
+
+    /// Ends the change log of a migration that did not commit, and takes `claim` over, by epoch.
+    pub(crate) async fn keep_migrated(
+        &self,
+        id: &MigrationId,
+        claim: Option<Claim>,
+    ) -> Result<Ownership, StoreError> {
+        let id = id.clone();
+        self.writer()?
+            .transact(move |txn, rows| {
+                rows.log().close_lease(&id)?;
+                adopt_all(txn, claim.as_slice())
+            })
+            .await
+    }
+}
+
+fn give_up(
+    txn: &WriteTransaction,
+    rows: &mut RowsTxn<'_>,
+    me: &NodeId,
+    range: SlotRange,
+    claims: &[Claim],
+) -> Result<Ownership, StoreError> {
+    let ownership = adopt_all(txn, claims)?;
+    if let Some(own) = ownership.ranges_of(me).find(|own| own.overlaps(range)) {
+        return Err(StoreError::Refused(format!(
+            "slots {range} cannot be given up: this node would still own slots {own}"
+        )));
+    }
+    let empty = rows.new_generation()?;
+    rows.switch(range, empty)?;
+    Ok(ownership)
+}
