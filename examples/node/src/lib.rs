@@ -7,6 +7,7 @@
 //! | [`gate`] | whose a slot is, and which requests have to wait |
 //! | [`node`] | both together: what a split is made of |
 //! | [`split`] | handing slots over, at either end |
+//! | [`migrate`] | the same while clients write: what a migration asks of the node |
 //! | [`resp`] | the Redis port |
 //! | [`grpc`] | the gRPC port |
 //! | [`serve`], [`cli`] | `node serve` |
@@ -18,6 +19,7 @@ pub mod demo;
 
 pub mod gate;
 pub mod grpc;
+pub mod migrate;
 pub mod node;
 pub mod resp;
 pub mod serve;

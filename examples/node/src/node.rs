@@ -8,7 +8,8 @@ use std::time::Instant;
 use crate::common::{NodeId, SlotRange};
 use crate::gate::{Gate, GateHold, HoldMode};
 use crate::store::{
-    Claim, ExportSummary, Handover, Identity, Init, NodeAddresses, Store, StoreError, StoreOptions, unix_ms,
+    Claim, ExportSummary, Handover, Identity, Init, NodeAddresses, Ownership, Store, StoreError,
+    StoreOptions, unix_ms,
 };
 
 /// Requests that may wait for slots that change hands; more get `TRYAGAIN`.
@@ -204,14 +205,37 @@ impl Node {
         claims: Vec<Claim>,
         finished: Option<String>,
     ) -> Result<(), StoreError> {
+        let me = self.inner.id.clone();
+        self.change_ownership(move |store| async move { store.give_up(&me, range, claims, finished).await })
+            .await
+    }
+
+    /// Changes who owns what in the database, and then what the gate says.
+    ///
+    /// Runs to its end when the future is dropped.
+    pub(crate) async fn change_ownership<F>(
+        &self,
+        change: impl FnOnce(Store) -> F + Send + 'static,
+    ) -> Result<(), StoreError>
+    where
+        F: Future<Output = Result<Ownership, StoreError>> + Send,
+    {
         let node = self.clone();
         owned(async move {
             let _changing = node.inner.changing.lock().await;
-            let ownership = node.inner.store.give_up(&node.inner.id, range, claims, finished).await?;
+            let ownership = change(node.inner.store.clone()).await?;
             node.inner.gate.set_ownership(ownership);
             Ok(())
         })
         .await
+    }
+
+    /// Learns of the database where nodes are.
+    pub(crate) async fn reload_nodes(&self) -> Result<(), StoreError> {
+        let store = self.inner.store.clone();
+        let nodes = blocking(move || store.nodes()).await?;
+        self.inner.nodes.write().unwrap_or_else(PoisonError::into_inner).extend(nodes);
+        Ok(())
     }
 }
 

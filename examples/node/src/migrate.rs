@@ -1,0 +1,86 @@
+//! Migrations: the node's database as the source and as the target of slots that move while clients write.
+//!
+//! [`NodeSource`] gives slots away, [`NodeTarget`] takes them over; the runtime of [`proto::migration`] decides when. What is durable is the
+//! store's: generations of rows, the change log, staging. What clients feel is the gate's: holds and delays.
+
+mod source;
+mod target;
+#[cfg(test)]
+mod tests;
+
+use std::time::Duration;
+
+use proto::common::error::Error;
+use proto::migration::hold::Held;
+use proto::migration::{MigrationSpec, Reason};
+
+pub use source::NodeSource;
+pub use target::NodeTarget;
+
+use crate::gate::GateHold;
+use crate::store::{ExpiryPause, StoreError};
+
+/// How migrations treat clients.
+#[derive(Debug, Clone, Copy)]
+pub struct MigrateOptions {
+    /// How long a request waits for slots that change hands, at most, before it is told to try again.
+    pub patience: Duration,
+}
+
+impl Default for MigrateOptions {
+    /// 5 s.
+    fn default() -> Self {
+        Self { patience: Duration::from_secs(5) }
+    }
+}
+
+/// Requests that wait, and expired rows that stay.
+#[derive(Debug)]
+struct NodeHold {
+    hold: GateHold,
+    _expiry: Option<ExpiryPause>,
+}
+
+impl Held for NodeHold {
+    fn held_requests(&self) -> u64 {
+        self.hold.waited()
+    }
+}
+
+/// Values are the bytes that a client sees, and nothing else.
+fn check_value_format(spec: &MigrationSpec) -> Result<(), Error> {
+    let format = &spec.value_format;
+    if format.is_empty() {
+        return Ok(());
+    }
+    let sentence =
+        format!("this node moves values as clients see them; it knows no value format \"{format}\"");
+    Err(Reason::UnsupportedValueFormat.error(sentence).metadata("value_format", format))
+}
+
+/// What a peer learns of a failed store: no paths; the log has the rest.
+fn failed(error: StoreError) -> Error {
+    let sentence = error.to_string();
+    match error {
+        StoreError::LogLost(_) => Reason::LogLost.error(sentence),
+        StoreError::Busy(_) => Reason::RangeBusy.error(sentence),
+        StoreError::KeyTooLong { slot, bytes } => Reason::EntryTooLarge
+            .error(sentence)
+            .metadata("slot", slot.to_string())
+            .metadata("size", bytes.to_string()),
+        StoreError::Outdated { slot, epoch } => Reason::StaleSlotEpoch
+            .error(sentence)
+            .metadata("slot", slot.to_string())
+            .metadata("slot_epoch", epoch.to_string()),
+        StoreError::NoSpace { needed, available, .. } => Reason::InsufficientDisk
+            .error(format!("the disk has {available} bytes left, of {needed} that are needed"))
+            .metadata("needed_bytes", needed.to_string())
+            .metadata("available_bytes", available.to_string()),
+        StoreError::Closed => Reason::ShuttingDown.error(sentence),
+        StoreError::Refused(_) => Reason::Internal.error(sentence),
+        error => {
+            tracing::warn!(%error, "the database failed a migration");
+            Reason::StorageFailed.error("the node cannot read or write its database").caused_by(error)
+        }
+    }
+}

@@ -1,0 +1,105 @@
+//! The node as the target of a migration.
+
+use bytes::Bytes;
+use proto::common::error::Error;
+use proto::common::ids::MigrationId;
+use proto::common::slots::SlotRange;
+use proto::migration::digest::SlotDigest;
+use proto::migration::entry::Entry;
+use proto::migration::hold::Hold;
+use proto::migration::target::{Offer, Staged, StoredMigration, Takeover};
+use proto::migration::{MigrationTarget, Reason};
+
+use super::{MigrateOptions, NodeHold, check_value_format, failed};
+use crate::gate::HoldMode;
+use crate::node::Node;
+use crate::store::{Claim, StoreError};
+
+/// Takes slots over for a node.
+#[derive(Debug)]
+pub struct NodeTarget {
+    node: Node,
+    options: MigrateOptions,
+}
+
+impl NodeTarget {
+    /// Of `node`.
+    #[must_use]
+    pub fn new(node: Node, options: MigrateOptions) -> Self {
+        Self { node, options }
+    }
+}
+
+impl MigrationTarget for NodeTarget {
+    async fn load(&self) -> Result<Vec<StoredMigration>, Error> {
+        self.node.store().stored_migrations().await.map_err(failed)
+    }
+
+    async fn admit(&self, offer: &Offer<'_>) -> Result<(), Error> {
+        let (store, slots) = (self.node.store(), offer.spec.slots);
+        check_value_format(offer.spec)?;
+        if let Some(fence) = offer.fence {
+            let shard = &offer.spec.target_shard;
+            fence.check(store.raise_fence(shard, fence).await.map_err(failed)?, shard)?;
+        }
+        if let Some(own) = self.node.own_ranges().into_iter().find(|own| own.overlaps(slots)) {
+            let sentence = format!("node {} owns slots {own} of {slots} itself", self.node.id());
+            return Err(Reason::RangeBusy.error(sentence).metadata("holder", self.node.id().as_str()));
+        }
+        if store.is_importing(slots) {
+            let sentence = format!("a snapshot with some of slots {slots} is being imported");
+            return Err(Reason::RangeBusy.error(sentence).metadata("holder", "import"));
+        }
+        store.check_space(offer.missing_bytes.unwrap_or(0)).map_err(failed)
+    }
+
+    async fn begin(&self, id: &MigrationId, slots: SlotRange, record: Bytes) -> Result<(), Error> {
+        self.node.store().begin_staging(id, slots, record).await.map_err(failed)
+    }
+
+    async fn save(&self, id: &MigrationId, record: Bytes) -> Result<(), Error> {
+        self.node.store().save_migration(id, record).await.map_err(failed)
+    }
+
+    async fn apply(&self, id: &MigrationId, entries: Vec<Entry>, record: Bytes) -> Result<Staged, Error> {
+        let store = self.node.store();
+        let bytes = entries.iter().map(Entry::bytes).fold(0, u64::saturating_add);
+        store.check_space(bytes).map_err(failed)?;
+        store.stage(id, entries, record).await.map_err(failed)
+    }
+
+    async fn digests(&self, id: &MigrationId) -> Result<Vec<SlotDigest>, Error> {
+        self.node.store().staged_digests(id).await.map_err(failed)
+    }
+
+    async fn check_epoch(&self, slots: SlotRange, slot_epoch: u64) -> Result<(), Error> {
+        match self.node.gate().ownership().at_least(slots, slot_epoch) {
+            None => Ok(()),
+            Some((slot, epoch)) => Err(failed(StoreError::Outdated { slot, epoch })),
+        }
+    }
+
+    async fn commit(&self, takeover: &Takeover<'_>, record: Bytes) -> Result<(), Error> {
+        let &Takeover { id, slots, slot_epoch } = takeover;
+        let claim = Claim { range: slots, owner: self.node.id().clone(), epoch: slot_epoch };
+        let id = id.clone();
+        self.node
+            .change_ownership(move |store| async move { store.take_over(&id, claim, record).await })
+            .await
+            .map_err(failed)
+    }
+
+    async fn discard(&self, id: &MigrationId, record: Bytes) -> Result<(), Error> {
+        self.node.store().discard_staging(id, record).await.map_err(failed)
+    }
+
+    async fn forget(&self, id: &MigrationId) -> Result<(), Error> {
+        self.node.store().forget_migration(id).await.map_err(failed)
+    }
+
+    fn hold(&self, slots: SlotRange) -> Hold {
+        let patience = Some(self.options.patience);
+        let hold = self.node.gate().hold_undrained_for(slots, HoldMode::All, patience);
+        Box::new(NodeHold { hold, _expiry: None })
+    }
+}
