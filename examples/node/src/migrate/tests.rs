@@ -1,1 +1,7 @@
-//! x
+//! Source and target on real databases, driven as the runtime does.
+
+mod gate;
+mod log;
+mod moves;
+mod staging;
+mod support;

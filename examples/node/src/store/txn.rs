@@ -45,7 +45,7 @@ pub(super) struct Before {
 
 /// What the memory of the store learns once the transaction is committed.
 pub(super) struct Effects {
-    /// Rows of each slot whose number changed.
+    /// Visible rows of each slot where that changed; of equal slots, the last one counts.
     pub(super) counts: Vec<(u16, u64)>,
     /// What is visible, if that changed.
     pub(super) generations: Option<Arc<Generations>>,
@@ -86,10 +86,13 @@ impl<'t> RowsTxn<'t> {
                 counts.push((slot, changed));
             }
         }
-        for range in &self.switched {
-            for slot in range.iter() {
-                let place = (self.generations.of(slot), slot);
-                counts.push((slot, self.counts.get(place)?.map_or(0, |count| count.value())));
+        for &range in &self.switched {
+            counts.extend(range.iter().map(|slot| (slot, 0)));
+            for (part, generation) in self.generations.parts(range) {
+                for entry in self.counts.range((generation, part.start())..(generation, part.end()))? {
+                    let (place, count) = entry?;
+                    counts.push((place.value().1, count.value()));
+                }
             }
         }
         let generations = (!self.switched.is_empty()).then(|| Arc::clone(&self.generations));

@@ -1,0 +1,258 @@
+//! The target: what is staged is invisible until the commit, and whole after a crash.
+
+use bytes::Bytes;
+use proto::common::error::Error;
+use proto::common::fence::Fence;
+use proto::common::ids::MigrationId;
+use proto::common::slots::SlotRange;
+use proto::migration::digest::SlotDigests;
+use proto::migration::entry::{Entry, Image};
+use proto::migration::target::{Offer, Staged, Takeover};
+use proto::migration::{MigrationSpec, MigrationTarget as _};
+
+use super::support::*;
+use crate::common::{NodeId, slot_of};
+use crate::gate::{Access, Verdict};
+use crate::store::{Claim, Handover, test_store};
+
+fn image(value: &str) -> Option<Image> {
+    Some(Image { value: bytes(value), expires_unix_ms: None })
+}
+
+fn entry(seq: u64, key: &str, image: Option<Image>) -> Entry {
+    Entry { seq, key: bytes(key), image }
+}
+
+/// Entries of so many keys of the moving slots.
+fn many(seq: u64, count: usize, value: &str) -> Vec<Entry> {
+    (0..)
+        .map(|n| format!("key:{n}"))
+        .filter(|key| moving().contains(slot_of(key.as_bytes())))
+        .take(count)
+        .map(|key| entry(seq, &key, image(value)))
+        .collect()
+}
+
+fn counted(entries: &[Entry]) -> SlotDigests {
+    let mut digests = SlotDigests::new();
+    for entry in entries {
+        if let Some(image) = &entry.image {
+            digests.add(&entry.key, image);
+        }
+    }
+    digests
+}
+
+fn takeover(id: &MigrationId, slot_epoch: u64) -> Takeover<'_> {
+    Takeover { id, slots: moving(), slot_epoch }
+}
+
+fn exported(node: &TestNode) -> Vec<u8> {
+    node.node.store().export(node.node.id(), SlotRange::FULL, Handover::default(), Vec::new()).unwrap().0
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_staged_is_invisible_until_the_commit() {
+    let dir = tempfile::tempdir().unwrap();
+    let b = TestNode::open(&dir.path().join("b"), "n2", "0-100");
+    let (id, own) = (id("m"), key_in("own", range("0-100"), true));
+    b.set(&own, "x").await;
+    // What an earlier owner of the slots left here, as if it had been adopted away.
+    let key = key_in("key", moving(), true);
+    test_store::set(b.node.store(), &key, "old").await;
+    let before = (b.keys(SlotRange::FULL).await, exported(&b).len());
+
+    b.target.begin(&id, moving(), bytes("1")).await.unwrap();
+    let entries = many(5, 50, "staged");
+    let staged = b.target.apply(&id, entries.clone(), bytes("2")).await.unwrap();
+    let size = entries.iter().map(Entry::bytes).sum();
+    assert_eq!(staged, Staged { keys: 50, bytes: size });
+    assert_eq!((b.keys(SlotRange::FULL).await, exported(&b).len()), before);
+    assert_eq!((b.get(&key).await, b.node.key_count()), (Some(bytes("old")), 1));
+    assert_eq!(b.node.store().rows_in(moving()), 1);
+    assert_eq!(b.target.digests(&id).await.unwrap(), counted(&entries).of(moving()));
+
+    b.target.commit(&takeover(&id, 2), bytes("3")).await.unwrap();
+    assert_eq!((b.keys(moving()).await.len(), b.node.key_count()), (50, 51));
+    assert_eq!(b.get(&key).await, Some(bytes("staged")));
+    assert_eq!(b.node.gate().verdict(slot_of(key.as_bytes()), Access::Write), Verdict::Pass);
+    b.check();
+    // Again, as after a lost reply; and the switch holds after a crash.
+    b.target.commit(&takeover(&id, 2), bytes("4")).await.unwrap();
+    let b = b.crash();
+    assert_eq!(b.node.gate().verdict(slot_of(key.as_bytes()), Access::Write), Verdict::Pass);
+    assert_eq!((b.keys(moving()).await.len(), b.node.key_count()), (50, 51));
+    let stored = b.target.load().await.unwrap();
+    assert_eq!(stored.len(), 1);
+    assert_eq!((&stored[0].record, stored[0].staged), (&bytes("4"), Staged::default()));
+    b.node.store().sweep_once().await.unwrap();
+    assert_eq!(test_store::stored_rows(b.node.store()), 51);
+    assert_eq!(test_store::leftovers(b.node.store()), [0; 4]);
+    b.target.forget(&id).await.unwrap();
+    b.target.forget(&id).await.unwrap();
+    assert_eq!(b.target.load().await.unwrap(), []);
+    b.check();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_entry_counts_if_it_is_newer_than_what_is_held() {
+    let dir = tempfile::tempdir().unwrap();
+    let b = TestNode::open(&dir.path().join("b"), "n2", "none");
+    let (id, key) = (id("m"), key_in("key", moving(), true));
+    b.target.begin(&id, moving(), Bytes::new()).await.unwrap();
+    let mut held: Option<Entry> = None;
+    let steps = [
+        (5, image("a")),
+        (4, image("older")),
+        (5, None),
+        (7, None),
+        (6, image("older than the tombstone")),
+        (7, image("as old")),
+        (8, image("b")),
+        (9, None),
+        (8, None),
+        (10, image("c")),
+    ];
+    for (seq, image) in steps {
+        let entry = entry(seq, &key, image);
+        if held.as_ref().is_none_or(|held| entry.seq > held.seq) {
+            held = Some(entry.clone());
+        }
+        let staged = b.target.apply(&id, vec![entry], Bytes::new()).await.unwrap();
+        let expected = counted(held.as_slice());
+        assert_eq!(staged.keys, expected.keys(), "{seq}");
+        assert_eq!(b.target.digests(&id).await.unwrap(), expected.of(moving()), "{seq}");
+        b.check();
+    }
+    // Of one key in one batch, too.
+    let batch = vec![entry(12, &key, image("d")), entry(11, &key, None), entry(12, &key, image("e"))];
+    b.target.apply(&id, batch, Bytes::new()).await.unwrap();
+    b.target.commit(&takeover(&id, 2), Bytes::new()).await.unwrap();
+    assert_eq!(b.get(&key).await, Some(bytes("d")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_discarded_or_begun_anew_is_garbage() {
+    let dir = tempfile::tempdir().unwrap();
+    let b = TestNode::open(&dir.path().join("b"), "n2", "none");
+    let (id, key) = (id("m"), key_in("key", moving(), true));
+    let store = b.node.store();
+    b.target.begin(&id, moving(), Bytes::new()).await.unwrap();
+    let mut entries = many(9, 40, "first copy");
+    entries.push(entry(9, "{key:0}dead", None));
+    let slots = SlotRange::FULL;
+    b.target.apply(&id, entries, Bytes::new()).await.unwrap();
+    b.target.begin(&id, moving(), bytes("second")).await.unwrap();
+    assert_eq!(b.target.digests(&id).await.unwrap(), []);
+    // A lower sequence: nothing of the first copy counts.
+    let second = many(3, 20, "second copy");
+    b.target.apply(&id, second.clone(), bytes("second")).await.unwrap();
+    store.sweep_once().await.unwrap();
+    assert_eq!(test_store::stored_rows(store), 20);
+    assert_eq!(b.target.digests(&id).await.unwrap(), counted(&second).of(slots));
+
+    let error = b.target.forget(&id).await.unwrap_err();
+    assert_eq!(error.reason(), "INTERNAL", "rows are staged");
+    b.target.discard(&id, bytes("discarded")).await.unwrap();
+    let b = b.crash();
+    let store = b.node.store();
+    assert_eq!(b.target.load().await.unwrap()[0].record, bytes("discarded"));
+    // It can neither be committed nor written to any more.
+    for refused in [
+        b.target.commit(&takeover(&id, 2), Bytes::new()).await.unwrap_err(),
+        b.target.apply(&id, many(99, 1, "late"), Bytes::new()).await.unwrap_err(),
+        b.target.digests(&id).await.unwrap_err(),
+    ] {
+        assert_eq!(refused.reason(), "INTERNAL");
+    }
+    assert_eq!(b.node.gate().verdict(slot_of(key.as_bytes()), Access::Read), Verdict::Unowned);
+    b.check();
+    store.sweep_once().await.unwrap();
+    assert_eq!((test_store::stored_rows(store), test_store::leftovers(store)), (0, [0; 4]));
+    b.target.discard(&id, bytes("discarded")).await.unwrap();
+    b.target.forget(&id).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_crash_within_a_batch_leaves_a_part_that_is_in_step() {
+    let dir = tempfile::tempdir().unwrap();
+    let b = TestNode::open(&dir.path().join("b"), "n2", "none");
+    let id = id("m");
+    b.target.begin(&id, moving(), bytes("before")).await.unwrap();
+    let entries = many(5, 6000, "value");
+    let applying = {
+        let target =
+            crate::migrate::NodeTarget::new(b.node.clone(), crate::migrate::MigrateOptions::default());
+        let (id, entries) = (id.clone(), entries.clone());
+        tokio::spawn(async move { target.apply(&id, entries, bytes("after")).await })
+    };
+    let mut parts = 0;
+    let mut number = 0;
+    while !applying.is_finished() {
+        // Any moment: between transactions, or in the middle of one.
+        let crashed = b.copy();
+        crashed.check();
+        let stored = crashed.target.load().await.unwrap();
+        let before = stored[0].staged;
+        if stored[0].record == bytes("before") {
+            parts += usize::from(before.keys > 0);
+            crashed.target.apply(&id, entries.clone(), bytes("after")).await.unwrap();
+        }
+        assert_eq!(crashed.target.digests(&id).await.unwrap(), counted(&entries).of(moving()));
+        crashed.check();
+        number += 1;
+    }
+    assert_eq!(applying.await.unwrap().unwrap().keys, 6000);
+    assert!(number > 0, "the test needs a copy made meanwhile; {parts} of them held a part");
+    assert_eq!(b.target.digests(&id).await.unwrap(), counted(&entries).of(moving()));
+    b.check();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_node_cannot_take_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let b = TestNode::open(&dir.path().join("b"), "n2", "0-100");
+    let id = id("m");
+    let offer = async |spec: &MigrationSpec, fence: Option<Fence>, missing_bytes: Option<u64>| {
+        b.target.admit(&Offer { id: &id, spec, fence, missing_bytes }).await
+    };
+    let reason = |result: Result<(), Error>| result.unwrap_err().reason().to_owned();
+    let good = spec(moving());
+    offer(&good, None, None).await.unwrap();
+    offer(&good, Some(Fence::new(3, 1)), Some(1000)).await.unwrap();
+    let stale = offer(&good, Some(Fence::new(2, 9)), None).await.unwrap_err();
+    assert_eq!((stale.reason(), stale.get("current_epoch")), ("STALE_FENCE", Some("3")));
+    offer(&good, Some(Fence::new(3, 1)), None).await.unwrap();
+    assert_eq!(reason(offer(&spec(range("100-200")), None, None).await), "RANGE_BUSY");
+    let format = MigrationSpec { value_format: "other.v1".into(), ..good.clone() };
+    assert_eq!(reason(offer(&format, None, None).await), "UNSUPPORTED_VALUE_FORMAT");
+    let full = offer(&good, None, Some(u64::MAX / 4)).await.unwrap_err();
+    assert_eq!((full.reason(), full.is_retryable()), ("INSUFFICIENT_DISK", true));
+    assert!(full.get("needed_bytes").is_some() && full.get("available_bytes").is_some());
+
+    // A fence that was seen stays, and so does a claim.
+    let owner = NodeId::new("n3").unwrap();
+    b.node.store().adopt(vec![Claim { range: range("5000-5009"), owner, epoch: 7 }]).await.unwrap();
+    let b = b.crash();
+    assert_eq!(
+        reason(
+            b.target
+                .admit(&Offer { id: &id, spec: &good, fence: Some(Fence::new(2, 9)), missing_bytes: None })
+                .await
+        ),
+        "STALE_FENCE"
+    );
+    b.target.check_epoch(moving(), 8).await.unwrap();
+    let stale = b.target.check_epoch(moving(), 7).await.unwrap_err();
+    assert_eq!(
+        (stale.reason(), stale.get("slot"), stale.get("slot_epoch")),
+        ("STALE_SLOT_EPOCH", Some("5000"), Some("7"))
+    );
+    b.target.begin(&id, moving(), Bytes::new()).await.unwrap();
+    b.target.apply(&id, many(5, 3, "x"), Bytes::new()).await.unwrap();
+    let refused = b.target.commit(&takeover(&id, 7), Bytes::new()).await.unwrap_err();
+    assert_eq!((refused.reason(), refused.get("slot")), ("STALE_SLOT_EPOCH", Some("5000")));
+    assert_eq!((b.node.own_ranges(), b.node.key_count()), (vec![range("0-100")], 0));
+    b.target.commit(&takeover(&id, 8), Bytes::new()).await.unwrap();
+    assert_eq!(b.node.key_count(), 3);
+}
