@@ -138,3 +138,25 @@ pub(super) fn show(ranges: &[SlotRange]) -> String {
     }
     ranges.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::{Store, StoreOptions, test_store};
+
+    #[test]
+    fn a_directory_of_another_format_is_refused_by_its_number() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, identity) = test_store::open(dir.path(), "n1", "0-16383");
+        store.close();
+        drop(store);
+        let database = Database::create(dir.path().join("node.redb")).unwrap();
+        let txn = database.begin_write().unwrap();
+        txn.open_table(tables::META).unwrap().insert(KEY_FORMAT, 1_u64.to_be_bytes().as_slice()).unwrap();
+        txn.commit().unwrap();
+        drop(database);
+        let init = Init { node: identity.node, slots: None, others: vec![] };
+        let refused = Store::open(dir.path(), &init, &StoreOptions::default()).unwrap_err().to_string();
+        assert!(refused.contains("its format is 1, and this program reads format 2"), "{refused}");
+    }
+}

@@ -2,6 +2,16 @@
 //!
 //! Writes go through one thread (`writer`) that commits them in groups; reads are redb read transactions,
 //! which see the last commit and wait for nobody.
+//!
+//! | modules | hold |
+//! |---|---|
+//! | `tables`, `identity`, `counters`, `fences`, `ownership`, `splits` | what lies in the database |
+//! | `writer`, `txn`, `ops`, `apply`, `shared` | write transactions, and what memory learns of them |
+//! | `read`, `visible`, `generations` | reading, and which rows are visible |
+//! | `sweep`, `space` | deleting in the background, room on the disk |
+//! | `snapshot`, `handover` | slot ranges in and out of the database, all at once |
+//! | `leases`, `log`, `retained`, `changes`, `digest_scan` | slots that are given away while clients write |
+//! | `staging` | slots that are taken over meanwhile |
 
 mod apply;
 mod changes;

@@ -40,6 +40,13 @@ async fn slots_move_there_and_back() {
         assert_eq!(a.node.addresses(b.node.id()).unwrap().grpc, "127.0.0.1:7102");
         assert_eq!(b.get(&key).await, Some(bytes(&(4 * round + 2).to_string())));
         assert_eq!((a.rows(moving()).await.len(), a.node.key_count()), (0, others as u64));
+        // Both ends as they would be after a power cut.
+        for (node, keys) in [(&a, 0), (&b, before.len() + 1)] {
+            let crashed = node.copy();
+            let owned = crashed.node.own_ranges().iter().any(|own| own.overlaps(moving()));
+            assert_eq!((owned, crashed.keys(moving()).await.len()), (keys > 0, keys));
+            crashed.check();
+        }
         let there_now = b.rows(moving()).await;
         assert_eq!(there_now.len(), before.len() + 1);
         assert!(before.iter().all(|(key, row)| there_now.get(key) == Some(row)));

@@ -111,6 +111,7 @@ async fn an_entry_counts_if_it_is_newer_than_what_is_held() {
         (8, image("b")),
         (9, None),
         (8, None),
+        (9, image("older than the first tombstone")),
         (10, image("c")),
     ];
     for (seq, image) in steps {
