@@ -161,7 +161,7 @@ impl Node {
     ///
     /// # Errors
     ///
-    /// No slot changed hands. See [`Store::import`].
+    /// No slot changed hands. [`StoreError::Refused`] when this node owns some of the slots, or `claims` do not make it the owner.
     pub async fn import(
         &self,
         path: PathBuf,
@@ -171,18 +171,22 @@ impl Node {
     ) -> Result<Option<u64>, StoreError> {
         let node = self.clone();
         owned(async move {
-            let _changing = node.inner.changing.lock().await;
+            let (staging, theirs) = (node.clone(), claims.clone());
+            let staged =
+                blocking(move || staging.inner.store.stage_import(&staging.inner.id, &path, range, &theirs));
+            let Some(staged) = staged.await? else { return Ok(None) };
+            let rows = staged.rows();
             let mut others = nodes;
             // What this node listens on, it knows best itself.
             others.remove(&node.inner.id);
-            let (importing, known) = (node.clone(), others.clone());
-            let (rows, ownership) = blocking(move || {
-                importing.inner.store.import(&importing.inner.id, &path, range, &claims, &known)
+            let inner = Arc::clone(&node.inner);
+            node.change_ownership(move |store| async move {
+                let ownership = store.finish_import(&inner.id, staged, claims, others.clone()).await?;
+                inner.nodes.write().unwrap_or_else(PoisonError::into_inner).extend(others);
+                Ok(ownership)
             })
             .await?;
-            node.inner.nodes.write().unwrap_or_else(PoisonError::into_inner).extend(others);
-            node.inner.gate.set_ownership(ownership);
-            Ok(rows)
+            Ok(Some(rows))
         })
         .await
     }

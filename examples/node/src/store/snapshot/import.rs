@@ -18,35 +18,45 @@ use crate::store::{Store, StoreError, lock};
 /// Bytes of rows in one transaction.
 const CHUNK_BYTES: usize = 8 << 20;
 
+/// Rows of a snapshot that are in the database, and that nobody sees yet. Dropped, they are garbage.
+pub(crate) struct StagedImport {
+    hold: Importing,
+    generation: u32,
+    rows: u64,
+}
+
+impl StagedImport {
+    /// How many there are.
+    pub(crate) fn rows(&self) -> u64 {
+        self.rows
+    }
+}
+
 impl Store {
-    /// Merges the snapshot file at `path` and hands its slots over: in one transaction, the rows of `range` are
-    /// those of the file, `claims` are taken over by epoch, and `nodes` are known. Blocks.
+    /// Puts the rows of the snapshot file at `path` into the database, invisible. Blocks.
     ///
-    /// Idempotent: when `me` owns the range already with the epoch that `claims` give it, nothing is done.
-    /// Returns the number of rows (`None` if nothing was to be done) and the ownership.
+    /// `None` when `me` owns the range already with the epoch that `claims` give it: there is nothing to be done.
     ///
     /// # Errors
     ///
-    /// No slot changed hands. [`StoreError::Refused`] when `me` owns some of the slots, or `claims` do not make it
-    /// the owner.
-    pub fn import(
+    /// [`StoreError::Refused`] when `me` owns some of the slots.
+    pub(crate) fn stage_import(
         &self,
         me: &NodeId,
         path: &Path,
         range: SlotRange,
         claims: &[Claim],
-        nodes: &BTreeMap<NodeId, NodeAddresses>,
-    ) -> Result<(Option<u64>, Ownership), StoreError> {
+    ) -> Result<Option<StagedImport>, StoreError> {
         let writer = self.writer()?;
-        let (begin_me, begin_claims) = (me.clone(), claims.to_vec());
+        let (me, claims) = (me.clone(), claims.to_vec());
         let hold = Importing::begin(self, range)?;
         let shared = Arc::clone(&hold.shared);
-        let begun = writer.transact_blocking(move |txn, rows| {
+        let generation = writer.transact_blocking(move |txn, rows| {
             let present = load(&txn.open_table(tables::OWNERSHIP)?)?;
-            if is_done(&present, &begin_me, range, &begin_claims) {
-                return Ok(Err(present));
+            if is_done(&present, &me, range, &claims) {
+                return Ok(None);
             }
-            if let Some(own) = present.ranges_of(&begin_me).find(|own| own.overlaps(range)) {
+            if let Some(own) = present.ranges_of(&me).find(|own| own.overlaps(range)) {
                 return Err(StoreError::Refused(format!(
                     "slots {range} cannot be imported: this node owns slots {own} already"
                 )));
@@ -55,12 +65,9 @@ impl Store {
             // Before the sweeper can see the mark.
             importing(&shared, range, generation);
             rows.discard(range, generation)?;
-            Ok(Ok(generation))
+            Ok(Some(generation))
         })?;
-        let generation = match begun {
-            Ok(generation) => generation,
-            Err(ownership) => return Ok((None, ownership)),
-        };
+        let Some(generation) = generation else { return Ok(None) };
         let mut file = format::open(path)?;
         let header = file.header().range()?;
         if header != range {
@@ -68,7 +75,10 @@ impl Store {
         }
         let mut chunk = Vec::new();
         let mut size = 0;
-        while let Some(block) = file.next_block()? {
+        loop {
+            let block = file.next_block()?;
+            let is_last = block.is_none();
+            let block = block.unwrap_or_default();
             for row in &block {
                 if !range.contains(slot_of(&row.key)) {
                     return Err(StoreError::Damaged(format!(
@@ -78,28 +88,47 @@ impl Store {
                 size += row.key.len() + row.value.len();
             }
             chunk.extend(block);
-            if size >= CHUNK_BYTES {
+            if is_last || size >= CHUNK_BYTES {
                 let rows = std::mem::take(&mut chunk);
                 size = 0;
                 writer.transact_blocking(move |_, txn| insert(txn, generation, &rows))?;
             }
-        }
-        let rows = file.rows();
-        let (me, claims, nodes) = (me.clone(), claims.to_vec(), nodes.clone());
-        let ownership = writer.transact_blocking(move |txn, rows| {
-            insert(rows, generation, &chunk)?;
-            txn.open_table(tables::GARBAGE)?.remove((generation, range.start()))?;
-            rows.switch(range, generation)?;
-            put_nodes(txn, &nodes)?;
-            let ownership = adopt_all(txn, &claims)?;
-            if !is_done(&ownership, &me, range, &claims) {
-                return Err(StoreError::Refused(format!(
-                    "slots {range} cannot be handed over: a newer owner is known"
-                )));
+            if is_last {
+                return Ok(Some(StagedImport { hold, generation, rows: file.rows() }));
             }
-            Ok(ownership)
-        })?;
-        Ok((Some(rows), ownership))
+        }
+    }
+
+    /// Hands the slots of an import over: in one transaction, their rows are those of the snapshot, `claims` are taken over by epoch,
+    /// and `nodes` are known.
+    ///
+    /// # Errors
+    ///
+    /// No slot changed hands. [`StoreError::Refused`] when `claims` do not make `me` the owner.
+    pub(crate) async fn finish_import(
+        &self,
+        me: &NodeId,
+        staged: StagedImport,
+        claims: Vec<Claim>,
+        nodes: BTreeMap<NodeId, NodeAddresses>,
+    ) -> Result<Ownership, StoreError> {
+        let me = me.clone();
+        self.writer()?
+            .transact(move |txn, rows| {
+                let StagedImport { hold, generation, rows: _ } = &staged;
+                let range = hold.range;
+                txn.open_table(tables::GARBAGE)?.remove((*generation, range.start()))?;
+                rows.switch(range, *generation)?;
+                put_nodes(txn, &nodes)?;
+                let ownership = adopt_all(txn, &claims)?;
+                if !is_done(&ownership, &me, range, &claims) {
+                    return Err(StoreError::Refused(format!(
+                        "slots {range} cannot be handed over: a newer owner is known"
+                    )));
+                }
+                Ok(ownership)
+            })
+            .await
     }
 }
 
@@ -186,12 +215,17 @@ mod tests {
         (store, path, summary.rows)
     }
 
-    fn import(
+    async fn import(
         target: &Store,
         path: &Path,
         nodes: &BTreeMap<NodeId, NodeAddresses>,
-    ) -> Result<(Option<u64>, Ownership), StoreError> {
-        tokio::task::block_in_place(|| target.import(&id("n2"), path, range("8192-16383"), &to_n2(), nodes))
+    ) -> Result<Option<(u64, Ownership)>, StoreError> {
+        let (me, claims) = (id("n2"), to_n2());
+        let staged =
+            tokio::task::block_in_place(|| target.stage_import(&me, path, range("8192-16383"), &claims))?;
+        let Some(staged) = staged else { return Ok(None) };
+        let rows = staged.rows();
+        Ok(Some((rows, target.finish_import(&me, staged, claims, nodes.clone()).await?)))
     }
 
     fn to_n2() -> Vec<Claim> {
@@ -209,8 +243,8 @@ mod tests {
         assert_eq!(identity.ownership.claims(), []);
 
         let nodes = BTreeMap::from([(id("n1"), NodeAddresses { grpc: "g".into(), resp: "r".into() })]);
-        let (imported, ownership) = import(&target, &path, &nodes).unwrap();
-        assert_eq!(imported, Some(rows));
+        let (imported, ownership) = import(&target, &path, &nodes).await.unwrap().unwrap();
+        assert_eq!(imported, rows);
         assert_eq!(ownership.claims(), to_n2());
         assert_eq!(target.nodes().unwrap(), nodes);
         assert_eq!(target.rows_in(SlotRange::FULL), rows);
@@ -219,8 +253,7 @@ mod tests {
 
         // Again, also after the snapshot is gone: the slots are here already.
         std::fs::remove_file(&path).unwrap();
-        let (again, same) = import(&target, &path, &nodes).unwrap();
-        assert_eq!((again, same), (None, ownership));
+        assert_eq!(import(&target, &path, &nodes).await.unwrap(), None);
 
         let given = source.give_up(&id("n1"), range("8192-16383"), to_n2(), None).await.unwrap();
         assert_eq!(given.claims(), to_n2());
@@ -247,7 +280,7 @@ mod tests {
         let cut = dir.path().join("cut.snap");
         std::fs::write(&cut, &whole[..whole.len() - 1]).unwrap();
 
-        let failed = import(&target, &cut, &BTreeMap::new());
+        let failed = import(&target, &cut, &BTreeMap::new()).await;
         assert!(matches!(failed, Err(StoreError::Damaged(_))), "{failed:?}");
         assert!(test_store::stored_rows(&target) > 0, "the test needs an import that has begun");
         assert_eq!(target.rows_in(SlotRange::FULL), 0);
@@ -255,8 +288,8 @@ mod tests {
         set(&target, "foo", "leftover").await;
         assert!(range("8192-16383").contains(slot_of(b"foo")));
 
-        let (imported, _) = import(&target, &path, &BTreeMap::new()).unwrap();
-        assert_eq!(imported, Some(rows));
+        let (imported, _) = import(&target, &path, &BTreeMap::new()).await.unwrap().unwrap();
+        assert_eq!(imported, rows);
         assert_eq!(target.rows_in(SlotRange::FULL), rows);
         target.sweep_once().await.unwrap();
         assert_eq!((target.rows_in(SlotRange::FULL), test_store::stored_rows(&target)), (rows, rows));
@@ -270,7 +303,7 @@ mod tests {
         // A newer owner makes the last transaction fail, when all other rows are in.
         let newer = Claim { range: range("9000-9001"), owner: id("n3"), epoch: 9 };
         target.adopt(vec![newer]).await.unwrap();
-        let failed = import(&target, &path, &BTreeMap::new());
+        let failed = import(&target, &path, &BTreeMap::new()).await;
         assert!(matches!(failed, Err(StoreError::Refused(_))), "{failed:?}");
         assert!(rows > 0);
         target.sweep_once().await.unwrap();
@@ -282,7 +315,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (_source, path, _) = exported(dir.path()).await;
         let (target, _) = test_store::open(&dir.path().join("target"), "n2", "16000-16383");
-        let refused = import(&target, &path, &BTreeMap::new());
+        let refused = import(&target, &path, &BTreeMap::new()).await;
         assert!(matches!(refused, Err(StoreError::Refused(_))), "{refused:?}");
     }
 }
