@@ -159,12 +159,16 @@ impl MigrationSource for NodeSource {
     }
 
     async fn keep(&self, id: &MigrationId, slots: SlotRange, claim: Option<u64>) -> Result<(), Error> {
+        let claimed = claim.is_some();
         let claim = claim.map(|epoch| Claim { range: slots, owner: self.node.id().clone(), epoch });
         let migration = id.clone();
         self.node
             .change_ownership(move |store| async move { store.keep_migrated(&migration, claim).await })
             .await
             .map_err(failed)?;
+        if claimed && self.check_owner(slots).is_err() {
+            tracing::warn!(migration = %id, %slots, "a claim is void: a newer owner of some of the slots is known");
+        }
         self.delays().remove(id);
         Ok(())
     }
