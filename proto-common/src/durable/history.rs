@@ -71,10 +71,10 @@ impl History {
             file.rewrite(&log.records)?;
             log.in_file = log.records.len();
             log.file = Some(file);
-        } else if log.file.is_none() {
-            if let Some(damage) = self.open(&mut log)? {
-                tracing::warn!(path = %self.path.display(), "{damage}");
-            }
+        } else if log.file.is_none()
+            && let Some(damage) = self.open(&mut log)?
+        {
+            tracing::warn!(path = %self.path.display(), "{damage}");
         }
         // Put back when all went well; else the next call writes the file anew.
         let Some(mut file) = log.file.take() else { return Ok(()) };

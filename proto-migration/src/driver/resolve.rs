@@ -53,7 +53,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
             (MigrationState::Cancelled | MigrationState::Failed, _) => self.told().await,
 
             (_, MigrationDecision::Committed) => {
-                let committed = accepted.committed.clone().unwrap_or_default();
+                let committed = accepted.committed.unwrap_or_default();
                 self.hand_over(&committed).await?;
                 self.forget(link).await
             }

@@ -232,10 +232,10 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
             MigrationState::Copying if sent.copied_by > 0 && ack.durable_number >= sent.copied_by => {
                 self.enter(MigrationState::CatchingUp, MigrationGate::Open).await?;
             }
-            MigrationState::CatchingUp => {
-                if self.digests_are_ready(running).await? && self.lag_allows(&log, age, 1) {
-                    self.enter(MigrationState::Ready, MigrationGate::Open).await?;
-                }
+            MigrationState::CatchingUp
+                if self.digests_are_ready(running).await? && self.lag_allows(&log, age, 1) =>
+            {
+                self.enter(MigrationState::Ready, MigrationGate::Open).await?;
             }
             MigrationState::Ready if !self.lag_allows(&log, age, 4) => {
                 self.enter(MigrationState::CatchingUp, MigrationGate::Open).await?;
