@@ -28,37 +28,66 @@ pub const COMMON_INCLUDE: &str = "DEP_NODE_COMMON_PROTO_INCLUDE";
 /// When there is no file, or one cannot be read or does not compile; the message names file, line
 /// and column.
 pub fn compile() -> Result<(), Box<dyn Error>> {
-    let manifest_dir = PathBuf::from(std::env::var("CARGO_MANIFEST_DIR")?);
-    let out_dir = PathBuf::from(std::env::var("OUT_DIR")?);
-    let own = manifest_dir.join("proto");
-    let mut includes = vec![own.clone()];
-    println!("cargo::rerun-if-changed={}", own.display());
-    println!("cargo::rerun-if-env-changed={COMMON_INCLUDE}");
-    if let Ok(common) = std::env::var(COMMON_INCLUDE) {
-        includes.push(PathBuf::from(common));
-    }
+    Sources::default().compile()
+}
 
-    let mut compiler = protox::Compiler::new(&includes)?;
-    compiler.include_imports(true).include_source_info(true);
-    compiler.open_files(proto_files(&own)?)?;
-    for read in compiler.files() {
-        if let Some(path) = read.path() {
-            println!("cargo::rerun-if-changed={}", path.display());
+/// What differs from one set of `.proto` files to the next; everything else is as [`compile`] says.
+#[derive(Debug, Clone)]
+pub struct Sources {
+    /// Below the crate's directory. Default `proto`.
+    pub directory: &'static str,
+    /// File in `OUT_DIR` for the descriptors. Default `descriptor.bin`.
+    pub descriptors: &'static str,
+    /// Path of the tonic codec that clients and servers use. Default `tonic_prost::ProstCodec`.
+    pub codec: &'static str,
+}
+
+impl Default for Sources {
+    fn default() -> Self {
+        Self { directory: "proto", descriptors: "descriptor.bin", codec: "tonic_prost::ProstCodec" }
+    }
+}
+
+impl Sources {
+    /// See [`compile`].
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn compile(&self) -> Result<(), Box<dyn Error>> {
+        let manifest_dir = PathBuf::from(std::env::var("CARGO_MANIFEST_DIR")?);
+        let out_dir = PathBuf::from(std::env::var("OUT_DIR")?);
+        let own = manifest_dir.join(self.directory);
+        let mut includes = vec![own.clone()];
+        println!("cargo::rerun-if-changed={}", own.display());
+        println!("cargo::rerun-if-env-changed={COMMON_INCLUDE}");
+        if let Ok(common) = std::env::var(COMMON_INCLUDE) {
+            includes.push(PathBuf::from(common));
         }
-    }
-    let descriptors = compiler.file_descriptor_set();
-    std::fs::write(out_dir.join("descriptor.bin"), without_comments(&descriptors).encode_to_vec())?;
 
-    let mut builder = tonic_prost_build::configure()
-        .build_transport(false)
-        .bytes(".")
-        .client_mod_attribute(".", "#[cfg(feature = \"client\")]")
-        .server_mod_attribute(".", "#[cfg(feature = \"server\")]");
-    if !own.join("node/common").is_dir() {
-        builder = builder.extern_path(".node.common.v1", "::proto_common::v1");
+        let mut compiler = protox::Compiler::new(&includes)?;
+        compiler.include_imports(true).include_source_info(true);
+        compiler.open_files(proto_files(&own)?)?;
+        for read in compiler.files() {
+            if let Some(path) = read.path() {
+                println!("cargo::rerun-if-changed={}", path.display());
+            }
+        }
+        let descriptors = compiler.file_descriptor_set();
+        std::fs::write(out_dir.join(self.descriptors), without_comments(&descriptors).encode_to_vec())?;
+
+        let mut builder = tonic_prost_build::configure()
+            .build_transport(false)
+            .bytes(".")
+            .codec_path(self.codec)
+            .client_mod_attribute(".", "#[cfg(feature = \"client\")]")
+            .server_mod_attribute(".", "#[cfg(feature = \"server\")]");
+        if !own.join("node/common").is_dir() {
+            builder = builder.extern_path(".node.common.v1", "::proto_common::v1");
+        }
+        builder.compile_fds(descriptors)?;
+        Ok(())
     }
-    builder.compile_fds(descriptors)?;
-    Ok(())
 }
 
 /// The `.proto` files below `directory`, sorted, so that the generated code does not depend on the

@@ -189,6 +189,10 @@ id!(
     /// A cluster, where clusters are named.
     ClusterId, "cluster_id"
 );
+id!(
+    /// A component of a node, whose health is told by itself.
+    ComponentName, "component"
+);
 
 #[cfg(test)]
 mod tests {

@@ -1,0 +1,59 @@
+//! What a node takes and sends, in one place. The defaults are those of `health.proto`.
+
+use std::ops::RangeInclusive;
+use std::time::Duration;
+
+/// Limits of a [`HealthRegistry`](crate::server::HealthRegistry).
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Limits {
+    /// Components of the node. Default 256.
+    pub components: usize,
+    /// Message of a component, and of its last error, in bytes; longer ones are cut. Default 1024.
+    pub message_bytes: usize,
+    /// Watches that are open at once, of both protocols. Default 16384.
+    pub watches: usize,
+    /// Of them, on one connection. Default 256. See [`ConnectionId`](crate::server::ConnectionId).
+    pub watches_per_connection: usize,
+    /// Shortest time between two frames of a watch, apart from the last one. Default 100 ms.
+    pub watch_interval: Duration,
+    /// Heartbeats that a watch may ask for, in milliseconds. Default 100..=60000.
+    pub heartbeat_ms: RangeInclusive<u32>,
+    /// Entries of all lists together in one page of `GetNodeStatus`. Default 1000.
+    pub page: usize,
+    /// Encoded size of such a page, in bytes. Default 1 MiB.
+    pub page_bytes: usize,
+    /// How long the node may take to say what it has, for `GetNodeStatus`; after that the answer goes without. Default 2 s.
+    pub facts_timeout: Duration,
+    /// Callers that are remembered by their `from`. Default 4096.
+    pub callers: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            components: 256,
+            message_bytes: 1024,
+            watches: 16_384,
+            watches_per_connection: 256,
+            watch_interval: Duration::from_millis(100),
+            heartbeat_ms: 100..=60_000,
+            page: 1000,
+            page_bytes: 1 << 20,
+            facts_timeout: Duration::from_secs(2),
+            callers: 4096,
+        }
+    }
+}
+
+/// Names in one answer of the standard `List`, as its specification says.
+pub const STANDARD_LIST: usize = 100;
+
+/// Reasons in `NodeStatus.removal_blockers`.
+pub const REMOVAL_BLOCKERS: usize = 64;
+
+/// Largest request that is read, in bytes: an identifier, a name, a page token.
+pub const MAX_REQUEST_BYTES: usize = 64 << 10;
+
+/// Largest answer, in bytes: a page, and what stands in every page.
+pub const MAX_MESSAGE_BYTES: usize = 4 << 20;
