@@ -1,5 +1,7 @@
 #![doc = include_str!("../README.md")]
 
+#[cfg(feature = "client")]
+pub mod client;
 #[cfg(feature = "_rpc")]
 pub mod codec;
 pub mod grpc_health_v1;
@@ -11,6 +13,8 @@ pub mod server;
 pub mod v1;
 mod words;
 
+#[cfg(feature = "client")]
+pub use client::PeerMonitor;
 pub use reason::Reason;
 #[cfg(feature = "server")]
 pub use server::HealthRegistry;

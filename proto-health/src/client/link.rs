@@ -1,0 +1,199 @@
+//! The connection to one peer: opens it, follows the heartbeats, opens a new one when it stalls or breaks.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use proto_common::connect::{Connect, GrpcChannel};
+use proto_common::error::{Code, Error};
+use proto_common::retry::Backoff;
+use tokio::time::{Instant, sleep, timeout};
+
+use crate::client::monitor::Shared;
+use crate::client::options::Heartbeats;
+use crate::client::peer::{Answer, Opinion};
+use crate::v1::health_service_client::HealthServiceClient;
+use crate::v1::{
+    GetNodeStatusRequest, HealthCheckRequest, NodeStatusSection, PeerState, WatchHealthRequest, WatchHealthResponse,
+};
+
+/// Pages of a peer's list of peers that are read; more would be more than anybody watches.
+const OPINION_PAGES: usize = 16;
+
+/// Follows the peer at `address` for ever.
+pub(crate) async fn run<C: Connect>(shared: Arc<Shared>, address: Arc<str>, connect: C) {
+    let options = &shared.options;
+    // Those that are added together do not come together.
+    sleep(options.heartbeat.mul_f64(fastrand::f64())).await;
+    let backoff = Backoff {
+        initial: Duration::from_millis(200).min(options.reconnect_max),
+        max: options.reconnect_max,
+        jitter: 0.5,
+        ..Backoff::default()
+    };
+    let mut pauses = backoff.start();
+    loop {
+        let error = match open(&shared, &connect).await {
+            Ok(channel) => {
+                let client = HealthServiceClient::new(channel);
+                let mut heard = false;
+                let ended = match options.heartbeats {
+                    Heartbeats::Watch => watch(&shared, &address, client, &mut heard).await,
+                    Heartbeats::Poll => poll(&shared, &address, client, &mut heard).await,
+                };
+                if heard {
+                    pauses.reset();
+                }
+                ended
+            }
+            Err(error) => error,
+        };
+        shared.disconnected(&address, error.message());
+        // Any error is worth another try here: a monitor that has given up watches nobody.
+        let error = error.retry_after(Duration::ZERO);
+        let mut pause = pauses.next(&error).unwrap_or(options.reconnect_max);
+        if shared.state(&address) == Some(PeerState::Left) {
+            // It goes away, and nobody is in a hurry to see it come back.
+            pause = options.reconnect_max.mul_f64(0.5 + fastrand::f64() / 2.0);
+        }
+        sleep(pause).await;
+    }
+}
+
+async fn open<C: Connect>(shared: &Shared, connect: &C) -> Result<C::Channel, Error> {
+    let _place = shared.place().await;
+    let limit = shared.options.connect_timeout;
+    timeout(limit, connect.connect()).await.unwrap_or_else(|_| Err(late("no connection", limit)))
+}
+
+fn late(what: &str, limit: Duration) -> Error {
+    let message = format!("{what} within {} ms", limit.as_millis());
+    Error::with_code(Code::DeadlineExceeded, "DEADLINE_EXCEEDED", message)
+}
+
+/// Until the stream ends, breaks or stalls; says why.
+async fn watch<T: GrpcChannel>(
+    shared: &Shared,
+    address: &str,
+    mut client: HealthServiceClient<T>,
+    heard: &mut bool,
+) -> Error {
+    let options = &shared.options;
+    let request = WatchHealthRequest {
+        service: String::new(),
+        from: shared.from.to_string(),
+        heartbeat_ms: options.heartbeat_ms(),
+        omit_components: true,
+    };
+    let asked = Instant::now();
+    let opened = timeout(options.connect_timeout, client.clone().watch_health(request)).await;
+    let mut frames = match opened {
+        Ok(Ok(answer)) => answer.into_inner(),
+        Ok(Err(status)) => return Error::from(&status),
+        Err(_) => return late("no answer", options.connect_timeout),
+    };
+    let mut round_trip = Some(asked);
+    let asking = async {
+        match options.opinions_interval {
+            Some(interval) => loop {
+                sleep(interval.mul_f64(0.75 + fastrand::f64() / 2.0)).await;
+                opinion(shared, address, &mut client).await;
+            },
+            None => std::future::pending().await,
+        }
+    };
+    tokio::pin!(asking);
+    loop {
+        let next = tokio::select! {
+            next = timeout(options.stall(), frames.message()) => next,
+            never = &mut asking => never,
+        };
+        match next {
+            Ok(Ok(Some(WatchHealthResponse { origin, health, last_frame }))) => {
+                *heard = true;
+                let round_trip = round_trip.take().map(|asked| asked.elapsed());
+                shared.answered(address, Answer { origin, health, heartbeat: true, last_frame, round_trip });
+            }
+            Ok(Ok(None)) => return Error::with_code(Code::Unavailable, "UNAVAILABLE", "its watch ended"),
+            Ok(Err(status)) => return Error::from(&status),
+            Err(_) => return late("nothing arrived on its connection", options.stall()),
+        }
+    }
+}
+
+/// One call for each heartbeat, until one fails; says why.
+async fn poll<T: GrpcChannel>(
+    shared: &Shared,
+    address: &str,
+    mut client: HealthServiceClient<T>,
+    heard: &mut bool,
+) -> Error {
+    let options = &shared.options;
+    let mut next_opinion = options.opinions_interval.map(|interval| Instant::now() + interval);
+    let mut due = Instant::now();
+    loop {
+        tokio::time::sleep_until(due).await;
+        due += options.heartbeat;
+        let request = HealthCheckRequest {
+            service: String::new(),
+            from: shared.from.to_string(),
+            omit_components: true,
+        };
+        let asked = Instant::now();
+        let answer = {
+            let _place = shared.place().await;
+            timeout(options.stall(), client.health_check(request)).await
+        };
+        match answer {
+            Ok(Ok(answer)) => {
+                *heard = true;
+                let answer = answer.into_inner();
+                let round_trip = Some(asked.elapsed());
+                let (origin, health) = (answer.origin, answer.health);
+                shared.answered(address, Answer { origin, health, heartbeat: true, last_frame: false, round_trip });
+            }
+            Ok(Err(status)) => return Error::from(&status),
+            Err(_) => return late("no answer", options.stall()),
+        }
+        if next_opinion.is_some_and(|at| Instant::now() >= at) {
+            opinion(shared, address, &mut client).await;
+            next_opinion = options.opinions_interval.map(|interval| Instant::now() + interval);
+        }
+        // What has been missed is not made up for.
+        due = due.max(Instant::now());
+    }
+}
+
+/// Asks what the peer thinks of this node. No answer is no opinion; whether it lives, the heartbeats say.
+async fn opinion<T: GrpcChannel>(shared: &Shared, address: &str, client: &mut HealthServiceClient<T>) {
+    let _place = shared.place().await;
+    let mut page_token = String::new();
+    let mut found = None;
+    for _ in 0..OPINION_PAGES {
+        let request = GetNodeStatusRequest {
+            sections: vec![NodeStatusSection::Peers.into()],
+            page_size: 0,
+            page_token,
+            from: shared.from.to_string(),
+        };
+        let asked = Instant::now();
+        let answer = timeout(shared.options.connect_timeout, client.get_node_status(request)).await;
+        let Ok(Ok(answer)) = answer else { break };
+        let answer = answer.into_inner();
+        let round_trip = Some(asked.elapsed());
+        shared.answered(address, Answer { origin: answer.origin, round_trip, ..Answer::default() });
+        let peers = answer.status.map(|status| status.peers).unwrap_or_default();
+        if let Some(me) = peers.into_iter().find(|peer| peer.node_id == shared.from.as_str()) {
+            found = Some(Opinion {
+                state: me.state(),
+                last_heard_from_unix_ms: me.last_heard_from_unix_ms,
+                unix_ms: shared.clock.unix_ms(),
+            });
+            break;
+        }
+        page_token = answer.next_page_token;
+        if page_token.is_empty() {
+            break;
+        }
+    }
+    shared.opinion(address, found);
+}
