@@ -16,6 +16,7 @@ pub struct RangeGuard {
 
 #[derive(Debug, Default)]
 struct Held {
+    closed: bool,
     next: u64,
     holds: Vec<Entry>,
 }
@@ -38,9 +39,14 @@ impl RangeGuard {
     ///
     /// # Errors
     ///
-    /// `RANGE_BUSY` if somebody else, or the same owner, holds a slot of it; metadata `holder` and `held_slots`.
+    /// `RANGE_BUSY` if somebody else, or the same owner, holds a slot of it; metadata `holder` and `held_slots`. `SHUTTING_DOWN`
+    /// (retryable) after [`close`](Self::close).
     pub fn try_acquire(&self, range: SlotRange, owner: &str) -> Result<RangeHold, Error> {
         let mut held = lock(&self.held);
+        if held.closed {
+            let message = format!("the node is about to stop, so slots {range} are not moved now; try again when it is back");
+            return Err(Error::new(CommonReason::ShuttingDown, message));
+        }
         if let Some(other) = held.holds.iter().find(|other| other.range.overlaps(range)) {
             let message = format!(
                 "slots {range} cannot be moved now: {} holds {}; wait until it ends, or cancel it",
@@ -55,6 +61,11 @@ impl RangeGuard {
         let owner: Arc<str> = owner.into();
         held.holds.push(Entry { number, range, owner: Arc::clone(&owner) });
         Ok(RangeHold { guard: self.clone(), number, range, owner })
+    }
+
+    /// Hands out nothing any more: the node is about to stop. Holds that are there stay.
+    pub fn close(&self) {
+        lock(&self.held).closed = true;
     }
 
     /// The owner of a hold that overlaps `range`, if there is one.
@@ -112,6 +123,16 @@ mod tests {
 
     fn range(start: u16, end: u16) -> SlotRange {
         SlotRange::new(start, end).unwrap()
+    }
+
+    #[test]
+    fn closed_it_hands_out_nothing_and_takes_nothing_back() {
+        let guard = RangeGuard::new();
+        let hold = guard.try_acquire(SlotRange::new(0, 5).unwrap(), "a").unwrap();
+        guard.clone().close();
+        let refused = guard.try_acquire(SlotRange::new(7, 9).unwrap(), "b").unwrap_err();
+        assert!(refused.is(CommonReason::ShuttingDown) && refused.is_retryable(), "{refused:?}");
+        assert_eq!(guard.holder(hold.range()).as_deref(), Some("a"));
     }
 
     #[test]

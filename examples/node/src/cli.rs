@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
@@ -113,6 +114,10 @@ pub struct ServeArgs {
     /// Connections to the Redis port.
     #[arg(long, value_name = "N", default_value_t = 10_000)]
     max_clients: usize,
+    /// Seconds from SIGTERM to the end of the process, at most. Transfers that run may end in that time;
+    /// what does not is resumed later. A second signal cuts it short.
+    #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    grace: u64,
 }
 
 /// Slots of the command line.
@@ -149,7 +154,8 @@ fn parse_peer(text: &str) -> Result<Peer, String> {
 
 impl From<ServeArgs> for ServeOptions {
     fn from(args: ServeArgs) -> Self {
-        let ServeArgs { id, data, grpc, resp, slots, peer, cache_mib, max_request_mib, max_clients } = args;
+        let ServeArgs { id, data, grpc, resp, slots, peer, cache_mib, max_request_mib, max_clients, grace } =
+            args;
         Self {
             id,
             data,
@@ -160,6 +166,7 @@ impl From<ServeArgs> for ServeOptions {
             store: StoreOptions { cache_bytes: cache_mib.saturating_mul(1 << 20) },
             limits: Limits { request_bytes: max_request_mib.saturating_mul(1 << 20), ..Limits::default() },
             max_clients,
+            grace: Duration::from_secs(grace),
         }
     }
 }

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use proto::common::guard::RangeGuard;
+use proto::health::HealthRegistry;
 use proto::node::NodeIdentity;
 use proto::snapshot::store::FileStoreOptions;
 use proto::snapshot::{FileSnapshotStore, SnapshotReceiver};
@@ -13,29 +14,40 @@ use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use tonic::transport::Server;
 
+use crate::health::WhileUp;
 use crate::node::Node;
 use crate::split::SplitHook;
 
-/// Takes the snapshots that are sent to this node, in its data directory; those of rows become part of its database.
-///
-/// # Errors
-///
-/// The directory cannot be read, or is in use.
-pub async fn receiver(node: &Node, guard: RangeGuard) -> anyhow::Result<SnapshotReceiver<FileSnapshotStore>> {
-    let directory = node.store().directory().join("snapshots");
-    let store =
-        tokio::task::spawn_blocking(move || FileSnapshotStore::open(directory, FileStoreOptions::default()));
-    let store = store.await?.context("cannot open the directory of snapshots")?;
-    let identity = NodeIdentity {
+/// Who the node is, as every service says it.
+#[must_use]
+pub fn identity(node: &Node) -> NodeIdentity {
+    NodeIdentity {
         node_id: node.id().to_string(),
         cluster_id: String::new(),
         store_id: node.store_id().to_vec().into(),
         incarnation: node.incarnation(),
         version: env!("CARGO_PKG_VERSION").into(),
-    };
+    }
+}
+
+/// Takes the snapshots that are sent to this node, in its data directory; those of rows become part of its database.
+/// After `draining` it takes no new ones.
+///
+/// # Errors
+///
+/// The directory cannot be read, or is in use.
+pub async fn receiver(
+    node: &Node,
+    guard: RangeGuard,
+    draining: CancellationToken,
+) -> anyhow::Result<SnapshotReceiver<FileSnapshotStore>> {
+    let directory = node.store().directory().join("snapshots");
+    let store =
+        tokio::task::spawn_blocking(move || FileSnapshotStore::open(directory, FileStoreOptions::default()));
+    let store = store.await?.context("cannot open the directory of snapshots")?;
     SnapshotReceiver::builder(node.id(), store)
-        .identity(identity)
-        .hook(SplitHook::new(node.clone(), guard))
+        .identity(identity(node))
+        .hook(WhileUp::new(SplitHook::new(node.clone(), guard), draining))
         .start()
         .await
         .context("cannot go on with the snapshots of an earlier process")
@@ -46,15 +58,22 @@ pub async fn receiver(node: &Node, guard: RangeGuard) -> anyhow::Result<Snapshot
 /// # Errors
 ///
 /// The descriptors that were compiled in are not whole.
-pub fn services(receiver: SnapshotReceiver<FileSnapshotStore>) -> anyhow::Result<Routes> {
+pub fn services(
+    receiver: SnapshotReceiver<FileSnapshotStore>,
+    health: &HealthRegistry,
+) -> anyhow::Result<Routes> {
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(proto::common::FILE_DESCRIPTOR_SET)
         .register_encoded_file_descriptor_set(proto::snapshot::FILE_DESCRIPTOR_SET)
         .register_encoded_file_descriptor_set(proto::migration::FILE_DESCRIPTOR_SET)
         .register_encoded_file_descriptor_set(proto::health::FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(proto::health::grpc_health_v1::FILE_DESCRIPTOR_SET)
         .build_v1()
         .context("cannot describe the services")?;
-    Ok(Routes::new(reflection).add_service(receiver.into_service()))
+    Ok(Routes::new(reflection)
+        .add_service(receiver.into_service())
+        .add_service(health.service())
+        .add_service(health.standard_service()))
 }
 
 /// Serves until `stop`; calls under way may end within `grace`.

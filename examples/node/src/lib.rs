@@ -10,6 +10,7 @@
 //! | [`migrate`] | the same while clients write: what a migration asks of the node |
 //! | [`resp`] | the Redis port |
 //! | [`grpc`] | the gRPC port |
+//! | [`health`] | how the node is, what it tells of itself, and its drain |
 //! | [`serve`], [`cli`] | `node serve` |
 //! | [`demo`] | `node demo` |
 
@@ -20,6 +21,7 @@ pub mod demo;
 pub mod gate;
 pub mod grpc;
 pub mod migrate;
+pub mod health;
 pub mod node;
 pub mod resp;
 pub mod serve;

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -14,13 +15,16 @@ use tokio_util::sync::CancellationToken;
 
 use crate::common::{NodeId, SlotRange};
 use crate::grpc;
+use crate::health::{Drain, Health, NoMigrations};
 use crate::node::Node;
 use crate::resp::{Limits, RespServer};
 use crate::split::Splits;
 use crate::store::{Claim, Init, NodeAddresses, StoreOptions};
 
-/// How long connections may go on after a signal.
-const GRACE: Duration = Duration::from_secs(5);
+/// How long connections may go on at most, once all else has ended.
+const CONNECTIONS: Duration = Duration::from_secs(2);
+/// Least time for the database to be closed.
+const CLOSE: Duration = Duration::from_millis(500);
 
 /// Another node, as the command line names it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,6 +58,8 @@ pub struct ServeOptions {
     pub limits: Limits,
     /// Connections to the Redis port.
     pub max_clients: usize,
+    /// Longest time from a signal to the end of the process.
+    pub grace: Duration,
 }
 
 /// What `node serve` prints when it is ready: one line, for people and for programs.
@@ -94,7 +100,7 @@ impl std::str::FromStr for Ready {
     }
 }
 
-/// Serves until SIGINT or SIGTERM.
+/// Serves until SIGINT or SIGTERM, then drains; a second signal cuts that short.
 ///
 /// # Errors
 ///
@@ -134,22 +140,26 @@ pub async fn serve(options: ServeOptions) -> anyhow::Result<()> {
     node.put_nodes(nodes).await?;
 
     let guard = RangeGuard::new();
-    let receiver = grpc::receiver(&node, guard.clone()).await?;
-    let splits = Splits::new(node.clone(), receiver.transfers(), guard, stop.clone())?;
+    let draining = CancellationToken::new();
+    let receiver = grpc::receiver(&node, guard.clone(), draining.clone()).await?;
+    let stop_tasks = stop.child_token();
+    let splits = Splits::new(node.clone(), receiver.transfers(), guard.clone(), stop_tasks.clone())?;
     // Holds their slots: before anybody is served.
     splits.resume()?;
-    let services = grpc::services(receiver.clone())?;
+    let health = Health::start(&node, &receiver.transfers(), &splits, Arc::new(NoMigrations))?;
+    let services = grpc::services(receiver.clone(), health.registry())?;
+    let connections = CONNECTIONS.min(options.grace / 4);
     let resp =
         RespServer::new(node.clone(), splits.clone(), resp, options.limits, Some(options.max_clients))?;
     let mut serving = tokio::task::JoinSet::new();
     serving.spawn({
         let stop = stop.clone();
         async move {
-            resp.serve(stop, GRACE).await;
+            resp.serve(stop, connections).await;
             Ok(())
         }
     });
-    serving.spawn(grpc::serve(grpc, services, stop.clone(), GRACE));
+    serving.spawn(grpc::serve(grpc, services, stop.clone(), connections));
     serving.spawn({
         let (store, stop) = (node.store().clone(), stop.clone());
         async move {
@@ -157,15 +167,23 @@ pub async fn serve(options: ServeOptions) -> anyhow::Result<()> {
             Ok(())
         }
     });
+    serving.spawn({
+        let (health, node, stop) = (health.clone(), node.clone(), stop.clone());
+        async move {
+            health.watch_peers(node, stop).await;
+            Ok(())
+        }
+    });
+    health.registry().set_running();
 
     let ready = Ready { id: options.id.to_string(), addresses };
     writeln!(std::io::stdout(), "{ready}").context("cannot say that the node is ready")?;
     tracing::info!(keys = node.key_count(), slots = ?node.own_ranges(), "{ready}");
 
     let mut result = Ok(());
-    tokio::select! {
-        _ = interrupt.recv() => tracing::info!("SIGINT: stopping"),
-        _ = terminate.recv() => tracing::info!("SIGTERM: stopping"),
+    let why = tokio::select! {
+        _ = interrupt.recv() => "SIGINT",
+        _ = terminate.recv() => "SIGTERM",
         // Nothing ends by itself.
         ended = serving.join_next() => {
             result = match ended {
@@ -173,17 +191,37 @@ pub async fn serve(options: ServeOptions) -> anyhow::Result<()> {
                 Some(Err(error)) => Err(error.into()),
                 None => Ok(()),
             };
+            "a part of the node has ended"
         }
+    };
+    tracing::info!("{why}: draining");
+    let drain = Drain::begin(&health, why, options.grace, &draining, &guard);
+    let hurry = async {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
+    };
+    let running = drain.tasks_ended(hurry).await;
+    if running > 0 {
+        tracing::info!(running, "stopping what still runs; it can be resumed");
     }
+    stop_tasks.cancel();
+    let stopped = async {
+        splits.join().await;
+        receiver.shutdown().await;
+    };
+    drain.tasks_stopped(stopped).await;
+    drain.shut_down().await;
     stop.cancel();
-    splits.join().await;
-    receiver.shutdown().await;
     while let Some(ended) = serving.join_next().await {
         result = result.and(ended.map_err(anyhow::Error::from).and_then(|ended| ended));
     }
-    tokio::task::spawn_blocking(move || node.store().close())
-        .await
-        .context("the database could not be closed")?;
+    let closing = tokio::task::spawn_blocking(move || node.store().close());
+    match tokio::time::timeout(drain.left().max(CLOSE), closing).await {
+        Ok(closed) => closed.context("the database could not be closed")?,
+        Err(_) => tracing::warn!("the database is busy; it is verified at the next start"),
+    }
     tracing::info!("stopped");
     result
 }
