@@ -19,7 +19,7 @@ pub(crate) fn about(error: &Error, address: &str) -> Option<String> {
     }
     match error.code() {
         Code::Unimplemented => Some(format!(
-            "what answers at {address} has no SplitSnapshotService; see that it is a node's gRPC address"
+            "what answers at {address} does not have this service; see that it is a node's gRPC address"
         )),
         Code::DeadlineExceeded => {
             Some("see that the node is alive, or give it longer with --timeout".to_owned())
@@ -115,7 +115,7 @@ mod tests {
         let refused = Error::new(CommonReason::Unavailable, "connection refused");
         assert!(about(&refused, "n1:1").unwrap().contains("n1:1"));
         let other = Error::with_code(Code::Unimplemented, "UNIMPLEMENTED", "");
-        assert!(about(&other, "n1:1").unwrap().contains("SplitSnapshotService"));
+        assert!(about(&other, "n1:1").unwrap().contains("does not have this service"));
         assert_eq!(about(&Error::with_code(Code::Unknown, "ODD", "odd"), "n1:1"), None);
     }
 }

@@ -26,7 +26,9 @@ Examples:
   nodectl push ./snapshot --to 127.0.0.1:7101 --source-shard s1 --target-shard s2
   nodectl transfers --at 127.0.0.1:7101 --active
   nodectl progress split-42 --at 127.0.0.1:7101 --watch
-  nodectl cancel split-42 --at 127.0.0.1:7101 --reason 'wrong shard'";
+  nodectl cancel split-42 --at 127.0.0.1:7101 --reason 'wrong shard'
+  nodectl health 127.0.0.1:7101 127.0.0.1:7102
+  nodectl status 127.0.0.1:7101 127.0.0.1:7102 --watch";
 
 const PUSH_EXAMPLES: &str = "\
 Examples:
@@ -58,6 +60,25 @@ Examples:
 
 With --watch it ends with the transfer: 0 if it was installed, 1 if not. Without, it exits with 0
 whatever the state.";
+
+const HEALTH_EXAMPLES: &str = "\
+Examples:
+  nodectl health 127.0.0.1:7101 127.0.0.1:7102
+  nodectl health 127.0.0.1:7101 --service readiness
+  nodectl health 127.0.0.1:7101 --json | jq '.nodes[].components[] | select(.status != \"healthy\")'
+
+It exits with 0 only if every node answers and is healthy, with 1 otherwise; DEGRADED is not healthy.
+A node that can't be reached is a row.";
+
+const STATUS_EXAMPLES: &str = "\
+Examples:
+  nodectl status 127.0.0.1:7101 127.0.0.1:7102
+  nodectl status 127.0.0.1:7101 127.0.0.1:7102 --watch
+  nodectl status 127.0.0.1:7101 --json | jq '.nodes[] | select(.safe_to_remove)'
+
+A node that can't be reached is a row, and no failure of the command: it exits with 0. MOVING counts
+transfers and migrations, those that come in and those that go out. DISK is how full it is, CPU the
+use of the whole machine, MEM the memory of the process. Below the table stand the reasons.";
 
 const CANCEL_EXAMPLES: &str = "\
 Examples:
@@ -99,6 +120,12 @@ pub(crate) enum Command {
     /// Stop a transfer and delete what the node has of it
     #[command(after_help = CANCEL_EXAMPLES)]
     Cancel(Cancel),
+    /// Ask nodes how they are; exits with 0 only if all are healthy
+    #[command(after_help = HEALTH_EXAMPLES)]
+    Health(Health),
+    /// Show what nodes are, have and do, one row each
+    #[command(after_help = STATUS_EXAMPLES)]
+    Status(Status),
     /// Print a completion script for a shell
     Completions {
         /// The shell
@@ -240,6 +267,42 @@ pub(crate) struct Cancel {
     /// Which one, where a node sends to itself
     #[arg(long, value_enum)]
     pub(crate) direction: Option<Direction>,
+}
+
+/// Which nodes are asked, and how long each may take.
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct Nodes {
+    /// gRPC addresses of the nodes to ask
+    #[arg(value_name = "ADDR", required = true)]
+    pub(crate) addresses: Vec<Address>,
+
+    /// Longest wait for the answer of a node: 500ms, 10s, 1m
+    #[arg(long, value_name = "TIME", default_value = "3s", value_parser = positive_time)]
+    pub(crate) timeout: Duration,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Health {
+    #[command(flatten)]
+    pub(crate) nodes: Nodes,
+
+    /// Ask for one part: liveness, readiness, startup, or a component. Default: the node as a whole
+    #[arg(long, value_name = "NAME", default_value = "")]
+    pub(crate) service: String,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Status {
+    #[command(flatten)]
+    pub(crate) nodes: Nodes,
+
+    /// Ask again and again, until it is interrupted
+    #[arg(long)]
+    pub(crate) watch: bool,
+
+    /// With --watch: time between two rounds
+    #[arg(long, value_name = "TIME", default_value = "2s", value_parser = positive_time)]
+    pub(crate) interval: Duration,
 }
 
 /// What a push is for.

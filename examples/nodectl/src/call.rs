@@ -13,17 +13,28 @@ use crate::address::Address;
 /// A client over a connection of its own.
 pub(crate) type Client = SplitSnapshotServiceClient<Channel>;
 
-/// Connects to `address` and asks it, within `limit`.
+/// Connects to `address` and asks its snapshot service, within `limit`.
 pub(crate) async fn ask<T>(
     address: &Address,
     limit: Duration,
     question: impl AsyncFnOnce(Client) -> Result<T, Status>,
 ) -> Result<T, Error> {
+    ask_over(address, limit, async |channel| {
+        question(Client::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES)).await
+    })
+    .await
+}
+
+/// Connects to `address` and asks it whatever over that connection, within `limit`.
+pub(crate) async fn ask_over<T>(
+    address: &Address,
+    limit: Duration,
+    question: impl AsyncFnOnce(Channel) -> Result<T, Status>,
+) -> Result<T, Error> {
     let asked = async {
         let channel = address.endpoint().connect_timeout(limit);
         let channel = proto::common::connect::Connect::connect(&channel).await?;
-        let client = Client::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
-        question(client).await.map_err(Error::from)
+        question(channel).await.map_err(Error::from)
     };
     let asked = tokio::time::timeout(limit, asked).await.unwrap_or_else(|_| {
         let message = format!("no answer from {address} within {}", humantime::format_duration(limit));

@@ -235,7 +235,8 @@ fn priority_word(priority: i32) -> String {
     )
 }
 
-fn word(name: Option<&'static str>, prefix: &str, number: i32) -> String {
+/// The name of an enum's value without its prefix, in lower case; `unknown_7` for one that this version does not know.
+pub(crate) fn word(name: Option<&'static str>, prefix: &str, number: i32) -> String {
     name.map_or_else(
         || format!("unknown_{number}"),
         |name| name.trim_start_matches(prefix).to_ascii_lowercase(),

@@ -30,11 +30,20 @@ struct Inner {
     transfer_id: Option<String>,
     help: Option<String>,
     resume: Option<String>,
+    /// The results say it all; what is left is the exit code, and a sentence.
+    told: bool,
 }
 
 impl Failure {
     fn new(exit: u8, error: Error) -> Self {
-        Self(Box::new(Inner { exit, error, transfer_id: None, help: None, resume: None }))
+        Self(Box::new(Inner { exit, error, transfer_id: None, help: None, resume: None, told: false }))
+    }
+
+    /// It was done, and what it found, which is on stdout already, is not what is wished for.
+    pub(crate) fn verdict(message: impl Into<String>) -> Self {
+        let mut verdict = Self::failed(message);
+        verdict.0.told = true;
+        verdict
     }
 
     /// Something on this machine went wrong.
@@ -72,8 +81,8 @@ impl Failure {
 
     /// Tells the user and returns the exit code: sentences on stderr, and with `--json` a document on stdout.
     pub(crate) fn report(&self, output: &mut Output) -> ExitCode {
-        let Inner { exit, error, transfer_id, help, resume } = &*self.0;
-        if output.json() {
+        let Inner { exit, error, transfer_id, help, resume, told } = &*self.0;
+        if output.json() && !told {
             output.document(&FailureDocument {
                 event: if *exit == INTERRUPTED { "interrupted" } else { "failed" },
                 transfer_id: transfer_id.as_deref(),

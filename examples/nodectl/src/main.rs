@@ -5,8 +5,9 @@
 //! | which commands and options are there? | `args.rs` |
 //! | how is a snapshot pushed, and what happens on Ctrl-C? | `push.rs` |
 //! | how does it wait for a node that is away? | `dial.rs` |
-//! | what does the JSON look like? | `document.rs` |
-//! | what does a person see? | `human.rs`, `table.rs`, `live.rs` |
+//! | how are many nodes asked? | `nodes.rs` |
+//! | what does the JSON look like? | `document.rs`, `node_document.rs` |
+//! | what does a person see? | `human.rs`, `table.rs`, `node_table.rs`, `live.rs` |
 //! | which advice does an error get, which exit code? | `advice.rs`, `failure.rs` |
 
 mod address;
@@ -17,15 +18,21 @@ mod cancel;
 mod dial;
 mod document;
 mod failure;
+mod grid;
+mod health;
 mod human;
 mod identity;
 mod live;
+mod node_document;
+mod node_table;
+mod nodes;
 mod output;
 mod pace;
 mod progress;
 mod push;
 mod resume;
 mod signals;
+mod status;
 mod table;
 mod transfers;
 
@@ -84,6 +91,12 @@ async fn run(command: Command, output: &mut Output) -> Result<(), Failure> {
                 "interrupted; the node may have heard the cancel or not, `nodectl progress` tells",
             );
             signals.before(interrupted, cancel::run(command, output)).await
+        }
+        Command::Health(command) => {
+            signals.before(Failure::interrupted("interrupted"), health::run(command, output)).await
+        }
+        Command::Status(command) => {
+            signals.before(Failure::interrupted("stopped looking"), status::run(command, output)).await
         }
         Command::Completions { .. } => Ok(()),
     }

@@ -3,17 +3,15 @@
 use std::fmt::Write as _;
 use std::time::Duration;
 
-use comfy_table::{ContentArrangement, Table, presets};
 use proto::common::clock::now_unix_ms;
 use proto::common::slots::SlotRange;
 use proto::node::{Direction, TransferProgress};
 
 use crate::document::{direction_word, phase_word};
+use crate::grid::{self, NONE};
 use crate::human::{bytes, countdown, files, left, percent, rate, safe, since, speed};
 
 const HEADER: [&str; 10] = ["ID", "DIR", "PHASE", "DONE", "SIZE", "RATE", "LEFT", "SLOTS", "SHARDS", "AGE"];
-/// What a cell says that has nothing to say.
-const NONE: &str = "-";
 
 fn row(transfer: &TransferProgress, now: u64) -> [String; 10] {
     let progress = transfer.progress.clone().unwrap_or_default();
@@ -46,14 +44,7 @@ const DISPENSABLE: [&str; 6] = ["AGE", "LEFT", "SLOTS", "SIZE", "SHARDS", "RATE"
 pub(crate) fn table(transfers: &[TransferProgress], width: u16) -> String {
     let now = now_unix_ms();
     let rows: Vec<_> = transfers.iter().map(|transfer| row(transfer, now)).collect();
-    let mut lines = columns(&rows, &[]);
-    for dropped in 1..=DISPENSABLE.len() {
-        if lines.iter().all(|line| line.chars().count() <= usize::from(width)) {
-            break;
-        }
-        lines = columns(&rows, &DISPENSABLE[..dropped]);
-    }
-    let mut text = lines.join("\n") + "\n";
+    let mut text = grid::fit(&HEADER, &rows, &DISPENSABLE, width);
     for transfer in transfers {
         if let Some(error) = transfer.progress.as_ref().and_then(|progress| progress.error.as_ref()) {
             let id = safe(&transfer.transfer_id);
@@ -62,22 +53,6 @@ pub(crate) fn table(transfers: &[TransferProgress], width: u16) -> String {
         }
     }
     text
-}
-
-/// The lines of a table of all columns but those.
-fn columns(rows: &[[String; 10]], without: &[&str]) -> Vec<String> {
-    let keep = |cells: &[String; 10]| -> Vec<String> {
-        let kept = HEADER.iter().zip(cells).filter(|(name, _)| !without.contains(name));
-        kept.map(|(_, cell)| cell.clone()).collect()
-    };
-    let mut table = Table::new();
-    table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
-    table.set_header(keep(&HEADER.map(str::to_owned)));
-    table.add_rows(rows.iter().map(keep));
-    for column in table.column_iter_mut() {
-        column.set_padding((0, 2));
-    }
-    table.lines().map(|line| line.trim_end().to_owned()).collect()
 }
 
 /// For a pipe: one line each, columns separated by tabs, the error last.

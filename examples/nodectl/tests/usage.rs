@@ -32,6 +32,10 @@ async fn wrong_usage_names_what_is_wrong() {
         ("progress --at n1:1".to_owned(), "<ID>"),
         ("progress a/b --at n1:1".to_owned(), "<ID>"),
         ("cancel .x --at n1:1".to_owned(), "<ID>"),
+        ("health".to_owned(), "<ADDR>"),
+        ("health n1".to_owned(), "<ADDR>"),
+        ("status".to_owned(), "<ADDR>"),
+        ("status n1:1 --interval 0s".to_owned(), "--interval"),
     ] {
         let ended = nodectl(&args).await;
         assert_eq!(ended.code, Some(2), "{args}: {ended:?}");
@@ -63,7 +67,7 @@ async fn a_directory_that_cannot_be_a_snapshot() {
 
 #[tokio::test]
 async fn help_shows_by_example() {
-    for command in ["", "push", "transfers", "progress", "cancel"] {
+    for command in ["", "push", "transfers", "progress", "cancel", "health", "status"] {
         let help = nodectl(&format!("{command} --help")).await;
         assert_eq!(help.code, Some(0), "{command}");
         help.assert_plain();
