@@ -44,7 +44,9 @@ impl RangeGuard {
     pub fn try_acquire(&self, range: SlotRange, owner: &str) -> Result<RangeHold, Error> {
         let mut held = lock(&self.held);
         if held.closed {
-            let message = format!("the node is about to stop, so slots {range} are not moved now; try again when it is back");
+            let message = format!(
+                "the node is about to stop, so slots {range} are not moved now; try again when it is back"
+            );
             return Err(Error::new(CommonReason::ShuttingDown, message));
         }
         if let Some(other) = held.holds.iter().find(|other| other.range.overlaps(range)) {

@@ -67,7 +67,11 @@ fn scripted(kind: &str) -> Result<Check, AnyError> {
             let well = AtomicBool::new(false);
             Check::new(move || {
                 let well = !well.fetch_xor(true, Ordering::SeqCst);
-                std::future::ready(if well { CheckResult::healthy() } else { CheckResult::unhealthy("flaps") })
+                std::future::ready(if well {
+                    CheckResult::healthy()
+                } else {
+                    CheckResult::unhealthy("flaps")
+                })
             })
         }
         _ => return Err(format!("{kind} is no kind of check").into()),

@@ -13,7 +13,9 @@ use proto_common::ids::NodeId;
 use proto_common::tuning::{endpoint, tune_server};
 use proto_common::v1::NodeIdentity;
 use proto_health::HealthRegistry;
-use proto_health::client::{Heartbeats, MonitorOptions, PeerChange, PeerEvent, PeerEvents, PeerMonitor, Told};
+use proto_health::client::{
+    Heartbeats, MonitorOptions, PeerChange, PeerEvent, PeerEvents, PeerMonitor, Told,
+};
 use proto_health::server::{Facts, FactsFuture, NodeFacts, Sections};
 use proto_health::v1::{NodeState, PeerState, PeerStatus};
 use rustix::process::{Pid, Signal, kill_process};
@@ -167,7 +169,9 @@ impl Observer {
             }
         };
         let waited = tokio::time::timeout(PATIENCE, waiting).await;
-        waited.unwrap_or_else(|_| panic!("{node} is not {state:?}: {:?} {:?}", self.seen, self.monitor.statuses()))
+        waited.unwrap_or_else(|_| {
+            panic!("{node} is not {state:?}: {:?} {:?}", self.seen, self.monitor.statuses())
+        })
     }
 
     /// Listens for that long.
@@ -237,7 +241,8 @@ async fn a_killed_process_is_dead_and_a_restart_is_another_incarnation() {
 
     nodes[0].restart();
     observer.until("a", WarmingUp).await;
-    let restarted = observer.seen.iter().find(|event| matches!(event.change, PeerChange::Restarted { .. })).unwrap();
+    let restarted =
+        observer.seen.iter().find(|event| matches!(event.change, PeerChange::Restarted { .. })).unwrap();
     let after = observer.status("a").incarnation;
     let change = PeerChange::Restarted { from: before, to: after, new_store: false };
     assert_eq!((restarted.change, restarted.reason.as_str()), (change, "it was restarted"));
@@ -334,7 +339,9 @@ async fn a_network_that_is_cut_in_one_direction_shows_at_both_ends() {
     let cut = Arc::new(AtomicBool::new(false));
     let b_from_a = one_way(b, Arc::clone(&cut)).await;
     for (monitor, peer, id) in [(&at_a.monitor, b_from_a, "b"), (&at_b, a, "a")] {
-        monitor.add(&peer.to_string(), Some(NodeId::new(id).unwrap()), endpoint(&peer.to_string()).unwrap()).unwrap();
+        monitor
+            .add(&peer.to_string(), Some(NodeId::new(id).unwrap()), endpoint(&peer.to_string()).unwrap())
+            .unwrap();
         for other in &others {
             let address = other.address.to_string();
             monitor.add(&address, None, endpoint(&address).unwrap()).unwrap();
@@ -347,11 +354,17 @@ async fn a_network_that_is_cut_in_one_direction_shows_at_both_ends() {
     }
     let a_id = NodeId::new("a").unwrap();
     let reach = |monitor: &PeerMonitor, node: &str| {
-        monitor.reach().into_iter().find(|reach| reach.node_id.as_ref().is_some_and(|id| id.as_str() == node)).unwrap()
+        monitor
+            .reach()
+            .into_iter()
+            .find(|reach| reach.node_id.as_ref().is_some_and(|id| id.as_str() == node))
+            .unwrap()
     };
     until("both say that they reach each other", || {
         [reach(&at_a.monitor, "b"), reach(&at_b, "a")].iter().all(|reach| {
-            reach.state == Alive && reach.opinion.is_some_and(|opinion| opinion.state == Alive) && !reach.is_one_way()
+            reach.state == Alive
+                && reach.opinion.is_some_and(|opinion| opinion.state == Alive)
+                && !reach.is_one_way()
         })
     })
     .await;

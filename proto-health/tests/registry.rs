@@ -40,7 +40,11 @@ async fn the_probes_follow_the_life_of_the_node() {
     let registry = registry();
     registry.set_starting("recovers its log");
     let raft = registry
-        .add(component("raft").critical().counts_for([HealthProbe::Readiness, HealthProbe::Startup]), UNDECIDED, "")
+        .add(
+            component("raft").critical().counts_for([HealthProbe::Readiness, HealthProbe::Startup]),
+            UNDECIDED,
+            "",
+        )
         .unwrap();
     assert_eq!(probes(&registry).await, [UNHEALTHY, HEALTHY, UNHEALTHY, UNHEALTHY]);
     let starting = report(&registry, "").await;
@@ -89,15 +93,20 @@ async fn only_critical_components_make_a_node_unhealthy() {
     assert_eq!(status(&registry, "").await, DEGRADED);
     cache.set(UNDECIDED, "");
     assert_eq!(status(&registry, "").await, HEALTHY, "one that is not critical may be undecided");
-    let threads =
-        registry.add(component("threads").critical().counts_for([HealthProbe::Liveness]), HEALTHY, "").unwrap();
+    let threads = registry
+        .add(component("threads").critical().counts_for([HealthProbe::Liveness]), HEALTHY, "")
+        .unwrap();
     threads.set(UNHEALTHY, "deadlock");
     assert_eq!(probes(&registry).await, [HEALTHY, UNHEALTHY, HEALTHY, HEALTHY]);
     let live = report(&registry, "liveness").await;
     assert_eq!(live.components.len(), 1);
     assert_eq!(live.message, "threads: deadlock");
     let all = report(&registry, "").await.components;
-    assert_eq!(all.iter().map(|one| one.name.as_str()).collect::<Vec<_>>(), ["threads", "cache"], "the worst first");
+    assert_eq!(
+        all.iter().map(|one| one.name.as_str()).collect::<Vec<_>>(),
+        ["threads", "cache"],
+        "the worst first"
+    );
     assert!(all.iter().all(|one| one.set_by_hand && one.age_ms.is_none()));
 }
 
@@ -112,7 +121,9 @@ async fn a_check_that_hangs_panics_or_flaps_is_seen_and_stops_nobody() {
         std::future::pending()
     });
     registry.check(component("hangs").critical(), every_second(), hangs).unwrap();
-    registry.check(component("panics"), every_second(), Check::new(|| async { panic!("at the disco") })).unwrap();
+    registry
+        .check(component("panics"), every_second(), Check::new(|| async { panic!("at the disco") }))
+        .unwrap();
     let flips = Arc::new(AtomicU64::new(0));
     let flaps = Check::new(move || {
         let even = flips.fetch_add(1, Ordering::SeqCst) % 2 == 0;
@@ -156,7 +167,11 @@ async fn a_thread_that_hangs_is_not_joined_by_others() {
         let _ = hold.lock().unwrap().recv();
         CheckResult::healthy()
     });
-    let often = Schedule { interval: Duration::from_millis(20), timeout: Duration::from_millis(10), ..every_second() };
+    let often = Schedule {
+        interval: Duration::from_millis(20),
+        timeout: Duration::from_millis(10),
+        ..every_second()
+    };
     registry.check(component("disk"), often, check).unwrap();
     let disk = loop {
         let disk = report(&registry, "disk").await.components.remove(0);
@@ -324,20 +339,29 @@ async fn a_drain_tells_every_watcher_and_ends_it() {
 async fn what_is_wrong_with_a_request_is_said_by_name() {
     let registry = registry();
     let mut client = client(&registry);
-    let watch = |heartbeat_ms, from: &str| WatchHealthRequest { heartbeat_ms, from: from.into(), ..Default::default() };
+    let watch = |heartbeat_ms, from: &str| WatchHealthRequest {
+        heartbeat_ms,
+        from: from.into(),
+        ..Default::default()
+    };
     for (request, reason, field) in [
         (watch(99, ""), Reason::InvalidField, "heartbeat_ms"),
         (watch(60_001, ""), Reason::InvalidField, "heartbeat_ms"),
         (watch(100, ".x"), Reason::InvalidId, "from"),
         (watch(100, "a/b"), Reason::InvalidId, "from"),
-        (WatchHealthRequest { service: "x".repeat(1025), ..Default::default() }, Reason::InvalidField, "service"),
+        (
+            WatchHealthRequest { service: "x".repeat(1025), ..Default::default() },
+            Reason::InvalidField,
+            "service",
+        ),
     ] {
         let error = Error::from(&client.watch_health(request).await.unwrap_err());
         assert!(error.is(reason), "{error:?}");
         assert_eq!(error.violations()[0].field, field);
     }
     for service in ["nobody", "", "readiness"] {
-        let request = HealthCheckRequest { service: service.into(), from: "n 2".into(), ..Default::default() };
+        let request =
+            HealthCheckRequest { service: service.into(), from: "n 2".into(), ..Default::default() };
         let error = Error::from(&client.health_check(request).await.unwrap_err());
         assert!(error.is(Reason::InvalidId), "{error:?}");
     }
@@ -389,7 +413,9 @@ async fn watches_are_bounded_for_the_node_and_for_each_connection() {
     let refused = open(3).await.unwrap_err();
     assert!(refused.message().contains("3 watches are open at this node"), "{refused}");
     let mut standard = standard(&registry);
-    let refused = Error::from(&standard.watch(proto_health::grpc_health_v1::HealthCheckRequest::default()).await.unwrap_err());
+    let refused = Error::from(
+        &standard.watch(proto_health::grpc_health_v1::HealthCheckRequest::default()).await.unwrap_err(),
+    );
     assert!(refused.is(Reason::TooManyWatchers), "one limit for both protocols");
     drop(first);
     open(1).await.unwrap();
@@ -410,7 +436,10 @@ impl Authorizer for OnlyPeers {
 async fn an_authorizer_decides_per_call() {
     let registry = HealthRegistry::builder(identity()).authorizer(OnlyPeers).build();
     let refused = Error::from(&check(&registry, "").await.unwrap_err());
-    assert!(refused.is(Reason::PermissionDenied) && refused.message() == "HealthCheck is for peers", "{refused:?}");
+    assert!(
+        refused.is(Reason::PermissionDenied) && refused.message() == "HealthCheck is for peers",
+        "{refused:?}"
+    );
     let request = HealthCheckRequest { from: "peer-1".into(), ..Default::default() };
     client(&registry).health_check(request).await.unwrap();
     let peer = "peer-1".parse().unwrap();

@@ -11,8 +11,8 @@ use proto_common::error::Error;
 use proto_common::v1::SlotRange;
 use proto_health::server::{Facts, FactsFuture, HealthRegistry, NodeFacts, Sections};
 use proto_health::v1::{
-    ActiveTask, GetNodeStatusRequest, GetNodeStatusResponse, HealthCheckRequest, NodeStatus, NodeStatusSection,
-    PeerStatus, RemovalBlocker, RemovalBlockerKind, ShardStatus, SlotOwner,
+    ActiveTask, GetNodeStatusRequest, GetNodeStatusResponse, HealthCheckRequest, NodeStatus,
+    NodeStatusSection, PeerStatus, RemovalBlocker, RemovalBlockerKind, ShardStatus, SlotOwner,
 };
 use proto_health::{Reason, limits::Limits};
 use support::*;
@@ -37,7 +37,10 @@ fn node_that(says: Says) -> HealthRegistry {
     HealthRegistry::builder(identity()).facts(Node(Mutex::new(says))).build()
 }
 
-async fn ask(registry: &HealthRegistry, request: GetNodeStatusRequest) -> Result<GetNodeStatusResponse, Error> {
+async fn ask(
+    registry: &HealthRegistry,
+    request: GetNodeStatusRequest,
+) -> Result<GetNodeStatusResponse, Error> {
     let answer = client(registry).get_node_status(request).await;
     answer.map(tonic::Response::into_inner).map_err(|status| Error::from(&status))
 }
@@ -78,7 +81,8 @@ async fn safe_to_remove_exactly_when_nothing_is_owned_and_nothing_moves() {
         let blocked = status(&node(facts)).await;
         assert_eq!(kinds(&blocked), [kind]);
     }
-    let many = Facts { slots_owned: 5, transfers: (0..100).map(|n| task(&format!("t{n}"))).collect(), ..idle };
+    let many =
+        Facts { slots_owned: 5, transfers: (0..100).map(|n| task(&format!("t{n}"))).collect(), ..idle };
     let blocked = status(&node(many)).await;
     assert_eq!((blocked.removal_blockers.len(), blocked.removal_blockers_omitted), (64, 37));
     assert_eq!(blocked.removal_blockers[0].count, 5);
@@ -182,7 +186,9 @@ async fn a_page_stays_below_its_size() {
     let mut facts = full();
     // 16000 bytes of slots each, as large as the protocol lets a shard be.
     let slots = vec![SlotRange { start: 16_383, end: 16_384 }; 128];
-    facts.shards = (0..2000).map(|n| ShardStatus { shard_id: format!("s{n}"), slots: slots.clone(), ..Default::default() }).collect();
+    facts.shards = (0..2000)
+        .map(|n| ShardStatus { shard_id: format!("s{n}"), slots: slots.clone(), ..Default::default() })
+        .collect();
     let registry = node(facts);
     let (mut shards, mut page_token) = (0, String::new());
     while shards < 2000 {

@@ -91,6 +91,13 @@ pub mod node {
 }
 
 /// The examples of the README, compiled.
-#[cfg(all(doctest, feature = "snapshot", feature = "client", feature = "server", feature = "transport"))]
+#[cfg(all(
+    doctest,
+    feature = "snapshot",
+    feature = "health",
+    feature = "client",
+    feature = "server",
+    feature = "transport"
+))]
 #[doc = include_str!("../../README.md")]
 struct ReadmeExamples;

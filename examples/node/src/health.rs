@@ -15,10 +15,10 @@ mod peers;
 use std::sync::Arc;
 
 use anyhow::Context as _;
-use proto::health::server::machine::{Disk, Machine};
-use proto::health::server::checks::SyncedWrite;
-use proto::health::{HealthRegistry, PeerMonitor};
 use proto::health::client::MonitorOptions;
+use proto::health::server::checks::SyncedWrite;
+use proto::health::server::machine::{Disk, Machine};
+use proto::health::{HealthRegistry, PeerMonitor};
 use proto::snapshot::transfers::Transfers;
 use tokio_util::sync::CancellationToken;
 

@@ -15,8 +15,8 @@ use proto::health::grpc_health_v1::health_client::HealthClient;
 use proto::health::grpc_health_v1::{HealthCheckRequest as StandardRequest, HealthListRequest};
 use proto::node::health_service_client::HealthServiceClient;
 use proto::node::{
-    Direction, GetNodeStatusRequest, HealthCheckRequest, HealthStatus, NodeState, NodeStatus, PeerState, Priority,
-    RemovalBlockerKind, TaskKind, WatchHealthRequest,
+    Direction, GetNodeStatusRequest, HealthCheckRequest, HealthStatus, NodeState, NodeStatus, PeerState,
+    Priority, RemovalBlockerKind, TaskKind, WatchHealthRequest,
 };
 use proto::snapshot::sender::{SenderOptions, SnapshotToSend};
 use proto::snapshot::spec::SnapshotPoint;
@@ -61,7 +61,11 @@ async fn split(from: &NodeProcess, to: &NodeProcess, slot: u16, rate: u64) -> St
 async fn split_phase(node: &NodeProcess) -> String {
     let reply = client(node).await.call(&["SPLIT", "LIST"]).await.unwrap();
     let redis_protocol::resp2::types::BytesFrame::Array(splits) = reply else { panic!("{reply:?}") };
-    splits.first().and_then(|split| node::demo::client::field(split, "phase")).map(support::show).unwrap_or_default()
+    splits
+        .first()
+        .and_then(|split| node::demo::client::field(split, "phase"))
+        .map(support::show)
+        .unwrap_or_default()
 }
 
 #[tokio::test]
@@ -126,7 +130,10 @@ async fn the_status_is_what_clients_see() {
     })
     .await;
     let peer = status(&n1).await.peers.remove(0);
-    assert_eq!((peer.node_id.as_str(), peer.node_state(), peer.self_doubt), ("n2", NodeState::Running, false));
+    assert_eq!(
+        (peer.node_id.as_str(), peer.node_state(), peer.self_doubt),
+        ("n2", NodeState::Running, false)
+    );
 }
 
 #[tokio::test]
@@ -136,7 +143,8 @@ async fn both_protocols_tell_of_every_component() {
     let mut health = HealthServiceClient::new(channel(&n1).await);
     let mut components = Vec::new();
     until("each check has a result", async || {
-        let report = health.health_check(HealthCheckRequest::default()).await.unwrap().into_inner().health.unwrap();
+        let report =
+            health.health_check(HealthCheckRequest::default()).await.unwrap().into_inner().health.unwrap();
         components = report.components;
         components.iter().all(|one| one.checked_unix_ms.is_some())
     })
@@ -149,7 +157,11 @@ async fn both_protocols_tell_of_every_component() {
     assert!(latency.value > 0.0 && latency.unit == "ms", "{disk:?}");
     let live = HealthCheckRequest { service: "liveness".into(), ..Default::default() };
     let live = health.health_check(live).await.unwrap().into_inner().health.unwrap();
-    assert_eq!((live.status(), live.components.len()), (HealthStatus::Healthy, 0), "nothing that a restart does not cure");
+    assert_eq!(
+        (live.status(), live.components.len()),
+        (HealthStatus::Healthy, 0),
+        "nothing that a restart does not cure"
+    );
 
     let mut standard = HealthClient::new(channel(&n1).await);
     let list = standard.list(HealthListRequest {}).await.unwrap().into_inner().statuses;
@@ -206,7 +218,9 @@ async fn sigterm_tells_watchers_first_and_leaves_a_transfer_that_can_be_resumed(
     for _ in 0..20 {
         let request = WatchHealthRequest { heartbeat_ms: 500, ..Default::default() };
         let channel = channel(&n2).await;
-        ours.push(HealthServiceClient::new(channel.clone()).watch_health(request).await.unwrap().into_inner());
+        ours.push(
+            HealthServiceClient::new(channel.clone()).watch_health(request).await.unwrap().into_inner(),
+        );
         let request = StandardRequest::default();
         standard.push(HealthClient::new(channel).watch(request).await.unwrap().into_inner());
     }
@@ -241,7 +255,11 @@ async fn sigterm_tells_watchers_first_and_leaves_a_transfer_that_can_be_resumed(
     });
     let (sent, refusal) = sending.await.unwrap();
     let ready = probe.check(StandardRequest { service: "readiness".into() }).await.unwrap().into_inner();
-    assert_eq!(ready.status(), ServingStatus::NotServing, "when something is refused, readiness is withdrawn");
+    assert_eq!(
+        ready.status(),
+        ServingStatus::NotServing,
+        "when something is refused, readiness is withdrawn"
+    );
     let live = probe.check(StandardRequest { service: "liveness".into() }).await.unwrap().into_inner();
     assert_eq!(live.status(), ServingStatus::Serving);
     assert!(sent > 0 && refusal.reason() == "SHUTTING_DOWN" && refusal.is_retryable(), "{sent} {refusal:?}");

@@ -27,7 +27,9 @@ pub(crate) async fn run(command: Health, output: &mut Output) -> Result<(), Fail
     })
     .await;
     // The same for every node, and no state of health: it is the question that is wrong.
-    if let Some(error) = answers.iter().find_map(|one| one.answer.as_ref().err().filter(|error| is_wrong(error))) {
+    if let Some(error) =
+        answers.iter().find_map(|one| one.answer.as_ref().err().filter(|error| is_wrong(error)))
+    {
         let help = "name liveness, readiness, startup, or one of the components that `nodectl health ADDR --json` lists";
         return Err(Failure::from(error.clone()).help(Some(help.to_owned())));
     }

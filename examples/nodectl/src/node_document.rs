@@ -186,7 +186,11 @@ fn slots(range: Option<node::SlotRange>) -> Option<String> {
 }
 
 impl NodeHealthDocument {
-    fn answered(address: &str, origin: Option<node::ReplyOrigin>, health: Option<node::HealthReport>) -> Self {
+    fn answered(
+        address: &str,
+        origin: Option<node::ReplyOrigin>,
+        health: Option<node::HealthReport>,
+    ) -> Self {
         let origin = origin.unwrap_or_default();
         let state = state_word(origin.state);
         let identity = origin.identity.unwrap_or_default();
@@ -291,7 +295,11 @@ impl StatusDocument {
             removal_blockers: status
                 .removal_blockers
                 .into_iter()
-                .map(|one| BlockerDocument { kind: kind(one.kind), subject: one.subject, message: one.message })
+                .map(|one| BlockerDocument {
+                    kind: kind(one.kind),
+                    subject: one.subject,
+                    message: one.message,
+                })
                 .collect(),
             cpu_percent: machine.cpu_percent,
             process_cpu_percent: machine.process_cpu_percent,
@@ -360,7 +368,11 @@ impl StatusDocument {
 
 impl From<node::ActiveTask> for TaskDocument {
     fn from(task: node::ActiveTask) -> Self {
-        let kind = word(node::TaskKind::try_from(task.kind).ok().map(|one| one.as_str_name()), "TASK_KIND_", task.kind);
+        let kind = word(
+            node::TaskKind::try_from(task.kind).ok().map(|one| one.as_str_name()),
+            "TASK_KIND_",
+            task.kind,
+        );
         let progress = task.progress.unwrap_or_default();
         Self {
             kind,

@@ -6,8 +6,8 @@ use std::time::Duration;
 use proto::common::error::Error;
 use proto::common::text::printable;
 use proto::node::{
-    ActiveTask, Direction, DiskStatus, GetNodeStatusResponse, HealthCheckResponse, HealthReport, NodeState, NodeStatus,
-    Progress,
+    ActiveTask, Direction, DiskStatus, GetNodeStatusResponse, HealthCheckResponse, HealthReport, NodeState,
+    NodeStatus, Progress,
 };
 
 use crate::grid::{self, NONE};
@@ -191,7 +191,9 @@ fn status_reasons(one: &Answered<GetNodeStatusResponse>) -> Vec<String> {
         ));
     }
     let stuck = status.transfers.iter().chain(&status.migrations).filter(|task| task.needs_operator);
-    reasons.extend(stuck.map(|task| format!("{} is {} and waits for an operator", safe(&task.id), safe(&task.phase))));
+    reasons.extend(
+        stuck.map(|task| format!("{} is {} and waits for an operator", safe(&task.id), safe(&task.phase))),
+    );
     if status.safe_to_remove {
         reasons.push("owns no slot and nothing moves: safe to remove".to_owned());
     }
@@ -254,13 +256,15 @@ mod tests {
             health: Some(HealthReport { status: 3, message: "disk: slow".into(), ..Default::default() }),
             ..Default::default()
         };
-        let answer = GetNodeStatusResponse { origin: Some(origin), status: Some(status), ..Default::default() };
+        let answer =
+            GetNodeStatusResponse { origin: Some(origin), status: Some(status), ..Default::default() };
         Answered { address: "127.0.0.1:7101".into(), answer: Ok(answer) }
     }
 
     #[test]
     fn a_full_row_fits_80_columns() {
-        let error = Error::new(CommonReason::Unavailable, "cannot connect to 127.0.0.1:17102: Connection refused");
+        let error =
+            Error::new(CommonReason::Unavailable, "cannot connect to 127.0.0.1:17102: Connection refused");
         let away = Answered { address: "127.0.0.1:17102".into(), answer: Err(error) };
         let text = status(&[answer("node-1"), away], 80);
         let lines: Vec<&str> = text.lines().collect();
@@ -285,7 +289,10 @@ mod tests {
 
     #[test]
     fn short_numbers() {
-        assert_eq!([0, 999, 1000, 1_250, 9_999, 10_000, 123_456_789].map(short_count), ["0", "999", "1.0k", "1.2k", "9.9k", "10k", "123M"]);
+        assert_eq!(
+            [0, 999, 1000, 1_250, 9_999, 10_000, 123_456_789].map(short_count),
+            ["0", "999", "1.0k", "1.2k", "9.9k", "10k", "123M"]
+        );
         assert_eq!(short_bytes(u64::MAX), "15E");
         assert_eq!(short_bytes(80 << 20), "80M");
     }

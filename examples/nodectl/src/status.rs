@@ -75,7 +75,8 @@ async fn ask(address: Address, timeout: std::time::Duration) -> Result<GetNodeSt
 
 fn show(answers: &[Answered<GetNodeStatusResponse>], output: &mut Output) {
     if output.json() {
-        output.document(&StatusListDocument { nodes: answers.iter().map(NodeStatusDocument::from).collect() });
+        output
+            .document(&StatusListDocument { nodes: answers.iter().map(NodeStatusDocument::from).collect() });
     } else if output.terminal() {
         let (_, width) = console::Term::stdout().size();
         output.text(&node_table::status(answers, width));

@@ -28,7 +28,8 @@ impl NodeFacts for Busy {
             progress: Some(progress),
             needs_operator: true,
         };
-        let facts = Facts { slots_owned: 10, keys: Some(1234), migrations: vec![migration], ..Facts::default() };
+        let facts =
+            Facts { slots_owned: 10, keys: Some(1234), migrations: vec![migration], ..Facts::default() };
         Box::pin(std::future::ready(facts))
     }
 }
@@ -50,7 +51,8 @@ struct Node {
 async fn start(id: &str, facts: impl NodeFacts) -> Node {
     let identity = NodeIdentity { node_id: id.into(), incarnation: 1, ..Default::default() };
     let health = HealthRegistry::builder(identity).facts(facts).build();
-    let disk = health.add(Component::new("disk".parse().unwrap()).critical(), HealthStatus::Healthy, "").unwrap();
+    let disk =
+        health.add(Component::new("disk".parse().unwrap()).critical(), HealthStatus::Healthy, "").unwrap();
     health.set_running();
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -73,9 +75,11 @@ async fn health_is_0_only_if_all_are_healthy() {
     assert_eq!(json.documents().len(), 1);
     assert_eq!(json.last()["healthy"], true);
 
-    for (status, word) in
-        [(HealthStatus::Degraded, "degraded"), (HealthStatus::Unhealthy, "unhealthy"), (HealthStatus::Undecided, "degraded")]
-    {
+    for (status, word) in [
+        (HealthStatus::Degraded, "degraded"),
+        (HealthStatus::Unhealthy, "unhealthy"),
+        (HealthStatus::Undecided, "degraded"),
+    ] {
         n2.disk.set(status, "a write took 900 ms");
         let ill = nodectl(&both).await;
         assert_eq!(ill.code, Some(1), "{ill:?}");
@@ -94,7 +98,10 @@ async fn health_is_0_only_if_all_are_healthy() {
     assert_eq!(nodectl(&format!("health {} --service disk", n1.address)).await.code, Some(0));
     let wrong = nodectl(&format!("{both} --service dics")).await;
     assert_eq!(wrong.code, Some(1));
-    assert!(wrong.stderr.contains("UNKNOWN_SERVICE") && wrong.stderr.contains("help: name liveness"), "{wrong:?}");
+    assert!(
+        wrong.stderr.contains("UNKNOWN_SERVICE") && wrong.stderr.contains("help: name liveness"),
+        "{wrong:?}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -131,8 +138,14 @@ async fn status_says_what_a_node_has_and_does() {
     let status = nodectl(&format!("status {} {}", busy.address, idle.address)).await;
     status.assert_plain();
     let rows: Vec<Vec<&str>> = status.stdout.lines().map(|line| line.split('\t').collect()).collect();
-    assert_eq!(rows[0], ["NODE", "STATE", "UP", "SLOTS", "KEYS", "DISK", "CPU", "MEM", "MOVING", "HEALTH", "WHY"]);
-    assert_eq!([rows[1][0], rows[1][3], rows[1][4], rows[1][8], rows[1][9]], ["busy", "10", "1.2k", "0/1", "degraded"]);
+    assert_eq!(
+        rows[0],
+        ["NODE", "STATE", "UP", "SLOTS", "KEYS", "DISK", "CPU", "MEM", "MOVING", "HEALTH", "WHY"]
+    );
+    assert_eq!(
+        [rows[1][0], rows[1][3], rows[1][4], rows[1][8], rows[1][9]],
+        ["busy", "10", "1.2k", "0/1", "degraded"]
+    );
     assert_eq!(rows[1][10], "disk: slow; m1 is CATCHING_UP and waits for an operator");
     assert!(rows[2][10].contains("safe to remove"), "{rows:?}");
 
@@ -175,7 +188,13 @@ const TEXT: &str = "x\x1b[2J\u{9b}31m\u{202e}y\r\n\tz";
 
 impl NodeFacts for Liar {
     fn facts(&self, _: Sections) -> FactsFuture<'_> {
-        let task = ActiveTask { id: TEXT.into(), phase: TEXT.into(), kind: 99, needs_operator: true, ..Default::default() };
+        let task = ActiveTask {
+            id: TEXT.into(),
+            phase: TEXT.into(),
+            kind: 99,
+            needs_operator: true,
+            ..Default::default()
+        };
         let blocker = RemovalBlocker { kind: 99, message: TEXT.into(), ..Default::default() };
         Box::pin(std::future::ready(Facts {
             node_address: TEXT.into(),

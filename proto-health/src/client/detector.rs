@@ -167,7 +167,9 @@ mod tests {
     fn phi_is_the_tail_of_the_normal_distribution() {
         let (detector, last) = regular(50);
         // The floor: a deviation of 125 ms.
-        for (deviations, probability) in [(0.0, 0.5), (1.0, 0.158_655), (2.0, 0.022_750), (3.0, 0.001_350), (4.0, 3.167e-5)] {
+        for (deviations, probability) in
+            [(0.0, 0.5), (1.0, 0.158_655), (2.0, 0.022_750), (3.0, 0.001_350), (4.0, 3.167e-5)]
+        {
             let at = last + Duration::from_secs_f64(0.5 + 0.125 * deviations);
             let (phi, exact) = (detector.phi(at).unwrap(), -f64::log10(probability));
             assert!((phi - exact).abs() < 0.06 * exact.max(0.1), "{deviations}: {phi} for {exact}");

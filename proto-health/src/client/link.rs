@@ -13,7 +13,8 @@ use crate::client::options::Heartbeats;
 use crate::client::peer::{Answer, Opinion};
 use crate::v1::health_service_client::HealthServiceClient;
 use crate::v1::{
-    GetNodeStatusRequest, HealthCheckRequest, NodeStatusSection, PeerState, WatchHealthRequest, WatchHealthResponse,
+    GetNodeStatusRequest, HealthCheckRequest, NodeStatusSection, PeerState, WatchHealthRequest,
+    WatchHealthResponse,
 };
 
 /// Pages of a peer's list of peers that are read; more would be more than anybody watches.
@@ -149,7 +150,10 @@ async fn poll<T: GrpcChannel>(
                 let answer = answer.into_inner();
                 let round_trip = Some(asked.elapsed());
                 let (origin, health) = (answer.origin, answer.health);
-                shared.answered(address, Answer { origin, health, heartbeat: true, last_frame: false, round_trip });
+                shared.answered(
+                    address,
+                    Answer { origin, health, heartbeat: true, last_frame: false, round_trip },
+                );
             }
             Ok(Err(status)) => return Error::from(&status),
             Err(_) => return late("no answer", options.stall()),

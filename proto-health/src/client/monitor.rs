@@ -106,7 +106,8 @@ impl Reach {
     pub fn is_one_way(&self) -> bool {
         let gone = |state| matches!(state, PeerState::Suspect | PeerState::Dead);
         self.opinion.is_some_and(|opinion| {
-            self.state == PeerState::Alive && gone(opinion.state) || gone(self.state) && opinion.state == PeerState::Alive
+            self.state == PeerState::Alive && gone(opinion.state)
+                || gone(self.state) && opinion.state == PeerState::Alive
         })
     }
 }
@@ -203,12 +204,8 @@ impl PeerMonitor {
                 }
             }
         });
-        let links = Links {
-            running: Mutex::default(),
-            tasks,
-            _stop_on_drop: stop.clone().drop_guard(),
-            stop,
-        };
+        let links =
+            Links { running: Mutex::default(), tasks, _stop_on_drop: stop.clone().drop_guard(), stop };
         Self { shared, links: Arc::new(links) }
     }
 
@@ -222,7 +219,12 @@ impl PeerMonitor {
     /// # Errors
     ///
     /// See [`MonitorError`]; nothing was added.
-    pub fn add(&self, address: &str, expected: Option<NodeId>, connect: impl Connect) -> Result<(), MonitorError> {
+    pub fn add(
+        &self,
+        address: &str,
+        expected: Option<NodeId>,
+        connect: impl Connect,
+    ) -> Result<(), MonitorError> {
         if self.links.stop.is_cancelled() {
             return Err(MonitorError::Stopped);
         }
@@ -293,5 +295,101 @@ impl PeerMonitor {
         self.links.stop.cancel();
         self.links.tasks.close();
         self.links.tasks.wait().await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proto_common::connect::connect_fn;
+    use proto_common::error::{CommonReason, Error};
+    use tonic::body::Body;
+
+    use super::*;
+
+    /// A network on which nobody answers.
+    #[derive(Debug, Clone)]
+    struct Nobody;
+
+    impl tonic::client::GrpcService<Body> for Nobody {
+        type ResponseBody = Body;
+        type Error = std::convert::Infallible;
+        type Future = std::future::Pending<Result<tonic::codegen::http::Response<Body>, Self::Error>>;
+
+        fn poll_ready(&mut self, _: &mut std::task::Context<'_>) -> std::task::Poll<Result<(), Self::Error>> {
+            std::task::Poll::Ready(Ok(()))
+        }
+
+        fn call(&mut self, _: tonic::codegen::http::Request<Body>) -> Self::Future {
+            std::future::pending()
+        }
+    }
+
+    fn nobody() -> impl Connect {
+        connect_fn(|| async { Err::<Nobody, _>(Error::new(CommonReason::Unavailable, "no route")) })
+    }
+
+    fn monitor(peers: usize, events: usize) -> PeerMonitor {
+        let options = MonitorOptions { peers, events, ..MonitorOptions::default() };
+        PeerMonitor::start(NodeId::new("n1").unwrap(), options)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn peers_are_bounded_and_each_is_watched_once() {
+        let monitor = monitor(2, 16);
+        monitor.add("a", None, nobody()).unwrap();
+        assert_eq!(monitor.add("a", None, nobody()), Err(MonitorError::Exists("a".into())));
+        monitor.add("b", None, nobody()).unwrap();
+        assert_eq!(monitor.add("c", None, nobody()), Err(MonitorError::TooMany(2)));
+        assert!(monitor.remove("a"));
+        monitor.add("c", None, nobody()).unwrap();
+        monitor.stop().await;
+        assert_eq!(monitor.add("d", None, nobody()), Err(MonitorError::Stopped));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_reader_that_is_behind_is_told_what_it_missed() {
+        let monitor = monitor(100, 4);
+        let mut events = monitor.events();
+        for n in 0..10 {
+            monitor.add(&n.to_string(), None, nobody()).unwrap();
+            monitor.remove(&n.to_string());
+        }
+        assert_eq!(events.next().await, Some(Told::Missed(6)));
+        let Some(Told::Event(event)) = events.next().await else { panic!() };
+        assert_eq!((event.address.as_str(), event.change), ("6", crate::client::PeerChange::Removed));
+    }
+
+    /// Why nobody answers stands in the reason; the times are those of the clock.
+    #[tokio::test(start_paused = true)]
+    async fn a_peer_that_never_answers_is_dead_by_the_clock() {
+        let monitor = monitor(100, 16);
+        let mut events = monitor.events();
+        monitor.add("a", Some(NodeId::new("n2").unwrap()), nobody()).unwrap();
+        let began = tokio::time::Instant::now();
+        let mut states = Vec::new();
+        while states.len() < 2 {
+            let Some(Told::Event(event)) = events.next().await else { panic!() };
+            assert!(event.reason.contains("no route"), "{event:?}");
+            states.push((event.change, began.elapsed().as_secs()));
+        }
+        let change = |from, to| crate::client::PeerChange::State { from, to };
+        assert_eq!(
+            states,
+            [
+                (change(PeerState::WarmingUp, PeerState::Suspect), 5),
+                (change(PeerState::Suspect, PeerState::Dead), 10)
+            ]
+        );
+    }
+
+    /// All tasks end with the last clone.
+    #[tokio::test(start_paused = true)]
+    async fn nothing_outlives_the_monitor() {
+        let monitor = monitor(100, 16);
+        monitor.add("a", None, nobody()).unwrap();
+        let tasks = monitor.links.tasks.clone();
+        drop(monitor);
+        tasks.close();
+        tokio::time::timeout(std::time::Duration::from_secs(60), tasks.wait()).await.unwrap();
     }
 }

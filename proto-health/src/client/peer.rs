@@ -101,7 +101,13 @@ pub(crate) struct Peer {
 }
 
 impl Peer {
-    pub(crate) fn new(address: String, expected: Option<NodeId>, options: &MonitorOptions, now: Duration, unix_ms: u64) -> Self {
+    pub(crate) fn new(
+        address: String,
+        expected: Option<NodeId>,
+        options: &MonitorOptions,
+        now: Duration,
+        unix_ms: u64,
+    ) -> Self {
         Self {
             address,
             expected,
@@ -139,7 +145,14 @@ impl Peer {
         }
     }
 
-    fn enter(&mut self, state: PeerState, why: String, now: Duration, unix_ms: u64, events: &mut Vec<PeerEvent>) {
+    fn enter(
+        &mut self,
+        state: PeerState,
+        why: String,
+        now: Duration,
+        unix_ms: u64,
+        events: &mut Vec<PeerEvent>,
+    ) {
         self.message = why;
         if state == self.state {
             return;
@@ -217,7 +230,13 @@ impl Peer {
         }
     }
 
-    fn restarted(&mut self, identity: &NodeIdentity, now: Duration, unix_ms: u64, events: &mut Vec<PeerEvent>) {
+    fn restarted(
+        &mut self,
+        identity: &NodeIdentity,
+        now: Duration,
+        unix_ms: u64,
+        events: &mut Vec<PeerEvent>,
+    ) {
         let Some(known) = self.identity.take() else { return };
         let new_store = known.store_id != identity.store_id;
         self.detector.reset();

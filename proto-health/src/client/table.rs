@@ -45,7 +45,13 @@ impl Table {
         Some(PeerEvent { reason: "it is no longer watched".to_owned(), ..event })
     }
 
-    pub(crate) fn answered(&mut self, address: &str, answer: Answer, now: Duration, unix_ms: u64) -> Vec<PeerEvent> {
+    pub(crate) fn answered(
+        &mut self,
+        address: &str,
+        answer: Answer,
+        now: Duration,
+        unix_ms: u64,
+    ) -> Vec<PeerEvent> {
         let mut events = Vec::new();
         if let Some(peer) = self.peers.get_mut(address) {
             peer.answered(answer, &self.options, now, unix_ms, &mut events);
@@ -84,7 +90,8 @@ impl Table {
         self.looked = Some(now);
 
         // Those who said goodbye and those whose death is settled say nothing about this node.
-        let judged = || self.peers.values().filter(|peer| !matches!(peer.state, PeerState::Left | PeerState::Dead));
+        let judged =
+            || self.peers.values().filter(|peer| !matches!(peer.state, PeerState::Left | PeerState::Dead));
         let late = judged().filter(|peer| peer.is_late(&self.options, now)).count();
         let all = judged().count();
         self.doubt = all >= LEAST_FOR_DOUBT && late * 2 > all;

@@ -77,7 +77,8 @@ fn a_pause_of_three_seconds_is_a_suspicion_and_no_more() {
     sim.pass(20_000, &["a", "b", "c"]);
     assert_eq!(sim.states("a"), [Alive, Suspect, Alive]);
     assert_eq!(sim.states("b"), [Alive]);
-    let suspect = &sim.events.iter().find(|event| event.address == "a" && event.reason.starts_with("late")).unwrap();
+    let suspect =
+        &sim.events.iter().find(|event| event.address == "a" && event.reason.starts_with("late")).unwrap();
     assert!(suspect.phi.unwrap() >= 8.0, "{suspect:?}");
 }
 
@@ -148,7 +149,8 @@ fn a_restart_is_known_at_once_and_voids_what_was() {
     sim.pass(10_000, &["a", "b", "c"]);
     sim.say("a", 2, NodeState::Starting, false);
     assert_eq!(sim.states("a"), [Alive, WarmingUp]);
-    let restarted = sim.events.iter().find(|event| matches!(event.change, PeerChange::Restarted { .. })).unwrap();
+    let restarted =
+        sim.events.iter().find(|event| matches!(event.change, PeerChange::Restarted { .. })).unwrap();
     assert_eq!(restarted.change, PeerChange::Restarted { from: 1, to: 2, new_store: false });
     // What the process before had sent arrives now; it is not a restart, and no sign of life.
     let before = sim.events.len();

@@ -131,7 +131,9 @@ pub fn free_space(directory: &Path, degraded_at: f64, unhealthy_at: f64) -> Chec
         let shown = directory.display();
         let Space { total, available } = match space(&directory) {
             Ok(space) => space,
-            Err(error) => return CheckResult::undecided(format!("cannot ask for the space of {shown}: {error}")),
+            Err(error) => {
+                return CheckResult::undecided(format!("cannot ask for the space of {shown}: {error}"));
+            }
         };
         #[allow(clippy::cast_precision_loss, reason = "a percentage")]
         let percent = if total == 0 { 0.0 } else { available as f64 / total as f64 * 100.0 };

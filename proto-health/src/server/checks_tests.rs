@@ -60,7 +60,8 @@ async fn a_blocked_runtime_has_lag() {
 #[tokio::test]
 async fn failures_are_counted_within_the_window() {
     let now = unix_ms(SystemTime::now());
-    let count = move |since: u64| [now, now - 5000, now - 90_000].iter().filter(|at| **at >= since).count() as u64;
+    let count =
+        move |since: u64| [now, now - 5000, now - 90_000].iter().filter(|at| **at >= since).count() as u64;
     let result = run(&recent_failures("transfers", Duration::from_secs(60), 2, count)).await;
     assert_eq!(result.status, HealthStatus::Degraded);
     assert_eq!(result.message, "2 transfers failed in the last 1 min");

@@ -157,7 +157,15 @@ pub(crate) struct Cell {
 impl Cell {
     /// A component that the node sets itself.
     pub(crate) fn by_hand(component: Component, status: HealthStatus, message: String) -> Self {
-        Self { component, status, message, since_unix_ms: now_unix_ms(), stale: false, check: None, _stop: None }
+        Self {
+            component,
+            status,
+            message,
+            since_unix_ms: now_unix_ms(),
+            stale: false,
+            check: None,
+            _stop: None,
+        }
     }
 
     /// A component with a check, of which there is no result yet.
@@ -194,8 +202,11 @@ impl Cell {
             check.last_success_unix_ms = Some(unix_ms);
         } else {
             let mut error: TaskError = error.into();
-            error.message =
-                if error.message.is_empty() { message.clone() } else { printable(&error.message, message_bytes) };
+            error.message = if error.message.is_empty() {
+                message.clone()
+            } else {
+                printable(&error.message, message_bytes)
+            };
             check.last_error = Some(error);
         }
         check.last = Some(Last { at: now, unix_ms, took, status, timed_out, panicked, measurement });
@@ -212,7 +223,10 @@ impl Cell {
         } else if message.is_empty() {
             format!("last result {} ({row} in a row)", status.short_name())
         } else {
-            printable(&format!("last result {} ({row} in a row): {message}", status.short_name()), message_bytes)
+            printable(
+                &format!("last result {} ({row} in a row): {message}", status.short_name()),
+                message_bytes,
+            )
         };
         self.status = decided;
     }

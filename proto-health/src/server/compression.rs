@@ -43,7 +43,8 @@ where
         match encoding.filter(|encoding| *encoding != "identity") {
             None => Either::Left(self.service.call(request)),
             Some(encoding) => {
-                let encoding = proto_common::text::printable(&String::from_utf8_lossy(encoding.as_bytes()), 64);
+                let encoding =
+                    proto_common::text::printable(&String::from_utf8_lossy(encoding.as_bytes()), 64);
                 let message = format!("messages in {encoding} are not taken; send them as they are");
                 let error = Reason::UnsupportedCompression.error(message).metadata("encoding", encoding);
                 Either::Right(ready(Ok(Status::from(error).into_http())))

@@ -102,11 +102,8 @@ impl Life {
         match &mut self.drain {
             Some(drain) => drain.deadline_unix_ms = drain.deadline_unix_ms.min(deadline_unix_ms),
             None => {
-                self.drain = Some(Drain {
-                    step: DrainStep::WaitingForTasks,
-                    started_unix_ms: now,
-                    deadline_unix_ms,
-                });
+                self.drain =
+                    Some(Drain { step: DrainStep::WaitingForTasks, started_unix_ms: now, deadline_unix_ms });
             }
         }
         self.enter(NodeState::Draining, reason);

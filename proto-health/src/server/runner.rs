@@ -60,7 +60,8 @@ async fn attempt(check: &Check, schedule: &Schedule, hanging: &mut Option<Run>) 
     match tokio::time::timeout(schedule.timeout, &mut run.handle).await {
         Ok(Ok(result)) => Outcome { result, took: run.began.elapsed(), timed_out: false, panicked: false },
         Ok(Err(error)) => {
-            let what = if error.is_panic() { panic_text(error.into_panic()) } else { "it was cancelled".to_owned() };
+            let what =
+                if error.is_panic() { panic_text(error.into_panic()) } else { "it was cancelled".to_owned() };
             let message = format!("the check panicked: {what}");
             let error = Error::with_code(Code::Internal, "CHECK_PANICKED", message.clone());
             let result = CheckResult::unhealthy(message).because(error);

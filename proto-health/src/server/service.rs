@@ -53,7 +53,12 @@ impl NodeHealth {
     }
 
     /// Who calls, if it may.
-    fn admit(&self, method: &'static str, from: &str, extensions: &http::Extensions) -> Result<Option<NodeId>, Error> {
+    fn admit(
+        &self,
+        method: &'static str,
+        from: &str,
+        extensions: &http::Extensions,
+    ) -> Result<Option<NodeId>, Error> {
         let from = match from {
             "" => None,
             id => Some(NodeId::new(id).map_err(|error| error.at("from"))?),
@@ -209,7 +214,8 @@ impl HealthService for NodeHealth {
         let (_, extensions, request) = request.into_parts();
         let GetNodeStatusRequest { sections, page_size, page_token, from } = request;
         let sections = Sections::from_wire(&sections).map_err(|(at, value)| {
-            Reason::InvalidField.field(&format!("sections[{at}]"), format!("{value} is no section of this version"))
+            Reason::InvalidField
+                .field(&format!("sections[{at}]"), format!("{value} is no section of this version"))
         })?;
         let position = Position::parse(&page_token, sections, &self.inner)?;
         self.admit("GetNodeStatus", &from, &extensions)?;
@@ -247,7 +253,9 @@ impl NodeHealth {
         let limit = self.inner.limits.facts_timeout;
         match tokio::time::timeout(limit, asking).await {
             Ok(Ok(facts)) => facts,
-            Ok(Err(_)) => facts::unknown("the node failed to say what it has, which is a defect; see its log"),
+            Ok(Err(_)) => {
+                facts::unknown("the node failed to say what it has, which is a defect; see its log")
+            }
             Err(_) => {
                 abort.abort();
                 facts::unknown(&format!("the node did not say within {} ms what it has", millis(limit)))

@@ -9,9 +9,7 @@ use tonic::{Request, Response, Status};
 
 use crate::grpc_health_v1::health_check_response::ServingStatus;
 use crate::grpc_health_v1::health_server::{Health, HealthServer};
-use crate::grpc_health_v1::{
-    HealthCheckRequest, HealthCheckResponse, HealthListRequest, HealthListResponse,
-};
+use crate::grpc_health_v1::{HealthCheckRequest, HealthCheckResponse, HealthListRequest, HealthListResponse};
 use crate::limits::{MAX_REQUEST_BYTES, STANDARD_LIST};
 use crate::server::core::Inner;
 use crate::server::service::{MAX_SERVICE_NAME, shutting_down};
@@ -61,17 +59,16 @@ impl Health for StandardHealth {
         }
     }
 
-    async fn list(
-        &self,
-        _: Request<HealthListRequest>,
-    ) -> Result<Response<HealthListResponse>, Status> {
+    async fn list(&self, _: Request<HealthListRequest>) -> Result<Response<HealthListResponse>, Status> {
         let snapshot = self.inner.snapshot();
         let names = snapshot.verdicts.keys().chain(&snapshot.services);
         let statuses: HashMap<String, HealthCheckResponse> =
             names.map(|name| (name.to_string(), answer(watched(&snapshot, name)))).collect();
         if statuses.len() > STANDARD_LIST {
-            let message =
-                format!("there are {} services, a list holds at most {STANDARD_LIST}; ask for each", statuses.len());
+            let message = format!(
+                "there are {} services, a list holds at most {STANDARD_LIST}; ask for each",
+                statuses.len()
+            );
             return Err(Status::resource_exhausted(message));
         }
         Ok(Response::new(HealthListResponse { statuses }))

@@ -81,15 +81,20 @@ pub(crate) fn look(core: &mut Core, before: &Snapshot, now: Instant) -> Snapshot
             since_unix_ms: cell.since_unix_ms(),
         });
     }
-    let started = seen.iter().all(|one| {
-        !one.critical || !one.probes.contains(&HealthProbe::Startup) || one.status.works()
-    });
+    let started = seen
+        .iter()
+        .all(|one| !one.critical || !one.probes.contains(&HealthProbe::Startup) || one.status.works());
     core.life.advance(started);
 
     let state = core.life.state();
     let starting = !core.life.started();
     let mut verdicts = HashMap::with_capacity(seen.len() + 4);
-    let mut put = |name: Arc<str>, status: HealthStatus, message: String, serving, counted: &[&Seen], since: Option<u64>| {
+    let mut put = |name: Arc<str>,
+                   status: HealthStatus,
+                   message: String,
+                   serving,
+                   counted: &[&Seen],
+                   since: Option<u64>| {
         let mut hasher = DefaultHasher::new();
         (i32::from(state), i32::from(status)).hash(&mut hasher);
         for one in counted {
@@ -109,7 +114,8 @@ pub(crate) fn look(core: &mut Core, before: &Snapshot, now: Instant) -> Snapshot
     };
 
     let all: Vec<&Seen> = seen.iter().collect();
-    let of = |probe| all.iter().copied().filter(|one: &&Seen| one.probes.contains(&probe)).collect::<Vec<_>>();
+    let of =
+        |probe| all.iter().copied().filter(|one: &&Seen| one.probes.contains(&probe)).collect::<Vec<_>>();
     let ready = state == NodeState::Running;
 
     let live = of(HealthProbe::Liveness);

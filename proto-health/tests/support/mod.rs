@@ -11,7 +11,8 @@ use proto_health::server::{Component, NodeHealth, RefuseCompressed, StandardHeal
 use proto_health::v1::health_service_client::HealthServiceClient;
 use proto_health::v1::health_service_server::HealthServiceServer;
 use proto_health::v1::{
-    HealthCheckRequest, HealthCheckResponse, HealthReport, HealthStatus, WatchHealthRequest, WatchHealthResponse,
+    HealthCheckRequest, HealthCheckResponse, HealthReport, HealthStatus, WatchHealthRequest,
+    WatchHealthResponse,
 };
 use tonic::{Status, Streaming};
 
@@ -71,7 +72,11 @@ pub(crate) async fn probes(registry: &HealthRegistry) -> [HealthStatus; 4] {
     all
 }
 
-pub(crate) async fn watch(registry: &HealthRegistry, service: &str, heartbeat_ms: u32) -> Streaming<WatchHealthResponse> {
+pub(crate) async fn watch(
+    registry: &HealthRegistry,
+    service: &str,
+    heartbeat_ms: u32,
+) -> Streaming<WatchHealthResponse> {
     let request = WatchHealthRequest { service: service.into(), heartbeat_ms, ..Default::default() };
     client(registry).watch_health(request).await.unwrap().into_inner()
 }
@@ -92,7 +97,10 @@ pub(crate) async fn next_status(watch: &mut Streaming<WatchHealthResponse>) -> H
 }
 
 /// Nothing comes for that long.
-pub(crate) async fn quiet<T: prost::Message + Default + std::fmt::Debug + 'static>(watch: &mut Streaming<T>, time: Duration) {
+pub(crate) async fn quiet<T: prost::Message + Default + std::fmt::Debug + 'static>(
+    watch: &mut Streaming<T>,
+    time: Duration,
+) {
     let next = tokio::time::timeout(time, watch.message()).await;
     assert!(next.is_err(), "{next:?}");
 }

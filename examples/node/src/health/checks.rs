@@ -47,7 +47,9 @@ pub(super) fn add(
             // A transaction without changes: it fails where a write would.
             match tokio::time::timeout(DATABASE_PATIENCE, node.store().adopt(Vec::new())).await {
                 Ok(Ok(_)) => CheckResult::healthy(),
-                Ok(Err(error)) => CheckResult::unhealthy(format!("it takes no writes: {error}; restart the node")),
+                Ok(Err(error)) => {
+                    CheckResult::unhealthy(format!("it takes no writes: {error}; restart the node"))
+                }
                 Err(_) => CheckResult::undecided("it is busy with a long transaction"),
             }
         }

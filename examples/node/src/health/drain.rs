@@ -56,7 +56,12 @@ impl Drain {
         registry.begin_drain(why, grace - reserve);
         draining.cancel();
         guard.close();
-        Self { registry, tasks: health.tasks.clone(), tasks_until: now + (grace - reserve), until: now + grace }
+        Self {
+            registry,
+            tasks: health.tasks.clone(),
+            tasks_until: now + (grace - reserve),
+            until: now + grace,
+        }
     }
 
     /// Waits until nothing runs, or for as long as tasks may; `hurry` cuts that short. Says what still runs.
@@ -118,7 +123,8 @@ impl<H> WhileUp<H> {
 impl<H: InstallHook> InstallHook for WhileUp<H> {
     fn admit<'a>(&'a self, plan: &'a TransferPlan) -> HookFuture<'a, Hold> {
         if self.draining.is_cancelled() {
-            let error: Error = Reason::ShuttingDown.error("the node drains and takes nothing new; try again when it is back");
+            let error: Error = Reason::ShuttingDown
+                .error("the node drains and takes nothing new; try again when it is back");
             return Box::pin(std::future::ready(Err(error)));
         }
         self.hook.admit(plan)

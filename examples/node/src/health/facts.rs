@@ -7,8 +7,8 @@ use proto::common::ids::{NodeId, TransferId};
 use proto::health::PeerMonitor;
 use proto::health::server::{Facts as Told, FactsFuture, NodeFacts, Sections};
 use proto::node::{
-    ActiveTask, Direction, Fence, NodeStatusSection, Progress, RemovalBlocker, ShardRole, ShardStatus, SlotOwner,
-    TaskKind, TransferPhase, TransferProgress,
+    ActiveTask, Direction, Fence, NodeStatusSection, Progress, RemovalBlocker, ShardRole, ShardStatus,
+    SlotOwner, TaskKind, TransferPhase, TransferProgress,
 };
 use proto::snapshot::transfers::Transfers;
 
@@ -84,7 +84,9 @@ impl Tasks {
         let mut page_token = String::new();
         let mut active = Vec::new();
         // Pages, because the registry has a limit for each. A token of its own is never refused.
-        while let Ok(page) = self.transfers.registry().list(|_, transfer| !transfer.is_finished(), 0, &page_token) {
+        while let Ok(page) =
+            self.transfers.registry().list(|_, transfer| !transfer.is_finished(), 0, &page_token)
+        {
             active.extend(page.items.iter().map(transfer_task));
             page_token = page.next_page_token;
             if page_token.is_empty() {
@@ -92,9 +94,12 @@ impl Tasks {
             }
         }
         let splits = self.splits.list();
-        let more = splits.iter().filter(|split| !matches!(split.phase, SplitPhase::Done | SplitPhase::Undone));
-        let more: Vec<ActiveTask> =
-            more.filter(|split| !active.iter().any(|task| is(task, &split.transfer))).map(split_task).collect();
+        let more =
+            splits.iter().filter(|split| !matches!(split.phase, SplitPhase::Done | SplitPhase::Undone));
+        let more: Vec<ActiveTask> = more
+            .filter(|split| !active.iter().any(|task| is(task, &split.transfer)))
+            .map(split_task)
+            .collect();
         active.extend(more);
         active
     }
@@ -193,7 +198,11 @@ impl Facts {
             bytes: None,
             slot_map_revision: revision,
             shards: if sections.contains(NodeStatusSection::Shards) { shards.collect() } else { Vec::new() },
-            slot_owners: if sections.contains(NodeStatusSection::SlotOwners) { owners.collect() } else { Vec::new() },
+            slot_owners: if sections.contains(NodeStatusSection::SlotOwners) {
+                owners.collect()
+            } else {
+                Vec::new()
+            },
             transfers: self.tasks.transfers(),
             migrations: self.tasks.migrations(),
             peers: self.monitor.statuses(),
