@@ -126,7 +126,7 @@ async fn a_check_that_hangs_panics_or_flaps_is_seen_and_stops_nobody() {
         .unwrap();
     let flips = Arc::new(AtomicU64::new(0));
     let flaps = Check::new(move || {
-        let even = flips.fetch_add(1, Ordering::SeqCst) % 2 == 0;
+        let even = flips.fetch_add(1, Ordering::SeqCst).is_multiple_of(2);
         std::future::ready(if even { CheckResult::healthy() } else { CheckResult::unhealthy("now and then") })
     });
     registry.check(component("flaps").critical(), every_second(), flaps).unwrap();

@@ -5,13 +5,23 @@
 
 use std::time::Duration;
 
-use proto_health::client::{Detector, DetectorOptions};
+use proto_health::client::{Detector, DetectorOptions, MonitorOptions};
 
 use crate::check::percentile;
 
 const HEARTBEAT: f64 = 0.5;
-const PHIS: [f64; 4] = [3.0, 5.0, 8.0, 12.0];
-const TIMEOUTS: [f64; 5] = [1.0, 1.2, 1.5, 2.0, 3.0];
+const RULES: [Rule; 10] = [
+    Rule::Phi(3.0),
+    Rule::Phi(5.0),
+    Rule::Phi(8.0),
+    Rule::Phi(12.0),
+    Rule::Dead,
+    Rule::Timeout(1.0),
+    Rule::Timeout(1.2),
+    Rule::Timeout(1.5),
+    Rule::Timeout(2.0),
+    Rule::Timeout(3.0),
+];
 /// Of so many heartbeats, one is the last: what follows is a death to be seen.
 const DEATH_EVERY: usize = 97;
 
@@ -85,9 +95,55 @@ impl Network {
     }
 }
 
+/// When a silence becomes a verdict.
+#[derive(Clone, Copy)]
+enum Rule {
+    /// A suspicion of so much; 8 is where a peer is SUSPECT by default.
+    Phi(f64),
+    /// As a peer is DEAD by default: suspicion and silence.
+    Dead,
+    /// A silence of so many seconds.
+    Timeout(f64),
+}
+
+impl Rule {
+    fn name(self) -> String {
+        let options = MonitorOptions::default();
+        match self {
+            Self::Phi(phi) => format!("phi {phi}"),
+            Self::Dead => format!("phi {} and {:?}", options.dead_phi, options.dead_after),
+            Self::Timeout(time) => format!("timeout {time} s"),
+        }
+    }
+
+    /// Whether a silence that ended with an arrival was one.
+    fn is_met(self, phi: f64, silence: f64) -> bool {
+        match self {
+            Self::Phi(bound) => phi >= bound,
+            Self::Dead => {
+                let options = MonitorOptions::default();
+                phi >= options.dead_phi && silence >= options.dead_after.as_secs_f64()
+            }
+            Self::Timeout(bound) => silence >= bound,
+        }
+    }
+
+    /// After which silence it is one.
+    fn silence(self, detector: &Detector, last: f64) -> f64 {
+        match self {
+            Self::Phi(phi) => silence_for(detector, last, phi),
+            Self::Dead => {
+                let options = MonitorOptions::default();
+                silence_for(detector, last, options.dead_phi).max(options.dead_after.as_secs_f64())
+            }
+            Self::Timeout(time) => time,
+        }
+    }
+}
+
 /// What one rule did on one network.
 struct Judged {
-    rule: String,
+    rule: Rule,
     wrong: u64,
     /// Seconds from the death to the suspicion.
     seen_after: Vec<f64>,
@@ -111,27 +167,19 @@ fn silence_for(detector: &Detector, last: f64, phi: f64) -> f64 {
     high
 }
 
-fn judge(network: &Network, count: usize) -> (Vec<Judged>, f64) {
+fn judge(network: &Network, count: usize) -> ([Judged; RULES.len()], f64) {
     // The same network for everybody, and in each run.
     let mut random = fastrand::Rng::with_seed(7);
     let row = network.row(count, &mut random);
-    let rules = PHIS
-        .iter()
-        .map(|phi| format!("phi {phi}"))
-        .chain(TIMEOUTS.iter().map(|time| format!("timeout {time} s")));
-    let mut judged: Vec<Judged> =
-        rules.map(|rule| Judged { rule, wrong: 0, seen_after: Vec::new() }).collect();
+    let mut judged = RULES.map(|rule| Judged { rule, wrong: 0, seen_after: Vec::new() });
     let mut detector = Detector::new(DetectorOptions::default());
     let (mut last, mut hours) = (0.0, 0.0);
     for (n, (sent, arrived)) in row.iter().enumerate() {
         let Some(arrived) = *arrived else { continue };
-        if let Some(before) = detector.phi(seconds(arrived)) {
+        if let Some(phi) = detector.phi(seconds(arrived)) {
             let silence = arrived - last;
-            for (one, phi) in judged.iter_mut().zip(PHIS) {
-                one.wrong += u64::from(before >= phi);
-            }
-            for (one, timeout) in judged[PHIS.len()..].iter_mut().zip(TIMEOUTS) {
-                one.wrong += u64::from(silence >= timeout);
+            for one in &mut judged {
+                one.wrong += u64::from(one.rule.is_met(phi, silence));
             }
             hours += silence / 3600.0;
         }
@@ -140,11 +188,8 @@ fn judge(network: &Network, count: usize) -> (Vec<Judged>, f64) {
         if n % DEATH_EVERY == 0 && detector.phi(seconds(arrived)).is_some() {
             // It dies at some time before the next heartbeat is due.
             let died = sent + random.f64() * HEARTBEAT;
-            for (one, phi) in judged.iter_mut().zip(PHIS) {
-                one.seen_after.push(last + silence_for(&detector, last, phi) - died);
-            }
-            for (one, timeout) in judged[PHIS.len()..].iter_mut().zip(TIMEOUTS) {
-                one.seen_after.push(last + timeout - died);
+            for one in &mut judged {
+                one.seen_after.push(last + one.rule.silence(&detector, last) - died);
             }
         }
     }
@@ -164,7 +209,7 @@ pub(crate) fn run(quick: bool) {
             let mean = one.seen_after.iter().sum::<f64>() / one.seen_after.len() as f64;
             println!(
                 "  {:<26} {:>16.3} {:>12.2} s {:>12.2} s",
-                one.rule,
+                one.rule.name(),
                 one.wrong as f64 / hours,
                 mean,
                 percentile(&one.seen_after, 99.0)

@@ -47,7 +47,7 @@ impl Sim {
     fn pass(&mut self, ms: u64, beating: &[&str]) {
         for _ in 0..ms / 100 {
             self.now += 100;
-            if self.now % BEAT == 0 {
+            if self.now.is_multiple_of(BEAT) {
                 for peer in beating {
                     self.beat(peer);
                 }

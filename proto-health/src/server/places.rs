@@ -1,7 +1,6 @@
 //! Places for watches: so many for the node, so many for each connection.
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -17,7 +16,8 @@ pub struct ConnectionId(pub u64);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Key {
-    Address(SocketAddr),
+    #[cfg(feature = "listen")]
+    Address(std::net::SocketAddr),
     Id(ConnectionId),
 }
 
