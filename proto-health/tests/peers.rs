@@ -130,9 +130,10 @@ impl Drop for Node {
     }
 }
 
-/// As by default, but for what makes a test long.
+/// As by default, but for what makes a test long, and with more patience: the machine may be busy with other tests.
 fn options() -> MonitorOptions {
     let mut options = MonitorOptions::default();
+    options.detector.min_deviation = Duration::from_millis(250);
     options.opinions_interval = Some(Duration::from_millis(500));
     options.reconnect_max = Duration::from_millis(500);
     options

@@ -7,6 +7,7 @@ mod support;
 
 use std::time::{Duration, Instant};
 
+use node::demo::load_gen::LoadGenerator;
 use node::demo::processes::NodeProcess;
 use proto::common::error::Error;
 use proto::common::ids::{NodeId, ShardId, TransferId};
@@ -318,4 +319,47 @@ async fn open_watches_do_not_hold_up_the_end() {
     let began = Instant::now();
     n1.stop().await.unwrap();
     assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+}
+
+/// Every processor busy, clients writing, a transfer running: a probe is answered, and says that the process works.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_under_full_load_is_alive() {
+    let dir = tempfile::tempdir().unwrap();
+    let n1 = start("n1", dir.path(), "0-16383").await;
+    let n2 = start("n2", dir.path(), "none").await;
+    load(&n1, 20_000).await;
+    let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let cpus = std::thread::available_parallelism().unwrap().get();
+    let burners: Vec<_> = (0..cpus)
+        .map(|_| {
+            let stop = std::sync::Arc::clone(&stop);
+            std::thread::spawn(move || {
+                while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    std::hint::spin_loop();
+                }
+            })
+        })
+        .collect();
+    let writers = LoadGenerator::start(&n1.addresses().resp, "w:", "0-8191".parse().unwrap());
+    split(&n1, &n2, 8192, 500_000).await;
+    let mut probes: Vec<_> = Vec::new();
+    for node in [&n1, &n2] {
+        probes.push(HealthClient::new(channel(node).await));
+    }
+    until("the transfer runs", async || !status(&n2).await.transfers.is_empty()).await;
+    let mut during = 0;
+    for _ in 0..200 {
+        for probe in &mut probes {
+            let request = StandardRequest { service: "liveness".into() };
+            let live = tokio::time::timeout(Duration::from_secs(20), probe.check(request)).await;
+            assert_eq!(live.unwrap().unwrap().into_inner().status(), ServingStatus::Serving);
+        }
+        during += usize::from(split_phase(&n1).await == "sending");
+    }
+    assert!(during > 0, "none of it was while the transfer ran");
+    stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    for burner in burners {
+        burner.join().unwrap();
+    }
+    assert!(writers.finish().await.unwrap().acknowledged > 0);
 }

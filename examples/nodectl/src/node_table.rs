@@ -31,7 +31,7 @@ const HEALTH_DISPENSABLE: [&str; 1] = ["ADDRESS"];
 pub(crate) fn status(answers: &[Answered<GetNodeStatusResponse>], width: u16) -> String {
     let rows: Vec<_> = answers.iter().map(status_row).collect();
     let mut text = grid::fit(&STATUS, &rows, &STATUS_DISPENSABLE, width);
-    reasons(&mut text, answers.iter().map(|one| (name(one), status_reasons(one))));
+    reasons(&mut text, answers.iter().map(|one| (status_name(one), status_reasons(one))));
     text
 }
 
@@ -84,14 +84,18 @@ fn id(id: &str) -> String {
     or_none(printable(id, ID_LEN))
 }
 
-fn name(one: &Answered<GetNodeStatusResponse>) -> String {
-    let identity = one.answer.as_ref().ok().and_then(|answer| answer.origin.as_ref()?.identity.as_ref());
+/// The node's ID; of one that did not answer, its address.
+fn name<T>(one: &Answered<T>, origin: impl Fn(&T) -> Option<&ReplyOrigin>) -> String {
+    let identity = one.answer.as_ref().ok().and_then(origin).and_then(|origin| origin.identity.as_ref());
     identity.map_or_else(|| one.address.clone(), |identity| id(&identity.node_id))
 }
 
+fn status_name(one: &Answered<GetNodeStatusResponse>) -> String {
+    name(one, |answer| answer.origin.as_ref())
+}
+
 fn health_name(one: &Answered<HealthCheckResponse>) -> String {
-    let identity = one.answer.as_ref().ok().and_then(|answer| answer.origin.as_ref()?.identity.as_ref());
-    identity.map_or_else(|| one.address.clone(), |identity| id(&identity.node_id))
+    name(one, |answer| answer.origin.as_ref())
 }
 
 fn status_row(one: &Answered<GetNodeStatusResponse>) -> [String; 10] {
@@ -106,7 +110,7 @@ fn status_row(one: &Answered<GetNodeStatusResponse>) -> [String; 10] {
     let machine = status.machine.clone().unwrap_or_default();
     let uptime = answer.origin.as_ref().map_or(0, |origin| origin.uptime_ms);
     [
-        name(one),
+        status_name(one),
         short_state(status.state),
         short_time(Duration::from_millis(uptime)),
         status.slots_owned.to_string(),
@@ -231,7 +235,7 @@ fn refusal(error: &Error, address: &str) -> String {
 #[cfg(test)]
 mod tests {
     use proto::common::error::CommonReason;
-    use proto::node::{MachineStatus, NodeIdentity, ReplyOrigin};
+    use proto::node::{MachineStatus, NodeIdentity};
 
     use super::*;
 

@@ -141,6 +141,11 @@ impl Inner {
 
     /// What `read` finds in the present picture; a pointer away.
     pub(crate) fn peek<T>(&self, read: impl FnOnce(&Snapshot) -> T) -> T {
+        let shown = self.published.borrow();
+        if shown.fresh_until.is_none_or(|until| Instant::now() <= until) {
+            return read(&shown);
+        }
+        drop(shown);
         self.refresh();
         read(&self.published.borrow())
     }
