@@ -7,7 +7,7 @@ use proto::common::error::Error;
 use proto::common::text::printable;
 use proto::node::{
     ActiveTask, Direction, DiskStatus, GetNodeStatusResponse, HealthCheckResponse, HealthReport, NodeState,
-    NodeStatus, Progress,
+    NodeStatus, Progress, ReplyOrigin,
 };
 
 use crate::grid::{self, NONE};
