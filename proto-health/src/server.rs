@@ -304,6 +304,14 @@ impl HealthRegistry {
         self.inner.change(|core| core.life.up());
     }
 
+    /// Returns when the start is complete: [`set_running`](Self::set_running) was called, and what counts for startup works. Cancel
+    /// safe.
+    pub async fn started(&self) {
+        let started = |snapshot: &Arc<verdict::Snapshot>| snapshot.serving(verdict::STARTUP) == Some(true);
+        // The sender lives as long as `self`.
+        let _ = self.inner.subscribe().wait_for(started).await;
+    }
+
     /// An operator takes the node out of service: not ready, but nothing ends.
     pub fn set_maintenance(&self, reason: impl Into<String>) {
         self.inner.change(|core| core.life.maintain(reason.into()));

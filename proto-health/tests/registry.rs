@@ -53,7 +53,10 @@ async fn the_probes_follow_the_life_of_the_node() {
     registry.set_running();
     assert_eq!(registry.state(), NodeState::Starting);
     assert_eq!(report(&registry, "startup").await.message, "still starting: waits for raft");
+    let waiting = tokio::time::timeout(SECOND, registry.started());
+    assert!(waiting.await.is_err(), "it is not yet");
     raft.set(HEALTHY, "");
+    registry.started().await;
     assert_eq!((registry.state(), registry.is_ready()), (NodeState::Running, true));
     assert_eq!(probes(&registry).await, [HEALTHY; 4]);
 

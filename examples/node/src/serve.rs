@@ -23,6 +23,8 @@ use crate::store::{Claim, Init, NodeAddresses, StoreOptions};
 
 /// How long connections may go on at most, once all else has ended.
 const CONNECTIONS: Duration = Duration::from_secs(2);
+/// For the first results of the checks that the start waits for.
+const FIRST_RESULTS: Duration = Duration::from_secs(5);
 /// Least time for the database to be closed.
 const CLOSE: Duration = Duration::from_millis(500);
 
@@ -175,6 +177,10 @@ pub async fn serve(options: ServeOptions) -> anyhow::Result<()> {
         }
     });
     health.registry().set_running();
+    // So that whoever reads the line below finds the node ready.
+    if tokio::time::timeout(FIRST_RESULTS, health.registry().started()).await.is_err() {
+        tracing::warn!("some checks have no good result yet; the node serves, and is not ready");
+    }
 
     let ready = Ready { id: options.id.to_string(), addresses };
     writeln!(std::io::stdout(), "{ready}").context("cannot say that the node is ready")?;
