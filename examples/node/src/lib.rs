@@ -20,8 +20,8 @@ pub mod demo;
 
 pub mod gate;
 pub mod grpc;
-pub mod migrate;
 pub mod health;
+pub mod migrate;
 pub mod node;
 pub mod resp;
 pub mod serve;
