@@ -2,6 +2,16 @@
 
 use std::fmt::Write as _;
 
+/// `bytes` in hexadecimal, two lower-case digits each.
+#[must_use]
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut out, byte| {
+        // Writing to a `String` cannot fail.
+        let _ = write!(out, "{byte:02x}");
+        out
+    })
+}
+
 /// `text` with control characters and text-direction marks escaped, cut to at most `max_bytes` bytes.
 ///
 /// What is longer ends in `…` (which counts). Use it for everything that a peer or a file system
@@ -48,6 +58,12 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    #[test]
+    fn hexadecimal_keeps_leading_zeros() {
+        assert_eq!(hex(&[0, 0x0a, 0xff]), "000aff");
+        assert_eq!(hex(&[]), "");
+    }
 
     #[test]
     fn escapes_what_could_rewrite_a_terminal() {

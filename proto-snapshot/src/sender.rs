@@ -81,6 +81,9 @@ pub struct SenderOptions {
     /// It counts from a failure to the next sign of life: while the source is read, or the receiver prepares, takes bytes or
     /// installs, it stands still. Bytes that become durable for the first time set it to 0.
     pub give_up_after: Option<Duration>,
+    /// The receiver's [`store_id`](proto_common::v1::NodeIdentity::store_id): another one is refused with `WRONG_NODE` before any byte
+    /// is sent. For a caller who must not mistake a node that came back with an empty disk for the one that it began with. Default: any.
+    pub target_store: Option<bytes::Bytes>,
 }
 
 impl Default for SenderOptions {
@@ -91,6 +94,7 @@ impl Default for SenderOptions {
             digests: false,
             backoff: Backoff::default(),
             give_up_after: Some(Duration::from_secs(5 * 60)),
+            target_store: None,
         }
     }
 }

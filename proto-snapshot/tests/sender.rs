@@ -491,21 +491,41 @@ async fn installed_is_believed_after_the_end_and_with_the_same_totals() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn another_node_than_the_one_that_is_meant_gets_nothing() {
-    let peer = Peer::new(|mut call| async move {
-        call.header().await;
-        let node = NodeIdentity { node_id: "n3".to_owned(), ..NodeIdentity::default() };
-        call.say(Answer::Accepted(Accepted { receiver: Some(node), ..terms(vec![extent(0, 0, 10)]) })).await;
-        while call.next().await.is_some() {}
-    });
-    let connect = connect_fn(move || {
-        let peer = peer.clone();
-        async move { Ok(SplitSnapshotServiceServer::new(peer)) }
-    });
-    let mut what = snapshot();
-    what.target_node = Some(NodeId::new("n2").unwrap());
-    let mut handle = SnapshotSender::new(connect).send(what, Zeros::new([10])).unwrap();
-    let error = ends(handle.join()).await.unwrap_err();
-    assert!(error.is(Reason::WrongNode), "{error:?}");
-    assert_eq!(handle.progress().unwrap().wire_bytes, 0);
+async fn another_node_or_store_than_the_one_that_is_meant_gets_nothing() {
+    for (node_id, store_id, meant) in
+        [("n3", [7_u8; 16], false), ("n2", [8; 16], false), ("n2", [7; 16], true)]
+    {
+        let peer = Peer::new(move |mut call| async move {
+            call.header().await;
+            let node = NodeIdentity {
+                node_id: node_id.to_owned(),
+                store_id: store_id.to_vec().into(),
+                ..NodeIdentity::default()
+            };
+            let accepted = Accepted { receiver: Some(node), ..terms(vec![extent(0, 0, 10)]) };
+            call.say(Answer::Accepted(accepted)).await;
+            if meant {
+                let (_, end) = call.take(0).await;
+                call.say(installed(&end)).await;
+            }
+            while call.next().await.is_some() {}
+        });
+        let connect = connect_fn(move || {
+            let peer = peer.clone();
+            async move { Ok(SplitSnapshotServiceServer::new(peer)) }
+        });
+        let mut what = snapshot();
+        what.target_node = Some(NodeId::new("n2").unwrap());
+        let mut options = SenderOptions::default();
+        options.target_store = Some(bytes::Bytes::from_static(&[7; 16]));
+        let mut handle = SnapshotSender::new(connect).options(options).send(what, Zeros::new([10])).unwrap();
+        let result = ends(handle.join()).await;
+        if meant {
+            result.unwrap();
+        } else {
+            let error = result.unwrap_err();
+            assert!(error.is(Reason::WrongNode) && !error.is_retryable(), "{error:?}");
+            assert_eq!(handle.progress().unwrap().wire_bytes, 0);
+        }
+    }
 }

@@ -11,13 +11,15 @@ use std::time::Duration;
 
 use proto_common::error::{CommonReason, Error};
 use proto_common::fence::Fence;
-use proto_common::v1::Direction;
+use proto_common::tuning;
+use proto_common::v1::{Direction, NodeIdentity};
 use proto_snapshot::hook::{HookFuture, InstallHook};
 use proto_snapshot::sender::{SenderOptions, SnapshotSender};
 use proto_snapshot::spec::SnapshotPoint;
 use proto_snapshot::store::{FileStoreOptions, PlacedSnapshot};
 use proto_snapshot::transfers::Transfers;
-use proto_snapshot::v1::{ListTransfersRequest, TransferPhase};
+use proto_snapshot::v1::split_snapshot_service_client::SplitSnapshotServiceClient;
+use proto_snapshot::v1::{GetTransferProgressRequest, ListTransfersRequest, TransferPhase};
 use proto_snapshot::{DirectorySource, Reason};
 use support::*;
 
@@ -369,5 +371,28 @@ async fn staging_that_nobody_resumes_is_collected() {
     drop(handle);
     until("it expired", || shown().is_some_and(|transfer| transfer.phase() == TransferPhase::Expired)).await;
     assert!(staging_is_empty(target.path()));
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_says_whose_it_is_also_when_the_transfer_is_not_known() {
+    let (source, target) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    make_tree(source.path(), 3, 1 << 10, 1);
+    let identity = NodeIdentity { store_id: vec![0x0a, 0xff].into(), ..NodeIdentity::default() };
+    let server = Server::start(builder(target.path()).identity(identity)).await;
+    let mut client =
+        SplitSnapshotServiceClient::new(tuning::endpoint(&server.uri()).unwrap().connect().await.unwrap());
+    let mut ask = async || {
+        let request = GetTransferProgressRequest { transfer_id: "t1".into(), ..Default::default() };
+        client.get_transfer_progress(request).await.map_err(Error::from)
+    };
+    let error = ask().await.unwrap_err();
+    assert!(error.is(Reason::TransferNotFound), "{error:?}");
+    assert_eq!(error.metadata_map()["node_id"], "n2");
+    assert_eq!(error.metadata_map()["store_id"], "0aff");
+    let mut handle = sender(&server.uri()).send(snapshot("t1"), DirectorySource::new(source.path())).unwrap();
+    handle.join().await.unwrap();
+    let node = ask().await.unwrap().into_inner().node.unwrap();
+    assert_eq!((node.node_id.as_str(), &node.store_id[..]), ("n2", [0x0a, 0xff].as_slice()));
     server.stop().await;
 }

@@ -54,7 +54,7 @@ impl SplitSnapshotService for OneTransfer {
             return Err(Status::not_found(transfer_id));
         }
         let transfer = TransferProgress { transfer_id, ..Default::default() };
-        Ok(Response::new(GetTransferProgressResponse { transfer: Some(transfer) }))
+        Ok(Response::new(GetTransferProgressResponse { transfer: Some(transfer), node: None }))
     }
 
     async fn watch_transfer_progress(

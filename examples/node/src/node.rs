@@ -241,6 +241,11 @@ impl Node {
         self.inner.nodes.write().unwrap_or_else(PoisonError::into_inner).extend(nodes);
         Ok(())
     }
+
+    /// Owns slots with the epoch of `claim`, and ends the split `finished`, in one transaction.
+    pub(crate) async fn keep_for(&self, claim: Claim, finished: String) -> Result<(), StoreError> {
+        self.change_ownership(move |store| async move { store.keep(claim, finished).await }).await
+    }
 }
 
 /// Runs `work` in a task of its own: what it has begun, it ends.

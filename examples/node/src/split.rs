@@ -9,7 +9,9 @@
 //! 5. on `Installed`, give the slots up; held requests are answered with `MOVED`.
 //!
 //! An outcome that is not known, after a lost reply or a restart, is asked for before anything else happens; until there is an
-//! answer, the slots stay held. Only what proves that the target has not taken over, and will not, undoes a split.
+//! answer, the slots stay held. Only what proves that the target has not taken over, and will not, undoes a split. "Not found" proves that
+//! only where the store that says it is the one that the split began with: the ownership is committed there in one transaction with
+//! the import. From another store, it says nothing: then the operator has the word ([`Splits::resolve`]).
 
 mod outcome;
 mod receive;
@@ -23,6 +25,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use proto::common::guard::{RangeGuard, RangeHold};
 use proto::common::ids::TransferId;
 use proto::snapshot::transfers::Transfers;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -58,6 +61,8 @@ pub enum SplitPhase {
     Sending,
     /// It is not known whether the target took over; the slots are held until it is.
     Asking,
+    /// As before, and the target cannot tell any more: [`Splits::resolve`] ends it.
+    NeedsOperator,
     /// Done: the target owns the slots.
     Done,
     /// Undone: this node owns the slots as before.
@@ -72,10 +77,20 @@ impl SplitPhase {
             Self::Exporting => "exporting",
             Self::Sending => "sending",
             Self::Asking => "asking",
+            Self::NeedsOperator => "needs-operator",
             Self::Done => "done",
             Self::Undone => "undone",
         }
     }
+}
+
+/// What the operator says of a split whose target cannot tell what became of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Resolution {
+    /// The slots stay here: the target has not taken over, or is gone with all that it had.
+    Keep,
+    /// The target has taken over.
+    Give,
 }
 
 /// What is known of a split.
@@ -123,7 +138,7 @@ struct Inner {
     transfers: Transfers,
     guard: RangeGuard,
     directory: PathBuf,
-    known: Mutex<BTreeMap<TransferId, SplitStatus>>,
+    known: Mutex<BTreeMap<TransferId, Known>>,
     tasks: TaskTracker,
     stop: CancellationToken,
 }
@@ -135,7 +150,28 @@ struct Begun {
     transfer: TransferId,
     range: SlotRange,
     target: NodeId,
+    resolution: watch::Receiver<Option<Resolution>>,
+    ended: CancellationToken,
     _guard: RangeHold,
+}
+
+impl Begun {
+    /// What the operator says, once he does.
+    async fn resolution(&self) -> Resolution {
+        let mut said = self.resolution.clone();
+        match said.wait_for(Option::is_some).await.map(|said| *said) {
+            Ok(Some(resolution)) => resolution,
+            _ => std::future::pending().await,
+        }
+    }
+}
+
+/// A split that somebody may ask about.
+#[derive(Debug)]
+struct Known {
+    status: SplitStatus,
+    resolve: watch::Sender<Option<Resolution>>,
+    ended: CancellationToken,
 }
 
 impl Splits {
@@ -193,19 +229,23 @@ impl Splits {
         if target == *node.id() {
             return Err(refused(format!("node {target} is this node")));
         }
-        let shard = node.own_ranges().into_iter().find(|range| range.contains(slot));
-        let shard = shard.ok_or_else(|| refused(format!("slot {slot} is not of this node")))?;
+        let owned = || node.own_ranges().into_iter().find(|range| range.contains(slot));
+        let not_owned = || refused(format!("slot {slot} is not of this node"));
+        let shard = owned().ok_or_else(not_owned)?;
         let range = SlotRange::new(slot, shard.end()).map_err(|error| refused(error.to_string()))?;
         let epoch = node.gate().ownership().highest_epoch(range).saturating_add(1);
         let begun_unix_ms = unix_ms();
         let transfer =
             format!("split-{}-{}-{begun_unix_ms}-{:08x}", slot, shard.end() - 1, rand::random::<u32>());
+        let store = outcome::identify(&target_addresses.grpc, &target, &transfer).await;
+        let target_store = store.map_err(refused)?;
         let intent = SplitIntent {
             transfer,
             start: range.start(),
             end: range.end(),
             target: target.to_string(),
             target_addresses: target_addresses.clone(),
+            target_store,
             epoch,
             source_start: shard.start(),
             source_end: shard.end(),
@@ -214,6 +254,11 @@ impl Splits {
         };
         let begun = self.begin(intent.clone())?;
         let transfer = begun.transfer.clone();
+        // From the hold on, nobody else moves them; until then, somebody may have.
+        if owned() != Some(shard) {
+            self.known().remove(&transfer);
+            return Err(not_owned());
+        }
         // From here on in a task of its own: whoever asked may go away.
         let splits = self.clone();
         let started = self.inner.tasks.spawn(async move {
@@ -236,7 +281,51 @@ impl Splits {
     /// All splits of this process, in the order of their ids.
     #[must_use]
     pub fn list(&self) -> Vec<SplitStatus> {
-        self.known().values().cloned().collect()
+        self.known().values().map(|known| known.status.clone()).collect()
+    }
+
+    /// Ends a split that waits for an answer of its target, as the operator says, and returns when that is durable. **Keeping slots that
+    /// the target serves, or giving up those that it does not, loses writes**: look first.
+    ///
+    /// # Errors
+    ///
+    /// Nothing was changed: it is not known, has ended, or does not wait for an answer.
+    pub async fn resolve(&self, transfer: &str, resolution: Resolution) -> Result<(), SplitError> {
+        let refused = |why: String| Err(SplitError::Refused(why));
+        let unknown = || SplitError::Refused(format!("no split {transfer} is known here; see SPLIT LIST"));
+        let id = TransferId::new(transfer).map_err(|_| unknown())?;
+        let ended = {
+            let known = self.known();
+            let known = known.get(&id).ok_or_else(unknown)?;
+            match known.status.phase {
+                SplitPhase::Asking | SplitPhase::NeedsOperator => {}
+                phase @ (SplitPhase::Done | SplitPhase::Undone) => {
+                    return refused(format!("the split is {} already", phase.as_str()));
+                }
+                phase => {
+                    return refused(format!(
+                        "the split is {}, not waiting for an answer; cancel its transfer first (nodectl cancel {id})",
+                        phase.as_str()
+                    ));
+                }
+            }
+            known.resolve.send_replace(Some(resolution));
+            known.ended.clone()
+        };
+        tokio::select! {
+            () = ended.cancelled() => {}
+            () = self.inner.stop.cancelled() => {
+                return refused("the node is shutting down; say it again when it is back".into());
+            }
+        }
+        let phase = self.known().get(&id).map(|known| known.status.phase);
+        match (resolution, phase) {
+            (Resolution::Keep, Some(SplitPhase::Undone)) | (Resolution::Give, Some(SplitPhase::Done)) => {
+                Ok(())
+            }
+            // The target answered at the same time.
+            (_, phase) => refused(format!("the split is {}", phase.map_or("forgotten", SplitPhase::as_str))),
+        }
     }
 
     /// Waits for the tasks, which end after the `stop` that they were given.
@@ -266,14 +355,16 @@ impl Splits {
         while known.len() >= REMEMBERED {
             let ended = known
                 .iter()
-                .filter(|(_, split)| matches!(split.phase, SplitPhase::Done | SplitPhase::Undone))
-                .min_by_key(|(_, split)| split.phases.first().map(|(_, at)| *at))
+                .filter(|(_, split)| matches!(split.status.phase, SplitPhase::Done | SplitPhase::Undone))
+                .min_by_key(|(_, split)| split.status.phases.first().map(|(_, at)| *at))
                 .map(|(id, _)| id.clone());
             let Some(ended) = ended else { break };
             known.remove(&ended);
         }
-        known.insert(transfer.clone(), status);
-        Ok(Begun { intent, transfer, range, target, _guard: guard })
+        let (resolve, resolution) = watch::channel(None);
+        let ended = CancellationToken::new();
+        known.insert(transfer.clone(), Known { status, resolve, ended: ended.clone() });
+        Ok(Begun { intent, transfer, range, target, resolution, ended, _guard: guard })
     }
 
     fn spawn(&self, begun: Begun, resumed: Option<GateHold>) {
@@ -291,13 +382,13 @@ impl Splits {
         });
     }
 
-    fn known(&self) -> std::sync::MutexGuard<'_, BTreeMap<TransferId, SplitStatus>> {
+    fn known(&self) -> std::sync::MutexGuard<'_, BTreeMap<TransferId, Known>> {
         self.inner.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn update(&self, transfer: &TransferId, change: impl FnOnce(&mut SplitStatus)) {
-        if let Some(status) = self.known().get_mut(transfer) {
-            change(status);
+        if let Some(known) = self.known().get_mut(transfer) {
+            change(&mut known.status);
         }
     }
 

@@ -5,10 +5,14 @@
 #[allow(dead_code, unreachable_pub)]
 mod support;
 
+use std::collections::BTreeMap;
+use std::path::Path;
 use std::time::Duration;
 
+use node::common::NodeId;
 use node::demo::load_gen::{LoadGenerator, judge};
 use node::demo::processes::NodeProcess;
+use node::store::{Identity, Init, SplitIntent, Store, StoreOptions};
 use support::{call, client, program, show, start, until};
 
 /// What a split's status says under `name`.
@@ -201,6 +205,151 @@ async fn a_refused_split_changes_nothing() {
     assert!(error.contains("owns slots 16000-16383"), "{error}");
     assert_eq!(call(&mut control, "SET key:1 free").await, "OK");
     assert_eq!(call(&mut control, "DBSIZE").await, ":100");
+}
+
+/// Opens the data directory of a node that does not run.
+fn open(directory: &Path, id: &str) -> (Store, Identity) {
+    let init = Init { node: NodeId::new(id).unwrap(), slots: None, others: Vec::new() };
+    Store::open(&directory.join(id), &init, &StoreOptions::default()).unwrap()
+}
+
+/// Stops `source` and has it find, at its next start, that it had begun to split 8192-16383 off to `target`, which then had the data
+/// directory `target_store`.
+async fn as_if_begun(
+    directory: &Path,
+    source: &mut NodeProcess,
+    target: &NodeProcess,
+    target_store: Vec<u8>,
+) {
+    source.stop().await.unwrap();
+    let (store, _) = open(directory, source.id());
+    let intent = SplitIntent {
+        transfer: "split-begun".into(),
+        start: 8192,
+        end: 16384,
+        target: target.id().into(),
+        target_addresses: target.addresses().clone(),
+        target_store,
+        epoch: 2,
+        source_start: 0,
+        source_end: 16384,
+        begun_unix_ms: node::store::unix_ms(),
+        bytes_per_second: None,
+    };
+    let addresses = BTreeMap::from([(NodeId::new(target.id()).unwrap(), target.addresses().clone())]);
+    store.put_nodes(addresses).await.unwrap();
+    store.put_split(intent).await.unwrap();
+    store.close();
+}
+
+/// A write to the slots that move does not return.
+async fn writes_are_held(node: &NodeProcess) {
+    let mut writer = client(node).await;
+    writer.push(&["SET", "key:2", "held"]).unwrap();
+    writer.send().await.unwrap();
+    let held = tokio::time::timeout(Duration::from_millis(300), writer.reply()).await;
+    assert!(held.is_err(), "{held:?}");
+}
+
+#[tokio::test]
+async fn a_resumed_split_that_its_target_never_had_and_refuses_is_undone() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut n2 = start("n2", dir.path(), "16000-16383").await;
+    n2.stop().await.unwrap();
+    let (store, identity) = open(dir.path(), "n2");
+    store.close();
+    drop(store);
+    n2.restart().await.unwrap();
+    let mut n1 = start("n1", dir.path(), "0-16383").await;
+    load(&mut client(&n1).await, 100).await;
+    as_if_begun(dir.path(), &mut n1, &n2, identity.store_id.to_vec()).await;
+    n1.restart().await.unwrap();
+    let mut control = client(&n1).await;
+    until("the split is undone", async || split_says(&mut control, "phase").await == "undone").await;
+    let error = split_says(&mut control, "error").await;
+    assert!(error.contains("owns slots 16000-16383"), "{error}");
+    assert_eq!(call(&mut control, "SET key:2 free").await, "OK");
+    let refused = call(&mut control, "SPLIT RESOLVE split-begun KEEP").await;
+    assert_eq!(refused, "-ERR the split is undone already");
+}
+
+#[tokio::test]
+async fn a_target_that_lost_its_disk_is_no_evidence_and_the_operator_decides() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut n1 = start("n1", dir.path(), "0-16383").await;
+    let mut n2 = start("n2", dir.path(), "none").await;
+    let mut control = client(&n1).await;
+    load(&mut control, 20_000).await;
+    let transfer = call(&mut control, &split_command(&n2, Some(300_000))).await;
+    until("the transfer runs", async || split_says(&mut control, "phase").await == "sending").await;
+    let refused = call(&mut control, &format!("SPLIT RESOLVE {transfer} KEEP")).await;
+    assert!(refused.contains("is sending, not waiting for an answer"), "{refused}");
+
+    n2.kill().await.unwrap();
+    std::fs::remove_dir_all(dir.path().join("n2")).unwrap();
+    n2.restart().await.unwrap();
+    until("it is noticed", async || split_says(&mut control, "phase").await == "needs-operator").await;
+    let error = split_says(&mut control, "error").await;
+    assert!(error.contains("SPLIT RESOLVE"), "{error}");
+    writes_are_held(&n1).await;
+    assert_eq!(call(&mut client(&n2).await, "DBSIZE").await, ":0", "nothing was sent to it");
+
+    // Also after a restart of the source.
+    n1.kill().await.unwrap();
+    n1.restart().await.unwrap();
+    let mut control = client(&n1).await;
+    until("it is noticed", async || split_says(&mut control, "phase").await == "needs-operator").await;
+    writes_are_held(&n1).await;
+    for (wrong, answer) in [
+        ("SPLIT RESOLVE split-other KEEP", "no split split-other is known here"),
+        (&format!("SPLIT RESOLVE {transfer} TAKE"), "syntax error"),
+        ("SPLIT RESOLVE", "wrong number of arguments for 'split|resolve'"),
+    ] {
+        let refused = call(&mut control, wrong).await;
+        assert!(refused.starts_with("-ERR") && refused.contains(answer), "{wrong}: {refused}");
+    }
+    assert_eq!(call(&mut control, &format!("SPLIT RESOLVE {transfer} KEEP")).await, "OK");
+    assert_eq!(split_says(&mut control, "phase").await, "undone");
+    // The write that had waited was done, by the client that had gone or not at all.
+    call(&mut control, &format!("SET key:2 {:0100}", 2)).await;
+    check(&[&n1], 20_000).await;
+    n1.kill().await.unwrap();
+    n1.restart().await.unwrap();
+    check(&[&n1], 20_000).await;
+    assert_eq!(split_says(&mut client(&n1).await, "phase").await, "", "nothing is left of it");
+}
+
+#[tokio::test]
+async fn the_operator_can_give_what_the_target_has() {
+    let dir = tempfile::tempdir().unwrap();
+    let n2 = start("n2", dir.path(), "8192-16383").await;
+    let mut n1 = start("n1", dir.path(), "0-16383").await;
+    as_if_begun(dir.path(), &mut n1, &n2, vec![7; 16]).await;
+    n1.restart().await.unwrap();
+    let mut control = client(&n1).await;
+    until("it is noticed", async || split_says(&mut control, "phase").await == "needs-operator").await;
+    assert_eq!(call(&mut control, "SPLIT RESOLVE split-begun GIVE").await, "OK");
+    assert_eq!(split_says(&mut control, "phase").await, "done");
+    let moved = format!("-MOVED 10850 {}", n2.addresses().resp);
+    assert_eq!(call(&mut control, "GET key:2").await, moved);
+    n1.kill().await.unwrap();
+    n1.restart().await.unwrap();
+    assert_eq!(call(&mut client(&n1).await, "GET key:2").await, moved);
+}
+
+#[tokio::test]
+async fn a_split_to_a_node_that_is_not_there_is_not_begun() {
+    let dir = tempfile::tempdir().unwrap();
+    let n1 = start("n1", dir.path(), "0-16383").await;
+    let n2 = start("n2", dir.path(), "none").await;
+    let mut control = client(&n1).await;
+    let nobody = call(&mut control, "SPLIT 8192 n2 127.0.0.1:1 127.0.0.1:2").await;
+    assert!(nobody.starts_with("-ERR node n2 cannot be asked at 127.0.0.1:1"), "{nobody}");
+    let other = split_command(&n2, None).replacen("n2", "n3", 1);
+    let other = call(&mut control, &other).await;
+    assert!(other.starts_with("-ERR node n2 answers at") && other.ends_with("not n3"), "{other}");
+    assert_eq!(call(&mut control, "SPLIT LIST").await, "[]");
+    assert_eq!(call(&mut control, "SET key:2 free").await, "OK");
 }
 
 #[test]

@@ -242,7 +242,7 @@ mod liar {
             &self,
             _: Request<GetTransferProgressRequest>,
         ) -> Result<Response<GetTransferProgressResponse>, Status> {
-            Ok(Response::new(GetTransferProgressResponse { transfer: Some(transfer()) }))
+            Ok(Response::new(GetTransferProgressResponse { transfer: Some(transfer()), node: None }))
         }
 
         async fn watch_transfer_progress(

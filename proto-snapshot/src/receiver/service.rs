@@ -6,7 +6,7 @@ use std::sync::Arc;
 use futures::Stream;
 use proto_common::error::{CommonReason, Error};
 use proto_common::ids::TransferId;
-use proto_common::v1::Direction;
+use proto_common::v1::{Direction, NodeIdentity};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -62,7 +62,10 @@ impl<S: SnapshotStore> SplitSnapshotService for SnapshotReceiver<S> {
         let GetTransferProgressRequest { transfer_id, direction } = request.into_inner();
         let id = transfer_id_of(&transfer_id)?;
         let transfer = self.inner.get(wanted(direction)?, &id)?;
-        Ok(Response::new(GetTransferProgressResponse { transfer: Some(transfer) }))
+        Ok(Response::new(GetTransferProgressResponse {
+            transfer: Some(transfer),
+            node: Some(self.inner.identity.clone()),
+        }))
     }
 
     async fn watch_transfer_progress(
@@ -77,7 +80,7 @@ impl<S: SnapshotStore> SplitSnapshotService for SnapshotReceiver<S> {
                 let refused = Reason::TooManyWatchers.error(error.message());
                 refused.retry_after(error.retry_after_hint().unwrap_or(std::time::Duration::from_secs(1)))
             } else {
-                not_found(&id)
+                self.inner.not_found(&id)
             }
         })?;
         let stopping = self.inner.stopping.clone();
@@ -145,7 +148,17 @@ impl<S: SnapshotStore> Inner<S> {
 
     fn get(&self, direction: Option<Direction>, id: &TransferId) -> Result<TransferProgress, Error> {
         let direction = self.meant(direction, id);
-        self.transfers.registry().get(direction, id.as_str()).ok_or_else(|| not_found(id))
+        self.transfers.registry().get(direction, id.as_str()).ok_or_else(|| self.not_found(id))
+    }
+
+    /// Says who does not know it, since that is evidence only if it is who knew it before.
+    fn not_found(&self, id: &TransferId) -> Error {
+        let NodeIdentity { node_id, store_id, .. } = &self.identity;
+        Reason::TransferNotFound
+            .error(format!("no transfer {id} is active here or in the history"))
+            .metadata("transfer_id", id.as_str())
+            .metadata("node_id", node_id)
+            .metadata("store_id", proto_common::text::hex(store_id))
     }
 
     async fn cancel(
@@ -206,12 +219,6 @@ impl<S: SnapshotStore> Inner<S> {
         }
         Ok(())
     }
-}
-
-fn not_found(id: &TransferId) -> Error {
-    Reason::TransferNotFound
-        .error(format!("no transfer {id} is active here or in the history"))
-        .metadata("transfer_id", id.as_str())
 }
 
 fn transfer_id_of(text: &str) -> Result<TransferId, Error> {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use proto_common::connect::Connect;
 use proto_common::error::{CommonReason, Error};
-use proto_common::text::printable;
+use proto_common::text::{hex, printable};
 use tokio::task::JoinSet;
 
 use super::SnapshotToSend;
@@ -158,14 +158,27 @@ impl<C: Connect, S: SnapshotSource> Task<C, S> {
     }
 
     fn check_receiver(&self, accepted: &Accepted) -> Result<(), Error> {
-        let Some(expected) = &self.snapshot.target_node else { return Ok(()) };
-        match &accepted.receiver {
-            Some(node) if !node.node_id.is_empty() && node.node_id != expected.as_str() => {
-                let name = printable(&node.node_id, 128);
-                Err(Reason::WrongNode.error(format!("{name} answers where {expected} is expected")))
-            }
-            _ => Ok(()),
+        let (node_id, store_id) = match &accepted.receiver {
+            Some(node) => (node.node_id.as_str(), &node.store_id[..]),
+            None => ("", [].as_slice()),
+        };
+        if let Some(expected) = &self.snapshot.target_node
+            && !node_id.is_empty()
+            && node_id != expected.as_str()
+        {
+            let name = printable(node_id, 128);
+            return Err(Reason::WrongNode.error(format!("{name} answers where {expected} is expected")));
         }
+        if let Some(expected) = &self.sender.options.target_store
+            && store_id != expected
+        {
+            return Err(Reason::WrongNode.error(format!(
+                "the receiver has store {}, the transfer began with store {}; was it given an empty disk?",
+                printable(&hex(store_id), 64),
+                hex(expected)
+            )));
+        }
+        Ok(())
     }
 
     fn header(&self, described: &Described, claimed: &Claimed) -> Header {

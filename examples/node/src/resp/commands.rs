@@ -18,11 +18,11 @@ use super::reply::{OK, Reply, Version};
 use super::scan::Cursors;
 use crate::common::slot_of;
 use crate::node::Node;
-use crate::split::{SplitRequest, Splits};
+use crate::split::Splits;
 use crate::store::{Outcome, Reader, StoreError, WriteOp, parse_integer};
 
 pub(super) use keys::ReadCommand;
-pub(super) use split::start as start_split;
+pub(super) use split::SplitCommand;
 
 /// What all connections of a server share.
 #[derive(Debug)]
@@ -58,8 +58,8 @@ pub(super) enum Action {
     Write { slot: u16, op: WriteOp, answer: Answer },
     /// Look at all keys of this node.
     Scan(keys::ScanCommand),
-    /// Begin a split.
-    Split(SplitRequest),
+    /// Begin a split, or end one.
+    Split(SplitCommand),
 }
 
 /// How the outcome of a write is told.

@@ -144,9 +144,9 @@ impl Connection {
                 self.reply(reply);
                 self.send_if_full().await?;
             }
-            Action::Split(request) => {
+            Action::Split(command) => {
                 self.finish_run().await?;
-                let reply = commands::start_split(&self.context, request).await;
+                let reply = command.run(&self.context).await;
                 self.reply(reply);
             }
             Action::Read { slot, read } => {

@@ -1,11 +1,23 @@
 //! What became of a transfer: asked of the target, until it answers.
 
+use std::time::Duration;
+
 use proto::common::error::Error;
 use proto::common::retry::Backoff;
+use proto::common::text::{hex, printable};
 use proto::node::split_snapshot_service_client::SplitSnapshotServiceClient;
-use proto::node::{CancelTransferRequest, Direction, GetTransferProgressRequest, TransferPhase};
+use proto::node::{
+    CancelTransferRequest, Direction, GetTransferProgressRequest, NodeIdentity, TransferPhase,
+};
 use proto::snapshot::Reason;
 use tonic::transport::Channel;
+
+use crate::common::NodeId;
+
+/// Between two questions where the answer was of no use.
+const ASK_AGAIN: Duration = Duration::from_secs(1);
+/// How long whoever begins a split waits for the target to say who it is.
+const IDENTIFY: Duration = Duration::from_secs(10);
 
 /// What the target says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,43 +34,100 @@ pub(super) enum Answer {
     Unknown,
 }
 
-/// Asks once.
-pub(super) async fn ask(address: &str, transfer: &str) -> Result<Answer, Error> {
+/// Why there is no answer yet.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Unanswered {
+    /// The question failed.
+    #[error(transparent)]
+    Failed(#[from] Error),
+    /// Whoever answers is not who was asked at the start: what it does or does not know is no evidence.
+    #[error(
+        "node {node} answers with store {found}, the split began with store {expected}: only an operator knows what became of that one. \
+         Bring it back, or say SPLIT RESOLVE"
+    )]
+    Stranger { node: String, found: String, expected: String },
+}
+
+/// Asks once, for what the node with the data directory `store` says.
+async fn ask(address: &str, transfer: &str, store: &[u8]) -> Result<Answer, Unanswered> {
+    let (answer, NodeIdentity { node_id, store_id, .. }) = question(address, transfer).await?;
+    if store.is_empty() || store_id != store {
+        return Err(Unanswered::Stranger {
+            node: printable(&node_id, 128),
+            found: printable(&hex(&store_id), 64),
+            expected: hex(store),
+        });
+    }
+    Ok(answer)
+}
+
+/// What is answered, and by whom.
+async fn question(address: &str, transfer: &str) -> Result<(Answer, NodeIdentity), Error> {
     let request =
         GetTransferProgressRequest { transfer_id: transfer.into(), direction: Direction::In.into() };
     let asked = connect(address).await?.get_transfer_progress(request).await;
     match asked.map_err(Error::from) {
         Ok(reply) => {
-            let phase = reply.into_inner().transfer.unwrap_or_default().phase();
-            Ok(match phase {
+            let reply = reply.into_inner();
+            let answer = match reply.transfer.unwrap_or_default().phase() {
                 TransferPhase::Installed => Answer::Installed,
                 TransferPhase::Installing | TransferPhase::Verifying => Answer::Installing,
                 TransferPhase::Cancelled | TransferPhase::Expired | TransferPhase::Failed => Answer::Ended,
                 _ => Answer::Partial,
-            })
+            };
+            Ok((answer, reply.node.unwrap_or_default()))
         }
-        Err(error) if error.is(Reason::TransferNotFound) => Ok(Answer::Unknown),
+        Err(error) if error.is(Reason::TransferNotFound) => {
+            let said = |key: &str| error.metadata_map().get(key).map(String::as_str).unwrap_or_default();
+            let identity = NodeIdentity {
+                node_id: said("node_id").into(),
+                store_id: unhex(said("store_id")).unwrap_or_default().into(),
+                ..NodeIdentity::default()
+            };
+            Ok((Answer::Unknown, identity))
+        }
         Err(error) => Err(error),
     }
 }
 
-/// Asks until there is an answer.
+/// The store of the node at `address`, which must be `target`, and know nothing of `transfer` yet.
+pub(super) async fn identify(address: &str, target: &NodeId, transfer: &str) -> Result<Vec<u8>, String> {
+    let asked = tokio::time::timeout(IDENTIFY, question(address, transfer)).await;
+    let answered = asked.map_err(|_| format!("node {target} does not answer at {address}"))?;
+    let (answer, NodeIdentity { node_id, store_id, .. }) =
+        answered.map_err(|error| format!("node {target} cannot be asked at {address}: {error}"))?;
+    if node_id != target.as_str() {
+        return Err(format!("node {} answers at {address}, not {target}", printable(&node_id, 128)));
+    }
+    if store_id.is_empty() {
+        return Err(format!("node {target} does not say which store it has"));
+    }
+    if answer != Answer::Unknown {
+        return Err(format!("node {target} knows a transfer {transfer} already"));
+    }
+    Ok(store_id.into())
+}
+
+/// Asks until there is an answer of the node with the data directory `store`.
 pub(super) async fn ask_until_answered(
     address: &str,
     transfer: &str,
-    mut failed: impl FnMut(&Error),
+    store: &[u8],
+    mut failed: impl FnMut(&Unanswered),
 ) -> Answer {
     let mut pauses = Backoff::default().start();
     loop {
-        match ask(address, transfer).await {
+        let unanswered = match ask(address, transfer, store).await {
             Ok(answer) => return answer,
-            Err(error) => {
-                failed(&error);
-                // Also after an error that says that asking again is of no use: the slots are held until there is an answer.
-                let pause = pauses.next(&error).unwrap_or(std::time::Duration::from_secs(5));
-                tokio::time::sleep(pause).await;
-            }
-        }
+            Err(unanswered) => unanswered,
+        };
+        failed(&unanswered);
+        let pause = match &unanswered {
+            // Also after an error that says that asking again is of no use: the slots are held until there is an answer.
+            Unanswered::Failed(error) => pauses.next(error).unwrap_or(ASK_AGAIN),
+            Unanswered::Stranger { .. } => ASK_AGAIN,
+        };
+        tokio::time::sleep(pause).await;
     }
 }
 
@@ -73,4 +142,22 @@ async fn connect(address: &str) -> Result<SplitSnapshotServiceClient<Channel>, E
     let endpoint = proto::common::tuning::endpoint(address)?;
     let channel = proto::common::connect::Connect::connect(&endpoint).await?;
     Ok(SplitSnapshotServiceClient::new(channel))
+}
+
+fn unhex(text: &str) -> Option<Vec<u8>> {
+    let digits = text.as_bytes().chunks(2);
+    digits.map(|pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_store_id_is_read_back() {
+        let store = [0_u8, 1, 0xab, 0xff];
+        assert_eq!(unhex(&hex(&store)).unwrap(), store);
+        assert_eq!(unhex("xy"), None);
+        assert_eq!(unhex("é"), None);
+    }
 }

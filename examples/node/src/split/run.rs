@@ -11,12 +11,12 @@ use proto::common::path::FileName;
 use proto::node::Priority;
 use proto::snapshot::sender::{SenderOptions, SnapshotToSend};
 use proto::snapshot::spec::SnapshotPoint;
-use proto::snapshot::{FileSource, SnapshotSender};
+use proto::snapshot::{FileSource, Reason, SnapshotSender};
 
-use super::outcome::{Answer, ask_until_answered, cancel};
+use super::outcome::{Answer, Unanswered, ask_until_answered, cancel};
 use super::receive::ROWS_FILE;
 use super::source::{Closing, ClosingSource};
-use super::{Begun, SplitPhase, Splits};
+use super::{Begun, Resolution, SplitPhase, Splits};
 use crate::common::SlotRange;
 use crate::gate::{GateHold, HoldMode};
 use crate::store::{Claim, Handover, StoreError};
@@ -45,6 +45,7 @@ pub(super) async fn run(splits: &Splits, begun: &Begun, resumed: Option<GateHold
             tracing::warn!(%transfer, slots = %begun.range, "the split is undone; the slots stay here");
         }
     }
+    begun.ended.cancel();
     if let Err(error) = tokio::fs::remove_file(&path).await
         && error.kind() != std::io::ErrorKind::NotFound
     {
@@ -59,7 +60,6 @@ fn path(splits: &Splits, begun: &Begun) -> std::path::PathBuf {
 async fn decide(splits: &Splits, begun: &Begun, resumed: Option<GateHold>) -> End {
     let node = &splits.inner.node;
     let was_resumed = resumed.is_some();
-    let address = begun.intent.target_addresses.grpc.as_str();
     let transfer = &begun.transfer;
     // Held from here until it is decided, whatever else is held beside it.
     let writes = match &resumed {
@@ -68,9 +68,11 @@ async fn decide(splits: &Splits, begun: &Begun, resumed: Option<GateHold>) -> En
     };
     if was_resumed {
         splits.enter(transfer, SplitPhase::Asking);
-        match ask_until_answered(address, transfer.as_str(), |error| splits.failed(transfer, error)).await {
-            Answer::Installed => return commit(splits, begun, writes).await,
-            Answer::Installing | Answer::Partial | Answer::Ended | Answer::Unknown => {}
+        match ask(splits, begun).await {
+            Told::Answer(Answer::Installed) => return commit(splits, begun, writes).await,
+            Told::Resolution(resolution) => return settle(splits, begun, writes, resolution).await,
+            // Nothing of it was merged there, or it goes on: the same transfer, again.
+            Told::Answer(Answer::Installing | Answer::Partial | Answer::Ended | Answer::Unknown) => {}
         }
     }
     let closing = Closing::new(node.gate().clone(), begun.range);
@@ -85,8 +87,39 @@ async fn decide(splits: &Splits, begun: &Begun, resumed: Option<GateHold>) -> En
         Ok(()) => commit(splits, begun, writes).await,
         Err(error) => {
             splits.failed(transfer, &error);
+            if !was_resumed && error.before_sending() {
+                return undo(splits, begun, writes).await;
+            }
             splits.enter(transfer, SplitPhase::Asking);
-            resolve(splits, begun, writes, was_resumed).await
+            resolve(splits, begun, writes, &error).await
+        }
+    }
+}
+
+/// What is known of a split whose outcome was not.
+enum Told {
+    Answer(Answer),
+    Resolution(Resolution),
+}
+
+/// Asks the target until it answers, or the operator says what became of it.
+async fn ask(splits: &Splits, begun: &Begun) -> Told {
+    let (transfer, intent) = (&begun.transfer, &begun.intent);
+    let unanswered = |unanswered: &Unanswered| {
+        let phase = match unanswered {
+            Unanswered::Failed(_) => SplitPhase::Asking,
+            Unanswered::Stranger { .. } => SplitPhase::NeedsOperator,
+        };
+        splits.enter(transfer, phase);
+        splits.failed(transfer, unanswered);
+    };
+    let address = intent.target_addresses.grpc.as_str();
+    tokio::select! {
+        biased;
+        resolution = begun.resolution() => Told::Resolution(resolution),
+        answer = ask_until_answered(address, transfer.as_str(), &intent.target_store, unanswered) => {
+            splits.enter(transfer, SplitPhase::Asking);
+            Told::Answer(answer)
         }
     }
 }
@@ -100,6 +133,13 @@ enum SendError {
     Transfer(#[from] Error),
     #[error("{0}")]
     Io(#[from] std::io::Error),
+}
+
+impl SendError {
+    /// Whether nothing has left this node.
+    fn before_sending(&self) -> bool {
+        matches!(self, Self::Export(_) | Self::Io(_))
+    }
 }
 
 async fn send(splits: &Splits, begun: &Begun, closing: &Arc<Closing>) -> Result<(), SendError> {
@@ -123,6 +163,7 @@ async fn send(splits: &Splits, begun: &Begun, closing: &Arc<Closing>) -> Result<
     options.bytes_per_second = begun.intent.bytes_per_second.and_then(NonZeroU64::new);
     // The slots are held until it is decided, so there is nothing to be gained by giving up.
     options.give_up_after = None;
+    options.target_store = Some(begun.intent.target_store.clone().into());
     let sender = SnapshotSender::connect(&begun.intent.target_addresses.grpc)?
         .options(options)
         .transfers(splits.inner.transfers.clone());
@@ -179,35 +220,43 @@ async fn commit(splits: &Splits, begun: &Begun, writes: GateHold) -> End {
     End::Done
 }
 
-/// The transfer ended with an error that is final: finds out whether the target has taken over all the same, and
+/// The transfer ended with `error`, which is final: finds out whether the target has taken over all the same, and
 /// undoes the split only if it has not and will not.
-async fn resolve(splits: &Splits, begun: &Begun, writes: GateHold, was_resumed: bool) -> End {
+async fn resolve(splits: &Splits, begun: &Begun, writes: GateHold, error: &SendError) -> End {
     let address = begun.intent.target_addresses.grpc.as_str();
     let transfer = &begun.transfer;
+    // The target may have merged this one, gone on from there, and forgotten it.
+    let superseded = matches!(error, SendError::Transfer(error) if error.is(Reason::StaleSnapshot));
     loop {
-        match ask_until_answered(address, transfer.as_str(), |error| splits.failed(transfer, error)).await {
-            Answer::Installed => return commit(splits, begun, writes).await,
-            Answer::Ended => break,
-            // It was refused before the target accepted anything, by the same process that began it.
-            Answer::Unknown if !was_resumed => break,
-            Answer::Unknown => {
-                // A target that lost its disk, or its history, would say the same: no evidence.
+        match ask(splits, begun).await {
+            Told::Resolution(resolution) => return settle(splits, begun, writes, resolution).await,
+            Told::Answer(Answer::Installed) => return commit(splits, begun, writes).await,
+            Told::Answer(Answer::Ended) => break,
+            // The very store that the split began with has nothing of it, and the hand-over is committed there with the import.
+            Told::Answer(Answer::Unknown) if !superseded => break,
+            Told::Answer(Answer::Unknown) => {
+                splits.enter(transfer, SplitPhase::NeedsOperator);
                 splits.failed(
                     transfer,
                     format!(
-                        "node {} knows nothing of a split that an earlier process began; its slots stay held until it does",
+                        "node {} has a newer snapshot of these slots and does not remember this one: say SPLIT RESOLVE",
                         begun.target
                     ),
                 );
             }
-            Answer::Partial => match cancel(address, transfer.as_str()).await {
+            Told::Answer(Answer::Partial) => match cancel(address, transfer.as_str()).await {
                 Ok(()) => continue,
                 Err(error) => splits.failed(transfer, error),
             },
-            Answer::Installing => {}
+            Told::Answer(Answer::Installing) => {}
         }
         tokio::time::sleep(ASK_AGAIN).await;
     }
+    undo(splits, begun, writes).await
+}
+
+/// The target has not taken over, and will not: everything is as before.
+async fn undo(splits: &Splits, begun: &Begun, writes: GateHold) -> End {
     let transfer = begun.transfer.to_string();
     while let Err(error) = splits.inner.node.store().remove_split(transfer.clone()).await {
         splits.failed(&begun.transfer, &error);
@@ -215,4 +264,24 @@ async fn resolve(splits: &Splits, begun: &Begun, writes: GateHold, was_resumed: 
     }
     drop(writes);
     End::Undone
+}
+
+/// Does as the operator says.
+async fn settle(splits: &Splits, begun: &Begun, writes: GateHold, resolution: Resolution) -> End {
+    tracing::warn!(transfer = %begun.transfer, slots = %begun.range, ?resolution, "the operator decides a split");
+    match resolution {
+        Resolution::Give => commit(splits, begun, writes).await,
+        Resolution::Keep => {
+            // Above what the target may have been given: should it come back, its claim is the older one.
+            let node = &splits.inner.node;
+            let epoch = begun.intent.epoch.saturating_add(1);
+            let claim = Claim { range: begun.range, owner: node.id().clone(), epoch };
+            while let Err(error) = node.keep_for(claim.clone(), begun.transfer.to_string()).await {
+                splits.failed(&begun.transfer, &error);
+                tokio::time::sleep(ASK_AGAIN).await;
+            }
+            drop(writes);
+            End::Undone
+        }
+    }
 }

@@ -3,8 +3,8 @@
 use redb::{ReadableDatabase as _, ReadableTable as _, WriteTransaction};
 use serde::{Deserialize, Serialize};
 
-use super::ownership::{from_json, to_json};
-use super::{NodeAddresses, Store, StoreError, tables};
+use super::ownership::{adopt_all, from_json, to_json};
+use super::{Claim, NodeAddresses, Ownership, Store, StoreError, tables};
 
 /// A split that this node has begun: what is needed to go on with it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -19,6 +19,9 @@ pub struct SplitIntent {
     pub target: String,
     /// Where that is.
     pub target_addresses: NodeAddresses,
+    /// The [store id](crate::node::Node::store_id) that it had when the split began.
+    #[serde(default)]
+    pub target_store: Vec<u8>,
     /// The epoch with which it owns them.
     pub epoch: u64,
     /// The shard that is split: its slots, before.
@@ -54,6 +57,20 @@ impl Store {
     /// Nothing was changed.
     pub async fn remove_split(&self, transfer: String) -> Result<(), StoreError> {
         self.writer()?.transact(move |txn, _| remove(txn, &transfer)).await
+    }
+
+    /// Takes `claim` over and forgets the split `finished`, durably, in one transaction.
+    ///
+    /// # Errors
+    ///
+    /// Nothing was changed.
+    pub(crate) async fn keep(&self, claim: Claim, finished: String) -> Result<Ownership, StoreError> {
+        self.writer()?
+            .transact(move |txn, _| {
+                remove(txn, &finished)?;
+                adopt_all(txn, &[claim])
+            })
+            .await
     }
 
     /// The splits that were begun and neither finished nor abandoned.

@@ -3,6 +3,7 @@
 //! ```text
 //! SPLIT slot target-id target-grpc target-resp [RATE bytes-per-second]   -> the id of the transfer
 //! SPLIT LIST                                                            -> what became of splits
+//! SPLIT RESOLVE transfer KEEP|GIVE                                      -> OK, once that is durable
 //! ```
 
 use std::sync::Arc;
@@ -12,13 +13,25 @@ use bytes::Bytes;
 use super::{Action, Arguments, Context, Parsed, Reply, Session};
 use super::{integer, syntax_error, word, wrong_arity};
 use crate::common::{NodeId, SLOT_COUNT};
-use crate::split::{SplitRequest, SplitStatus};
+use crate::resp::reply::OK;
+use crate::split::{Resolution, SplitRequest, SplitStatus};
 use crate::store::NodeAddresses;
 
 pub(super) fn split(context: &Arc<Context>, _: &mut Session, arguments: Arguments) -> Parsed {
     if arguments.len() == 2 && word(&arguments[1]) == b"LIST" {
         let splits = context.splits.list();
         return Ok(Action::Reply(Reply::Array(splits.iter().map(describe).collect())));
+    }
+    if word(&arguments[1]) == b"RESOLVE" {
+        let [_, _, transfer, resolution] = arguments.as_slice() else {
+            return Err(wrong_arity("split|resolve"));
+        };
+        let resolution = match word(resolution).as_slice() {
+            b"KEEP" => Resolution::Keep,
+            b"GIVE" => Resolution::Give,
+            _ => return Err(syntax_error()),
+        };
+        return Ok(Action::Split(SplitCommand::Resolve { transfer: text(transfer)?.to_owned(), resolution }));
     }
     let [_, slot, target, grpc, resp, options @ ..] = arguments.as_slice() else {
         return Err(wrong_arity("split"));
@@ -31,14 +44,14 @@ pub(super) fn split(context: &Arc<Context>, _: &mut Session, arguments: Argument
         }
         _ => return Err(syntax_error()),
     };
-    Ok(Action::Split(SplitRequest {
+    Ok(Action::Split(SplitCommand::Begin(SplitRequest {
         slot: slot.ok_or_else(|| Reply::error("ERR Invalid slot"))?,
         target: text(target).and_then(|id| {
             NodeId::new(id).map_err(|error| Reply::error(format!("ERR target-id: {error}")))
         })?,
         target_addresses: NodeAddresses { grpc: address(grpc)?, resp: address(resp)? },
         bytes_per_second,
-    }))
+    })))
 }
 
 fn text(argument: &Bytes) -> Result<&str, Reply> {
@@ -53,11 +66,22 @@ fn address(argument: &Bytes) -> Result<String, Reply> {
     }
 }
 
-/// Begins a split.
-pub(in crate::resp) async fn start(context: &Context, request: SplitRequest) -> Reply {
-    match context.splits.start(request).await {
-        Ok(transfer) => Reply::text(transfer.as_str()),
-        Err(error) => Reply::error(format!("ERR {error}")),
+/// What takes its time.
+#[derive(Debug)]
+pub(in crate::resp) enum SplitCommand {
+    Begin(SplitRequest),
+    Resolve { transfer: String, resolution: Resolution },
+}
+
+impl SplitCommand {
+    pub(in crate::resp) async fn run(self, context: &Context) -> Reply {
+        let done = match self {
+            Self::Begin(request) => context.splits.start(request).await.map(|id| Reply::text(id.as_str())),
+            Self::Resolve { transfer, resolution } => {
+                context.splits.resolve(&transfer, resolution).await.map(|()| OK)
+            }
+        };
+        done.unwrap_or_else(|error| Reply::error(format!("ERR {error}")))
     }
 }
 

@@ -590,7 +590,7 @@ pub(super) static COMMANDS: &[Spec] = &[
         keys: None,
         categories: &["@admin", "@slow", "@dangerous"],
         tips: &[],
-        summary: "Hands the slots from one on to another node, or lists such splits",
+        summary: "Hands the slots from one on to another node, lists such splits, or decides one whose target is lost",
         since: "7.0.0",
         group: "cluster",
         parse: split::split,
