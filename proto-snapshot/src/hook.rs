@@ -43,6 +43,14 @@ pub trait InstallHook: Send + Sync + 'static {
     /// One that [is retryable](Error::is_retryable) is shown in the progress and the hook is called again,
     /// with growing pauses. Any other ends the transfer as FAILED with `INSTALL_REFUSED`.
     fn install<'a>(&'a self, snapshot: &'a PlacedSnapshot) -> HookFuture<'a, ()>;
+
+    /// Whether the files stay once the snapshot is current. Default: yes. `false` is for an [`install`](Self::install) that has
+    /// made them part of something else: the store [discards](crate::store::Staging::discard) them then, and remembers that they
+    /// were installed.
+    fn keeps_files(&self, plan: &TransferPlan) -> bool {
+        let _ = plan;
+        true
+    }
 }
 
 /// Takes every snapshot and leaves it as files.
@@ -62,5 +70,9 @@ impl<H: InstallHook + ?Sized> InstallHook for Arc<H> {
 
     fn install<'a>(&'a self, snapshot: &'a PlacedSnapshot) -> HookFuture<'a, ()> {
         (**self).install(snapshot)
+    }
+
+    fn keeps_files(&self, plan: &TransferPlan) -> bool {
+        (**self).keeps_files(plan)
     }
 }

@@ -258,6 +258,13 @@ pub trait Staging: Send + Sync + std::fmt::Debug + 'static {
     /// [`StoreError::Stale`] when a newer snapshot of the shard is in place.
     fn activate(&self) -> impl Future<Output = Result<(), StoreError>> + Send;
 
+    /// Deletes the files of the snapshot, if it is current, and keeps all that says so: its owner has merged them
+    /// ([`InstallHook::keeps_files`](crate::hook::InstallHook::keeps_files)). Called between `activate` and `remove`, again after a
+    /// crash. A store that has no use for the space may do nothing, as the default does.
+    fn discard(&self) -> impl Future<Output = Result<(), StoreError>> + Send {
+        std::future::ready(Ok(()))
+    }
+
     /// Ends the transfer: removes the staging area and all that is staged or placed in it but not current, and frees what
     /// was reserved, durably.
     fn remove(&self) -> impl Future<Output = Result<(), StoreError>> + Send;

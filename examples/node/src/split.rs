@@ -19,7 +19,7 @@ mod run;
 mod source;
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use proto::common::guard::{RangeGuard, RangeHold};
@@ -174,6 +174,11 @@ struct Known {
     ended: CancellationToken,
 }
 
+/// Where the snapshot of a split is written.
+fn rows_file(directory: &Path, transfer: &str) -> PathBuf {
+    directory.join(format!("{transfer}.rows"))
+}
+
 impl Splits {
     /// `guard` is shared with everything that moves slots of this node, `transfers` with its receiver. Tasks end with `stop`; what they
     /// have begun goes on with the next start.
@@ -208,13 +213,27 @@ impl Splits {
     ///
     /// The database cannot be read.
     pub fn resume(&self) -> Result<(), SplitError> {
-        for intent in self.inner.node.store().splits()? {
+        let intents = self.inner.node.store().splits()?;
+        self.remove_leftovers(&intents);
+        for intent in intents {
             let begun = self.begin(intent)?;
             tracing::info!(transfer = %begun.transfer, slots = %begun.range, target = %begun.target, "going on with a split");
             let hold = self.inner.node.gate().hold_undrained(begun.range, HoldMode::All);
             self.spawn(begun, Some(hold));
         }
         Ok(())
+    }
+
+    /// Removes snapshots of splits that have ended: the process did, too, before it came to that.
+    fn remove_leftovers(&self, intents: &[SplitIntent]) {
+        let directory = &self.inner.directory;
+        let wanted: Vec<_> = intents.iter().map(|intent| rows_file(directory, &intent.transfer)).collect();
+        let found = std::fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.path());
+        for path in found.filter(|path| !wanted.contains(path)) {
+            if let Err(error) = std::fs::remove_file(&path) {
+                tracing::warn!(path = %path.display(), %error, "the snapshot of a split cannot be removed");
+            }
+        }
     }
 
     /// Begins a split. When it returns, the split is durable: it goes on whatever happens to this process.

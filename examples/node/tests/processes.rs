@@ -12,6 +12,7 @@ use std::time::Duration;
 use node::common::NodeId;
 use node::demo::load_gen::{LoadGenerator, judge};
 use node::demo::processes::NodeProcess;
+use node::split::ROWS_FILE;
 use node::store::{Identity, Init, SplitIntent, Store, StoreOptions};
 use support::{call, client, program, show, start, until};
 
@@ -26,6 +27,21 @@ fn split_command(target: &NodeProcess, rate: Option<u64>) -> String {
     let addresses = target.addresses();
     let rate = rate.map(|rate| format!(" RATE {rate}")).unwrap_or_default();
     format!("SPLIT 8192 {} {} {}{rate}", target.id(), addresses.grpc, addresses.resp)
+}
+
+/// Files whose names end in `suffix`.
+fn files_below(dir: &Path, suffix: &str) -> Vec<std::path::PathBuf> {
+    let mut found = Vec::new();
+    // Something may be deleted meanwhile.
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        let path = entry.path();
+        if path.is_dir() {
+            found.extend(files_below(&path, suffix));
+        } else if path.to_string_lossy().ends_with(suffix) {
+            found.push(path);
+        }
+    }
+    found
 }
 
 fn value_of(reply: &redis_protocol::resp2::types::BytesFrame) -> Option<&[u8]> {
@@ -173,6 +189,11 @@ async fn a_split_survives_kills_of_the_target_at_any_moment() {
     }
     assert!(kills >= 2, "{kills} kills");
     until("the split is done", async || split_says(&mut control, "phase").await == "done").await;
+    // The rows are in the database; their file is of no more use, at either end.
+    for node in ["n1/splits", "n2/snapshots"] {
+        until("the file is gone", async || files_below(&dir.path().join(node), ".rows").is_empty()).await;
+        until("the file is gone", async || files_below(&dir.path().join(node), ROWS_FILE).is_empty()).await;
+    }
     let written = writers.finish().await.unwrap();
     assert!(written.acknowledged > 0);
     check(&[&n1, &n2], 20_000).await;

@@ -159,6 +159,16 @@ impl<S: SnapshotStore> Inner<S> {
             }
             self.install_steps(incoming).await?;
         }
+        if !self.hook.keeps_files(&incoming.plan)
+            && let Err(error) = incoming.staging.discard().await
+        {
+            // They are in the way of nobody, and go with the shard's next snapshot.
+            tracing::warn!(
+                transfer_id = %spec.transfer_id,
+                error = &error as &dyn std::error::Error,
+                "files of a merged snapshot are left"
+            );
+        }
         self.ended_well(incoming).await
     }
 

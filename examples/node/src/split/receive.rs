@@ -102,4 +102,9 @@ impl InstallHook for SplitHook {
     fn install<'a>(&'a self, snapshot: &'a PlacedSnapshot) -> HookFuture<'a, ()> {
         Box::pin(async move { if has_rows(&snapshot.plan) { self.merge(snapshot).await } else { Ok(()) } })
     }
+
+    /// Rows are in the database.
+    fn keeps_files(&self, plan: &TransferPlan) -> bool {
+        !has_rows(plan)
+    }
 }

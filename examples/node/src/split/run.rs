@@ -16,7 +16,7 @@ use proto::snapshot::{FileSource, Reason, SnapshotSender};
 use super::outcome::{Answer, Unanswered, ask_until_answered, cancel};
 use super::receive::ROWS_FILE;
 use super::source::{Closing, ClosingSource};
-use super::{Begun, Resolution, SplitPhase, Splits};
+use super::{Begun, Resolution, SplitPhase, Splits, rows_file};
 use crate::common::SlotRange;
 use crate::gate::{GateHold, HoldMode};
 use crate::store::{Claim, Handover, StoreError};
@@ -54,7 +54,7 @@ pub(super) async fn run(splits: &Splits, begun: &Begun, resumed: Option<GateHold
 }
 
 fn path(splits: &Splits, begun: &Begun) -> std::path::PathBuf {
-    splits.inner.directory.join(format!("{}.rows", begun.transfer))
+    rows_file(&splits.inner.directory, begun.transfer.as_str())
 }
 
 async fn decide(splits: &Splits, begun: &Begun, resumed: Option<GateHold>) -> End {

@@ -1,4 +1,4 @@
-//! From staged to current: seal, place, activate, remove. Each does nothing where its work is done, so that a crash between any two of
+//! From staged to current: seal, place, activate, perhaps discard, remove. Each does nothing where its work is done, so that a crash between any two of
 //! their steps is repaired by doing all of them again.
 
 use std::collections::HashSet;
@@ -149,6 +149,27 @@ impl Inner {
         shared.write_shard(shard, &known)?;
         self.reservation.release();
         shared.add_installed(&self.plan, &totals);
+        Ok(())
+    }
+
+    pub(super) fn discard(&self) -> Result<(), StoreError> {
+        let failed = |error| StoreError::io("discard the files of a snapshot", error);
+        let _gate = self.exclusive();
+        let (shared, spec) = (&*self.shared, &self.plan.spec);
+        let (shard, id) = (&spec.target_shard, &spec.transfer_id);
+        let _shard = lock(shared.shard_lock(shard));
+        if shared.read_shard(shard)?.state.current.as_ref() != Some(id) {
+            return Ok(());
+        }
+        if let Some(bytes) = shared.index.remove(shard, id) {
+            shared.space.remove_installed(bytes);
+        }
+        // The directory itself stays: it tells that the snapshot was put in place.
+        let target = shared.layout.installed(shard, id);
+        for name in std::fs::read_dir(&target).map_err(failed)? {
+            shared.trash.take(&name.map_err(failed)?.path()).map_err(failed)?;
+        }
+        sync_dir(&target).map_err(failed)?;
         Ok(())
     }
 

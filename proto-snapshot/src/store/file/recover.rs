@@ -279,6 +279,8 @@ impl Shared {
                 continue;
             }
             match self.read_manifest(shard, &id) {
+                // Its files may have been discarded.
+                Ok(Some(_)) if names(&self.layout.installed(shard, &id)).map_err(failed)?.is_empty() => {}
                 Ok(Some((plan, totals))) => self.add_installed(&plan, &totals),
                 Ok(None) => {}
                 Err(error @ StoreError::Damaged { .. }) => {

@@ -244,6 +244,12 @@ impl Staging for FileStaging {
         self.run("make a snapshot current", Inner::activate).await
     }
 
+    async fn discard(&self) -> Result<(), StoreError> {
+        self.run("discard the files of a snapshot", Inner::discard).await?;
+        self.inner.shared.trash.clean();
+        Ok(())
+    }
+
     async fn remove(&self) -> Result<(), StoreError> {
         self.run("remove a staging area", Inner::remove).await?;
         self.inner.shared.trash.clean();

@@ -400,3 +400,50 @@ async fn an_interrupted_removal_is_finished_without_a_word() {
         }
     }
 }
+
+#[tokio::test]
+async fn discarded_files_free_their_space_and_stay_installed() {
+    let dir = tempfile::tempdir_in(fast_dir()).unwrap();
+    let bytes: usize = files(1).iter().map(|(_, content)| content.len()).sum();
+    // Room for one of them, and for a half of the next.
+    let narrow = || FileStoreOptions { capacity_bytes: Some(bytes as u64 * 3 / 2), ..options() };
+    let (store, _) = open_with(dir.path(), narrow()).await;
+    let staging = filled(&store, "one", 1).await;
+    staging.seal(&totals(&files(1))).await.unwrap();
+    staging.place().await.unwrap();
+    staging.discard().await.unwrap();
+    assert_eq!(tree(&dir.path().join("installed/shard-1/one")), as_tree(&files(1)), "it is not current yet");
+    staging.activate().await.unwrap();
+    let full = store.stage(&plan("two", 2, &files(2))).await.unwrap_err();
+    assert!(matches!(full, StoreError::NoSpace { .. }), "{full:?}");
+    staging.discard().await.unwrap();
+
+    // A crash before the removal: everything is done once more.
+    drop((staging, store));
+    let (store, mut recovered) = open_with(dir.path(), narrow()).await;
+    assert_eq!(recovered.damage, Vec::<String>::new());
+    let staging = recovered.staged.pop().unwrap();
+    assert_eq!(staging.state(), StagingState::Sealed);
+    for at in 0..3 {
+        step(&staging, at, 1).await;
+    }
+    staging.discard().await.unwrap();
+    staging.remove().await.unwrap();
+    let is_empty = async |store: &FileSnapshotStore| {
+        let (id, found) = current(store).await.unwrap();
+        assert_eq!(id.as_str(), "one");
+        assert!(store.current_plan(&shard()).await.unwrap().is_some());
+        found.is_empty()
+    };
+    assert!(is_empty(&store).await);
+
+    drop((staging, store));
+    let (store, recovered) = open_with(dir.path(), narrow()).await;
+    assert!(recovered.staged.is_empty());
+    assert_eq!(recovered.damage, Vec::<String>::new());
+    assert!(is_empty(&store).await);
+    installed(&store, "two", 2).await;
+    let (id, found) = current(&store).await.unwrap();
+    assert_eq!((id.as_str(), found), ("two", as_tree(&files(2))));
+    until_gone(&dir.path().join("installed/shard-1/one")).await;
+}
