@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 use anyhow::Context as _;
-use proto::common::guard::RangeGuard;
 use proto::health::HealthRegistry;
 use proto::node::NodeIdentity;
+use proto::snapshot::hook::InstallHook;
 use proto::snapshot::store::FileStoreOptions;
 use proto::snapshot::{FileSnapshotStore, SnapshotReceiver};
 use tokio::net::TcpListener;
@@ -16,7 +16,6 @@ use tonic::transport::Server;
 
 use crate::health::WhileUp;
 use crate::node::Node;
-use crate::split::SplitHook;
 
 /// Who the node is, as every service says it.
 #[must_use]
@@ -30,7 +29,7 @@ pub fn identity(node: &Node) -> NodeIdentity {
     }
 }
 
-/// Takes the snapshots that are sent to this node, in its data directory; those of rows become part of its database.
+/// Takes the snapshots that are sent to this node, in its data directory; `hook` makes those of rows part of its database.
 /// After `draining` it takes no new ones.
 ///
 /// # Errors
@@ -38,7 +37,7 @@ pub fn identity(node: &Node) -> NodeIdentity {
 /// The directory cannot be read, or is in use.
 pub async fn receiver(
     node: &Node,
-    guard: RangeGuard,
+    hook: impl InstallHook,
     draining: CancellationToken,
 ) -> anyhow::Result<SnapshotReceiver<FileSnapshotStore>> {
     let directory = node.store().directory().join("snapshots");
@@ -47,7 +46,7 @@ pub async fn receiver(
     let store = store.await?.context("cannot open the directory of snapshots")?;
     SnapshotReceiver::builder(node.id(), store)
         .identity(identity(node))
-        .hook(WhileUp::new(SplitHook::new(node.clone(), guard), draining))
+        .hook(WhileUp::new(hook, draining))
         .start()
         .await
         .context("cannot go on with the snapshots of an earlier process")

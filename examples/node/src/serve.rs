@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use proto::common::guard::RangeGuard;
+use proto::snapshot::hook::InstallHook;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -18,7 +19,7 @@ use crate::grpc;
 use crate::health::{Drain, Health, NoMigrations};
 use crate::node::Node;
 use crate::resp::{Limits, RespServer};
-use crate::split::Splits;
+use crate::split::{SplitHook, Splits};
 use crate::store::{Claim, Init, NodeAddresses, StoreOptions};
 
 /// How long connections may go on at most, once all else has ended.
@@ -108,6 +109,18 @@ impl std::str::FromStr for Ready {
 ///
 /// It could not start, or failed; the message says what to do.
 pub async fn serve(options: ServeOptions) -> anyhow::Result<()> {
+    serve_with(options, |hook| hook).await
+}
+
+/// [`serve`], with what `hook` makes of the install hook.
+///
+/// # Errors
+///
+/// As [`serve`].
+pub async fn serve_with<H: InstallHook>(
+    options: ServeOptions,
+    hook: impl FnOnce(SplitHook) -> H,
+) -> anyhow::Result<()> {
     // Before anything that takes long: verifying a database after a crash can be interrupted.
     let stop = CancellationToken::new();
     let mut interrupt = signal(SignalKind::interrupt())?;
@@ -143,7 +156,8 @@ pub async fn serve(options: ServeOptions) -> anyhow::Result<()> {
 
     let guard = RangeGuard::new();
     let draining = CancellationToken::new();
-    let receiver = grpc::receiver(&node, guard.clone(), draining.clone()).await?;
+    let hook = hook(SplitHook::new(node.clone(), guard.clone()));
+    let receiver = grpc::receiver(&node, hook, draining.clone()).await?;
     let stop_tasks = stop.child_token();
     let splits = Splits::new(node.clone(), receiver.transfers(), guard.clone(), stop_tasks.clone())?;
     // Holds their slots: before anybody is served.
