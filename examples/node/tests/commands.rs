@@ -279,6 +279,7 @@ async fn frames_at_their_edges() {
         (b"*x\r\n", "-ERR Protocol error: invalid multibulk length\r\n"),
         (b"*1\r\n+PING\r\n", "-ERR Protocol error: expected '$', got '+'\r\n"),
         (b"*2\r\n$3\r\nGET\r\n$536870912000\r\n", "-ERR Protocol error: invalid bulk length\r\n"),
+        (b"POST / HTTP/1.1\r\nSET a 9\r\n", "-ERR this is not an HTTP server; the connection is closed\r\n"),
         (b"get 'a\r\n", "-ERR Protocol error: unbalanced quotes in request\r\n"),
     ] {
         // Longer than what is expected: the connection is closed after it.
@@ -297,4 +298,43 @@ async fn frames_at_their_edges() {
     let mut client = client(&node).await;
     assert_eq!(show(&client.call(&[b"SET".as_slice(), b"large", &large]).await.unwrap()), "OK");
     assert_eq!(show(&client.call(&["GET", "large"]).await.unwrap()).len(), large.len());
+}
+
+/// Resident memory of a node's process, in MiB.
+async fn resident_mib(client: &mut Client) -> u64 {
+    let info = call(client, "INFO server").await;
+    let pid = info.lines().find_map(|line| line.strip_prefix("process_id:")).unwrap();
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() >> 10
+}
+
+#[tokio::test]
+async fn a_pipeline_of_large_values_takes_bounded_memory_and_stays_in_order() {
+    const GETS: usize = 300;
+    let dir = tempfile::tempdir().unwrap();
+    let node = start("n1", dir.path(), "0-16383").await;
+    let (mut slow, mut other) = (client(&node).await, client(&node).await);
+    let large = vec![b'x'; 8 << 20];
+    assert_eq!(show(&slow.call(&[b"SET".as_slice(), b"large", &large]).await.unwrap()), "OK");
+    for n in 0..GETS {
+        call(&mut other, &format!("SET n:{n} {n}")).await;
+        slow.push(&["GET", "large"]).unwrap();
+        slow.push(&["GET".to_owned(), format!("n:{n}")]).unwrap();
+    }
+    slow.send().await.unwrap();
+    // All of them are 2.4 GiB. Others are served, while nobody reads.
+    for _ in 0..20 {
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        let resident = resident_mib(&mut other).await;
+        assert!(resident < 500, "{resident} MiB");
+    }
+    for n in 0..GETS {
+        assert_eq!(show(&slow.reply().await.unwrap()).len(), large.len());
+        assert_eq!(show(&slow.reply().await.unwrap()), n.to_string());
+    }
+    let many = vec!["large"; 40];
+    let refused = call(&mut other, &format!("MGET {}", many.join(" "))).await;
+    assert_eq!(refused, "-ERR the values are larger than 256 MiB together; ask for fewer keys at once");
+    assert!(resident_mib(&mut other).await < 1000);
 }

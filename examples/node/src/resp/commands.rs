@@ -95,6 +95,10 @@ type Parsed = Result<Action, Reply>;
 
 /// Finds out what has to be done for `arguments`, of which there is at least one.
 pub(super) fn parse(context: &Arc<Context>, session: &mut Session, arguments: Arguments) -> Action {
+    // As Redis: a web page that has a browser send its requests here gets no further than the first lines.
+    if arguments.first().is_some_and(|name| [b"POST".as_slice(), b"HOST:"].contains(&word(name).as_slice())) {
+        return Action::Close(Reply::error("ERR this is not an HTTP server; the connection is closed"));
+    }
     let Some(spec) = arguments.first().and_then(|name| table::find(name)) else {
         return Action::Reply(unknown_command(&arguments));
     };

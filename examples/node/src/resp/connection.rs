@@ -5,6 +5,7 @@
 //! has written.
 
 use std::io;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -25,6 +26,9 @@ const READ_BYTES: usize = 64 << 10;
 const WRITE_BYTES: usize = 256 << 10;
 /// Commands in a run.
 const RUN_COMMANDS: usize = 1024;
+/// Values that are read before the replies are sent. A few bytes ask for a large value, so without it a pipeline would take any amount of
+/// memory.
+const READ_VALUES: usize = 4 << 20;
 
 pub(super) struct Connection {
     stream: TcpStream,
@@ -41,7 +45,7 @@ pub(super) struct Connection {
 /// Commands that are done together.
 enum Run {
     Empty,
-    Reads { reads: Vec<ReadCommand>, keys: usize, permits: Permits },
+    Reads { reads: Vec<(u16, ReadCommand)>, keys: usize, permits: Permits },
     Writes { ops: Vec<WriteOp>, answers: Vec<Answer>, permits: Permits },
 }
 
@@ -154,7 +158,7 @@ impl Connection {
                     && let Run::Reads { reads, keys, .. } = &mut self.run
                 {
                     *keys += read.keys();
-                    reads.push(read);
+                    reads.push((slot, read));
                 }
             }
             Action::Write { slot, op, answer } => {
@@ -271,23 +275,60 @@ impl Connection {
 
     /// Does the run and adds its replies.
     async fn finish_run(&mut self) -> io::Result<()> {
+        loop {
+            let rest = self.do_run().await?;
+            if rest.is_empty() {
+                return self.send_if_full().await;
+            }
+            // Through the gate again: a client that reads slowly must not keep a hold from draining.
+            self.send().await?;
+            for (slot, read) in rest {
+                self.take_read(slot, read).await?;
+            }
+        }
+    }
+
+    /// Boxed, since it may end in [`Connection::finish_run`].
+    fn take_read(
+        &mut self,
+        slot: u16,
+        read: ReadCommand,
+    ) -> Pin<Box<dyn Future<Output = io::Result<Next>> + Send + '_>> {
+        Box::pin(self.take(Action::Read { slot, read }))
+    }
+
+    /// [`Connection::finish_run`] for as many reads as one may do before their replies are sent; returns the others.
+    async fn do_run(&mut self) -> io::Result<Vec<(u16, ReadCommand)>> {
         match std::mem::replace(&mut self.run, Run::Empty) {
-            Run::Empty => return Ok(()),
-            Run::Reads { reads, .. } if reads.is_empty() => return Ok(()),
-            Run::Writes { ops, .. } if ops.is_empty() => return Ok(()),
-            Run::Reads { reads, keys, permits } => {
+            Run::Empty => {}
+            Run::Reads { reads, .. } if reads.is_empty() => {}
+            Run::Writes { ops, .. } if ops.is_empty() => {}
+            Run::Reads { mut reads, keys, permits } => {
                 let count = reads.len();
                 let replies = self
                     .context
                     .node
                     .store()
                     .read(ReadCommand::extent(keys), move |reader| {
-                        Ok(reads.iter().map(|read| read.reply(reader)).collect::<Vec<_>>())
+                        let (mut replies, mut size) = (Vec::new(), 0);
+                        for (_, read) in &reads {
+                            let reply = read.reply(reader);
+                            size += reply.value_bytes();
+                            replies.push(reply);
+                            if size >= READ_VALUES {
+                                break;
+                            }
+                        }
+                        let rest = reads.split_off(replies.len());
+                        Ok((replies, rest))
                     })
                     .await;
                 drop(permits);
                 match replies {
-                    Ok(replies) => replies.into_iter().for_each(|reply| self.reply(reply)),
+                    Ok((replies, rest)) => {
+                        replies.into_iter().for_each(|reply| self.reply(reply));
+                        return Ok(rest);
+                    }
                     Err(error) => (0..count).for_each(|_| self.reply(store_error(&error))),
                 }
             }
@@ -302,7 +343,7 @@ impl Connection {
                 }
             }
         }
-        self.send_if_full().await
+        Ok(Vec::new())
     }
 
     fn reply(&mut self, reply: Reply) {

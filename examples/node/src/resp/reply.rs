@@ -48,6 +48,15 @@ impl Reply {
         value.map_or(Self::Null, Self::Bulk)
     }
 
+    /// Bytes of the values in it.
+    pub(super) fn value_bytes(&self) -> usize {
+        match self {
+            Self::Bulk(value) => value.len(),
+            Self::Array(items) => items.iter().map(Self::value_bytes).sum(),
+            _ => 0,
+        }
+    }
+
     /// Appends the encoded reply.
     pub(super) fn encode(self, version: Version, out: &mut BytesMut) {
         let encoded = match version {

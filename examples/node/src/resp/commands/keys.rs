@@ -28,6 +28,8 @@ pub(in crate::resp) struct TimeUnitOut(TimeUnit);
 
 /// Keys that are read in place; more go to a thread that may block.
 const POINT_KEYS: usize = 64;
+/// Values in the reply to one command.
+const MANY_BYTES: usize = 256 << 20;
 
 impl ReadCommand {
     pub(in crate::resp) fn keys(&self) -> usize {
@@ -43,10 +45,26 @@ impl ReadCommand {
     }
 
     pub(super) fn run(&self, reader: &Reader) -> Result<Reply, StoreError> {
-        let value = |key: &Bytes| Ok(Reply::bulk_or_null(reader.get(key)?.map(|entry| entry.value)));
+        let value = |key: &Bytes| -> Result<Reply, StoreError> {
+            Ok(Reply::bulk_or_null(reader.get(key)?.map(|entry| entry.value)))
+        };
         Ok(match self {
             Self::Get(key) => value(key)?,
-            Self::GetMany(keys) => Reply::Array(keys.iter().map(value).collect::<Result<_, StoreError>>()?),
+            Self::GetMany(keys) => {
+                let (mut values, mut size) = (Vec::with_capacity(keys.len()), 0);
+                for key in keys {
+                    let value = value(key)?;
+                    size += value.value_bytes();
+                    if size > MANY_BYTES {
+                        return Ok(Reply::error(format!(
+                            "ERR the values are larger than {} MiB together; ask for fewer keys at once",
+                            MANY_BYTES >> 20
+                        )));
+                    }
+                    values.push(value);
+                }
+                Reply::Array(values)
+            }
             Self::Exists(keys) => {
                 let mut found = 0;
                 for key in keys {
