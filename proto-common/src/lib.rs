@@ -2,7 +2,7 @@
 //!
 //! | always there | with any of `client`, `server`, `channel`, `listen` | with one feature |
 //! |---|---|---|
-//! | [`v1`], [`ids`], [`slots`], [`fence`], [`error`], [`path`], [`guard`], [`clock`], [`text`] | `status`, `checksum`, `rate`, `retry`, `meter`, `registry` | `connect` (`client`), `durable` (`server`), `tuning` (`channel` or `listen`), `codegen` |
+//! | [`v1`], [`ids`], [`slots`], [`fence`], [`error`], [`path`], [`guard`], [`clock`], [`text`] | `status`, `checksum`, `rate`, `retry`, `meter`, `registry` | `connect` (`client`), `durable` and `refusal` (`server`), `tuning` (`channel` or `listen`), `codegen` |
 
 #[cfg(feature = "_rpc")]
 pub mod checksum;
@@ -22,6 +22,8 @@ pub mod meter;
 pub mod path;
 #[cfg(feature = "_rpc")]
 pub mod rate;
+#[cfg(feature = "server")]
+pub mod refusal;
 #[cfg(feature = "_rpc")]
 pub mod registry;
 #[cfg(feature = "_rpc")]

@@ -9,10 +9,12 @@ proto_common::reasons! {
         InvalidField "INVALID_FIELD" InvalidArgument,
         /// A slot range is empty or beyond 16384.
         InvalidSlotRange "INVALID_SLOT_RANGE" InvalidArgument,
-        /// The frame is not set or not known to this version.
+        /// The frame is not set or not known to this version, or a message is not one of its type.
         UnknownFrame "UNKNOWN_FRAME" InvalidArgument,
         /// A known frame at the wrong time.
         UnexpectedFrame "UNEXPECTED_FRAME" InvalidArgument,
+        /// A compressed message.
+        UnsupportedCompression "UNSUPPORTED_COMPRESSION" Unimplemented,
         /// A required feature is not supported.
         UnsupportedFeature "UNSUPPORTED_FEATURE" Unimplemented,
         /// The header means another node.

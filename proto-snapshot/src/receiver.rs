@@ -17,6 +17,7 @@ use std::time::Duration;
 use proto_common::clock::{millis, now_unix_ms};
 use proto_common::error::Error;
 use proto_common::ids::{NodeId, ShardId, TransferId};
+use proto_common::refusal::WithDetails;
 use proto_common::v1::{Direction, NodeIdentity};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -213,10 +214,11 @@ impl<S: SnapshotStore> SnapshotReceiver<S> {
 
     /// The service, to be added to a tonic server.
     #[must_use]
-    pub fn into_service(self) -> SplitSnapshotServiceServer<Self> {
-        SplitSnapshotServiceServer::new(self)
+    pub fn into_service(self) -> WithDetails<SplitSnapshotServiceServer<Self>> {
+        let service = SplitSnapshotServiceServer::new(self)
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
-            .max_encoding_message_size(MAX_MESSAGE_BYTES)
+            .max_encoding_message_size(MAX_MESSAGE_BYTES);
+        WithDetails::new(service, handshake::refused)
     }
 
     /// All transfers of the node; for its senders to report to.

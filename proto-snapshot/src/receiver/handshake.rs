@@ -5,6 +5,7 @@ use std::time::Duration;
 use proto_common::error::{Code, Error};
 use proto_common::fence::Fence;
 use proto_common::ids::{NodeId, TransferId};
+use proto_common::refusal::Refusal;
 use proto_common::v1::Priority;
 use tonic::Streaming;
 
@@ -63,16 +64,14 @@ impl Frames {
             Ok(Some(TransferSplitSnapshotRequest { frame: None })) => Err(Reason::UnknownFrame
                 .field("frame", "is not set, or of a kind that this version does not know")),
             // tonic's refusal of a large message, which carries no details.
-            Err(status) if status.code() == tonic::Code::OutOfRange => Err(Reason::ChunkTooLarge
-                .error(format!(
-                    "a message is larger than {MAX_MESSAGE_BYTES} bytes; send smaller chunks and pages"
-                ))
-                .metadata("max_message_bytes", MAX_MESSAGE_BYTES.to_string())),
+            Err(status) if status.code() == tonic::Code::OutOfRange => Err(refused(Refusal::TooLarge)),
             Err(status) => {
                 let error = Error::from(status);
                 // A peer that is gone and a peer that sends garbage both end the stream; only the latter hears of it.
-                Err(if error.code() == Code::Internal && error.message().contains("decode") {
-                    Reason::UnknownFrame.error("a message could not be decoded").caused_by(error)
+                let garbage = ["decode", "compressed-flag", "compression flag"];
+                let garbage = garbage.iter().any(|part| error.message().contains(part));
+                Err(if error.code() == Code::Internal && garbage {
+                    refused(Refusal::Undecodable).caused_by(error)
                 } else {
                     ended_early().caused_by(error)
                 })
@@ -83,6 +82,21 @@ impl Frames {
     /// The next frame, within `limit`.
     pub(super) async fn next_within(&mut self, limit: Duration) -> Result<Option<Frame>, Error> {
         tokio::time::timeout(limit, self.next()).await.map_err(|_| idle(limit))?
+    }
+}
+
+/// What tonic refuses before it gets here, or on the way.
+pub(super) fn refused(refusal: Refusal) -> Error {
+    match refusal {
+        Refusal::TooLarge => Reason::ChunkTooLarge
+            .error(format!(
+                "a message is larger than {MAX_MESSAGE_BYTES} bytes; send smaller chunks and pages"
+            ))
+            .metadata("max_message_bytes", MAX_MESSAGE_BYTES.to_string()),
+        Refusal::Compressed { encoding } => Reason::UnsupportedCompression
+            .error(format!("the message is compressed with {encoding}; send it as it is"))
+            .metadata("encoding", encoding),
+        _ => Reason::UnknownFrame.error("a message could not be decoded"),
     }
 }
 

@@ -4,6 +4,7 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import grpc
 import pytest
 
 from peer import PATIENCE, Refused, Snapshot, some_snapshot
@@ -51,6 +52,27 @@ def test_direction(peer, snapshot, method):
         call(peer, method, snapshot.transfer_id, direction=7)
     refused.value.must_be("INVALID_FIELD", "direction")
     assert call(peer, method, snapshot.transfer_id, direction=common.DIRECTION_IN)
+
+
+@pytest.mark.parametrize("method", ["GetTransferProgress", "WatchTransferProgress", "ListTransfers", "CancelTransfer"])
+def test_requests_that_are_refused_before_they_are_read(peer, method):
+    """The transport ends these by itself; they have details all the same."""
+    path = f"/node.snapshot.v1.SplitSnapshotService/{method}"
+    streamed = method == "WatchTransferProgress"
+    send = (peer.shared.unary_stream if streamed else peer.shared.unary_unary)(path)
+
+    def refused(data, **options):
+        with pytest.raises(grpc.RpcError) as raised:
+            answer = send(data, timeout=PATIENCE, **options)
+            next(answer) if streamed else answer
+        return Refused(raised.value)
+
+    # An unknown field, so that nothing but the size is wrong.
+    large = b"\xfa\x01" + bytes([0x80, 0x80, 0x80, 0x04]) + bytes(8 << 20)
+    refused(large).must_be("CHUNK_TOO_LARGE", max_message_bytes=4 << 20)
+    compressed = refused(b"\x0a\x01t", compression=grpc.Compression.Gzip)
+    compressed.must_be("UNSUPPORTED_COMPRESSION", encoding="gzip")
+    refused(b"\xff" * 20).must_be("UNKNOWN_FRAME")
 
 
 def test_watch_from_beginning_to_end(peer, snapshot):

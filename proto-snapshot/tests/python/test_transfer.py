@@ -279,4 +279,5 @@ def test_compressed_frames_are_refused_by_name(peer, snapshot):
     stream.send(snapshot.header(1, os.urandom(16)), *snapshot.pages())
     refused = stream.refusal()
     assert refused.code == grpc.StatusCode.UNIMPLEMENTED and "gzip" in refused.message
+    assert refused.reason == "UNSUPPORTED_COMPRESSION" and refused.metadata["encoding"] == "gzip"
     peer.finish(snapshot)
