@@ -45,7 +45,7 @@ pub use crate::v1::transfer_split_snapshot_response::Installed;
 /// Sends snapshots to one receiver. Cheap to clone.
 ///
 /// It needs new connections, so it takes a factory of them: with the feature `channel`,
-/// [`SnapshotSender::connect`] makes one from an address.
+/// `SnapshotSender::connect` makes one from an address.
 #[derive(Debug)]
 pub struct SnapshotSender<C: Connect> {
     connect: Arc<C>,

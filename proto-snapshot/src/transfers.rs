@@ -29,7 +29,7 @@ pub trait HistorySink: Send + Sync + 'static {
     fn record(&self, record: Vec<u8>) -> Pin<Box<dyn Future<Output = ()> + Send + '_>>;
 }
 
-/// All transfers of a node; cheap to clone. Give [`SnapshotReceiver::transfers`](crate::receiver::SnapshotReceiver::transfers) to the
+/// All transfers of a node; cheap to clone. Give `SnapshotReceiver::transfers` to the
 /// node's senders, and its service answers for both directions.
 #[derive(Clone)]
 pub struct Transfers {
