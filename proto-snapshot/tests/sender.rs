@@ -28,7 +28,7 @@ use proto_snapshot::v1::split_snapshot_service_server::SplitSnapshotServiceServe
 use proto_snapshot::v1::transfer_split_snapshot_request::{End, Frame};
 use proto_snapshot::v1::transfer_split_snapshot_response::{Accepted, Frame as Answer, Installed};
 use proto_snapshot::v1::*;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep};
 
 async fn ends<T>(future: impl Future<Output = T>) -> T {
@@ -99,6 +99,35 @@ async fn nothing_is_sent_while_it_is_not_known_whether_a_cancel_came_in_time() {
     // What was in the queue already.
     let later = *count.borrow() - *answers.lock().unwrap();
     assert!(later <= 10 << 20, "{later} bytes were sent after the cancel");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_cancelled_transfer_ends_when_the_receiver_has_discarded_it() {
+    let cancelled = Arc::new(Notify::new());
+    let heard = Arc::clone(&cancelled);
+    let mut peer = Peer::new(move |mut call| {
+        let heard = Arc::clone(&heard);
+        async move {
+            call.header().await;
+            call.say(accepted(vec![extent(0, 0, 10)])).await;
+            heard.notified().await;
+            // The stream ends first, the removal takes its time.
+            call.fail(Reason::TransferCancelled.error("cancelled")).await;
+        }
+    });
+    peer.on_cancel = Arc::new(move || {
+        cancelled.notify_one();
+        sleep(Duration::from_secs(5)).map(Ok).boxed()
+    });
+    let mut handle = peer.send(Zeros::new([10]));
+    while peer.streams() == 0 {
+        sleep(Duration::from_millis(10)).await;
+    }
+    let start = Instant::now();
+    handle.cancel();
+    let error = ends(handle.join()).await.unwrap_err();
+    assert!(error.is(Reason::TransferCancelled), "{error:?}");
+    assert!(start.elapsed() >= Duration::from_secs(5), "it was not waited for");
 }
 
 #[tokio::test(start_paused = true)]

@@ -138,9 +138,11 @@ impl<C: Connect, S: SnapshotSource> Task<C, S> {
         let cancelled = loop {
             match &pushed {
                 Some(Ok(_)) => break Cancelled::TooLate,
-                // The receiver says so on the stream as well.
+                // The receiver says so on the stream as well, but before it has discarded anything: the call tells when it has.
                 Some(Err(error)) if error.is(Reason::TransferCancelled) => {
-                    break Cancelled::Yes(error.clone());
+                    let error = error.clone();
+                    cancelling.await;
+                    break Cancelled::Yes(error);
                 }
                 _ => {}
             }
