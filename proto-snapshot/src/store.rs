@@ -48,7 +48,7 @@ pub enum StoreError {
         installed: SnapshotPoint,
     },
     /// What is stored is not what was written. Names the file.
-    #[error("{file} is damaged: {what}")]
+    #[error("{file} is damaged: it {what}")]
     Damaged {
         /// Path below the store's directory.
         file: String,
@@ -289,8 +289,10 @@ impl From<StoreError> for Error {
                 ))
                 .metadata("installed_term", installed.term.to_string())
                 .metadata("installed_index", installed.index.to_string()),
-            StoreError::Damaged { ref what, .. } => {
-                let message = format!("what is staged at the receiver is damaged: {what}");
+            // Below the store's directory, which itself is not told.
+            StoreError::Damaged { ref file, ref what } => {
+                let message =
+                    format!("{file} in the receiver's store cannot be used: it {what}; the receiver's log has more");
                 Reason::StagedDataDamaged.error(message).caused_by(error)
             }
             StoreError::Io { action, ref source } if source.kind() == std::io::ErrorKind::InvalidInput => {

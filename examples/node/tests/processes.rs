@@ -132,6 +132,16 @@ async fn a_data_directory_is_one_nodes_only() {
     node.stop().await.unwrap();
 }
 
+#[test]
+fn a_file_that_is_no_database_is_named_and_left_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("node.redb");
+    std::fs::write(&file, b"something else").unwrap();
+    let error = refused(&["--id", "n1", "--data", dir.path().to_str().unwrap()]);
+    assert!(error.contains(&format!("cannot open {}", file.display())), "{error}");
+    assert_eq!(std::fs::read(&file).unwrap(), b"something else");
+}
+
 #[tokio::test]
 async fn a_split_survives_a_kill_of_the_source() {
     let dir = tempfile::tempdir().unwrap();

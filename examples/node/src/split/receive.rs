@@ -71,10 +71,13 @@ fn refused(error: StoreError) -> Error {
     match &error {
         StoreError::Database(_) | StoreError::Io { .. } | StoreError::Closed => {
             tracing::warn!(%error, "a snapshot cannot be merged yet");
-            Reason::StorageFailed
-                .error("the receiver cannot write to its database; it tries again")
-                .retry_after(std::time::Duration::from_secs(1))
-                .caused_by(error)
+            let what = match &error {
+                StoreError::Database(redb) if matches!(**redb, redb::Error::PreviousIo) => {
+                    "a write to the receiver's disk failed; it goes on once it has room and was restarted"
+                }
+                _ => "the receiver cannot write to its database; it tries again",
+            };
+            Reason::StorageFailed.error(what).retry_after(std::time::Duration::from_secs(1)).caused_by(error)
         }
         _ => Reason::InstallRefused.error(error.to_string()),
     }

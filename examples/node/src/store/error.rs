@@ -24,7 +24,7 @@ pub enum StoreError {
         what: String,
     },
     /// The database failed. After an I/O error it refuses further work until the node is restarted.
-    #[error("database: {0}")]
+    #[error("{}", said(.0))]
     Database(Arc<redb::Error>),
     /// A file could not be read or written.
     #[error("{action}: {source}")]
@@ -81,6 +81,17 @@ impl StoreError {
     /// An I/O error with what was tried.
     pub fn io(action: impl Into<String>, source: std::io::Error) -> Self {
         Self::Io { action: action.into(), source: Arc::new(source) }
+    }
+}
+
+/// In words of an operator, where redb speaks to its own caller.
+fn said(error: &redb::Error) -> String {
+    match error {
+        redb::Error::PreviousIo => {
+            "database: a write to the disk failed, nothing is written any more; make sure that there is room, then restart the node"
+                .to_owned()
+        }
+        error => format!("database: {error}"),
     }
 }
 

@@ -120,7 +120,7 @@ impl Store {
         });
         let database = builder.create(&file).map_err(|error| match error {
             DatabaseError::DatabaseAlreadyOpen => StoreError::InUse { path: directory.to_path_buf() },
-            error => error.into(),
+            error => StoreError::io(format!("cannot open {}", file.display()), std::io::Error::other(error)),
         })?;
         let identity = identity::load_or_init(&database, directory, init)?;
         let shared = Arc::new(Shared::load(database)?);

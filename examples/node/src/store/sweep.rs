@@ -14,6 +14,8 @@ use crate::common::SlotRange;
 
 /// How often it is looked for expired rows; as Redis does by default.
 const PERIOD: Duration = Duration::from_millis(100);
+/// Pause after a failure, which the log tells each time.
+const AFTER_FAILURE: Duration = Duration::from_secs(10);
 /// Rows deleted in one transaction: some milliseconds of work.
 const CHUNK: usize = 1024;
 
@@ -34,7 +36,10 @@ impl Store {
             match swept {
                 Ok(()) => {}
                 Err(StoreError::Closed) => return,
-                Err(error) => tracing::warn!(%error, "background deletion failed; it is tried again"),
+                Err(error) => {
+                    tracing::warn!(%error, "background deletion failed; it is tried again");
+                    ticks.reset_after(AFTER_FAILURE);
+                }
             }
         }
     }
