@@ -84,7 +84,7 @@ async fn a_reader_that_stalls_holds_up_nobody_and_gets_the_latest() {
         HealthServiceClient::new(connect(&address).await).watch_health(request).await.unwrap().into_inner();
     // Far more than the window holds: 30 frames of a KiB and more. Others are not kept waiting meanwhile.
     let mut change = async |n: u32| {
-        let wanted = if n % 2 == 0 { DEGRADED } else { HEALTHY };
+        let wanted = if n.is_multiple_of(2) { DEGRADED } else { HEALTHY };
         raft.set(wanted, &long);
         while next_status(&mut read).await != wanted {}
     };
