@@ -1,0 +1,164 @@
+//! One batch of rows or changes: everything that is checked before any of it is applied.
+
+use bytes::Bytes;
+use proto_common::checksum::crc64;
+use proto_common::error::Error;
+use proto_common::slots::{SlotRange, slot_of};
+
+use super::handshake::unexpected;
+use super::record::Record;
+use crate::Reason;
+use crate::entry::{ENTRY_OVERHEAD, Entry, MAX_ENTRIES, decode};
+use crate::v1::transfer_migration_data_request::{Bulk, Delta, Frame};
+
+/// Longest cursor, in bytes.
+const MAX_CURSOR_BYTES: usize = 65 << 10;
+
+/// What a batch changes beside its entries.
+#[derive(Debug)]
+pub(super) enum Moves {
+    /// The copy stands here.
+    Copy { cursor: Bytes, last: bool },
+    /// The watermark is this.
+    Watermark(u64),
+}
+
+/// A batch whose every entry was checked.
+#[derive(Debug)]
+pub(super) struct Batch {
+    pub(super) number: u64,
+    /// Of the payload, in bytes.
+    pub(super) payload: u64,
+    pub(super) entries: Vec<Entry>,
+    pub(super) moves: Moves,
+}
+
+/// Checks the batches of one stream in the order in which they come.
+#[derive(Debug)]
+pub(super) struct Checker {
+    slots: SlotRange,
+    batch_bytes: u32,
+    /// Of the last batch that was taken.
+    number: u64,
+    /// Payload bytes that were taken.
+    pub(super) taken: u64,
+    /// Largest payload that was taken.
+    pub(super) largest: u64,
+    copied: bool,
+    watermark: u64,
+}
+
+impl Checker {
+    pub(super) fn new(record: &Record, batch_bytes: u32) -> Self {
+        Self {
+            slots: record.spec.slots,
+            batch_bytes,
+            number: 0,
+            taken: 0,
+            largest: 0,
+            copied: record.kept.copied,
+            watermark: record.kept.through_seq,
+        }
+    }
+
+    /// Takes rows; `credit` is what the source was told last.
+    pub(super) fn bulk(&mut self, bulk: Bulk, credit: u64) -> Result<Batch, Error> {
+        if self.copied {
+            return Err(unexpected(&Frame::Bulk(bulk), "no rows: the copy is complete"));
+        }
+        let Bulk { number, entry_count, cursor, last, crc64nvme, payload } = bulk;
+        if cursor.len() > MAX_CURSOR_BYTES {
+            let problem = format!("has {} bytes; the limit is {MAX_CURSOR_BYTES}", cursor.len());
+            return Err(Reason::InvalidField.field("bulk.cursor", problem));
+        }
+        let entries = self.open("bulk", number, entry_count, crc64nvme, &payload, credit)?;
+        self.copied = last;
+        Ok(self.take(number, &payload, entries, Moves::Copy { cursor, last }))
+    }
+
+    /// Takes changes.
+    pub(super) fn delta(&mut self, delta: Delta, credit: u64) -> Result<Batch, Error> {
+        let Delta { number, entry_count, prev_seq, through_seq, crc64nvme, payload } = delta;
+        if number == self.number + 1 && prev_seq != self.watermark {
+            let problem = format!("is {prev_seq}, the watermark is {}", self.watermark);
+            return Err(Reason::DeltaGap
+                .field("delta.prev_seq", problem)
+                .metadata("watermark", self.watermark.to_string()));
+        }
+        if through_seq < prev_seq {
+            let problem = format!("is {through_seq}, lower than prev_seq {prev_seq}");
+            return Err(Reason::InvalidField.field("delta.through_seq", problem));
+        }
+        let entries = self.open("delta", number, entry_count, crc64nvme, &payload, credit)?;
+        // A part of a transaction leaves the watermark where it is.
+        let newest = if through_seq == prev_seq { u64::MAX } else { through_seq };
+        let mut before = prev_seq.saturating_add(1);
+        for (index, entry) in entries.iter().enumerate() {
+            let wrong = |problem: String| {
+                Reason::InvalidField.field(&format!("delta.payload.entries[{index}].seq"), problem)
+            };
+            if entry.seq <= prev_seq || entry.seq > newest {
+                return Err(wrong(format!("is {}, not behind {prev_seq} and up to {newest}", entry.seq)));
+            }
+            if entry.seq < before {
+                return Err(wrong(format!("is {} behind {before}; changes rise", entry.seq)));
+            }
+            before = entry.seq;
+        }
+        self.watermark = through_seq;
+        Ok(self.take(number, &payload, entries, Moves::Watermark(through_seq)))
+    }
+
+    fn open(
+        &self,
+        path: &str,
+        number: u64,
+        entry_count: u32,
+        declared_crc: u64,
+        payload: &Bytes,
+        credit: u64,
+    ) -> Result<Vec<Entry>, Error> {
+        let field = |field: &str| format!("{path}.{field}");
+        if number != self.number + 1 {
+            let problem = format!("is {number}; the next batch is {}", self.number + 1);
+            return Err(Reason::BatchOutOfOrder.field(&field("number"), problem));
+        }
+        if payload.len() as u64 > u64::from(self.batch_bytes) {
+            let problem = format!("has {} bytes; Accepted allows {}", payload.len(), self.batch_bytes);
+            return Err(Reason::BatchTooLarge.field(&field("payload"), problem));
+        }
+        if usize::try_from(entry_count).unwrap_or(usize::MAX) > MAX_ENTRIES {
+            let problem = format!("is {entry_count}; the limit is {MAX_ENTRIES}");
+            return Err(Reason::BatchTooLarge.field(&field("entry_count"), problem));
+        }
+        if self.taken.saturating_add(payload.len() as u64) > credit {
+            let problem =
+                format!("has {} bytes; {} were sent and the credit is {credit}", payload.len(), self.taken);
+            return Err(Reason::CreditExceeded.field(&field("payload"), problem));
+        }
+        let actual = crc64(payload);
+        if actual != declared_crc {
+            let problem =
+                format!("is {declared_crc:#018x}, the payload has {actual:#018x}; nothing of it was stored");
+            return Err(Reason::BatchChecksumMismatch.field(&field("crc64nvme"), problem));
+        }
+        let entries = decode(payload.clone(), entry_count, self.slots, path)?;
+        let largest = u64::from(self.batch_bytes).saturating_sub(ENTRY_OVERHEAD as u64);
+        if let Some((index, entry)) = entries.iter().enumerate().find(|(_, entry)| entry.bytes() > largest) {
+            let problem = format!("has {} bytes of key and value; the limit is {largest}", entry.bytes());
+            return Err(Reason::EntryTooLarge
+                .field(&format!("{path}.payload.entries[{index}]"), problem)
+                .metadata("slot", slot_of(&entry.key).to_string())
+                .metadata("size", entry.bytes().to_string()));
+        }
+        Ok(entries)
+    }
+
+    fn take(&mut self, number: u64, payload: &Bytes, entries: Vec<Entry>, moves: Moves) -> Batch {
+        let payload = payload.len() as u64;
+        self.number = number;
+        self.taken += payload;
+        self.largest = self.largest.max(payload);
+        Batch { number, payload, entries, moves }
+    }
+}

@@ -1,0 +1,174 @@
+//! What an earlier process left, what a panic left, and what nobody comes back for.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use proto_common::error::Error;
+use proto_common::ids::MigrationId;
+use proto_common::v1::Direction;
+
+use super::Inner;
+use super::incoming::{Incoming, Slot, guarded};
+use super::record::Record;
+use crate::Reason;
+use crate::target::{MigrationTarget, StoredMigration};
+use crate::v1::MigrationState;
+
+/// How often records that nobody needs are looked for, at least.
+const COLLECT_INTERVAL: Duration = Duration::from_secs(60);
+
+/// Reads records; those that cannot be read are left alone.
+pub(super) fn read(stored: Vec<StoredMigration>) -> (Vec<Incoming>, HashSet<MigrationId>) {
+    let (mut known, mut untrusted) = (Vec::new(), HashSet::new());
+    for StoredMigration { id, record, staged } in stored {
+        match Record::decode(&id, record) {
+            Ok(record) => known.push(Incoming::new(record, staged)),
+            Err(problem) => {
+                tracing::error!(migration_id = %id, problem, "the record of a migration cannot be trusted; left as it is");
+                untrusted.insert(id);
+            }
+        }
+    }
+    (known, untrusted)
+}
+
+impl<T: MigrationTarget> Inner<T> {
+    /// Takes what an earlier process left: what was prepared is held before anybody is served.
+    pub(super) async fn readopt(self: &Arc<Self>, mut incoming: Incoming) -> Result<(), Error> {
+        let id = MigrationId::new(&incoming.record.progress.migration_id)
+            .map_err(|error| error.at("migration_id"))?;
+        self.hold_as_recorded(&id, &mut incoming).await?;
+        let cancelled = incoming.state() == MigrationState::Cancelled;
+        let recorded = cancelled
+            && self
+                .migrations
+                .get(Some(Direction::In), &id)
+                .is_ok_and(|ended| ended.state() == MigrationState::Cancelled);
+        if !recorded {
+            self.track(&mut incoming)?;
+        }
+        let deciding = incoming.state() == MigrationState::Prepared && incoming.record.kept.deciding;
+        incoming.unrecorded = cancelled && !recorded;
+        let slot = Slot::new(id.clone(), Some(incoming));
+        if cancelled && !recorded {
+            let mut state = slot.state.lock().await;
+            if let Some(incoming) = state.as_mut() {
+                self.record_end(&slot, incoming).await;
+            }
+        }
+        self.slots().insert(id, Arc::clone(&slot));
+        if deciding {
+            let inner = Arc::clone(self);
+            self.tasks.spawn(async move { inner.decide_again(&slot).await });
+        }
+        Ok(())
+    }
+
+    /// The commit was asked for before the crash: whoever decides says what became of it.
+    async fn decide_again(&self, slot: &Slot) {
+        let mut state = slot.state.lock().await;
+        if let Some(incoming) = state.as_mut()
+            && incoming.state() == MigrationState::Prepared
+            && incoming.record.kept.deciding
+            && let Err(error) = self.commit(slot, incoming, None).await
+        {
+            tracing::warn!(migration_id = %slot.id, error = %error, "not committed after the restart");
+        }
+    }
+
+    /// Holds what a migration in this state holds.
+    async fn hold_as_recorded(&self, id: &MigrationId, incoming: &mut Incoming) -> Result<(), Error> {
+        let slots = incoming.record.spec.slots;
+        let open = matches!(incoming.state(), MigrationState::Receiving | MigrationState::Prepared);
+        if !open {
+            incoming.release();
+            return Ok(());
+        }
+        if incoming.state() == MigrationState::Prepared {
+            if incoming.hold.is_none() {
+                incoming.hold = Some(guarded(async { Ok(self.target.hold(slots)) }).await?);
+            }
+        } else {
+            incoming.hold = None;
+        }
+        if incoming.place.is_none() {
+            incoming.place = Some(self.places.take());
+        }
+        if incoming.range.is_none() {
+            match self.range(id, slots) {
+                Ok(range) => incoming.range = Some(range),
+                Err(error) => tracing::error!(migration_id = %id, error = %error, "the slots are busy"),
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads a record again that a panic of the store left in doubt.
+    pub(super) async fn settle(&self, slot: &Slot, state: &mut Option<Incoming>) -> Result<(), Error> {
+        let Some(incoming) = state.as_mut().filter(|incoming| incoming.doubt) else { return Ok(()) };
+        let stored = guarded(async { self.target.load().await }).await?;
+        let Some(found) = stored.into_iter().find(|stored| stored.id == slot.id) else {
+            if let Some(tracker) = state.take().and_then(|incoming| incoming.tracker) {
+                tracker.finish(|shown| shown.enter(MigrationState::Failed));
+            }
+            return Ok(());
+        };
+        let record = Record::decode(&slot.id, found.record).map_err(|problem| {
+            Reason::StorageFailed.error(format!("the record of migration {} {problem}", slot.id))
+        })?;
+        incoming.record = record;
+        incoming.staged = found.staged;
+        self.hold_as_recorded(&slot.id, incoming).await?;
+        incoming.doubt = false;
+        incoming.show(|_| {});
+        if incoming.state() == MigrationState::Cancelled && incoming.tracker.is_some() {
+            incoming.unrecorded = true;
+            self.record_end(slot, incoming).await;
+        }
+        Ok(())
+    }
+
+    /// Drops records that nobody comes back for, until the node stops.
+    pub(super) async fn collect(&self) {
+        let every = COLLECT_INTERVAL.min(self.limits.record_kept / 4).max(Duration::from_millis(50));
+        loop {
+            tokio::select! {
+                () = self.stopping.cancelled() => return,
+                () = tokio::time::sleep(every) => {}
+            }
+            let slots: Vec<_> = self.slots().values().cloned().collect();
+            for slot in slots {
+                self.collect_one(&slot).await;
+                self.remove_empty(&slot);
+            }
+        }
+    }
+
+    async fn collect_one(&self, slot: &Slot) {
+        // One that is worked on is not stale.
+        let Ok(_attach) = slot.attach.try_lock() else { return };
+        let Ok(mut state) = slot.state.try_lock() else { return };
+        let Some(incoming) = state.as_mut() else { return };
+        if incoming.unrecorded {
+            self.record_end(slot, incoming).await;
+        }
+        let stale = incoming.last_stream.elapsed() >= self.limits.record_kept;
+        if incoming.doubt || slot.has_stream() || !stale || !incoming.is_empty() {
+            return;
+        }
+        if let Err(error) = guarded(async { self.target.forget(&slot.id).await }).await {
+            tracing::warn!(migration_id = %slot.id, error = %error, "cannot forget; it is tried again");
+            return;
+        }
+        if let Some(Incoming { tracker: Some(tracker), mut record, .. }) = state.take() {
+            let error = Reason::StreamEndedEarly.error("no stream came for long, and nothing was staged");
+            record.progress.task().error = Some(error.into());
+            record.progress.enter(MigrationState::Failed);
+            if let Err(error) = self.journal.finish(&slot.id, record.spec.slots, &record.progress).await {
+                tracing::warn!(migration_id = %slot.id, error = %error, "not in the history");
+            }
+            tracker.finish(|shown| *shown = record.progress);
+        }
+    }
+}

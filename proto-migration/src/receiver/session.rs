@@ -1,0 +1,452 @@
+//! One stream: frames are checked here and handed to the applier, so that the socket is read while the store works.
+//!
+//! It ends in a fixed order: the applier finishes what it has, the right to write is given up, and the source is told.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use proto_common::clock::millis;
+use proto_common::error::Error;
+use proto_common::text::printable;
+use tokio::sync::mpsc::error::SendTimeoutError;
+use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
+use tonic::Status;
+
+use super::Inner;
+use super::applier::{Applier, Done, Flow, Wanted, Work};
+use super::attach::{Attached, estimates};
+use super::batch::Checker;
+use super::handshake::{CheckedHeader, Frames, ended_early, idle, unexpected};
+use super::incoming::{Permit, Stop};
+use super::record::PreparedAt;
+use crate::Reason;
+use crate::digest::from_wire;
+use crate::progress::REASON_BYTES;
+use crate::service::shutting_down;
+use crate::target::MigrationTarget;
+use crate::v1::transfer_migration_data_request::{Frame, Heartbeat, Prepare};
+use crate::v1::transfer_migration_data_response::{Accepted, Ack, Discarded, Forgotten, Frame as Answer};
+use crate::v1::{MigrationDecision, TransferMigrationDataResponse};
+
+/// Things to do between the reader and the applier; the bytes among them are bounded by credit.
+const QUEUE: usize = 64;
+/// Shortest time between two `Ack` that nobody asked for.
+const ACK_INTERVAL: Duration = Duration::from_millis(10);
+
+/// The answers of one stream.
+#[derive(Debug, Clone)]
+pub(super) struct Answers {
+    pub(super) sender: mpsc::Sender<Result<TransferMigrationDataResponse, Status>>,
+    /// How long a peer that does not read is waited for.
+    pub(super) patience: Duration,
+}
+
+impl Answers {
+    /// Sends what must arrive.
+    pub(super) async fn send(&self, frame: Answer) -> Result<(), Error> {
+        let frame = Ok(TransferMigrationDataResponse { frame: Some(frame) });
+        self.sender.send_timeout(frame, self.patience).await.map_err(|error| match error {
+            SendTimeoutError::Timeout(_) => idle(self.patience),
+            SendTimeoutError::Closed(_) => ended_early(),
+        })
+    }
+
+    /// Sends what the next of its kind repeats; false where the peer does not keep up.
+    fn offer(&self, frame: Answer) -> bool {
+        self.sender.try_send(Ok(TransferMigrationDataResponse { frame: Some(frame) })).is_ok()
+    }
+
+    async fn fail(&self, error: Error) {
+        let _ = self.sender.send_timeout(Err(Status::from(error)), Duration::from_secs(5)).await;
+    }
+
+    /// Resolves when the peer is gone.
+    pub(super) async fn closed(&self) {
+        self.sender.closed().await;
+    }
+}
+
+impl<T: MigrationTarget> Inner<T> {
+    /// Serves one stream to its end.
+    pub(super) async fn serve(self: Arc<Self>, mut frames: Frames, answers: Answers) {
+        let header = tokio::select! {
+            header = frames.header() => header,
+            () = self.stopping.cancelled() => Err(shutting_down()),
+        };
+        let attached = match header.and_then(|header| CheckedHeader::check(header, &self.identity)) {
+            Ok(header) => self.attach(&header, &answers).await.map(|attached| (header, attached)),
+            Err(error) => Err(error),
+        };
+        let (header, Attached { accepted, permit }) = match attached {
+            Ok(attached) => attached,
+            Err(error) => return answers.fail(error).await,
+        };
+        let Some(permit) = permit else {
+            if let Err(error) = self.serve_unknown(&accepted, &mut frames, &answers).await {
+                answers.fail(error).await;
+            }
+            return;
+        };
+        let (slot, attempt) = (Arc::clone(permit.slot()), permit.attempt);
+        let result = self.clone().run(&header, accepted, &permit, &mut frames, &answers).await;
+        let stopped = permit.stopped();
+        self.detach(&permit, result.as_ref().err().filter(|_| stopped.is_none())).await;
+        drop(permit);
+        match (stopped, result) {
+            (_, Ok(())) => {}
+            (Some(Stop::Discarded(discarded)), Err(_)) => {
+                let _ = answers.send(Answer::Discarded(discarded)).await;
+            }
+            (Some(Stop::Error(error)), Err(_)) | (None, Err(error)) => {
+                tracing::info!(migration_id = %slot.id, attempt, error = %error, "the stream ended");
+                answers.fail(error).await;
+            }
+        }
+    }
+
+    /// Shows that the stream is gone, and why.
+    async fn detach(&self, permit: &Permit, error: Option<&Error>) {
+        let mut state = permit.slot().state.lock().await;
+        if let Some(incoming) = state.as_mut()
+            && incoming.record.progress.attempt == permit.attempt
+        {
+            incoming.last_stream = std::time::Instant::now();
+            incoming.show(|progress| {
+                progress.connected = false;
+                if let Some(error) = error {
+                    progress.incident(error);
+                }
+            });
+        }
+    }
+
+    /// A stream of a migration that has no record here: it can only be told so.
+    async fn serve_unknown(
+        &self,
+        accepted: &Accepted,
+        frames: &mut Frames,
+        answers: &Answers,
+    ) -> Result<(), Error> {
+        answers.send(Answer::Accepted(accepted.clone())).await?;
+        let decision = accepted.decision();
+        let idle_after = self.idle();
+        loop {
+            let frame = tokio::select! {
+                frame = tokio::time::timeout(idle_after, frames.next()) => frame.map_err(|_| idle(idle_after))??,
+                () = self.stopping.cancelled() => return Err(shutting_down()),
+            };
+            match frame {
+                Frame::Heartbeat(_) => {
+                    let ack = Ack { credit_limit: accepted.credit_limit, ..Ack::default() };
+                    answers.offer(Answer::Ack(ack));
+                }
+                Frame::Discard(_) if decision != MigrationDecision::Committed => {
+                    return answers.send(Answer::Discarded(Discarded::default())).await;
+                }
+                Frame::Forget(_) if decision != MigrationDecision::Discarded => {
+                    return answers.send(Answer::Forgotten(Forgotten {})).await;
+                }
+                other => return Err(unexpected(&other, "an end frame: nothing is under way here")),
+            }
+        }
+    }
+
+    async fn run(
+        self: Arc<Self>,
+        header: &CheckedHeader,
+        accepted: Accepted,
+        permit: &Permit,
+        frames: &mut Frames,
+        answers: &Answers,
+    ) -> Result<(), Error> {
+        let slot = permit.slot();
+        let flow = Arc::new(Flow::default());
+        let (checker, throttled_ms) = {
+            let state = slot.state.lock().await;
+            let incoming = state.as_ref().ok_or_else(|| Reason::Internal.error("the record is gone"))?;
+            flow.follow(incoming);
+            let checker = Checker::new(&incoming.record, self.limits.batch_bytes);
+            (checker, incoming.record.progress.target_throttled_ms)
+        };
+        let (queue, work) = mpsc::channel(QUEUE);
+        let applier = Applier {
+            inner: Arc::clone(&self),
+            slot: Arc::clone(slot),
+            attempt: permit.attempt,
+            flow: Arc::clone(&flow),
+            answers: answers.clone(),
+        };
+        let mut applying = tokio::spawn(applier.run(work));
+        let credit = accepted.credit_limit;
+        let data = accepted.resume.is_some();
+        let mut reader = Reader {
+            inner: &self,
+            permit,
+            answers,
+            flow: &flow,
+            checker,
+            credit,
+            phase: if data { Phase::Data } else { Phase::Decided },
+            freeze: 0,
+            released: Arc::default(),
+            transfer: header.transfer,
+            throttled_ms,
+            starved: None,
+            acked: Ack::default(),
+        };
+        let mut in_hand = None;
+        let read = tokio::select! {
+            biased;
+            read = reader.read(accepted, frames, &queue, &mut in_hand) => Some(read),
+            applied = &mut applying => {
+                return joined(applied).and_then(|ended| if ended { Ok(()) } else { Err(ended_early()) });
+            }
+        };
+        // What was checked is applied, unless the applier failed.
+        if let Some(work) = in_hand {
+            let _ = queue.send(work).await;
+        }
+        drop(queue);
+        let ended = joined(applying.await)?;
+        match read {
+            _ if ended => Ok(()),
+            Some(Err(error)) => Err(error),
+            _ => Err(ended_early()),
+        }
+    }
+}
+
+fn joined(applied: Result<Result<bool, Error>, tokio::task::JoinError>) -> Result<bool, Error> {
+    applied
+        .unwrap_or_else(|error| Err(Reason::Internal.error("the stream's applier panicked").caused_by(error)))
+}
+
+/// Resolves when the stream has to end.
+async fn told(stop: &mut watch::Receiver<Option<Stop>>) {
+    // Without a sender, too: then another stream has taken its place.
+    let _ = stop.wait_for(Option::is_some).await;
+}
+
+/// What may come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Data,
+    /// `Prepare` came.
+    Frozen,
+    /// Only the end is left.
+    Decided,
+    /// The end frame came: nothing may follow.
+    Ending,
+}
+
+struct Reader<'a, T: MigrationTarget> {
+    inner: &'a Inner<T>,
+    permit: &'a Permit,
+    answers: &'a Answers,
+    flow: &'a Flow,
+    checker: Checker,
+    /// What the source was told last.
+    credit: u64,
+    phase: Phase,
+    freeze: u64,
+    released: Arc<AtomicBool>,
+    transfer: bool,
+    throttled_ms: u64,
+    /// Since when the source may lack credit.
+    starved: Option<Instant>,
+    acked: Ack,
+}
+
+impl<T: MigrationTarget> Reader<'_, T> {
+    async fn read(
+        &mut self,
+        accepted: Accepted,
+        frames: &mut Frames,
+        queue: &mpsc::Sender<Work>,
+        in_hand: &mut Option<Work>,
+    ) -> Result<(), Error> {
+        let mut stop = self.permit.stop.clone();
+        let idle_after = self.inner.idle();
+        tokio::select! {
+            sent = self.answers.send(Answer::Accepted(accepted)) => sent?,
+            () = told(&mut stop) => return Err(ended_early()),
+        }
+        let mut deadline = Instant::now() + idle_after;
+        let mut ack_at: Option<Instant> = None;
+        let mut last_ack = Instant::now() - ACK_INTERVAL;
+        loop {
+            tokio::select! {
+                biased;
+                () = told(&mut stop) => return Err(ended_early()),
+                () = self.inner.stopping.cancelled() => return Err(shutting_down()),
+                () = self.answers.closed() => return Err(ended_early()),
+                () = self.flow.changed.notified() => {
+                    ack_at.get_or_insert(last_ack + ACK_INTERVAL);
+                }
+                () = tokio::time::sleep_until(ack_at.unwrap_or(deadline)), if ack_at.is_some() => {
+                    (ack_at, last_ack) = (None, Instant::now());
+                    if !self.ack(false) {
+                        ack_at = Some(last_ack + ACK_INTERVAL);
+                    }
+                }
+                place = queue.reserve(), if in_hand.is_some() => {
+                    let place = place.map_err(|_| ended_early())?;
+                    if let Some(work) = in_hand.take() {
+                        place.send(work);
+                    }
+                    deadline = Instant::now() + idle_after;
+                }
+                frame = frames.next(), if in_hand.is_none() && self.phase != Phase::Ending => {
+                    deadline = Instant::now() + idle_after;
+                    *in_hand = self.take(frame?).await?;
+                }
+                () = tokio::time::sleep_until(deadline), if in_hand.is_none() && self.phase != Phase::Ending => {
+                    return Err(idle(idle_after));
+                }
+            }
+        }
+    }
+
+    /// Checks a frame; what it asks for is returned.
+    async fn take(&mut self, frame: Frame) -> Result<Option<Work>, Error> {
+        let done = self.flow.done();
+        if self.phase == Phase::Frozen && done.refused == self.freeze {
+            self.phase = Phase::Data;
+        }
+        let expected = match self.phase {
+            Phase::Data => "rows, changes, Prepare or Discard",
+            Phase::Frozen => "Release, Commit or Discard",
+            Phase::Decided | Phase::Ending => "an end frame: no data may follow",
+        };
+        match frame {
+            Frame::Heartbeat(heartbeat) => {
+                self.heartbeat(&heartbeat).await;
+                self.ack(true);
+                Ok(None)
+            }
+            Frame::Bulk(bulk) if self.phase == Phase::Data => {
+                let batch = self.checker.bulk(bulk, self.credit)?;
+                self.measure(done);
+                Ok(Some(Work::Batch(batch)))
+            }
+            Frame::Delta(delta) if self.phase == Phase::Data => {
+                let batch = self.checker.delta(delta, self.credit)?;
+                self.measure(done);
+                Ok(Some(Work::Batch(batch)))
+            }
+            Frame::Prepare(prepare) if self.phase == Phase::Data => self.prepare(prepare).await.map(Some),
+            Frame::Release(release) if self.freeze != 0 && self.phase != Phase::Decided => {
+                if release.freeze != self.freeze {
+                    let problem = format!("is {}; the last freeze is {}", release.freeze, self.freeze);
+                    return Err(Reason::InvalidField.field("release.freeze", problem));
+                }
+                self.released.store(true, Ordering::Release);
+                self.phase = Phase::Data;
+                Ok(Some(Work::Release(release.freeze)))
+            }
+            Frame::Commit(commit) if self.phase == Phase::Frozen => {
+                self.phase = Phase::Decided;
+                Ok(Some(Work::Commit(commit)))
+            }
+            Frame::Discard(discard) => {
+                self.phase = Phase::Ending;
+                self.released.store(true, Ordering::Release);
+                Ok(Some(Work::Discard(printable(&discard.reason, REASON_BYTES))))
+            }
+            Frame::Forget(_) if self.phase == Phase::Decided => {
+                self.phase = Phase::Ending;
+                Ok(Some(Work::Forget))
+            }
+            other => Err(unexpected(&other, expected)),
+        }
+    }
+
+    async fn prepare(&mut self, prepare: Prepare) -> Result<Work, Error> {
+        let Prepare { freeze, final_seq, new_slot_epoch, keys, digests } = prepare;
+        let bad = |field: &str, problem: String| Reason::InvalidField.field(field, problem);
+        if freeze <= self.freeze {
+            return Err(bad("prepare.freeze", format!("is {freeze}, not higher than {}", self.freeze)));
+        }
+        if new_slot_epoch == 0 {
+            return Err(bad("prepare.new_slot_epoch", "is 0; it is higher than any before".to_owned()));
+        }
+        let slots = {
+            let state = self.permit.slot().state.lock().await;
+            state.as_ref().map(|incoming| incoming.record.spec.slots)
+        };
+        let slots = slots.ok_or_else(|| Reason::Internal.error("the record is gone"))?;
+        let digests = from_wire(&digests, slots)?;
+        let sum = digests.iter().fold(0_u64, |sum, digest| sum.saturating_add(digest.keys));
+        if sum != keys {
+            return Err(bad("prepare.keys", format!("is {keys}; the digests are of {sum} keys")));
+        }
+        self.freeze = freeze;
+        self.phase = Phase::Frozen;
+        self.released = Arc::default();
+        let at = PreparedAt { freeze, final_seq, new_slot_epoch, attempt: self.permit.attempt };
+        let asked = std::time::Instant::now();
+        Ok(Work::Prepare(Wanted { at, digests, asked, released: Arc::clone(&self.released) }))
+    }
+
+    /// Shows what the source says of itself.
+    async fn heartbeat(&self, heartbeat: &Heartbeat) {
+        // Whoever works on it shows the next one: a heartbeat is answered at once.
+        let Ok(mut state) = self.permit.slot().state.try_lock() else { return };
+        let Some(incoming) = state.as_mut() else { return };
+        if incoming.record.progress.attempt != self.permit.attempt {
+            return;
+        }
+        let copied = incoming.record.kept.copied;
+        let throttled_ms = self.throttled_ms;
+        incoming.show(|progress| {
+            progress.lag = heartbeat.lag;
+            progress.source_throttled_ms = heartbeat.throttled_ms;
+            progress.target_throttled_ms = throttled_ms;
+            if !progress.is_final() {
+                estimates(progress.task(), copied, heartbeat.estimated_keys, heartbeat.estimated_bytes);
+            }
+        });
+    }
+
+    /// Measures how long the source lacks credit: it keeps one batch back for changes.
+    fn measure(&mut self, done: Done) {
+        let credit = self.credit.max(done.bytes + self.inner.credit());
+        let lacks = credit.saturating_sub(self.checker.taken) < 2 * self.checker.largest;
+        match (lacks, self.starved) {
+            (true, None) => self.starved = Some(Instant::now()),
+            (false, Some(since)) => {
+                self.throttled_ms = self.throttled_ms.saturating_add(millis(since.elapsed()));
+                self.starved = None;
+            }
+            _ => {}
+        }
+    }
+
+    /// Tells how far things are; false where the peer does not keep up.
+    fn ack(&mut self, asked: bool) -> bool {
+        let done = self.flow.done();
+        self.measure(done);
+        let credit = if self.transfer { done.bytes + self.inner.credit() } else { self.credit };
+        let ack = Ack {
+            received_number: done.number,
+            durable_number: done.number,
+            durable_seq: done.durable_seq,
+            credit_limit: credit.max(self.credit),
+            staged_keys: done.staged.keys,
+            staged_bytes: done.staged.bytes,
+            throttled_ms: self.throttled_ms,
+            state: done.state.into(),
+        };
+        if !asked && ack == self.acked {
+            return true;
+        }
+        let sent = self.answers.offer(Answer::Ack(ack));
+        if sent {
+            self.credit = ack.credit_limit;
+            self.acked = ack;
+        }
+        sent
+    }
+}
