@@ -8,11 +8,11 @@ use bytes::Bytes;
 use proto_common::error::Error;
 use proto_common::ids::MigrationId;
 use proto_common::slots::SlotRange;
+use proto_migration::Reason;
 use proto_migration::digest::{SlotDigest, SlotDigests};
 use proto_migration::entry::{Entry, Image};
 use proto_migration::hold::{Held, Hold};
 use proto_migration::target::{MigrationTarget, Offer, Staged, StoredMigration, Takeover};
-use proto_migration::Reason;
 
 /// Staged images by key, with the sequence of each; `None`: a tombstone.
 pub type Rows = BTreeMap<Bytes, (u64, Option<Image>)>;
@@ -81,7 +81,11 @@ impl MemoryTarget {
         self.holds.load(Ordering::SeqCst)
     }
 
-    async fn call<R>(&self, name: &'static str, work: impl FnOnce(&mut Disk) -> Result<R, Error>) -> Result<R, Error> {
+    async fn call<R>(
+        &self,
+        name: &'static str,
+        work: impl FnOnce(&mut Disk) -> Result<R, Error>,
+    ) -> Result<R, Error> {
         *self.calls.lock().unwrap().entry(name).or_default() += 1;
         let fault = self.faults.lock().unwrap().get_mut(name).and_then(VecDeque::pop_front);
         let mut after = false;
@@ -116,7 +120,11 @@ impl MigrationTarget for MemoryTarget {
             Ok(disk
                 .records
                 .iter()
-                .map(|(id, record)| StoredMigration { id: id.clone(), record: record.clone(), staged: staged(id) })
+                .map(|(id, record)| StoredMigration {
+                    id: id.clone(),
+                    record: record.clone(),
+                    staged: staged(id),
+                })
                 .collect())
         })
         .await
@@ -218,4 +226,3 @@ pub fn digests_of(rows: &Rows) -> Vec<SlotDigest> {
     }
     digests.of(SlotRange::FULL)
 }
-
