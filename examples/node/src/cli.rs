@@ -9,6 +9,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::common::{NodeId, SlotRange};
 use crate::demo::DemoOptions;
 use crate::demo::load::Source;
+use crate::migrate::MigrateOptions;
 use crate::resp::Limits;
 use crate::serve::{Peer, ServeOptions};
 use crate::store::{NodeAddresses, StoreOptions};
@@ -118,6 +119,9 @@ pub struct ServeArgs {
     /// what does not is resumed later. A second signal cuts it short.
     #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
     grace: u64,
+    /// Seconds that a request waits at most for slots that a migration hands over; then it is told to try again.
+    #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    patience: u64,
 }
 
 /// Slots of the command line.
@@ -154,8 +158,19 @@ fn parse_peer(text: &str) -> Result<Peer, String> {
 
 impl From<ServeArgs> for ServeOptions {
     fn from(args: ServeArgs) -> Self {
-        let ServeArgs { id, data, grpc, resp, slots, peer, cache_mib, max_request_mib, max_clients, grace } =
-            args;
+        let ServeArgs {
+            id,
+            data,
+            grpc,
+            resp,
+            slots,
+            peer,
+            cache_mib,
+            max_request_mib,
+            max_clients,
+            grace,
+            patience,
+        } = args;
         Self {
             id,
             data,
@@ -167,6 +182,7 @@ impl From<ServeArgs> for ServeOptions {
             limits: Limits { request_bytes: max_request_mib.saturating_mul(1 << 20), ..Limits::default() },
             max_clients,
             grace: Duration::from_secs(grace),
+            migrate: MigrateOptions { patience: Duration::from_secs(patience) },
         }
     }
 }

@@ -15,6 +15,7 @@ use tonic::service::Routes;
 use tonic::transport::Server;
 
 use crate::health::WhileUp;
+use crate::migrate::Migrating;
 use crate::node::Node;
 
 /// Who the node is, as every service says it.
@@ -59,6 +60,7 @@ pub async fn receiver(
 /// The descriptors that were compiled in are not whole.
 pub fn services(
     receiver: SnapshotReceiver<FileSnapshotStore>,
+    migrating: &Migrating,
     health: &HealthRegistry,
 ) -> anyhow::Result<Routes> {
     let reflection = tonic_reflection::server::Builder::configure()
@@ -71,6 +73,7 @@ pub fn services(
         .context("cannot describe the services")?;
     Ok(Routes::new(reflection)
         .add_service(receiver.into_service())
+        .add_service(migrating.service())
         .add_service(health.service())
         .add_service(health.standard_service()))
 }

@@ -23,7 +23,7 @@ use proto::snapshot::transfers::Transfers;
 use tokio_util::sync::CancellationToken;
 
 pub use drain::{Drain, WhileUp};
-pub use facts::{Migrations, NoMigrations};
+pub use facts::Migrations;
 
 use crate::grpc::identity;
 use crate::node::Node;
@@ -59,6 +59,7 @@ impl Health {
         let registry = HealthRegistry::builder(identity(node)).facts(facts).machine(machine).build();
         for service in [
             "node.snapshot.v1.SplitSnapshotService",
+            "node.migration.v1.MigrationService",
             "node.health.v1.HealthService",
             "grpc.reflection.v1.ServerReflection",
         ] {

@@ -3,6 +3,8 @@
 //! [`NodeSource`] gives slots away, [`NodeTarget`] takes them over; the runtime of [`proto::migration`] decides when. What is durable is the
 //! store's: generations of rows, the change log, staging. What clients feel is the gate's: holds and delays.
 
+mod run;
+pub(crate) mod slot_map;
 mod source;
 mod target;
 #[cfg(test)]
@@ -14,6 +16,8 @@ use proto::common::error::Error;
 use proto::migration::hold::Held;
 use proto::migration::{MigrationSpec, Reason};
 
+pub use run::{Migrating, told};
+pub use slot_map::LearningDial;
 pub use source::NodeSource;
 pub use target::NodeTarget;
 

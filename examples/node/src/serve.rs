@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -16,7 +15,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::common::{NodeId, SlotRange};
 use crate::grpc;
-use crate::health::{Drain, Health, NoMigrations};
+use crate::health::{Drain, Health};
+use crate::migrate::{self, MigrateOptions, Migrating};
 use crate::node::Node;
 use crate::resp::{Limits, RespServer};
 use crate::split::{SplitHook, Splits};
@@ -61,6 +61,8 @@ pub struct ServeOptions {
     pub limits: Limits,
     /// Connections to the Redis port.
     pub max_clients: usize,
+    /// Of migrations.
+    pub migrate: MigrateOptions,
     /// Longest time from a signal to the end of the process.
     pub grace: Duration,
 }
@@ -162,8 +164,9 @@ pub async fn serve_with<H: InstallHook>(
     let splits = Splits::new(node.clone(), receiver.transfers(), guard.clone(), stop_tasks.clone())?;
     // Holds their slots: before anybody is served.
     splits.resume()?;
-    let health = Health::start(&node, &receiver.transfers(), &splits, Arc::new(NoMigrations))?;
-    let services = grpc::services(receiver.clone(), health.registry())?;
+    let migrating = Migrating::start(&node, guard.clone(), options.migrate).await?;
+    let health = Health::start(&node, &receiver.transfers(), &splits, migrate::told(&migrating))?;
+    let services = grpc::services(receiver.clone(), &migrating, health.registry())?;
     let connections = CONNECTIONS.min(options.grace / 4);
     let resp =
         RespServer::new(node.clone(), splits.clone(), resp, options.limits, Some(options.max_clients))?;
@@ -187,6 +190,13 @@ pub async fn serve_with<H: InstallHook>(
         let (health, node, stop) = (health.clone(), node.clone(), stop.clone());
         async move {
             health.watch_peers(node, stop).await;
+            Ok(())
+        }
+    });
+    serving.spawn({
+        let (node, stop) = (node.clone(), stop.clone());
+        async move {
+            migrate::slot_map::follow(node, stop).await;
             Ok(())
         }
     });
@@ -216,6 +226,7 @@ pub async fn serve_with<H: InstallHook>(
     };
     tracing::info!("{why}: draining");
     let drain = Drain::begin(&health, why, options.grace, &draining, &guard);
+    migrating.drain();
     let hurry = async {
         tokio::select! {
             _ = interrupt.recv() => {}
@@ -229,6 +240,7 @@ pub async fn serve_with<H: InstallHook>(
     stop_tasks.cancel();
     let stopped = async {
         splits.join().await;
+        migrating.shutdown().await;
         receiver.shutdown().await;
     };
     drain.tasks_stopped(stopped).await;

@@ -322,7 +322,7 @@ impl<T: MigrationTarget> Reader<'_, T> {
         };
         match frame {
             Frame::Heartbeat(heartbeat) => {
-                self.heartbeat(&heartbeat).await;
+                self.heartbeat(&heartbeat);
                 self.ack(true);
                 Ok(None)
             }
@@ -391,7 +391,7 @@ impl<T: MigrationTarget> Reader<'_, T> {
     }
 
     /// Shows what the source says of itself.
-    async fn heartbeat(&self, heartbeat: &Heartbeat) {
+    fn heartbeat(&self, heartbeat: &Heartbeat) {
         // Whoever works on it shows the next one: a heartbeat is answered at once.
         let Ok(mut state) = self.permit.slot().state.try_lock() else { return };
         let Some(incoming) = state.as_mut() else { return };

@@ -27,16 +27,6 @@ pub trait Migrations: std::fmt::Debug + Send + Sync + 'static {
     }
 }
 
-/// A node that does not migrate.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct NoMigrations;
-
-impl Migrations for NoMigrations {
-    fn active(&self) -> Vec<ActiveTask> {
-        Vec::new()
-    }
-}
-
 /// Reads everything from where it is true: the gate, the store's counters, the registries of tasks.
 #[derive(Debug)]
 pub(super) struct Facts {

@@ -1,0 +1,199 @@
+//! Who owns which slots, learned from other nodes: each is asked a few times a second, and the claim with the highest epoch is the truth.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use proto::common::error::Error;
+use proto::common::slots::SlotRange;
+use proto::common::tuning::endpoint;
+use proto::migration::driver::Dial;
+use proto::node::health_service_client::HealthServiceClient;
+use proto::node::{GetNodeStatusRequest, NodeStatus, NodeStatusSection, SlotOwner};
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Channel;
+
+use crate::common::NodeId;
+use crate::node::Node;
+use crate::store::{Claim, NodeAddresses};
+
+/// How often each node is asked: three times within the second in which everybody should know.
+const ASK: Duration = Duration::from_millis(300);
+/// How long one answer may take.
+const ANSWER: Duration = Duration::from_secs(1);
+/// Pages of one answer; a map of 16384 single slots takes 17.
+const PAGES: usize = 32;
+
+/// Asks the nodes that `node` knows, until `stop`.
+pub(crate) async fn follow(node: Node, stop: CancellationToken) {
+    let mut asked: BTreeMap<NodeId, Asked> = BTreeMap::new();
+    loop {
+        let mut known = node.nodes();
+        known.remove(node.id());
+        asked.retain(|id, asked| known.get(id).is_some_and(|addresses| addresses.grpc == asked.address));
+        let mut round = JoinSet::new();
+        for (id, NodeAddresses { grpc, .. }) in known {
+            let asked = asked.entry(id.clone()).or_insert_with(|| Asked::new(grpc));
+            if let Some(channel) = &asked.channel {
+                let (channel, me) = (channel.clone(), node.id().clone());
+                let revision = asked.revision;
+                round.spawn(async move { (id, timeout(ANSWER, ask(channel, &me, revision)).await) });
+            }
+        }
+        let answers = tokio::select! {
+            () = stop.cancelled() => return,
+            answers = round.join_all() => answers,
+        };
+        for (id, answer) in answers {
+            // Who cannot be reached is for the monitor of peers to tell.
+            let Ok(Ok(told)) = answer else { continue };
+            match learn(&node, &id, &told).await {
+                Ok(()) => {
+                    if let Some(asked) = asked.get_mut(&id) {
+                        asked.revision = Some(told.revision);
+                    }
+                }
+                Err(error) => tracing::warn!(from = %id, %error, "the slot map cannot be saved"),
+            }
+        }
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(ASK) => {}
+        }
+    }
+}
+
+struct Asked {
+    address: String,
+    channel: Option<Channel>,
+    /// Of the map that was learned last.
+    revision: Option<(u64, u64)>,
+}
+
+impl Asked {
+    fn new(address: String) -> Self {
+        let channel = endpoint(&address).ok().map(|endpoint| endpoint.connect_timeout(ANSWER).connect_lazy());
+        Self { address, channel, revision: None }
+    }
+}
+
+struct Told {
+    /// Incarnation of the node, and revision of its map.
+    revision: (u64, u64),
+    node_id: String,
+    status: NodeStatus,
+}
+
+/// The status of a node, with its slot map unless that is the one of `revision`.
+async fn ask(channel: Channel, me: &NodeId, revision: Option<(u64, u64)>) -> Result<Told, Error> {
+    let mut client = HealthServiceClient::new(channel);
+    let request = |sections: Vec<NodeStatusSection>, page_token| GetNodeStatusRequest {
+        sections: sections.into_iter().map(i32::from).collect(),
+        page_token,
+        from: me.to_string(),
+        ..GetNodeStatusRequest::default()
+    };
+    let sections = || vec![NodeStatusSection::SlotOwners];
+    let mut told: Option<Told> = None;
+    let mut token = String::new();
+    for _ in 0..PAGES {
+        let answer = client.get_node_status(request(sections(), token)).await?.into_inner();
+        let mut status = answer.status.unwrap_or_default();
+        let origin = answer.origin.unwrap_or_default();
+        let identity = origin.identity.unwrap_or_default();
+        let owners = std::mem::take(&mut status.slot_owners);
+        let told = told.get_or_insert(Told {
+            revision: (identity.incarnation, status.slot_map_revision),
+            node_id: identity.node_id,
+            status,
+        });
+        if revision == Some(told.revision) {
+            break;
+        }
+        told.status.slot_owners.extend(owners);
+        token = answer.next_page_token;
+        if token.is_empty() {
+            break;
+        }
+    }
+    told.ok_or_else(|| Error::new(proto::common::error::CommonReason::Internal, "a status without a page"))
+}
+
+/// Takes over what is newer, and where nodes are.
+async fn learn(node: &Node, asked: &NodeId, told: &Told) -> Result<(), crate::store::StoreError> {
+    if told.node_id != asked.as_str() {
+        // Another node has this address now; what it says of itself is learned under its own name.
+        tracing::debug!(asked = %asked, found = told.node_id, "another node answers");
+        return Ok(());
+    }
+    let known = node.nodes();
+    let mut nodes = BTreeMap::new();
+    let own =
+        NodeAddresses { grpc: told.status.node_address.clone(), resp: told.status.client_address.clone() };
+    // A node knows best where it is.
+    if !own.grpc.is_empty() && !own.resp.is_empty() && known.get(asked) != Some(&own) {
+        nodes.insert(asked.clone(), own);
+    }
+    let mut claims = Vec::new();
+    for owner in &told.status.slot_owners {
+        let Some((claim, addresses)) = read(owner) else { continue };
+        let complete = known.get(&claim.owner).is_some_and(|known| !known.resp.is_empty());
+        if claim.owner != *node.id() && claim.owner != *asked && !complete && !addresses.grpc.is_empty() {
+            nodes.insert(claim.owner.clone(), addresses);
+        }
+        claims.push(claim);
+    }
+    if !nodes.is_empty() {
+        node.put_nodes(nodes).await?;
+    }
+    let ownership = node.gate().ownership();
+    let mut after = (*ownership).clone();
+    claims.retain(|claim| after.adopt(claim));
+    if claims.is_empty() {
+        return Ok(());
+    }
+    tracing::info!(from = %asked, claims = claims.len(), "learned of new owners of slots");
+    node.change_ownership(move |store| async move { store.adopt(claims).await }).await
+}
+
+fn read(owner: &SlotOwner) -> Option<(Claim, NodeAddresses)> {
+    let range = SlotRange::from_wire(owner.slots).ok()?;
+    let id = NodeId::new(&owner.node_id).ok()?;
+    let addresses = NodeAddresses { grpc: owner.node_address.clone(), resp: owner.client_address.clone() };
+    Some((Claim { range, owner: id, epoch: owner.epoch }, addresses))
+}
+
+/// Learns where the clients of a target are sent to, before any are.
+#[derive(Debug)]
+pub struct LearningDial<D> {
+    node: Node,
+    dial: D,
+}
+
+impl<D> LearningDial<D> {
+    /// `dial`, for `node`.
+    pub fn new(node: Node, dial: D) -> Self {
+        Self { node, dial }
+    }
+}
+
+impl<D: Dial<Channel = Channel>> Dial for LearningDial<D> {
+    type Channel = Channel;
+
+    async fn dial(&self, node: &NodeId, address: &str) -> Result<Channel, Error> {
+        let channel = self.dial.dial(node, address).await?;
+        let known = self.node.addresses(node);
+        if known.is_none_or(|known| known.resp.is_empty() || known.grpc != address)
+            && let Ok(Ok(told)) = timeout(ANSWER, ask(channel.clone(), self.node.id(), None)).await
+            && let Err(error) = learn(&self.node, node, &told).await
+        {
+            tracing::warn!(%node, %error, "its address cannot be saved");
+        }
+        Ok(channel)
+    }
+
+    fn check(&self, address: &str) -> Result<(), Error> {
+        self.dial.check(address)
+    }
+}
