@@ -390,8 +390,6 @@ async fn who_may_write() {
 #[tokio::test]
 async fn what_a_batch_may_not_be() {
     type Make = fn() -> Vec<Frame>;
-    let outside = |tag: &str| row(10, tag);
-    let _ = outside;
     let cases: [(&str, Make); 17] = [
         ("BATCH_OUT_OF_ORDER", || vec![Frame::Bulk(bulk(2, vec![], false))]),
         ("BATCH_TOO_LARGE", || {
@@ -583,8 +581,8 @@ async fn a_prepare_is_refused_and_the_stream_goes_on() {
     source.prepare(5, &node.target).await;
     assert!(matches!(source.answer().await.unwrap(), Answer::Prepared(_)));
     source.send(Frame::Release(Release { freeze: 5 })).await;
-    source.acked(|ack| ack.state() == MigrationState::Receiving).await;
-    assert_eq!(node.target.holds(), 0);
+    eventually("released", || node.target.holds() == 0).await;
+    assert_eq!(node.progress().state(), MigrationState::Receiving);
     source.delta(11, vec![row(11, "z")]).await;
     source.prepare(6, &node.target).await;
     assert!(matches!(source.answer().await.unwrap(), Answer::Prepared(_)));

@@ -36,7 +36,7 @@ pub(super) struct Batch {
 /// Checks the batches of one stream in the order in which they come.
 #[derive(Debug)]
 pub(super) struct Checker {
-    slots: SlotRange,
+    pub(super) slots: SlotRange,
     batch_bytes: u32,
     /// Of the last batch that was taken.
     number: u64,

@@ -300,7 +300,7 @@ impl<T: MigrationTarget> Reader<'_, T> {
                 }
                 frame = frames.next(), if in_hand.is_none() && self.phase != Phase::Ending => {
                     deadline = Instant::now() + idle_after;
-                    *in_hand = self.take(frame?).await?;
+                    *in_hand = self.take(frame?)?;
                 }
                 () = tokio::time::sleep_until(deadline), if in_hand.is_none() && self.phase != Phase::Ending => {
                     return Err(idle(idle_after));
@@ -310,7 +310,7 @@ impl<T: MigrationTarget> Reader<'_, T> {
     }
 
     /// Checks a frame; what it asks for is returned.
-    async fn take(&mut self, frame: Frame) -> Result<Option<Work>, Error> {
+    fn take(&mut self, frame: Frame) -> Result<Option<Work>, Error> {
         let done = self.flow.done();
         if self.phase == Phase::Frozen && done.refused == self.freeze {
             self.phase = Phase::Data;
@@ -336,7 +336,7 @@ impl<T: MigrationTarget> Reader<'_, T> {
                 self.measure(done);
                 Ok(Some(Work::Batch(batch)))
             }
-            Frame::Prepare(prepare) if self.phase == Phase::Data => self.prepare(prepare).await.map(Some),
+            Frame::Prepare(prepare) if self.phase == Phase::Data => self.prepare(prepare).map(Some),
             Frame::Release(release) if self.freeze != 0 && self.phase != Phase::Decided => {
                 if release.freeze != self.freeze {
                     let problem = format!("is {}; the last freeze is {}", release.freeze, self.freeze);
@@ -363,7 +363,7 @@ impl<T: MigrationTarget> Reader<'_, T> {
         }
     }
 
-    async fn prepare(&mut self, prepare: Prepare) -> Result<Work, Error> {
+    fn prepare(&mut self, prepare: Prepare) -> Result<Work, Error> {
         let Prepare { freeze, final_seq, new_slot_epoch, keys, digests } = prepare;
         let bad = |field: &str, problem: String| Reason::InvalidField.field(field, problem);
         if freeze <= self.freeze {
@@ -372,12 +372,7 @@ impl<T: MigrationTarget> Reader<'_, T> {
         if new_slot_epoch == 0 {
             return Err(bad("prepare.new_slot_epoch", "is 0; it is higher than any before".to_owned()));
         }
-        let slots = {
-            let state = self.permit.slot().state.lock().await;
-            state.as_ref().map(|incoming| incoming.record.spec.slots)
-        };
-        let slots = slots.ok_or_else(|| Reason::Internal.error("the record is gone"))?;
-        let digests = from_wire(&digests, slots)?;
+        let digests = from_wire(&digests, self.checker.slots)?;
         let sum = digests.iter().fold(0_u64, |sum, digest| sum.saturating_add(digest.keys));
         if sum != keys {
             return Err(bad("prepare.keys", format!("is {keys}; the digests are of {sum} keys")));
