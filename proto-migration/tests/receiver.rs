@@ -1,5 +1,7 @@
 //! The target's side, spoken to frame by frame as any source may.
+
 #![cfg(all(feature = "client", feature = "server"))]
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failed expectation is a failed test")]
 
 mod support;
 
@@ -529,7 +531,7 @@ async fn a_late_commit_of_a_fenced_attempt_fails() {
 #[tokio::test]
 async fn a_commit_is_tried_until_it_succeeds_and_requests_are_held() {
     let node = Node::start().await;
-    let mut source = node.prepared(1).await;
+    let source = node.prepared(1).await;
     let gate = Arc::new(tokio::sync::Semaphore::new(0));
     node.target.fault("commit", Fault::Fail(Reason::StorageFailed.error("no")));
     node.target.fault("commit", Fault::Panic);
@@ -815,7 +817,7 @@ async fn others_decide() {
 async fn a_decision_is_followed_after_a_restart() {
     let consensus = Consensus::default();
     let node = Node::with(|builder| builder.decisions(consensus.clone())).await;
-    let mut source = node.prepared(1).await;
+    let source = node.prepared(1).await;
     *consensus.failures.lock().unwrap() = usize::MAX;
     source.send(COMMIT).await;
     eventually("asked", || *consensus.failures.lock().unwrap() < usize::MAX).await;
