@@ -16,7 +16,7 @@ pub mod journal;
 pub mod limits;
 #[cfg(feature = "server")]
 pub mod migrations;
-#[cfg(feature = "_rpc")]
+#[cfg(feature = "server")]
 mod progress;
 mod reason;
 #[cfg(feature = "server")]

@@ -3,7 +3,7 @@
 use proto_common::clock::now_unix_ms;
 use proto_common::error::Error;
 use proto_common::text::printable;
-use proto_common::v1::{Direction, Progress, TaskError};
+use proto_common::v1::{Progress, TaskError};
 
 use crate::v1::{FreezeAttempt, MigrationIncident, MigrationPhaseStart, MigrationProgress, MigrationState};
 
@@ -17,18 +17,6 @@ const ERROR_TEXT_BYTES: usize = 1024;
 pub(crate) const REASON_BYTES: usize = 256;
 
 impl MigrationProgress {
-    /// Whether the migration has ended at the node that reports.
-    #[must_use]
-    pub fn is_final(&self) -> bool {
-        self.state().is_final()
-    }
-
-    /// The direction, seen from the node that reports.
-    #[must_use]
-    pub fn direction(&self) -> Direction {
-        self.progress.as_ref().map_or(Direction::Unspecified, Progress::direction)
-    }
-
     pub(crate) fn task(&mut self) -> &mut Progress {
         self.progress.get_or_insert_default()
     }
@@ -66,7 +54,6 @@ impl MigrationProgress {
     }
 
     /// What a list shows of it.
-    #[cfg(feature = "server")]
     pub(crate) fn without_details(mut self) -> Self {
         self.phases.clear();
         self.freezes.clear();

@@ -1,6 +1,8 @@
 //! What follows from a state alone.
 
-use crate::v1::MigrationState;
+use proto_common::v1::{Direction, Progress};
+
+use crate::v1::{MigrationProgress, MigrationState};
 
 impl MigrationState {
     /// Whether the migration has ended at the node that reports this state.
@@ -31,6 +33,20 @@ impl MigrationState {
     pub fn short_name(self) -> &'static str {
         let name = self.as_str_name();
         name.strip_prefix("MIGRATION_STATE_").unwrap_or(name)
+    }
+}
+
+impl MigrationProgress {
+    /// Whether the migration has ended at the node that reports.
+    #[must_use]
+    pub fn is_final(&self) -> bool {
+        self.state().is_final()
+    }
+
+    /// The direction, seen from the node that reports.
+    #[must_use]
+    pub fn direction(&self) -> Direction {
+        self.progress.as_ref().map_or(Direction::Unspecified, Progress::direction)
     }
 }
 
