@@ -46,7 +46,7 @@ pub trait InstallHook: Send + Sync + 'static {
 
     /// Whether the files stay once the snapshot is current. Default: yes. `false` is for an [`install`](Self::install) that has
     /// made them part of something else: the store [discards](crate::store::Staging::discard) them then, and remembers that they
-    /// were installed.
+    /// were installed. A hook that wraps another has to forward this, too.
     fn keeps_files(&self, plan: &TransferPlan) -> bool {
         let _ = plan;
         true

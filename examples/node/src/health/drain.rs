@@ -133,4 +133,8 @@ impl<H: InstallHook> InstallHook for WhileUp<H> {
     fn install<'a>(&'a self, snapshot: &'a PlacedSnapshot) -> HookFuture<'a, ()> {
         self.hook.install(snapshot)
     }
+
+    fn keeps_files(&self, plan: &TransferPlan) -> bool {
+        self.hook.keeps_files(plan)
+    }
 }
