@@ -332,30 +332,23 @@ impl<S: MigrationSource, D: Dial> Inner<S, D> {
         })
     }
 
-    /// Asks a task that runs.
+    /// Asks a task that runs. `None` if it has ended, or ends before it looks.
     async fn ask(
         &self,
         id: &MigrationId,
         command: impl FnOnce(task::Reply) -> Command,
-    ) -> Result<MigrationProgress, Error> {
-        let handle = self.running().get(id).cloned();
-        let Some(handle) = handle else { return self.answer_for_ended(id) };
+    ) -> Option<Result<MigrationProgress, Error>> {
+        let handle = self.running().get(id).cloned()?;
         let (reply, answer) = oneshot::channel();
-        if handle.commands.send(command(reply)).await.is_err() {
-            return self.answer_for_ended(id);
-        }
-        match answer.await {
-            Ok(answer) => answer,
-            // It ended, or the node stops, before it looked.
-            Err(_) => self.answer_for_ended(id),
-        }
+        handle.commands.send(command(reply)).await.ok()?;
+        answer.await.ok()
     }
 
-    fn answer_for_ended(&self, id: &MigrationId) -> Result<MigrationProgress, Error> {
-        if self.stopping.is_cancelled() {
-            return Err(shutting_down());
-        }
-        self.migrations.get(Some(Direction::Out), id)
+    /// What is known of a migration whose task has ended.
+    fn ended_as(&self, id: &MigrationId) -> Result<MigrationProgress, Error> {
+        let known = self.migrations.get(Some(Direction::Out), id)?;
+        // Only a node that stops ends a task before its migration.
+        if known.is_final() { Ok(known) } else { Err(shutting_down()) }
     }
 
     async fn start(self: Arc<Self>, request: StartMigrationRequest) -> Result<StartMigrationResponse, Error> {
@@ -390,7 +383,8 @@ impl<S: MigrationSource, D: Dial> Inner<S, D> {
             same(&known, &spec, &id)?;
             let joined = self
                 .ask(&id, |reply| Command::Join { limits, priority, address: target_address, reply })
-                .await?;
+                .await;
+            let joined = joined.unwrap_or_else(|| self.ended_as(&id))?;
             return Ok(StartMigrationResponse { migration: Some(joined), joined: true });
         }
         if let Ok(ended) = self.migrations.get(Some(Direction::Out), &id) {
@@ -495,11 +489,13 @@ impl<S: MigrationSource, D: Dial> SourceCalls for Calls<S, D> {
     ) -> Result<MigrationProgress, Error> {
         self.0.check_fence(id, fence).await?;
         let deadline = Duration::from_millis(deadline_ms);
-        let known = self.0.migrations.get(Some(Direction::Out), id)?;
+        if let Some(answer) = self.0.ask(id, |reply| Command::Complete { deadline, reply }).await {
+            return answer;
+        }
+        let known = self.0.ended_as(id)?;
         match known.state() {
             MigrationState::Completed => Ok(known),
-            MigrationState::Cancelled | MigrationState::Failed => Err(task::ended(known.state())),
-            _ => self.0.ask(id, |reply| Command::Complete { deadline, reply }).await,
+            state => Err(task::ended(state)),
         }
     }
 
@@ -510,24 +506,25 @@ impl<S: MigrationSource, D: Dial> SourceCalls for Calls<S, D> {
         fence: Option<Fence>,
     ) -> Result<MigrationProgress, Error> {
         self.0.check_fence(id, fence).await?;
-        let known = self.0.migrations.get(Some(Direction::Out), id)?;
+        let asked = reason.to_owned();
+        if let Some(answer) = self.0.ask(id, |reply| Command::Cancel { reason: asked, reply }).await {
+            return answer;
+        }
+        let known = self.0.ended_as(id)?;
         match known.state() {
             MigrationState::Cancelled => Ok(known),
             MigrationState::Completed => Err(task::already_committed()),
-            MigrationState::Failed => Err(task::ended(known.state())),
-            _ => {
-                let reason = reason.to_owned();
-                self.0.ask(id, |reply| Command::Cancel { reason, reply }).await
-            }
+            state => Err(task::ended(state)),
         }
     }
 
     async fn resolve(&self, id: &MigrationId, resolution: Resolution) -> Result<MigrationProgress, Error> {
-        let known = self.0.migrations.get(Some(Direction::Out), id)?;
-        if self.0.running().contains_key(id) {
-            return self.0.ask(id, |reply| Command::Resolve { resolution, reply }).await;
+        let decision = resolution.decision;
+        if let Some(answer) = self.0.ask(id, |reply| Command::Resolve { resolution, reply }).await {
+            return answer;
         }
-        if known.resolved_reason.is_some() && known.decision() == resolution.decision {
+        let known = self.0.ended_as(id)?;
+        if known.resolved_reason.is_some() && known.decision() == decision {
             return Ok(known);
         }
         let text = format!("the migration has ended: it is {}", known.state().short_name());

@@ -277,12 +277,18 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
                 let progress = self.change();
                 reason.clone_into(&mut progress.cancel_reason);
                 progress.cancelled_at_node_id = me;
-                let next = if accepted { MigrationState::Cancelling } else { MigrationState::Cancelled };
-                return match self.enter(next, MigrationGate::Open).await {
-                    Ok(()) => {
+                let done = if accepted {
+                    let entered = self.enter(MigrationState::Cancelling, MigrationGate::Open).await;
+                    if entered.is_ok() {
                         self.open_gate();
-                        (Ok(()), Err(Halt::Changed))
                     }
+                    entered
+                } else {
+                    // Nothing was ever begun at the target.
+                    self.discarded("").await
+                };
+                return match done {
+                    Ok(()) => (Ok(()), Err(Halt::Changed)),
                     Err(halt) => (Err(shutting_down()), Err(halt)),
                 };
             }

@@ -11,6 +11,7 @@ use proto_common::error::Error;
 use proto_common::fence::Fence;
 use proto_common::ids::MigrationId;
 use proto_common::slots::{SlotRange, slot_of};
+use proto_migration::MigrationSpec;
 use proto_migration::Reason;
 use proto_migration::digest::{SlotDigest, SlotDigests};
 use proto_migration::entry::{Entry, Image};
@@ -18,7 +19,6 @@ use proto_migration::hold::{Held, Hold, HoldMode};
 use proto_migration::source::{
     ChangeCursor, ChangePage, Handover, LogState, MigrationSource, PageLimit, RowPage, SourceTerms,
 };
-use proto_migration::MigrationSpec;
 use tokio::sync::{Notify, watch};
 
 /// Clones are one store.
@@ -32,6 +32,7 @@ struct Shared {
     state: Mutex<State>,
     changed: Notify,
     slowed_ms: AtomicU64,
+    pages: AtomicU64,
 }
 
 #[derive(Default)]
@@ -117,11 +118,27 @@ impl Shared {
 }
 
 impl MemorySource {
+    /// The same store in a new process: nothing is held or under way.
+    pub fn restarted(&self) -> Self {
+        let state = std::mem::take(&mut *self.shared.lock());
+        let state = State { holds: Vec::new(), writing: Vec::new(), reading: Vec::new(), ..state };
+        Self { shared: Arc::new(Shared { state: Mutex::new(state), ..Shared::default() }) }
+    }
+
+    /// Pages of rows that were read.
+    pub fn pages(&self) -> u64 {
+        self.shared.pages.load(Ordering::SeqCst)
+    }
+
     /// What is held now.
     pub fn held(&self) -> Option<HoldMode> {
         let state = self.shared.lock();
         let any = |mode| state.holds.iter().any(|(_, _, held, _)| *held == mode);
-        if any(HoldMode::All) { Some(HoldMode::All) } else { any(HoldMode::Writes).then_some(HoldMode::Writes) }
+        if any(HoldMode::All) {
+            Some(HoldMode::All)
+        } else {
+            any(HoldMode::Writes).then_some(HoldMode::Writes)
+        }
     }
 
     pub fn set_faults(&self, faults: Faults) {
@@ -213,7 +230,9 @@ impl MemorySource {
                         count.fetch_add(1, Ordering::SeqCst);
                     }
                 } else {
-                    if let Some((_, owner, epoch)) = state.moved.iter().find(|(slots, ..)| slots.contains(slot)) {
+                    if let Some((_, owner, epoch)) =
+                        state.moved.iter().find(|(slots, ..)| slots.contains(slot))
+                    {
                         return Some(Answer::Moved { owner: owner.clone(), epoch: *epoch });
                     }
                     match from {
@@ -282,11 +301,11 @@ impl MigrationSource for MemorySource {
     }
 
     fn watch_log(&self, id: &MigrationId) -> watch::Receiver<LogState> {
-        self.log(id, |log, _| log.state.subscribe())
-            .unwrap_or_else(|_| watch::channel(LogState::default()).1)
+        self.log(id, |log, _| log.state.subscribe()).unwrap_or_else(|_| watch::channel(LogState::default()).1)
     }
 
     async fn read_rows(&self, id: &MigrationId, cursor: &Bytes, limit: PageLimit) -> Result<RowPage, Error> {
+        self.shared.pages.fetch_add(1, Ordering::SeqCst);
         let slow = self.shared.lock().faults.slow_pages;
         tokio::time::sleep(slow).await;
         let slots = self.log(id, |log, _| log.slots)?;
@@ -305,10 +324,9 @@ impl MigrationSource for MemorySource {
             bytes += key.len() + image.value.len();
             entries.push(Entry { seq: state.seq.max(1), key: key.clone(), image: Some(image.clone()) });
         }
-        let cursor = entries.last().map_or_else(
-            || Bytes::from_static(b"0"),
-            |entry: &Entry| [b"1", &entry.key[..]].concat().into(),
-        );
+        let cursor = entries
+            .last()
+            .map_or_else(|| Bytes::from_static(b"0"), |entry: &Entry| [b"1", &entry.key[..]].concat().into());
         Ok(RowPage { entries, cursor, last })
     }
 
