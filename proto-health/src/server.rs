@@ -22,7 +22,6 @@ mod callers;
 mod check;
 pub mod checks;
 mod component;
-mod compression;
 mod core;
 mod facts;
 mod life;
@@ -39,7 +38,6 @@ mod watch;
 pub use access::{Authorizer, Call};
 pub use check::{Check, CheckResult, Schedule};
 pub use component::Component;
-pub use compression::RefuseCompressed;
 pub use facts::{Facts, FactsFuture, NodeFacts, Sections};
 pub use places::ConnectionId;
 pub use service::NodeHealth;
@@ -369,7 +367,7 @@ impl HealthRegistry {
 
     /// `node.health.v1.HealthService`, to be added to a tonic server.
     #[must_use]
-    pub fn service(&self) -> RefuseCompressed<HealthServiceServer<NodeHealth>> {
+    pub fn service(&self) -> proto_common::refusal::WithDetails<HealthServiceServer<NodeHealth>> {
         NodeHealth::server(Arc::clone(&self.inner))
     }
 

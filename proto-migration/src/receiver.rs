@@ -42,9 +42,8 @@ use crate::decisions::Decisions;
 use crate::journal::Journal;
 use crate::limits::{BATCH_BYTES, Limits};
 use crate::migrations::Migrations;
-use crate::service::MigrationNode;
+use crate::service::{MigrationNode, MigrationService};
 use crate::target::MigrationTarget;
-use crate::v1::migration_service_server::MigrationServiceServer;
 
 /// Shortest idle timeout that the contract allows.
 const MIN_IDLE: Duration = Duration::from_secs(3);
@@ -207,7 +206,7 @@ impl<T: MigrationTarget> MigrationReceiver<T> {
 
     /// The service of a node that takes slots over and gives none away.
     #[must_use]
-    pub fn into_service(self) -> MigrationServiceServer<MigrationNode> {
+    pub fn into_service(self) -> MigrationService {
         self.node().into_service()
     }
 

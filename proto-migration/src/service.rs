@@ -7,6 +7,7 @@ use futures::Stream;
 use proto_common::error::{CommonReason, Error};
 use proto_common::fence::Fence;
 use proto_common::ids::MigrationId;
+use proto_common::refusal::{Refusal, WithDetails};
 use proto_common::v1::Direction;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
@@ -16,7 +17,7 @@ use crate::Reason;
 use crate::limits::{Limits, MESSAGE_OVERHEAD};
 use crate::migrations::Migrations;
 use crate::progress::REASON_BYTES;
-use crate::v1::migration_service_server::{MigrationService, MigrationServiceServer};
+use crate::v1::migration_service_server::{self, MigrationServiceServer};
 use crate::v1::{
     CancelMigrationRequest, CancelMigrationResponse, CompleteMigrationRequest, CompleteMigrationResponse,
     GetMigrationProgressRequest, GetMigrationProgressResponse, ListMigrationsRequest, ListMigrationsResponse,
@@ -27,6 +28,9 @@ use crate::v1::{
 
 /// The answers of one data stream.
 pub(crate) type Answers = ReceiverStream<Result<TransferMigrationDataResponse, Status>>;
+
+/// The service as it is added to a tonic server: tonic's own refusals have details, too.
+pub type MigrationService = WithDetails<MigrationServiceServer<MigrationNode>>;
 
 /// An operator's decision, checked.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -102,12 +106,13 @@ impl MigrationNode {
 
     /// The service, to be added to a tonic server.
     #[must_use]
-    pub fn into_service(self) -> MigrationServiceServer<Self> {
+    pub fn into_service(self) -> MigrationService {
         let batch = usize::try_from(self.limits.batch_bytes).unwrap_or(usize::MAX);
         let largest = batch.saturating_add(MESSAGE_OVERHEAD);
-        MigrationServiceServer::new(self)
+        let service = MigrationServiceServer::new(self)
             .max_decoding_message_size(largest)
-            .max_encoding_message_size(largest)
+            .max_encoding_message_size(largest);
+        WithDetails::new(service, refused)
     }
 
     fn source(&self) -> Result<&Arc<dyn SourceCalls>, Error> {
@@ -138,7 +143,7 @@ impl MigrationNode {
 }
 
 #[tonic::async_trait]
-impl MigrationService for MigrationNode {
+impl migration_service_server::MigrationService for MigrationNode {
     type TransferMigrationDataStream = Answers;
     type WatchMigrationProgressStream =
         Pin<Box<dyn Stream<Item = Result<WatchMigrationProgressResponse, Status>> + Send>>;
@@ -251,6 +256,18 @@ impl MigrationService for MigrationNode {
             Direction::Out | Direction::Unspecified => self.source()?.resolve(&id, resolution).await?,
         };
         Ok(Response::new(ResolveMigrationResponse { migration: Some(migration) }))
+    }
+}
+
+/// What tonic refuses before a handler sees it.
+fn refused(refusal: Refusal) -> Error {
+    match refusal {
+        Refusal::TooLarge => Reason::BatchTooLarge
+            .error("a message is larger than Accepted.max_batch_bytes and 1 MiB allow; send smaller batches"),
+        Refusal::Compressed { encoding } => Reason::UnsupportedCompression
+            .error(format!("the message is compressed with {encoding}; send it as it is"))
+            .metadata("encoding", encoding),
+        _ => Reason::UnknownFrame.error("a message could not be decoded"),
     }
 }
 

@@ -20,9 +20,8 @@ use proto_migration::hold::HoldMode;
 use proto_migration::journal::Journal;
 use proto_migration::limits::Limits;
 use proto_migration::receiver::MigrationReceiver;
-use proto_migration::service::MigrationNode;
+use proto_migration::service::MigrationService;
 use proto_migration::v1::migration_service_client::MigrationServiceClient;
-use proto_migration::v1::migration_service_server::MigrationServiceServer;
 use proto_migration::v1::{
     CancelMigrationRequest, CompleteMigrationRequest, FreezeOutcome, GetMigrationProgressRequest,
     MigrationDecision, MigrationGate, MigrationLimits, MigrationProgress, MigrationSpec, MigrationState,
@@ -32,7 +31,7 @@ use support::memory_source::{Answer, Faults, MemorySource};
 use support::memory_target::{Fault, MemoryTarget};
 use tokio::sync::Semaphore;
 
-type Service = MigrationServiceServer<MigrationNode>;
+type Service = MigrationService;
 
 fn identity(id: &str, store: u8) -> NodeIdentity {
     NodeIdentity {

@@ -26,9 +26,8 @@ use proto_migration::journal::Journal;
 use proto_migration::limits::Limits;
 use proto_migration::migrations::Migrations;
 use proto_migration::receiver::{MigrationReceiver, MigrationReceiverBuilder};
-use proto_migration::service::MigrationNode;
+use proto_migration::service::MigrationService;
 use proto_migration::v1::migration_service_client::MigrationServiceClient;
-use proto_migration::v1::migration_service_server::MigrationServiceServer;
 use proto_migration::v1::transfer_migration_data_request::{
     Bulk, Commit, Delta, Discard, Forget, Frame, Header, Heartbeat, Prepare, Purpose, Release,
 };
@@ -46,7 +45,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const SOURCE_STORE: [u8; 16] = [1; 16];
 const TARGET_STORE: [u8; 16] = [2; 16];
 
-type Client = MigrationServiceClient<MigrationServiceServer<MigrationNode>>;
+type Client = MigrationServiceClient<MigrationService>;
 
 fn identity() -> NodeIdentity {
     NodeIdentity {

@@ -8,6 +8,7 @@ use futures::stream::{self, BoxStream};
 use proto_common::clock::millis;
 use proto_common::error::Error;
 use proto_common::ids::NodeId;
+use proto_common::refusal::{Refusal, WithDetails};
 use proto_common::text::printable;
 use tokio::time::Instant;
 use tonic::{Request, Response, Status};
@@ -15,7 +16,6 @@ use tonic::{Request, Response, Status};
 use crate::limits::{MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES, REMOVAL_BLOCKERS};
 use crate::reason::Reason;
 use crate::server::access::Call;
-use crate::server::compression::RefuseCompressed;
 use crate::server::core::Inner;
 use crate::server::facts::{self, Facts, Sections};
 use crate::server::page::{Lists, Position};
@@ -44,11 +44,12 @@ impl std::fmt::Debug for NodeHealth {
 }
 
 impl NodeHealth {
-    pub(crate) fn server(inner: Arc<Inner>) -> RefuseCompressed<HealthServiceServer<Self>> {
-        RefuseCompressed::new(
+    pub(crate) fn server(inner: Arc<Inner>) -> WithDetails<HealthServiceServer<Self>> {
+        WithDetails::new(
             HealthServiceServer::new(Self { inner })
                 .max_decoding_message_size(MAX_REQUEST_BYTES)
                 .max_encoding_message_size(MAX_MESSAGE_BYTES),
+            refused,
         )
     }
 
@@ -70,6 +71,19 @@ impl NodeHealth {
             self.inner.callers.heard(from);
         }
         Ok(from)
+    }
+}
+
+/// What tonic refuses before a handler sees it.
+fn refused(refusal: Refusal) -> Error {
+    match refusal {
+        Refusal::Compressed { encoding } => Reason::UnsupportedCompression
+            .error(format!("messages in {encoding} are not taken; send them as they are"))
+            .metadata("encoding", encoding),
+        Refusal::TooLarge => {
+            Reason::InvalidField.error(format!("a request is larger than {MAX_REQUEST_BYTES} bytes"))
+        }
+        _ => Reason::InvalidField.error("a message could not be decoded"),
     }
 }
 

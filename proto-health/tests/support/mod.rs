@@ -3,11 +3,12 @@
 
 use std::time::Duration;
 
+use proto_common::refusal::WithDetails;
 use proto_common::v1::NodeIdentity;
 use proto_health::HealthRegistry;
 use proto_health::grpc_health_v1::health_client::HealthClient;
 use proto_health::grpc_health_v1::health_server::HealthServer;
-use proto_health::server::{Component, NodeHealth, RefuseCompressed, StandardHealth};
+use proto_health::server::{Component, NodeHealth, StandardHealth};
 use proto_health::v1::health_service_client::HealthServiceClient;
 use proto_health::v1::health_service_server::HealthServiceServer;
 use proto_health::v1::{
@@ -21,7 +22,7 @@ pub(crate) const DEGRADED: HealthStatus = HealthStatus::Degraded;
 pub(crate) const UNHEALTHY: HealthStatus = HealthStatus::Unhealthy;
 pub(crate) const UNDECIDED: HealthStatus = HealthStatus::Undecided;
 
-pub(crate) type Client = HealthServiceClient<RefuseCompressed<HealthServiceServer<NodeHealth>>>;
+pub(crate) type Client = HealthServiceClient<WithDetails<HealthServiceServer<NodeHealth>>>;
 pub(crate) type Standard = HealthClient<HealthServer<StandardHealth>>;
 
 pub(crate) fn identity() -> NodeIdentity {

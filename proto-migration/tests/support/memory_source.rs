@@ -172,7 +172,8 @@ impl MemorySource {
         }
         let delay = self.shared.lock().delay;
         if !delay.is_zero() {
-            self.shared.slowed_ms.fetch_add(delay.as_millis().max(1) as u64, Ordering::SeqCst);
+            let slowed = proto_common::clock::millis(delay).max(1);
+            self.shared.slowed_ms.fetch_add(slowed, Ordering::SeqCst);
             tokio::time::sleep(delay).await;
         }
         tokio::task::yield_now().await;

@@ -8,9 +8,8 @@ use proto::migration::driver::TcpDial;
 use proto::migration::journal::Journal;
 use proto::migration::limits::Limits;
 use proto::migration::migrations::Migrations;
-use proto::migration::service::MigrationNode;
+use proto::migration::service::MigrationService;
 use proto::migration::{MigrationDriver, MigrationReceiver};
-use proto::node::migration_service_server::MigrationServiceServer;
 use proto::node::{ActiveTask, Direction, MigrationProgress, MigrationState, TaskKind};
 
 use super::slot_map::LearningDial;
@@ -62,7 +61,7 @@ impl Migrating {
 
     /// The service of both sides.
     #[must_use]
-    pub fn service(&self) -> MigrationServiceServer<MigrationNode> {
+    pub fn service(&self) -> MigrationService {
         self.driver.node().and(self.receiver.node()).into_service()
     }
 
