@@ -23,7 +23,7 @@ use proto_migration::receiver::MigrationReceiver;
 use proto_migration::service::MigrationService;
 use proto_migration::v1::migration_service_client::MigrationServiceClient;
 use proto_migration::v1::{
-    CancelMigrationRequest, CompleteMigrationRequest, FreezeOutcome, GetMigrationProgressRequest,
+    self, CancelMigrationRequest, CompleteMigrationRequest, FreezeOutcome, GetMigrationProgressRequest,
     MigrationDecision, MigrationGate, MigrationLimits, MigrationProgress, MigrationSpec, MigrationState,
     ResolveMigrationRequest, StartMigrationRequest,
 };
@@ -502,6 +502,36 @@ async fn a_target_that_nobody_reaches_fails_it_in_time() {
     assert_eq!(error_of(&failed).reason(), "TARGET_UNREACHABLE");
     assert!(!failed.incidents.is_empty());
     pair.source_serves().await;
+}
+
+#[tokio::test]
+async fn a_target_that_swallows_everything_fails_it_in_time() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = MemorySource::default();
+    let (journal, recovered) = Journal::open(dir.path(), 10).unwrap();
+    // A connection is made, and nothing ever comes back.
+    let silent = dial_fn(|_, _| async { std::future::pending::<Result<Service, Error>>().await });
+    let driver =
+        MigrationDriver::builder(identity("n1", 1), source, journal, silent).start(recovered).await.unwrap();
+    let mut client = MigrationServiceClient::new(driver.node().into_service());
+    let mut request = Pair::request("m1");
+    request.limits = Some(MigrationLimits { accept_timeout_ms: Some(200), ..MigrationLimits::default() });
+    client.start_migration(request).await.unwrap();
+    let mut states = client
+        .watch_migration_progress(v1::WatchMigrationProgressRequest {
+            migration_id: "m1".into(),
+            direction: Direction::Out.into(),
+        })
+        .await
+        .unwrap()
+        .into_inner();
+    let mut last = None;
+    while let Some(state) = states.message().await.unwrap() {
+        last = state.migration;
+    }
+    let failed = last.unwrap();
+    assert_eq!(failed.state(), MigrationState::Failed, "a watch ends with the last state");
+    assert_eq!(error_of(&failed).reason(), "TARGET_UNREACHABLE");
 }
 
 #[tokio::test]

@@ -1,10 +1,12 @@
 //! Claims an attempt, opens its stream, and makes sure that the right node answers.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use proto_common::clock::now_unix_ms;
 use proto_common::error::Error;
 use proto_common::v1::NodeIdentity;
+use tokio::time::timeout;
 
 use super::FEATURES;
 use super::dial::Dial;
@@ -26,7 +28,14 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         let (inner, node) = (Arc::clone(&self.inner), self.spec.target_node.clone());
         let address = self.shown().target_address.clone();
         let opening = async move { Link::open(inner.dial.dial(&node, &address).await?, header).await };
-        let link = self.meanwhile(opening).await??;
+        // A node that swallows what is sent must not keep a migration pending for longer than the caller said.
+        let patience = match self.state() {
+            MigrationState::Pending => self.limits.accept_timeout.saturating_sub(self.began.elapsed()),
+            _ => Duration::MAX,
+        };
+        let link = self.meanwhile(timeout(patience, opening)).await?.unwrap_or_else(|_| {
+            Err(Reason::TargetUnreachable.error("it took the connection and did not answer"))
+        })?;
         self.check_target(&link.accepted)?;
         if self.shown().peer.is_none() {
             self.change().peer.clone_from(&link.accepted.target);

@@ -82,6 +82,9 @@ pub(super) struct Task<S: MigrationSource, D: Dial> {
     pub(super) began: Instant,
 }
 
+/// Longest pause between two questions for the outcome, while reads and writes are held for it.
+const COMMITTING_PAUSE: Duration = Duration::from_millis(500);
+
 /// Between freezes that failed: long enough for whatever made them fail to pass, short enough for a deadline of seconds.
 pub(super) fn freeze_backoff() -> BackoffState {
     Backoff {
@@ -583,7 +586,9 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
             // The outcome has to be found out, whatever the target answers.
             Error::new(CommonReason::Unavailable, error.message())
         };
-        self.backoff.next(&retryable).unwrap_or(Duration::from_secs(10))
+        let wait = self.backoff.next(&retryable).unwrap_or(Duration::from_secs(10));
+        // Clients wait for the answer.
+        if self.state() == MigrationState::Committing { wait.min(COMMITTING_PAUSE) } else { wait }
     }
 
     /// Closes the books of the freeze that lasts, if one does.
