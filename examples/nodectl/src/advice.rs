@@ -9,6 +9,11 @@ pub(crate) fn about(error: &Error, address: &str) -> Option<String> {
     if let Some(reason) = Reason::parse(error.reason()) {
         return snapshot(reason, &fact, address);
     }
+    general(error, address)
+}
+
+/// Advice about an error that is of no service in particular.
+pub(crate) fn general(error: &Error, address: &str) -> Option<String> {
     if error.is(CommonReason::Unavailable) || error.code() == Code::Unavailable {
         return Some(format!("see that the node runs and that {address} is its gRPC address"));
     }

@@ -13,6 +13,8 @@ use proto::common::slots::SlotRange;
 use proto::node;
 
 use crate::address::Address;
+use crate::drain::{DRAIN_EXAMPLES, Drain};
+use crate::migrate::args::Migrate;
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -27,6 +29,8 @@ Examples:
   nodectl transfers --at 127.0.0.1:7101 --active
   nodectl progress split-42 --at 127.0.0.1:7101 --watch
   nodectl cancel split-42 --at 127.0.0.1:7101 --reason 'wrong shard'
+  nodectl migrate start --from 127.0.0.1:7101 --to n2=127.0.0.1:7102 --slots 0-99 --wait
+  nodectl drain 127.0.0.1:7101 --to n2=127.0.0.1:7102
   nodectl health 127.0.0.1:7101 127.0.0.1:7102
   nodectl status 127.0.0.1:7101 127.0.0.1:7102 --watch";
 
@@ -126,6 +130,12 @@ pub(crate) enum Command {
     /// Show what nodes are, have and do, one row each
     #[command(after_help = STATUS_EXAMPLES)]
     Status(Status),
+    /// Move slots between nodes while clients write: start, watch, complete, cancel
+    #[command(subcommand)]
+    Migrate(Migrate),
+    /// Move all slots off a node, and say when it is safe to stop it
+    #[command(after_help = DRAIN_EXAMPLES)]
+    Drain(Drain),
     /// Print a completion script for a shell
     Completions {
         /// The shell
@@ -388,7 +398,8 @@ fn time(text: &str) -> Result<Duration, String> {
         .map_err(|_| "write a time with its unit, such as 500ms, 30s, 5m or 2h".to_owned())
 }
 
-fn positive_time(text: &str) -> Result<Duration, String> {
+/// A time that is not nothing.
+pub(crate) fn positive_time(text: &str) -> Result<Duration, String> {
     time(text)
         .and_then(|time| if time.is_zero() { Err("must be more than nothing".to_owned()) } else { Ok(time) })
 }

@@ -54,12 +54,22 @@ pub(crate) fn located(error: Error, address: &Address) -> Error {
         return error;
     }
     let what = if error.message().is_empty() { error.reason() } else { error.message() };
-    let mut located = Error::with_code(error.code(), error.reason().to_owned(), format!("{place}: {what}"));
-    for (name, value) in error.metadata_map() {
-        located = located.metadata(name, value);
-    }
+    let located = reworded(&error, format!("{place}: {what}"));
     match error.retry_after_hint() {
         Some(delay) => located.retry_after(delay),
         None => located,
     }
+}
+
+/// The error that ended a task, with `what` before its sentence. It is no advice to try again.
+pub(crate) fn headed(error: &Error, what: &str) -> Error {
+    reworded(error, format!("{what}: {}", error.message()))
+}
+
+fn reworded(error: &Error, message: String) -> Error {
+    let mut reworded = Error::with_code(error.code(), error.reason().to_owned(), message);
+    for (name, value) in error.metadata_map() {
+        reworded = reworded.metadata(name, value);
+    }
+    reworded
 }

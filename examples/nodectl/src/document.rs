@@ -102,7 +102,10 @@ pub(crate) struct StartedDocument<'a> {
 #[derive(Debug, Serialize)]
 pub(crate) struct WaitingDocument<'a> {
     pub(crate) event: &'static str,
-    pub(crate) transfer_id: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) transfer_id: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) migration_id: Option<&'a str>,
     pub(crate) address: &'a str,
     pub(crate) error: ErrorDocument,
     pub(crate) next_try_ms: Option<u64>,
@@ -113,6 +116,7 @@ pub(crate) struct WaitingDocument<'a> {
 pub(crate) struct FailureDocument<'a> {
     pub(crate) event: &'static str,
     pub(crate) transfer_id: Option<&'a str>,
+    pub(crate) migration_id: Option<&'a str>,
     pub(crate) error: ErrorDocument,
     pub(crate) help: Option<&'a str>,
     pub(crate) resume: Option<&'a str>,
@@ -227,7 +231,8 @@ pub(crate) fn direction_word(direction: i32) -> String {
     )
 }
 
-fn priority_word(priority: i32) -> String {
+/// The lower-case word for a priority.
+pub(crate) fn priority_word(priority: i32) -> String {
     word(
         node::Priority::try_from(priority).ok().map(|priority| priority.as_str_name()),
         "PRIORITY_",

@@ -28,6 +28,7 @@ struct Inner {
     exit: u8,
     error: Error,
     transfer_id: Option<String>,
+    migration_id: Option<String>,
     help: Option<String>,
     resume: Option<String>,
     /// The results say it all; what is left is the exit code, and a sentence.
@@ -36,7 +37,15 @@ struct Inner {
 
 impl Failure {
     fn new(exit: u8, error: Error) -> Self {
-        Self(Box::new(Inner { exit, error, transfer_id: None, help: None, resume: None, told: false }))
+        Self(Box::new(Inner {
+            exit,
+            error,
+            transfer_id: None,
+            migration_id: None,
+            help: None,
+            resume: None,
+            told: false,
+        }))
     }
 
     /// It was done, and what it found, which is on stdout already, is not what is wished for.
@@ -67,6 +76,12 @@ impl Failure {
         self
     }
 
+    /// Which migration it was about.
+    pub(crate) fn about_migration(mut self, id: impl Into<String>) -> Self {
+        self.0.migration_id = Some(id.into());
+        self
+    }
+
     /// What to do.
     pub(crate) fn help(mut self, help: Option<String>) -> Self {
         self.0.help = help;
@@ -81,11 +96,12 @@ impl Failure {
 
     /// Tells the user and returns the exit code: sentences on stderr, and with `--json` a document on stdout.
     pub(crate) fn report(&self, output: &mut Output) -> ExitCode {
-        let Inner { exit, error, transfer_id, help, resume, told } = &*self.0;
+        let Inner { exit, error, transfer_id, migration_id, help, resume, told } = &*self.0;
         if output.json() && !told {
             output.document(&FailureDocument {
                 event: if *exit == INTERRUPTED { "interrupted" } else { "failed" },
                 transfer_id: transfer_id.as_deref(),
+                migration_id: migration_id.as_deref(),
                 error: error.into(),
                 help: help.as_deref(),
                 resume: resume.as_deref(),

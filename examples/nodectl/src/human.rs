@@ -92,6 +92,11 @@ pub(crate) fn percent(done: u64, total: u64) -> u64 {
     u64::try_from(percent).unwrap_or(100)
 }
 
+/// ` 58 %  1.2 GiB of 2.0 GiB`.
+pub(crate) fn done(done: u64, total: u64) -> String {
+    format!("{:>3} %  {} of {}", percent(done, total), bytes(done), bytes(total))
+}
+
 /// One line about where a transfer is: `transferring 1.2 GiB of 2.0 GiB (58 %), 103 MiB/s, 8 s left`.
 pub(crate) fn line(transfer: &TransferProgress) -> String {
     let progress = transfer.progress.clone().unwrap_or_default();

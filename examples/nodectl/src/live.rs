@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use proto::node::{Direction, TransferPhase, TransferProgress};
 
 use crate::dial::Wait;
@@ -23,8 +23,9 @@ pub(crate) struct Live {
     pace: Pace,
 }
 
+/// One line of a terminal that is drawn again and again, gone when it is dropped.
 #[derive(Debug)]
-struct Bar {
+pub(crate) struct Bar {
     bar: ProgressBar,
     measured: Option<bool>,
 }
@@ -32,10 +33,7 @@ struct Bar {
 impl Live {
     /// For a transfer with the node at `address`.
     pub(crate) fn new(output: &Output, address: impl ToString) -> Self {
-        let bar = output.terminal().then(|| Bar {
-            bar: ProgressBar::with_draw_target(None, ProgressDrawTarget::stdout_with_hz(REDRAW_HZ)),
-            measured: None,
-        });
+        let bar = output.terminal().then(Bar::new);
         Self { address: address.to_string(), bar, pace: Pace::default() }
     }
 
@@ -43,11 +41,18 @@ impl Live {
     pub(crate) fn show(&mut self, output: &mut Output, transfer: &TransferProgress, wait: Option<&Wait>) {
         let progress = transfer.progress.clone().unwrap_or_default();
         let percent = progress.bytes_total.map_or(0, |total| human::percent(progress.bytes_done, total));
-        let waiting = wait.map(|wait| self.waiting(wait)).or_else(|| self.opening(transfer));
+        let waiting = wait.map(|wait| waiting(wait, &self.address)).or_else(|| self.opening(transfer));
         if let Some(bar) = &mut self.bar {
             match waiting {
                 Some(text) => bar.spin(text),
-                None => bar.measure(transfer),
+                None => match progress.bytes_total {
+                    Some(total) => {
+                        let text = human::done(progress.bytes_done, total);
+                        let text = format!("{text}{}", human::pace(transfer));
+                        bar.measure(phase_word(transfer.phase), progress.bytes_done, total, text);
+                    }
+                    None => bar.spin(human::line(transfer)),
+                },
             }
             return;
         }
@@ -62,7 +67,8 @@ impl Live {
         match (output.json(), wait) {
             (true, Some(wait)) => output.document(&WaitingDocument {
                 event: "waiting",
-                transfer_id: &transfer.transfer_id,
+                transfer_id: Some(&transfer.transfer_id),
+                migration_id: None,
                 address: &self.address,
                 error: (&wait.error).into(),
                 next_try_ms: wait.next_try.map(millis),
@@ -88,40 +94,47 @@ impl Live {
             (Some(_), _) => format!("asking {} what it lacks", self.address),
         })
     }
+}
 
-    /// `waiting for n1:7101: connection refused, next try in 2 s`.
-    fn waiting(&self, wait: &Wait) -> String {
-        let next = wait.next_try.map_or_else(
-            || "trying again".to_owned(),
-            |time| format!("next try in {}", human::countdown(time)),
-        );
-        format!("waiting for {}: {}, {next}", self.address, human::cause(&wait.error, &self.address))
-    }
+/// `waiting for n1:7101: connection refused, next try in 2 s`.
+pub(crate) fn waiting(wait: &Wait, address: &str) -> String {
+    let next = wait
+        .next_try
+        .map_or_else(|| "trying again".to_owned(), |time| format!("next try in {}", human::countdown(time)));
+    format!("waiting for {address}: {}, {next}", human::cause(&wait.error, address))
 }
 
 impl Bar {
-    fn spin(&mut self, text: String) {
+    /// The only one on standard output.
+    pub(crate) fn new() -> Self {
+        let target = ProgressDrawTarget::stdout_with_hz(REDRAW_HZ);
+        Self { bar: ProgressBar::with_draw_target(None, target), measured: None }
+    }
+
+    /// One of several, below each other.
+    pub(crate) fn among(bars: &MultiProgress) -> Self {
+        Self { bar: bars.add(ProgressBar::no_length()), measured: None }
+    }
+
+    /// A line above it, which stays.
+    pub(crate) fn keep(&self, line: &str) {
+        self.bar.println(line);
+    }
+
+    /// Something goes on, and nobody knows for how long.
+    pub(crate) fn spin(&mut self, text: String) {
         self.style(false);
         self.bar.set_message(text);
         self.bar.tick();
     }
 
-    fn measure(&mut self, transfer: &TransferProgress) {
-        let progress = transfer.progress.clone().unwrap_or_default();
-        let Some(total) = progress.bytes_total else {
-            return self.spin(human::line(transfer));
-        };
+    /// So much of it is done.
+    pub(crate) fn measure(&mut self, phase: String, done: u64, total: u64, text: String) {
         self.style(true);
         self.bar.set_length(total);
-        self.bar.set_position(progress.bytes_done);
-        self.bar.set_prefix(phase_word(transfer.phase));
-        self.bar.set_message(format!(
-            "{:>3} %  {} of {}{}",
-            human::percent(progress.bytes_done, total),
-            human::bytes(progress.bytes_done),
-            human::bytes(total),
-            human::pace(transfer)
-        ));
+        self.bar.set_position(done);
+        self.bar.set_prefix(phase);
+        self.bar.set_message(text);
     }
 
     /// With a measure or without; the style is kept where it does not change.
@@ -136,10 +149,8 @@ impl Bar {
     }
 }
 
-impl Drop for Live {
+impl Drop for Bar {
     fn drop(&mut self) {
-        if let Some(bar) = &self.bar {
-            bar.bar.finish_and_clear();
-        }
+        self.bar.finish_and_clear();
     }
 }

@@ -5,6 +5,8 @@
 //! | which commands and options are there? | `args.rs` |
 //! | how is a snapshot pushed, and what happens on Ctrl-C? | `push.rs` |
 //! | how does it wait for a node that is away? | `dial.rs` |
+//! | how is a task followed through restarts of a node? | `follow.rs` |
+//! | how are slots moved, and a node emptied? | `migrate/`, `drain.rs` |
 //! | how are many nodes asked? | `nodes.rs` |
 //! | what does the JSON look like? | `document.rs`, `node_document.rs` |
 //! | what does a person see? | `human.rs`, `table.rs`, `node_table.rs`, `live.rs` |
@@ -17,12 +19,15 @@ mod call;
 mod cancel;
 mod dial;
 mod document;
+mod drain;
 mod failure;
+mod follow;
 mod grid;
 mod health;
 mod human;
 mod identity;
 mod live;
+mod migrate;
 mod node_document;
 mod node_table;
 mod nodes;
@@ -98,6 +103,8 @@ async fn run(command: Command, output: &mut Output) -> Result<(), Failure> {
         Command::Status(command) => {
             signals.before(Failure::interrupted("stopped looking"), status::run(command, output)).await
         }
+        Command::Migrate(command) => migrate::run(command, output, &mut signals).await,
+        Command::Drain(command) => drain::run(command, output, &mut signals).await,
         Command::Completions { .. } => Ok(()),
     }
 }

@@ -265,14 +265,16 @@ impl From<&Answered<node::GetNodeStatusResponse>> for NodeStatusDocument {
     }
 }
 
+/// The lower-case word for what stands in the way of a removal.
+pub(crate) fn blocker_word(kind: i32) -> String {
+    let name = node::RemovalBlockerKind::try_from(kind).ok().map(|kind| kind.as_str_name());
+    word(name, "REMOVAL_BLOCKER_KIND_", kind)
+}
+
 impl StatusDocument {
     fn new(origin: node::ReplyOrigin, status: node::NodeStatus) -> Self {
         let identity = origin.identity.unwrap_or_default();
         let machine = status.machine.unwrap_or_default();
-        let kind = |value: i32| {
-            let name = node::RemovalBlockerKind::try_from(value).ok().map(|one| one.as_str_name());
-            word(name, "REMOVAL_BLOCKER_KIND_", value)
-        };
         let role = |value: i32| {
             word(node::ShardRole::try_from(value).ok().map(|one| one.as_str_name()), "SHARD_ROLE_", value)
         };
@@ -296,7 +298,7 @@ impl StatusDocument {
                 .removal_blockers
                 .into_iter()
                 .map(|one| BlockerDocument {
-                    kind: kind(one.kind),
+                    kind: blocker_word(one.kind),
                     subject: one.subject,
                     message: one.message,
                 })

@@ -1,19 +1,18 @@
 //! `nodectl progress`, once or until the transfer ends.
 
-use std::time::Instant;
-
-use proto::common::error::{CommonReason, Error};
+use proto::common::error::Error;
 use proto::node::{
     GetTransferProgressRequest, TransferPhase, TransferProgress, WatchTransferProgressRequest,
+    WatchTransferProgressResponse,
 };
 use tonic::Streaming;
 
 use crate::advice;
 use crate::args::{Progress, wire_direction};
-use crate::call;
-use crate::dial::{Wait, pauses};
+use crate::call::{self, headed};
 use crate::document::{TransferDocument, phase_word};
 use crate::failure::Failure;
+use crate::follow::{Follow, follow};
 use crate::human;
 use crate::live::Live;
 use crate::output::Output;
@@ -47,31 +46,30 @@ pub(crate) async fn run(command: Progress, output: &mut Output) -> Result<(), Fa
 /// Follows the transfer to its end, through restarts of the node; returns its last state, or none if nobody reads on.
 async fn watch(command: &Progress, output: &mut Output) -> Result<Option<TransferProgress>, Error> {
     let mut live = Live::new(output, &command.node.at);
-    let mut stream = open(command).await?;
-    let mut backoff = pauses().start();
-    let mut seen = TransferProgress::default();
-    let mut moved = Instant::now();
-    loop {
-        let error = match stream.message().await.map_err(Error::from) {
-            Ok(Some(message)) => {
-                seen = message.transfer.unwrap_or_default();
-                moved = Instant::now();
-                backoff.reset();
-                live.show(output, &seen, None);
-                if output.is_broken() {
-                    return Ok(None);
-                }
-                continue;
-            }
-            Ok(None) if seen.is_finished() => return Ok(Some(seen)),
-            Ok(None) => Error::new(CommonReason::Unavailable, "the node ended the watch"),
-            Err(error) => error,
-        };
-        stream = reopen(command, output, &mut live, &seen, error, &mut backoff, moved).await?;
+    follow(
+        command.retry_for,
+        async || open(command).await,
+        |seen, wait| {
+            live.show(output, seen, wait);
+            !output.is_broken()
+        },
+    )
+    .await
+}
+
+impl Follow for TransferProgress {
+    type Message = WatchTransferProgressResponse;
+
+    fn unpack(message: Self::Message) -> Self {
+        message.transfer.unwrap_or_default()
+    }
+
+    fn has_ended(&self) -> bool {
+        self.is_finished()
     }
 }
 
-async fn open(command: &Progress) -> Result<Streaming<proto::node::WatchTransferProgressResponse>, Error> {
+async fn open(command: &Progress) -> Result<Streaming<WatchTransferProgressResponse>, Error> {
     let request = WatchTransferProgressRequest {
         transfer_id: command.transfer_id.to_string(),
         direction: wire_direction(command.direction),
@@ -80,30 +78,6 @@ async fn open(command: &Progress) -> Result<Streaming<proto::node::WatchTransfer
         Ok(client.watch_transfer_progress(request).await?.into_inner())
     })
     .await
-}
-
-/// Waits for the node, and says so.
-async fn reopen(
-    command: &Progress,
-    output: &mut Output,
-    live: &mut Live,
-    seen: &TransferProgress,
-    mut error: Error,
-    backoff: &mut proto::common::retry::BackoffState,
-    moved: Instant,
-) -> Result<Streaming<proto::node::WatchTransferProgressResponse>, Error> {
-    loop {
-        let Some(pause) = backoff.next(&error) else { return Err(error) };
-        if command.retry_for.0.is_some_and(|patience| moved.elapsed() + pause > patience) {
-            return Err(error);
-        }
-        live.show(output, seen, Some(&Wait { error, next_try: Some(pause) }));
-        tokio::time::sleep(pause).await;
-        match open(command).await {
-            Ok(stream) => return Ok(stream),
-            Err(again) => error = again,
-        }
-    }
 }
 
 /// Whether a transfer that has ended did what it was meant to.
@@ -119,11 +93,6 @@ fn outcome(last: &TransferProgress, output: &mut Output) -> Result<(), Failure> 
         || Error::with_code(proto::common::error::Code::Aborted, "TRANSFER_ENDED", "it gave no reason"),
         Error::from,
     );
-    let message =
-        format!("{} is {}: {}", human::safe(&last.transfer_id), phase_word(last.phase), error.message());
-    let mut told = Error::with_code(error.code(), error.reason().to_owned(), message);
-    for (name, value) in error.metadata_map() {
-        told = told.metadata(name, value);
-    }
-    Err(Failure::from(told).about(last.transfer_id.as_str()))
+    let what = format!("{} is {}", human::safe(&last.transfer_id), phase_word(last.phase));
+    Err(Failure::from(headed(&error, &what)).about(last.transfer_id.as_str()))
 }

@@ -4,8 +4,21 @@ use std::fmt::Write as _;
 
 /// The command line of this process, with `--transfer-id id` in it.
 pub(crate) fn command(id: &str) -> String {
-    let args: Vec<String> = std::env::args_os().map(|arg| arg.to_string_lossy().into_owned()).collect();
-    with_id(&args, id)
+    with_id(&args(), id)
+}
+
+/// The command line of this process.
+pub(crate) fn again() -> String {
+    args().iter().map(|arg| quoted(arg)).collect::<Vec<_>>().join(" ")
+}
+
+/// The name that this program was called by.
+pub(crate) fn program() -> String {
+    args().first().map_or_else(|| "nodectl".to_owned(), |arg| quoted(arg))
+}
+
+fn args() -> Vec<String> {
+    std::env::args_os().map(|arg| arg.to_string_lossy().into_owned()).collect()
 }
 
 fn with_id(args: &[String], id: &str) -> String {
@@ -22,7 +35,7 @@ fn with_id(args: &[String], id: &str) -> String {
 }
 
 /// `word`, so that a shell reads it as one word, and a terminal shows it as it is.
-fn quoted(word: &str) -> String {
+pub(crate) fn quoted(word: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=,+@%".contains(c);
     if !word.is_empty() && word.chars().all(plain) {
         return word.to_owned();

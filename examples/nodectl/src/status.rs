@@ -44,7 +44,10 @@ pub(crate) async fn run(command: Status, output: &mut Output) -> Result<(), Fail
 }
 
 /// The whole status of one node, all pages in one.
-async fn ask(address: Address, timeout: std::time::Duration) -> Result<GetNodeStatusResponse, Error> {
+pub(crate) async fn ask(
+    address: Address,
+    timeout: std::time::Duration,
+) -> Result<GetNodeStatusResponse, Error> {
     call::ask_over(&address, timeout, async |channel| {
         let mut client = HealthServiceClient::new(channel);
         let mut whole: Option<GetNodeStatusResponse> = None;

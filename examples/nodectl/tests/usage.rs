@@ -32,6 +32,24 @@ async fn wrong_usage_names_what_is_wrong() {
         ("progress --at n1:1".to_owned(), "<ID>"),
         ("progress a/b --at n1:1".to_owned(), "<ID>"),
         ("cancel .x --at n1:1".to_owned(), "<ID>"),
+        ("migrate start --from n1:1 --slots 0-9".to_owned(), "--to"),
+        ("migrate start --from n1:1 --to n2:1 --slots 0-9".to_owned(), "--to"),
+        ("migrate start --from n1:1 --to a/b=n2:1 --slots 0-9".to_owned(), "--to"),
+        ("migrate start --from n1:1 --to n2=nowhere --slots 0-9".to_owned(), "--to"),
+        ("migrate start --from n1:1 --to n2=n2:1 --slots 9-0".to_owned(), "--slots"),
+        ("migrate start --from n1:1 --to n2=n2:1".to_owned(), "--slots"),
+        ("migrate start --from n1:1 --to n2=n2:1 --slots 0-9 --freeze 2m".to_owned(), "--freeze"),
+        ("migrate start --from n1:1 --to n2=n2:1 --slots 0-9 --rate 0".to_owned(), "--rate"),
+        ("migrate start --from n1:1 --to n2=n2:1 --slots 0-9 --id .x".to_owned(), "--id"),
+        ("migrate list".to_owned(), "--at"),
+        ("migrate complete m1 --at n1:1 --deadline 2h".to_owned(), "--deadline"),
+        ("migrate resolve m1 --at n1:1 --reason x".to_owned(), "--commit"),
+        ("migrate resolve m1 --at n1:1 --reason x --commit --discard".to_owned(), "--discard"),
+        ("migrate resolve m1 --at n1:1 --commit".to_owned(), "--reason"),
+        ("migrate resolve m1 --at n1:1 --commit --reason x --store-id 12".to_owned(), "--store-id"),
+        ("drain n1:1".to_owned(), "--to"),
+        ("drain n1:1 --to n2=n2:1 --parallel 0".to_owned(), "--parallel"),
+        ("drain n1:1 --to n2=n2:1 --to n2=n2:2".to_owned(), "--to"),
         ("health".to_owned(), "<ADDR>"),
         ("health n1".to_owned(), "<ADDR>"),
         ("status".to_owned(), "<ADDR>"),
@@ -67,7 +85,24 @@ async fn a_directory_that_cannot_be_a_snapshot() {
 
 #[tokio::test]
 async fn help_shows_by_example() {
-    for command in ["", "push", "transfers", "progress", "cancel", "health", "status"] {
+    for command in [
+        "",
+        "push",
+        "transfers",
+        "progress",
+        "cancel",
+        "health",
+        "status",
+        "migrate",
+        "migrate start",
+        "migrate list",
+        "migrate progress",
+        "migrate watch",
+        "migrate complete",
+        "migrate cancel",
+        "migrate resolve",
+        "drain",
+    ] {
         let help = nodectl(&format!("{command} --help")).await;
         assert_eq!(help.code, Some(0), "{command}");
         help.assert_plain();

@@ -1,0 +1,307 @@
+//! `nodectl drain`: everything off a node, and when it is safe to stop it.
+
+mod args;
+mod document;
+mod plan;
+
+use std::cell::RefCell;
+use std::time::{Duration, Instant};
+
+use futures::StreamExt as _;
+use indicatif::MultiProgress;
+use proto::common::error::{Code, Error};
+use proto::common::ids::NodeId;
+use proto::node::{Direction, MigrationProgress, MigrationState, NodeStatus};
+
+use self::document::{DrainDocument, DrainPlanDocument};
+use self::plan::Move;
+use crate::args::Node;
+use crate::call::headed;
+use crate::failure::Failure;
+use crate::follow::Follow as _;
+use crate::human::safe;
+use crate::migrate::start::{Order, Started, order};
+use crate::migrate::watch::{Watched, to_the_end};
+use crate::migrate::{self, Live, explained, human, list_all, outcome};
+use crate::node_document::blocker_word;
+use crate::output::Output;
+use crate::resume::again;
+use crate::signals::Signals;
+use crate::status;
+
+pub(crate) use self::args::{DRAIN_EXAMPLES, Drain};
+
+/// Rounds of looking what is left; slots that come in as fast as they go out end it.
+const ROUNDS: usize = 8;
+/// IDs that are tried for one move; each one before ended without moving anything.
+const TRIES: u32 = 100;
+/// Between two looks at a node that is not safe to remove yet.
+const LOOK_AGAIN: Duration = Duration::from_millis(500);
+
+pub(crate) async fn run(command: Drain, output: &mut Output, signals: &mut Signals) -> Result<(), Failure> {
+    let interrupted = Failure::interrupted("stopped waiting; migrations that were started go on")
+        .help(Some(format!("see them with: nodectl migrate list --at {} --active", command.address)))
+        .resume(again());
+    signals.before(interrupted, drain(&command, output)).await
+}
+
+async fn drain(command: &Drain, output: &mut Output) -> Result<(), Failure> {
+    args::check(command)?;
+    for round in 0..ROUNDS {
+        let (node_id, status) = look(command).await?;
+        if let Some(target) = command.to.iter().find(|target| target.node == node_id) {
+            return Err(Failure::usage(format!(
+                "'--to <NODE_ID=ADDR>': {} is the node that is drained",
+                target.node
+            )));
+        }
+        let at = Node { at: command.address.clone(), timeout: command.asking.timeout };
+        let running = list_all(&at, true, Direction::Out.into())
+            .await
+            .map_err(|error| explained(error, &command.address, ""))?;
+        if let Some(stuck) = running.iter().find(|migration| never_ends(migration)) {
+            return Err(stuck_failure(stuck, command));
+        }
+        let claims = plan::claims(&node_id, &status);
+        let moves = plan::moves(&claims, &running, &command.to);
+        announce(command, &node_id, &status, &running, &moves, round, output);
+        if command.dry_run {
+            return Ok(());
+        }
+        if running.is_empty() && moves.is_empty() {
+            if status.slots_owned > 0 {
+                let message = format!("{node_id} owns {} slots and does not say which", status.slots_owned);
+                return Err(Failure::failed(message));
+            }
+            return settle(command, &node_id, output).await;
+        }
+        carry_out(command, &node_id, running, moves, output).await?;
+    }
+    Err(Failure::failed(format!("slots keep coming in: {ROUNDS} rounds did not empty the node"))
+        .help(Some("see that nothing moves slots to it, then run this command again".to_owned())))
+}
+
+/// Who the node is, and what it has.
+async fn look(command: &Drain) -> Result<(NodeId, NodeStatus), Failure> {
+    let asked = status::ask(command.address.clone(), command.asking.timeout).await;
+    let answer = asked.map_err(|error| explained(error, &command.address, ""))?;
+    let identity = answer.origin.and_then(|origin| origin.identity).unwrap_or_default();
+    let node_id = NodeId::new(&identity.node_id)
+        .map_err(|error| Failure::failed(format!("{} does not say who it is: {error}", command.address)))?;
+    Ok((node_id, answer.status.unwrap_or_default()))
+}
+
+/// Somebody has to do something before it goes on.
+fn never_ends(migration: &MigrationProgress) -> bool {
+    let by_hand = migration.spec.as_ref().is_some_and(|spec| !spec.auto_complete);
+    let asked = migration.complete_deadline_unix_ms.is_some();
+    let open = !matches!(migration.state(), MigrationState::Committing | MigrationState::Cancelling);
+    migration.state() == MigrationState::NeedsOperator || (by_hand && open && !asked)
+}
+
+fn stuck_failure(migration: &MigrationProgress, command: &Drain) -> Failure {
+    let (id, at) = (safe(&migration.migration_id), &command.address);
+    if migration.state() == MigrationState::NeedsOperator {
+        return outcome(migration, at).err().unwrap_or_else(|| Failure::failed("it needs an operator"));
+    }
+    Failure::failed(format!("the migration {id} waits for somebody to complete it"))
+        .about_migration(&migration.migration_id)
+        .help(Some(format!(
+            "complete it with: nodectl migrate complete {id} --at {at}, or cancel it; then run this command again"
+        )))
+}
+
+fn announce(
+    command: &Drain,
+    node_id: &NodeId,
+    status: &NodeStatus,
+    running: &[MigrationProgress],
+    moves: &[Move<'_>],
+    round: usize,
+    output: &mut Output,
+) {
+    if output.json() {
+        output.document(&DrainPlanDocument::new(node_id, status, running, moves));
+        return;
+    }
+    if round > 0 && running.is_empty() && moves.is_empty() {
+        return;
+    }
+    output.line(&format!(
+        "{node_id} at {} owns {} slots; {} migrations run, {} are to be started",
+        command.address,
+        status.slots_owned,
+        running.len(),
+        moves.len()
+    ));
+    if command.dry_run {
+        for one in moves {
+            output
+                .line(&format!("would move {} to {} at {}", one.slots, one.target.node, one.target.address));
+        }
+    }
+}
+
+/// Follows what runs, and starts and follows the rest, so many at a time. The first one that fails ends it; those that
+/// run beside it go on by themselves.
+async fn carry_out(
+    command: &Drain,
+    node_id: &NodeId,
+    running: Vec<MigrationProgress>,
+    moves: Vec<Move<'_>>,
+    output: &mut Output,
+) -> Result<(), Failure> {
+    let bars = MultiProgress::with_draw_target(indicatif::ProgressDrawTarget::stdout_with_hz(10));
+    let output = &RefCell::new(output);
+    let bars = &bars;
+    let joining = running.into_iter().map(|migration| (Some(migration), None));
+    let starting = moves.into_iter().map(|one| (None, Some(one)));
+    let mut work = futures::stream::iter(joining.chain(starting))
+        .map(|(migration, one)| async move {
+            let migration = match (migration, one) {
+                (Some(migration), _) => migration,
+                (None, Some(one)) => begin(command, node_id, &one).await?,
+                (None, None) => return Ok(()),
+            };
+            finish(command, migration, bars, output).await
+        })
+        .buffer_unordered(command.parallel);
+    while let Some(done) = work.next().await {
+        done.map_err(|failure| failure.resume(again()))?;
+    }
+    Ok(())
+}
+
+/// Starts a move, or joins it. What ended earlier without moving anything is tried again under the next ID.
+async fn begin(command: &Drain, node_id: &NodeId, one: &Move<'_>) -> Result<MigrationProgress, Failure> {
+    for attempt in 1..=TRIES {
+        let id = one.id(node_id, attempt).map_err(|error| Failure::failed(error.to_string()))?;
+        let wish = Order {
+            id: &id,
+            slots: one.slots,
+            target: one.target,
+            source_node: Some(node_id),
+            source_shard: &one.shard,
+            target_shard: &one.shard,
+            auto_complete: true,
+            limits: command.limits,
+            priority: command.priority,
+        };
+        let Started { migration, joined } = order(&command.address, command.asking, &wish)
+            .await
+            .map_err(|error| explained(error, &command.address, id.as_str()))?;
+        let over = matches!(migration.state(), MigrationState::Cancelled | MigrationState::Failed);
+        if !(joined && over) {
+            return Ok(migration);
+        }
+    }
+    let message = format!("{TRIES} migrations of slots {} to {} failed", one.slots, one.target.node);
+    Err(Failure::failed(message))
+}
+
+async fn finish(
+    command: &Drain,
+    migration: MigrationProgress,
+    bars: &MultiProgress,
+    output: &RefCell<&mut Output>,
+) -> Result<(), Failure> {
+    let id = migration.migration_id.parse().map_err(|error| {
+        Failure::failed(format!("{} names a migration that cannot be: {error}", command.address))
+    })?;
+    let at = &command.address;
+    let watched = Watched {
+        id,
+        at: at.clone(),
+        timeout: command.asking.timeout,
+        direction: Some(crate::args::Direction::Out),
+    };
+    let name = human::slots(&migration);
+    let mut live = Live::among(&output.borrow(), bars, at, &name);
+    let followed = if migration.has_ended() {
+        Ok(Some(migration))
+    } else {
+        to_the_end(&watched, command.asking.retry_for, |seen, wait| {
+            // Nobody else runs while it is borrowed. A drain goes on when nobody reads what it says.
+            live.show(&mut output.borrow_mut(), seen, wait);
+            true
+        })
+        .await
+    };
+    let last = followed.map_err(|error| explained(error, at, watched.id.as_str()))?;
+    drop(live);
+    let last = last.unwrap_or_default();
+    outcome(&last, at)?;
+    let mut output = output.borrow_mut();
+    if output.json() {
+        output.document(&migrate::document::MigrationEventDocument {
+            event: "moved",
+            migration: (&last).into(),
+        });
+    } else {
+        output.line(&human::completed(&last));
+    }
+    Ok(())
+}
+
+/// Waits until the node says that it can be stopped, and says why not as long as it cannot.
+async fn settle(command: &Drain, node_id: &NodeId, output: &mut Output) -> Result<(), Failure> {
+    let began = Instant::now();
+    let mut told = String::new();
+    loop {
+        let (now_id, status) = look(command).await?;
+        if now_id != *node_id {
+            return Err(Failure::failed(format!("{} is {now_id} now, and was {node_id}", command.address)));
+        }
+        let safe_now = status.safe_to_remove
+            && status.removal_blockers.is_empty()
+            && status.removal_blockers_omitted == 0
+            && status.slots_owned == 0;
+        let why = blockers(&status);
+        if safe_now {
+            if output.json() {
+                output.document(&DrainDocument {
+                    event: "drained",
+                    node_id: node_id.as_str(),
+                    safe_to_remove: true,
+                });
+            } else {
+                output.line(&format!("{node_id} owns no slots and nothing moves: it is safe to stop it"));
+            }
+            return Ok(());
+        }
+        if began.elapsed() >= command.settle {
+            let error = Error::with_code(Code::FailedPrecondition, "NOT_SAFE_TO_REMOVE", why);
+            let what = format!("all slots that {node_id} had were moved, but it is not safe to stop it");
+            return Err(Failure::from(headed(&error, &what))
+                .help(Some(
+                    "see to what it names, then run this command again; do not stop the node".to_owned(),
+                ))
+                .resume(again()));
+        }
+        if told != why {
+            if !output.json() {
+                output.line(&format!("not safe to stop yet: {why}"));
+            }
+            told = why;
+        }
+        tokio::time::sleep(LOOK_AGAIN).await;
+    }
+}
+
+fn blockers(status: &NodeStatus) -> String {
+    let mut why: Vec<String> = status
+        .removal_blockers
+        .iter()
+        .map(|blocker| {
+            let kind = blocker_word(blocker.kind).replace('_', " ");
+            if blocker.message.is_empty() { kind } else { format!("{kind}: {}", safe(&blocker.message)) }
+        })
+        .collect();
+    if why.is_empty() {
+        why.push(match status.slots_owned {
+            0 => "it does not say why".to_owned(),
+            owned => format!("it owns {owned} slots"),
+        });
+    }
+    why.join("; ")
+}
