@@ -8,10 +8,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, bail};
 use bytes::Bytes;
 use redis_protocol::resp2::types::BytesFrame;
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::client::{Client, text};
+use super::latency::{Latencies, Period};
 use crate::common::{SlotRange, slot_of};
 
 /// Writers at the same time.
@@ -39,10 +41,10 @@ pub struct Written {
     pub histories: Vec<History>,
     /// Acknowledged writes.
     pub acknowledged: u64,
-    /// The longest time from a first try to the acknowledgement, for keys that stay.
-    pub longest_staying: Duration,
+    /// Times from a first try to the acknowledgement, for keys that stay.
+    pub staying: Latencies,
     /// The same for keys that move.
-    pub longest_moving: Duration,
+    pub moving: Latencies,
     /// Writes that were answered with MOVED.
     pub moved: u64,
     /// Writes of which the outcome is not known, since the connection broke.
@@ -53,20 +55,34 @@ pub struct Written {
 #[derive(Debug)]
 pub struct LoadGenerator {
     stop: CancellationToken,
+    period: watch::Sender<Period>,
     writers: JoinSet<anyhow::Result<Written>>,
 }
 
 impl LoadGenerator {
-    /// Starts to write to the node at `address`, to keys that begin with `prefix`.
+    /// Starts to write to the node at `address`, to keys of all slots that begin with `prefix`.
     #[must_use]
     pub fn start(address: &str, prefix: &str, moving: SlotRange) -> Self {
+        Self::within(SlotRange::FULL, address, prefix, moving)
+    }
+
+    /// The same, to keys whose slots are in `slots`.
+    #[must_use]
+    pub fn within(slots: SlotRange, address: &str, prefix: &str, moving: SlotRange) -> Self {
         let stop = CancellationToken::new();
+        let period = watch::Sender::new(Period::default());
         let mut writers = JoinSet::new();
         for writer in 0..WRITERS {
-            let keys = keys(prefix, writer, moving);
-            writers.spawn(write(address.to_owned(), keys, moving, stop.clone()));
+            let keys = keys(prefix, writer, slots, moving);
+            let writer = Writer { stop: stop.clone(), period: period.subscribe() };
+            writers.spawn(write(address.to_owned(), keys, moving, writer));
         }
-        Self { stop, writers }
+        Self { stop, period, writers }
+    }
+
+    /// Writes that begin from now on belong to `period`.
+    pub fn enter(&self, period: Period) {
+        self.period.send_replace(period);
     }
 
     /// Lets every writer end its present write, and returns what all have done.
@@ -81,8 +97,8 @@ impl LoadGenerator {
             let written = written.context("a writer panicked")??;
             all.histories.extend(written.histories);
             all.acknowledged += written.acknowledged;
-            all.longest_staying = all.longest_staying.max(written.longest_staying);
-            all.longest_moving = all.longest_moving.max(written.longest_moving);
+            all.staying.add(&written.staying)?;
+            all.moving.add(&written.moving)?;
             all.moved += written.moved;
             all.unknown += written.unknown;
         }
@@ -90,74 +106,70 @@ impl LoadGenerator {
     }
 }
 
-/// Keys of one writer, as many that move as that stay.
-fn keys(prefix: &str, writer: usize, moving: SlotRange) -> Vec<History> {
-    let all = (0u64..).map(|n| Bytes::from(format!("{prefix}{writer}:{n}")));
-    let (mut moves, mut stays) = (0, 0);
-    let mut keys = Vec::new();
-    for key in all {
-        let count = if moving.contains(slot_of(&key)) { &mut moves } else { &mut stays };
-        if *count < KEYS / 2 {
-            *count += 1;
-            keys.push(History { key, acknowledged: 0, tried: 0 });
-        }
-        // One of the two may be impossible to reach: all slots move.
-        if keys.len() == KEYS
-            || (keys.len() >= KEYS / 2 && usize::from(moving.len()) == usize::from(crate::common::SLOT_COUNT))
-        {
-            break;
-        }
-    }
-    keys
+/// Keys of one writer with slots in `slots`, as many that move as that stay.
+fn keys(prefix: &str, writer: usize, slots: SlotRange, moving: SlotRange) -> Vec<History> {
+    let of = |moves: bool| {
+        // Of the two one may be impossible to reach: all slots move.
+        let possible = slots.iter().any(|slot| moving.contains(slot) == moves);
+        (0u64..)
+            .map(|n| Bytes::from(format!("{prefix}{writer}:{n}")))
+            .filter(move |key| slots.contains(slot_of(key)) && moving.contains(slot_of(key)) == moves)
+            .take(if possible { KEYS / 2 } else { 0 })
+            .map(|key| History { key, acknowledged: 0, tried: 0 })
+    };
+    of(true).chain(of(false)).collect()
+}
+
+/// What a writer is told.
+#[derive(Debug, Clone)]
+struct Writer {
+    stop: CancellationToken,
+    period: watch::Receiver<Period>,
 }
 
 async fn write(
     first: String,
     mut histories: Vec<History>,
     moving: SlotRange,
-    stop: CancellationToken,
+    writer: Writer,
 ) -> anyhow::Result<Written> {
-    let mut written = Written::default();
     // Two connections, so that a held write does not stop the writes of the keys that stay: in turn they would.
     let (moves, stays): (Vec<_>, Vec<_>) =
         histories.drain(..).partition(|history| moving.contains(slot_of(&history.key)));
     let (moves, stays) =
-        tokio::join!(write_keys(first.clone(), moves, stop.clone()), write_keys(first, stays, stop));
+        tokio::join!(write_keys(first.clone(), moves, writer.clone()), write_keys(first, stays, writer));
     let (moves, stays) = (moves?, stays?);
-    for part in [&moves, &stays] {
-        written.acknowledged += part.acknowledged;
-        written.moved += part.moved;
-        written.unknown += part.unknown;
-    }
-    written.longest_moving = moves.longest;
-    written.longest_staying = stays.longest;
-    written.histories = moves.histories.into_iter().chain(stays.histories).collect();
-    Ok(written)
+    Ok(Written {
+        acknowledged: moves.acknowledged + stays.acknowledged,
+        moved: moves.moved + stays.moved,
+        unknown: moves.unknown + stays.unknown,
+        moving: moves.latencies,
+        staying: stays.latencies,
+        histories: moves.histories.into_iter().chain(stays.histories).collect(),
+    })
 }
 
+#[derive(Default)]
 struct Part {
     histories: Vec<History>,
     acknowledged: u64,
-    longest: Duration,
+    latencies: Latencies,
     moved: u64,
     unknown: u64,
 }
 
-async fn write_keys(
-    mut address: String,
-    histories: Vec<History>,
-    stop: CancellationToken,
-) -> anyhow::Result<Part> {
-    let mut part = Part { histories, acknowledged: 0, longest: Duration::ZERO, moved: 0, unknown: 0 };
+async fn write_keys(mut address: String, histories: Vec<History>, writer: Writer) -> anyhow::Result<Part> {
+    let mut part = Part { histories, ..Part::default() };
     let mut connection: Option<Client> = None;
     for turn in 0.. {
         let count = part.histories.len();
         let Some(history) = part.histories.get_mut(turn % count.max(1)) else { break };
-        if stop.is_cancelled() {
+        if writer.stop.is_cancelled() {
             break;
         }
         history.tried += 1;
         let value = history.tried.to_string();
+        let period = *writer.period.borrow();
         let since = Instant::now();
         loop {
             let answered = async {
@@ -171,7 +183,7 @@ async fn write_keys(
                 Ok(BytesFrame::SimpleString(_)) => {
                     history.acknowledged = history.tried;
                     part.acknowledged += 1;
-                    part.longest = part.longest.max(since.elapsed());
+                    part.latencies.record(period, since.elapsed())?;
                     break;
                 }
                 Ok(frame) => {
@@ -245,9 +257,21 @@ mod tests {
 
     #[test]
     fn half_of_the_keys_move() {
-        let moving: SlotRange = "8192-16383".parse().unwrap();
-        let keys = keys("p:", 3, moving);
-        assert_eq!(keys.len(), KEYS);
-        assert_eq!(keys.iter().filter(|history| moving.contains(slot_of(&history.key))).count(), KEYS / 2);
+        let range = |text: &str| text.parse::<SlotRange>().unwrap();
+        let moves = |keys: &[History], moving: SlotRange| {
+            keys.iter().filter(|history| moving.contains(slot_of(&history.key))).count()
+        };
+        let moving = range("8192-16383");
+        let all = keys("p:", 3, SlotRange::FULL, moving);
+        assert_eq!((all.len(), moves(&all, moving)), (KEYS, KEYS / 2));
+
+        let slots = range("8192-16383");
+        let moving = range("12288-16383");
+        let some = keys("p:", 3, slots, moving);
+        assert_eq!((some.len(), moves(&some, moving)), (KEYS, KEYS / 2));
+        assert!(some.iter().all(|history| slots.contains(slot_of(&history.key))));
+
+        let none_stay = keys("p:", 3, slots, SlotRange::FULL);
+        assert_eq!((none_stay.len(), moves(&none_stay, slots)), (KEYS / 2, KEYS / 2));
     }
 }
