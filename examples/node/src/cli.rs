@@ -28,7 +28,7 @@ pub struct Cli {
 pub enum Command {
     /// Serve one node until SIGINT or SIGTERM.
     Serve(ServeArgs),
-    /// Split a shard between two nodes, kill one in the middle, and prove that nothing is lost.
+    /// Split a shard between two nodes, kill one in the middle, migrate slots back, and prove that nothing is lost.
     Demo(DemoArgs),
 }
 
@@ -36,12 +36,14 @@ pub enum Command {
 #[derive(Debug, Args)]
 #[command(
     long_about = "\
-Split a shard between two nodes, kill one in the middle, and prove that nothing is lost.
+Split a shard between two nodes, kill one in the middle, migrate slots back, and prove that nothing is lost.
 
 Starts two nodes as processes of their own and loads data into the first. Then, while clients write: takes a consistent \
 snapshot of the upper half of the slots, streams it to the second node, kills that with SIGKILL in the middle and restarts \
-it; the transfer resumes, the snapshot is installed, the slots are handed over. In the end every key is read back through \
-the Redis port of the node that owns it, and compared.",
+it; the transfer resumes, the snapshot is installed, the slots are handed over. Then the upper half of these slots \
+migrates back to the first node while clients write, and their writes are timed before, during and after. In the end the \
+nodes must agree on the owner of every slot, and every key is read back through the Redis port of the node that owns it, \
+and compared. Copies of little data are slowed down to take a few seconds.",
     after_help = "\
 Examples:
   node demo

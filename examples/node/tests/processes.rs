@@ -389,4 +389,9 @@ fn the_demo_succeeds() {
     let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{out}\n{err}");
     assert!(out.contains("killed n2 (SIGKILL)") && out.contains("every key is where it belongs"), "{out}");
+    let lost = out.lines().find(|line| line.contains("acknowledged writes lost")).unwrap();
+    assert!(lost.split_whitespace().any(|word| word == "0"), "{lost}");
+    for said in ["longest freeze", "p50, slots that move", "p99, slots that stay"] {
+        assert!(out.contains(said), "{said} is missing: {out}");
+    }
 }

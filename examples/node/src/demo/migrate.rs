@@ -23,7 +23,7 @@ const COPY_SECONDS: u64 = 4;
 /// From so many bytes on it takes long enough by itself.
 const LARGE: u64 = 2 << 30;
 /// The changes of the writers share the rate with the rows, and come in all the time.
-const SLOWEST: u64 = 1 << 20;
+const SLOWEST: u64 = 256 << 10;
 /// All rows are copied: the changes catch up and the slots are handed over within this time.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -36,7 +36,7 @@ pub(super) struct Migration {
     pub(super) written: Written,
 }
 
-/// Migrates `moving` from `from` to `to`, of which `estimate` bytes are known. The writers write to `slots`, all of which `from` has.
+/// Migrates `moving`, about `estimate` bytes of keys and values, from `from` to `to`. The writers write to `slots`, all of which `from` has.
 ///
 /// # Errors
 ///
@@ -133,7 +133,8 @@ async fn follow(address: &str) -> anyhow::Result<()> {
         shown.set_length(total);
         shown.set_position(done);
         shown.set_message(doing.clone());
-        if plain && told.is_none_or(|told| told.elapsed() > Duration::from_secs(1)) {
+        let begun = state != MigrationState::Pending;
+        if plain && begun && told.is_none_or(|told| told.elapsed() > Duration::from_secs(1)) {
             told = Some(Instant::now());
             say(&format!("  {} of {}: {doing}", bytes(done), bytes(total)));
         }
@@ -161,13 +162,13 @@ impl Migration {
         let copied = progress.progress.as_ref();
         report.row("rows copied", count(copied.map_or(0, |progress| progress.items_done)));
         report.row("bytes copied", bytes(copied.map_or(0, |progress| progress.bytes_done)));
-        report.row("changes sent after them", count(progress.delta_entries));
+        report.row("changes sent besides", count(progress.delta_entries));
         report.row(
             "limit of the rate",
             limit.map_or_else(|| "none".into(), |limit| format!("{}/s", bytes(limit))),
         );
         report.row("freezes", count(progress.freeze_count));
-        report.row("longest freeze", millis(Duration::from_millis(progress.max_freeze_ms)));
+        report.row("longest freeze", format!("{} ms", count(progress.max_freeze_ms)));
         report.row("writes that were redirected", count(written.moved));
         report.row("writes whose connection broke", count(written.unknown));
         report.time("migrate, from start to end", *took);

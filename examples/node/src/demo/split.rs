@@ -94,7 +94,7 @@ impl Split {
     }
 }
 
-/// Splits the slots `moving` off to `n2`, of which `estimate` bytes are known.
+/// Splits the slots `moving`, about `estimate` bytes of keys and values, off to `n2`.
 ///
 /// # Errors
 ///

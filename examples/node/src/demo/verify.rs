@@ -50,8 +50,20 @@ pub async fn owners(nodes: &[String]) -> anyhow::Result<Vec<String>> {
         let owners =
             slots(&reply).with_context(|| format!("CLUSTER SLOTS of {node} cannot be understood"))?;
         match &agreed {
-            Some(agreed) if *agreed != owners => bail!("the nodes do not agree who owns which slots"),
-            _ => agreed = Some(owners),
+            Some(agreed) => {
+                if let Some((slot, (one, other))) =
+                    agreed.iter().zip(&owners).enumerate().find(|(_, (one, other))| one != other)
+                {
+                    let who =
+                        |owner: &str| if owner.is_empty() { "nobody".to_owned() } else { owner.to_owned() };
+                    bail!(
+                        "the nodes do not agree who owns slot {slot}: {} by another node, {} by {node}",
+                        who(one),
+                        who(other)
+                    );
+                }
+            }
+            None => agreed = Some(owners),
         }
     }
     let owners = agreed.context("there are no nodes")?;
