@@ -76,6 +76,10 @@ async fn drain(command: &Drain, output: &mut Output) -> Result<(), Failure> {
             return settle(command, &node_id, output).await;
         }
         carry_out(command, &node_id, running, moves, output).await?;
+        if round > 0 {
+            // What it owns may change a little later than what it moves.
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
     }
     Err(Failure::failed(format!("slots keep coming in: {ROUNDS} rounds did not empty the node"))
         .help(Some("see that nothing moves slots to it, then run this command again".to_owned())))
@@ -238,7 +242,8 @@ async fn finish(
             migration: (&last).into(),
         });
     } else {
-        output.line(&human::completed(&last));
+        // Below the bars of those that run beside it.
+        bars.suspend(|| output.line(&human::completed(&last)));
     }
     Ok(())
 }

@@ -68,7 +68,9 @@ impl Live {
                 (None, MigrationState::CatchingUp, _) if self.most_lag > 0 => {
                     let caught_up = self.most_lag - lag;
                     let phase = human::state(migration);
-                    bar.measure(phase, caught_up, self.most_lag, name + &human::line(migration));
+                    let line = human::line(migration);
+                    let text = line.strip_prefix(&format!("{phase}, ")).unwrap_or(&line);
+                    bar.measure(phase, caught_up, self.most_lag, name + text);
                 }
                 (None, ..) => bar.spin(name + &human::line(migration)),
             }
