@@ -1,5 +1,8 @@
 //! What the tests with real processes share.
 
+pub mod checker;
+pub mod load;
+
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
