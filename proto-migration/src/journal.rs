@@ -22,6 +22,7 @@ use proto_common::slots::SlotRange;
 use proto_common::v1::Fence;
 
 use crate::Reason;
+use crate::failpoint::reached;
 use crate::v1::MigrationProgress;
 
 const MAGIC: [u8; 4] = *b"NMJ1";
@@ -151,7 +152,11 @@ impl Journal {
     pub async fn save(&self, id: &MigrationId, slots: SlotRange, record: &SourceRecord) -> Result<(), Error> {
         let path = self.shared.active.join(file_name(slots, id));
         let content = encode(&record.encode_to_vec());
-        blocking("save a migration", move || write_atomic(path, &content)).await
+        let state = record.progress.as_ref().map(MigrationProgress::state).unwrap_or_default();
+        reached("save.before", state);
+        blocking("save a migration", move || write_atomic(path, &content)).await?;
+        reached("save.after", state);
+        Ok(())
     }
 
     /// Puts a migration that ended into the history, and drops its record if it has one. Repeated after a crash.
@@ -168,8 +173,11 @@ impl Journal {
         let shared = Arc::clone(&self.shared);
         let path = shared.active.join(file_name(slots, id));
         let content = progress.encode_to_vec();
+        let state = progress.state();
+        reached("finish.before", state);
         blocking("record a migration that ended", move || {
             shared.history.add(&content)?;
+            reached("finish.between", state);
             match fs::remove_file(path) {
                 Ok(()) => sync_dir(&shared.active),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),

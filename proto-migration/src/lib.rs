@@ -9,6 +9,8 @@ pub mod driver;
 #[cfg(feature = "_rpc")]
 pub mod entry;
 #[cfg(feature = "server")]
+mod failpoint;
+#[cfg(feature = "server")]
 pub mod hold;
 #[cfg(feature = "server")]
 pub mod journal;

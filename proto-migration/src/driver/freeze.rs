@@ -17,6 +17,7 @@ use super::task::{Command, Halt, Task};
 use super::transfer::Running;
 use crate::Reason;
 use crate::digest::SlotDigest;
+use crate::failpoint::reached;
 use crate::hold::{Hold, HoldMode};
 use crate::source::MigrationSource;
 use crate::v1::transfer_migration_data_request::{Commit, Frame, Prepare, Release};
@@ -197,7 +198,9 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         drop(writes);
         self.show();
         let new_slot_epoch = self.new_slot_epoch();
+        reached("commit.before", self.state());
         running.out.send(Frame::Commit(Commit { freeze: number, new_slot_epoch })).await?;
+        reached("commit.after", self.state());
         let committed = loop {
             let said = self.meanwhile(running.link.next()).await??;
             match said {

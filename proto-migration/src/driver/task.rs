@@ -21,6 +21,7 @@ use tokio::time::Instant;
 use super::Inner;
 use super::dial::Dial;
 use crate::Reason;
+use crate::failpoint::reached;
 use crate::hold::{Hold, HoldMode};
 use crate::journal::SourceRecord;
 use crate::limits::TaskLimits;
@@ -381,11 +382,13 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
             address: self.shown().target_address.clone(),
             slot_epoch: committed.slot_epoch.max(self.new_slot_epoch()),
         };
+        reached("give_up.before", self.state());
         self.until(|task| {
             let (source, handover) = (Arc::clone(&task.inner.source), handover.clone());
             async move { source.give_up(&handover).await }
         })
         .await?;
+        reached("give_up.after", self.state());
         self.open_gate();
         self.end_freeze(FreezeOutcome::Committed, None);
         let progress = self.change();

@@ -16,6 +16,7 @@ use super::record::PreparedAt;
 use super::session::Answers;
 use crate::Reason;
 use crate::digest::{SlotDigest, compare};
+use crate::failpoint::reached;
 use crate::target::{MigrationTarget, Offer, Staged};
 use crate::v1::transfer_migration_data_request::Commit;
 use crate::v1::transfer_migration_data_response::{Forgotten, Frame as Answer, PrepareRefused, Prepared};
@@ -201,10 +202,12 @@ impl<T: MigrationTarget> Applier<T> {
             all.extend(entries);
         }
         let record = next.encode();
+        reached("apply.before", next.state());
         match guarded(async { self.inner.target.apply(&self.slot.id, all, record).await }).await {
             Ok(staged) => incoming.staged = staged,
             Err(error) => return Err(incoming.failed(error)),
         }
+        reached("apply.after", next.state());
         incoming.record = next;
         incoming.show(|_| {});
         self.flow.follow(incoming);

@@ -13,6 +13,7 @@ use super::incoming::{Incoming, Permit, Slot, Stop, guarded};
 use super::record::Record;
 use super::session::Answers;
 use crate::Reason;
+use crate::failpoint::reached;
 use crate::service::shutting_down;
 use crate::spec::MigrationSpec;
 use crate::target::{MigrationTarget, Offer, Staged};
@@ -146,9 +147,11 @@ impl<T: MigrationTarget> Inner<T> {
     }
 
     async fn begin(&self, slot: &Slot, incoming: &mut Incoming, next: Record) -> Result<(), Error> {
+        reached("begin.before", next.state());
         guarded(async { self.target.begin(&slot.id, next.spec.slots, next.encode()).await })
             .await
             .map_err(|error| incoming.failed(error))?;
+        reached("begin.after", next.state());
         incoming.record = next;
         incoming.staged = Staged::default();
         Ok(())

@@ -9,6 +9,7 @@ use super::Inner;
 use super::incoming::{Incoming, Slot, guarded};
 use crate::Reason;
 use crate::decisions::Decision;
+use crate::failpoint::reached;
 use crate::service::shutting_down;
 use crate::target::{MigrationTarget, Takeover};
 use crate::v1::transfer_migration_data_response::{Committed, Discarded};
@@ -66,6 +67,7 @@ impl<T: MigrationTarget> Inner<T> {
         });
         next.enter(MigrationState::Committed);
         let takeover = Takeover { id: &slot.id, slots: next.spec.slots, slot_epoch: prepared.new_slot_epoch };
+        reached("take_over.before", next.state());
         let mut wait = COMMIT_BACKOFF.0;
         while let Err(error) = guarded(async { self.target.commit(&takeover, next.encode()).await }).await {
             tracing::error!(migration_id = %slot.id, error = %error, "cannot commit; it is tried again");
@@ -73,6 +75,7 @@ impl<T: MigrationTarget> Inner<T> {
             self.pause(wait).await.inspect_err(|_| incoming.doubt = true)?;
             wait = (wait * 2).min(COMMIT_BACKOFF.1);
         }
+        reached("take_over.after", next.state());
         next.progress.incidents.clone_from(&incoming.record.progress.incidents);
         incoming.record = next;
         incoming.doubt = false;
@@ -156,9 +159,11 @@ impl<T: MigrationTarget> Inner<T> {
         next.enter(MigrationState::Cancelled);
         let said = if reason.is_empty() { "cancelled".to_owned() } else { format!("cancelled: {reason}") };
         next.progress.task().error = Some(Reason::MigrationCancelled.error(said).into());
+        reached("discard.before", next.state());
         guarded(async { self.target.discard(&slot.id, next.encode()).await })
             .await
             .map_err(|error| incoming.failed(error))?;
+        reached("discard.after", next.state());
         incoming.record = next;
         incoming.staged = crate::target::Staged::default();
         incoming.release();
@@ -192,7 +197,9 @@ impl<T: MigrationTarget> Inner<T> {
         last.enter(MigrationState::Completed);
         // First, so that a crash between the two leaves a record that the source asks to be forgotten again.
         self.journal.finish(&slot.id, last.spec.slots, &last.progress).await?;
+        reached("forget.before", last.state());
         guarded(async { self.target.forget(&slot.id).await }).await?;
+        reached("forget.after", last.state());
         if let Some(incoming) = state.take()
             && let Some(tracker) = incoming.tracker
         {
@@ -208,9 +215,11 @@ impl<T: MigrationTarget> Inner<T> {
         incoming: &mut Incoming,
         next: super::record::Record,
     ) -> Result<(), Error> {
+        reached("record.before", next.state());
         guarded(async { self.target.save(&slot.id, next.encode()).await })
             .await
             .map_err(|error| incoming.failed(error))?;
+        reached("record.after", next.state());
         incoming.record = next;
         incoming.show(|_| {});
         Ok(())

@@ -1,7 +1,7 @@
 //! Nodes as processes of their own: started, killed, restarted, stopped.
 
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
@@ -23,6 +23,7 @@ pub struct NodeProcess {
     directory: PathBuf,
     slots: String,
     addresses: NodeAddresses,
+    environment: Vec<(String, String)>,
     child: Option<Child>,
 }
 
@@ -40,6 +41,7 @@ impl NodeProcess {
             directory: directory.into(),
             slots: slots.into(),
             addresses: NodeAddresses { grpc: any.clone(), resp: any },
+            environment: Vec::new(),
             child: None,
         };
         process.restart().await?;
@@ -60,6 +62,7 @@ impl NodeProcess {
             .with_context(|| format!("cannot write {}", log.display()))?;
         let mut child = Command::new(&self.program)
             .arg("serve")
+            .envs(self.environment.iter().map(|(name, value)| (name, value)))
             .args(["--id", &self.id, "--slots", &self.slots])
             .args(["--grpc", &self.addresses.grpc, "--resp", &self.addresses.resp])
             .arg("--data")
@@ -82,6 +85,12 @@ impl NodeProcess {
         self.addresses = addresses;
         self.child = Some(child);
         Ok(())
+    }
+
+    /// What the environment of its next start has beside that of this process.
+    pub fn set_environment(&mut self, environment: &[(&str, &str)]) {
+        self.environment =
+            environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
     }
 
     /// Its id.
@@ -110,6 +119,20 @@ impl NodeProcess {
     pub async fn kill(&mut self) -> anyhow::Result<()> {
         let mut child = self.child.take().with_context(|| format!("node {} is not running", self.id))?;
         child.kill().await.with_context(|| format!("cannot kill node {}", self.id))
+    }
+
+    /// Waits until it ends by itself.
+    ///
+    /// # Errors
+    ///
+    /// It is not running, or still runs after `limit`.
+    pub async fn ended(&mut self, limit: Duration) -> anyhow::Result<ExitStatus> {
+        let child = self.child.as_mut().with_context(|| format!("node {} is not running", self.id))?;
+        let status = tokio::time::timeout(limit, child.wait())
+            .await
+            .with_context(|| format!("node {} still runs after {limit:?}", self.id))??;
+        self.child = None;
+        Ok(status)
     }
 
     /// SIGTERM; returns when it has ended.
