@@ -9,10 +9,12 @@ use std::time::Duration;
 
 use node::demo::load_gen::{History, LoadGenerator};
 use node::demo::processes::NodeProcess;
+use proto::node::health_service_client::HealthServiceClient;
 use proto::node::migration_service_client::MigrationServiceClient;
 use proto::node::{
     CancelMigrationRequest, CompleteMigrationRequest, Direction, GetMigrationProgressRequest,
-    MigrationProgress, MigrationSpec, MigrationState, SlotRange, StartMigrationRequest,
+    GetNodeStatusRequest, MigrationProgress, MigrationSpec, MigrationState, NodeStatus, SlotRange,
+    StartMigrationRequest,
 };
 use support::{call, client, start, until};
 use tonic::transport::Channel;
@@ -178,6 +180,49 @@ async fn a_migration_waits_for_complete_and_can_be_cancelled() {
         .await
         .unwrap_err();
     assert_eq!(proto::common::error::Error::from(refused).reason(), "ALREADY_COMMITTED");
+}
+
+#[tokio::test]
+async fn the_status_tells_of_migrations_and_when_a_node_may_go() {
+    let dir = tempfile::tempdir().unwrap();
+    let n1 = start("n1", dir.path(), "8192-16383").await;
+    let n2 = start("n2", dir.path(), "none").await;
+    load_slots(&n1, 500).await;
+    assert!(!status(&n1).await.safe_to_remove, "it owns slots");
+    assert!(status(&n2).await.safe_to_remove, "it owns none, and nothing moves");
+
+    service(&n1).await.start_migration(request("m1", &n2, slots().into(), false)).await.unwrap();
+    until("READY", async || state(&n1, "m1", Direction::Out).await == MigrationState::Ready).await;
+    for (node, peer, phase) in [(&n1, "n2", "READY"), (&n2, "n1", "RECEIVING")] {
+        let status = status(node).await;
+        let migration = &status.migrations[0];
+        assert_eq!((migration.id.as_str(), migration.peer_node_id.as_str()), ("m1", peer));
+        assert_eq!((migration.phase.as_str(), migration.needs_operator), (phase, false));
+        assert_eq!(migration.slots, Some(slots().into()));
+        assert!(!status.safe_to_remove, "something moves: {status:?}");
+    }
+    let complete = CompleteMigrationRequest { migration_id: "m1".to_owned(), ..Default::default() };
+    service(&n1).await.complete_migration(complete).await.unwrap();
+    completed(&n1, &n2, "m1").await;
+    let (one, two) = (status(&n1).await, status(&n2).await);
+    assert!(one.safe_to_remove && one.migrations.is_empty() && one.slots_owned == 0, "{one:?}");
+    assert!(!two.safe_to_remove && two.migrations.is_empty(), "{two:?}");
+    assert_eq!((two.slots_owned, two.keys), (8192, Some(500)));
+}
+
+async fn status(node: &NodeProcess) -> NodeStatus {
+    let endpoint = proto::common::tuning::endpoint(&node.addresses().grpc).unwrap();
+    let mut client = HealthServiceClient::new(endpoint.connect().await.unwrap());
+    client.get_node_status(GetNodeStatusRequest::default()).await.unwrap().into_inner().status.unwrap()
+}
+
+/// Loads keys of the slots that move.
+async fn load_slots(node: &NodeProcess, count: usize) {
+    let mut client = client(node).await;
+    let moving = |key: &String| slots().contains(node::common::slot_of(key.as_bytes()));
+    for key in (0..).map(|n| format!("key:{n}")).filter(moving).take(count) {
+        assert_eq!(call(&mut client, &format!("SET {key} v")).await, "OK");
+    }
 }
 
 #[tokio::test]
