@@ -52,6 +52,7 @@
 //! | `client` | yes | generated clients and the runtimes on top of them, generic over the channel; no transport |
 //! | `server` | yes | generated server traits and services, and the runtimes behind them; no transport |
 //! | `machine` | no | cpu, memory and disks in the node status of `health`; brings its `server` |
+//! | `failpoints` | no | for tests of crashes only: the environment can have the process die at a chosen place of a `migration` |
 //! | `channel` | by `transport` | tonic's channel, tuned for bulk |
 //! | `listen` | by `transport` | tonic's `Server`, tuned for bulk |
 //! | `transport` | yes | `channel` and `listen` |
