@@ -263,11 +263,7 @@ impl<S: MigrationSource, D: Dial> Inner<S, D> {
         let limits = TaskLimits::from_wire(progress.limits, "limits")?;
         progress.reporter = Some(self.identity.clone());
         progress.connected = false;
-        if matches!(
-            progress.state(),
-            MigrationState::Copying | MigrationState::Ready | MigrationState::Freezing
-        ) && progress.state() != MigrationState::Copying
-        {
+        if matches!(progress.state(), MigrationState::Ready | MigrationState::Freezing) {
             // Nothing is held after a restart, and how far behind the target is has to be seen first.
             progress.enter(MigrationState::CatchingUp);
             progress.set_gate(MigrationGate::Open);

@@ -22,7 +22,7 @@ use proto::node::{
 use proto::snapshot::sender::{SenderOptions, SnapshotToSend};
 use proto::snapshot::spec::SnapshotPoint;
 use proto::snapshot::{FileSource, SnapshotSender};
-use support::{call, client, start, until};
+use support::{call, client, load, start, until};
 use tonic::transport::Channel;
 
 async fn channel(node: &NodeProcess) -> Channel {
@@ -38,17 +38,6 @@ async fn status(node: &NodeProcess) -> NodeStatus {
 fn blockers(status: &NodeStatus) -> Vec<RemovalBlockerKind> {
     assert_eq!(status.safe_to_remove, status.removal_blockers.is_empty(), "{status:?}");
     status.removal_blockers.iter().map(proto::node::RemovalBlocker::kind).collect()
-}
-
-async fn load(node: &NodeProcess, count: usize) {
-    let mut client = client(node).await;
-    for n in 0..count {
-        client.push(&["SET".to_owned(), format!("key:{n}"), format!("{n:0100}")]).unwrap();
-    }
-    client.send().await.unwrap();
-    for _ in 0..count {
-        assert_eq!(support::show(&client.reply().await.unwrap()), "OK");
-    }
 }
 
 async fn split(from: &NodeProcess, to: &NodeProcess, slot: u16, rate: u64) -> String {

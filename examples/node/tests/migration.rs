@@ -16,7 +16,7 @@ use proto::node::{
     GetNodeStatusRequest, MigrationProgress, MigrationSpec, MigrationState, NodeStatus, SlotRange,
     StartMigrationRequest,
 };
-use support::{call, client, start, until};
+use support::{call, client, load, start, until};
 use tonic::transport::Channel;
 
 /// The half that moves.
@@ -72,17 +72,6 @@ async fn completed(from: &NodeProcess, to: &NodeProcess, id: &str) -> MigrationP
     })
     .await;
     progress(from, id, Direction::Out).await.unwrap()
-}
-
-async fn load(node: &NodeProcess, count: usize) {
-    let mut client = client(node).await;
-    for n in 0..count {
-        client.push(&["SET".to_owned(), format!("key:{n}"), format!("{n:0100}")]).unwrap();
-    }
-    client.send().await.unwrap();
-    for _ in 0..count {
-        assert_eq!(support::show(&client.reply().await.unwrap()), "OK");
-    }
 }
 
 /// Every key's value at the node that owns it is one that its writer tried, and not older than the last that it was acknowledged.

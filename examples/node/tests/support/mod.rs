@@ -46,6 +46,18 @@ pub async fn call(client: &mut Client, command: &str) -> String {
     show(&client.call(&arguments).await.unwrap())
 }
 
+/// Writes `count` keys of 100 bytes each.
+pub async fn load(node: &NodeProcess, count: usize) {
+    let mut client = client(node).await;
+    for n in 0..count {
+        client.push(&["SET".to_owned(), format!("key:{n}"), format!("{n:0100}")]).unwrap();
+    }
+    client.send().await.unwrap();
+    for _ in 0..count {
+        assert_eq!(show(&client.reply().await.unwrap()), "OK");
+    }
+}
+
 /// Asks again until `wanted` holds.
 pub async fn until(what: &str, mut wanted: impl AsyncFnMut() -> bool) {
     let since = Instant::now();
