@@ -108,7 +108,7 @@ impl Network {
     async fn server(&mut self) -> SocketAddr {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let incoming = tonic::transport::server::TcpIncoming::from(listener);
+        let incoming = tuning::incoming(listener);
         let service = Service(Handler(Arc::clone(&self.unanswered)));
         let server = tuning::tune_server(tonic::transport::Server::builder()).add_service(service);
         self.tasks.spawn(async move { server.serve_with_incoming(incoming).await.unwrap() });
@@ -218,4 +218,18 @@ async fn nobody_listens() {
     assert_eq!((error.code(), error.reason()), (Code::Unavailable, "UNAVAILABLE"));
     assert_eq!(error.get("address"), Some(&*address));
     assert!(error.message().contains("refused"), "{error}");
+}
+
+#[tokio::test]
+async fn accepted_connections_do_not_wait_for_delayed_acknowledgements() {
+    async fn nodelay(mut incoming: tonic::transport::server::TcpIncoming) -> bool {
+        let address = incoming.local_addr().unwrap();
+        let (client, accepted) = tokio::join!(TcpStream::connect(address), incoming.next());
+        client.unwrap();
+        accepted.unwrap().unwrap().nodelay().unwrap()
+    }
+    let listener = || TcpListener::bind("127.0.0.1:0");
+    // The kernel's default, so that the other one says something.
+    assert!(!nodelay(listener().await.unwrap().into()).await);
+    assert!(nodelay(tuning::incoming(listener().await.unwrap())).await);
 }

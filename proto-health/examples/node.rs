@@ -25,7 +25,7 @@ use std::time::Duration;
 
 use proto_common::clock::now_unix_ms;
 use proto_common::ids::{ComponentName, NodeId};
-use proto_common::tuning::tune_server;
+use proto_common::tuning::{incoming, tune_server};
 use proto_common::v1::NodeIdentity;
 use proto_health::HealthRegistry;
 use proto_health::server::{
@@ -36,7 +36,6 @@ use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tonic::transport::Server;
-use tonic::transport::server::TcpIncoming;
 
 type AnyError = Box<dyn std::error::Error + Send + Sync>;
 
@@ -154,7 +153,7 @@ async fn main() -> Result<(), AnyError> {
     let server = tune_server(Server::builder())
         .add_service(health.service())
         .add_service(health.standard_service())
-        .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), async move {
+        .serve_with_incoming_shutdown(incoming(listener), async move {
             term.recv().await;
             draining.begin_drain("SIGTERM", DRAIN);
             tokio::time::sleep(DRAIN).await;

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use proto_common::error::Error;
 use proto_common::ids::NodeId;
-use proto_common::tuning::tune_server;
+use proto_common::tuning::{incoming, tune_server};
 use proto_common::v1::NodeIdentity;
 use proto_snapshot::SnapshotReceiver;
 use proto_snapshot::hook::{HookFuture, InstallHook};
@@ -24,7 +24,6 @@ use proto_snapshot::store::{FileSnapshotStore, FileStoreOptions, PlacedSnapshot}
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tonic::transport::Server;
-use tonic::transport::server::TcpIncoming;
 
 type AnyError = Box<dyn std::error::Error>;
 
@@ -123,7 +122,7 @@ async fn main() -> Result<(), AnyError> {
     let stopping = receiver.clone();
     tune_server(Server::builder())
         .add_service(receiver.clone().into_service())
-        .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), async move {
+        .serve_with_incoming_shutdown(incoming(listener), async move {
             tokio::select! {
                 _ = term.recv() => {}
                 _ = int.recv() => {}

@@ -3,13 +3,13 @@
 use std::time::Duration;
 
 use anyhow::Context as _;
+use proto::common::tuning::{incoming, tune_server};
 use proto::health::HealthRegistry;
 use proto::node::NodeIdentity;
 use proto::snapshot::hook::InstallHook;
 use proto::snapshot::store::FileStoreOptions;
 use proto::snapshot::{FileSnapshotStore, SnapshotReceiver};
 use tokio::net::TcpListener;
-use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use tonic::transport::Server;
@@ -89,9 +89,8 @@ pub async fn serve(
     stop: CancellationToken,
     grace: Duration,
 ) -> anyhow::Result<()> {
-    let server = proto::common::tuning::tune_server(Server::builder()).add_routes(services);
-    let serving =
-        server.serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop.clone().cancelled_owned());
+    let server = tune_server(Server::builder()).add_routes(services);
+    let serving = server.serve_with_incoming_shutdown(incoming(listener), stop.clone().cancelled_owned());
     tokio::pin!(serving);
     tokio::select! {
         served = &mut serving => return served.context("the gRPC server failed"),

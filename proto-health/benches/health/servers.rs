@@ -3,7 +3,7 @@
 use std::io::{BufRead as _, Write as _};
 use std::net::SocketAddr;
 
-use proto_common::tuning::tune_server;
+use proto_common::tuning::{incoming, tune_server};
 use proto_common::v1::NodeIdentity;
 use proto_health::HealthRegistry;
 use proto_health::server::Component;
@@ -18,7 +18,7 @@ pub(crate) const SERVICE: &str = "store";
 async fn listen() -> (TcpIncoming, SocketAddr) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    (TcpIncoming::from(listener).with_nodelay(Some(true)), address)
+    (incoming(listener), address)
 }
 
 /// Our server. The returned function changes the status of [`SERVICE`].
