@@ -15,7 +15,7 @@ use tokio::time::{Instant, sleep_until};
 
 use super::link::{Outbound, broken};
 use crate::Reason;
-use crate::entry::{ENTRY_OVERHEAD, Entry, MAX_ENTRIES, MAX_KEY_BYTES, encode};
+use crate::entry::{ENTRY_OVERHEAD, Entry, MAX_KEY_BYTES, encode};
 use crate::source::{ChangeCursor, LogState, MAX_CURSOR_BYTES, MigrationSource, PageLimit};
 use crate::v1::transfer_migration_data_request::{Bulk, Delta, Frame};
 use crate::v1::transfer_migration_data_response::Ack;
@@ -23,6 +23,10 @@ use crate::v1::transfer_migration_data_response::Ack;
 /// Changes are gathered for this long before they are sent, unless writes wait for them: a batch for each commit of a busy store would
 /// cost more than it carries.
 const GATHER: Duration = Duration::from_millis(5);
+
+/// Entries of a page, where they are small: to read, encode and stage so many takes about a millisecond at each end, which is how long
+/// a client of a busy node may wait for it.
+const PAGE_ENTRIES: usize = 1024;
 
 /// What the driver wants of the pump.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -80,7 +84,7 @@ impl<S: MigrationSource> Pump<S> {
     }
 
     fn limit(&self) -> PageLimit {
-        PageLimit { bytes: self.page_bytes.min(self.largest() / 2), entries: MAX_ENTRIES }
+        PageLimit { bytes: self.page_bytes.min(self.largest() / 2), entries: PAGE_ENTRIES }
     }
 
     fn largest(&self) -> usize {

@@ -5,6 +5,7 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use bytes::Bytes;
 use proto::common::ids::MigrationId;
@@ -68,6 +69,7 @@ impl Store {
         limit: PageLimit,
     ) -> Result<RowPage, StoreError> {
         let (lease, cursor) = (id.clone(), cursor.clone());
+        let (begun, writes) = (Instant::now(), self.client_writes());
         let (page, digest) = self
             .blocking(move |shared| {
                 let view = View::begin(shared, &lease)?;
@@ -86,7 +88,16 @@ impl Store {
             let id = id.clone();
             self.writer()?.post(move |shared| add_page(shared, &id, number, digest)).await?;
         }
+        // A copy takes at most half of a core from clients that are there.
+        if self.client_writes() != writes {
+            tokio::time::sleep(begun.elapsed()).await;
+        }
         Ok(page)
+    }
+
+    /// Grows with the transactions that hold writes of clients.
+    fn client_writes(&self) -> u64 {
+        self.inner.shared.client_writes.load(Ordering::Relaxed)
     }
 
     /// See [`read_changes`](proto::migration::MigrationSource::read_changes).

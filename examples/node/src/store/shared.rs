@@ -19,6 +19,8 @@ pub(super) struct Shared {
     pub(super) leases: Leases,
     /// The last sequence that is committed.
     pub(super) last_seq: AtomicU64,
+    /// Transactions that hold writes of clients, since the start.
+    pub(super) client_writes: AtomicU64,
     /// Generations that are being imported: not referred to by anything durable, but no garbage.
     pub(super) importing: Mutex<Vec<(SlotRange, u32)>>,
     /// Slots whose expired rows are left alone.
@@ -45,6 +47,7 @@ impl Shared {
             generations: GenerationView::new(generations),
             leases,
             last_seq: AtomicU64::new(last_seq),
+            client_writes: AtomicU64::new(0),
             importing: Mutex::default(),
             paused: Paused::default(),
         })

@@ -17,10 +17,10 @@ use super::txn::RowsTxn;
 use super::{Store, StoreError};
 use crate::common::{SlotRange, slot_of};
 
-/// Entries that are staged in one transaction: some milliseconds of work.
-const PART_ENTRIES: usize = 1024;
+/// Entries that are staged in one transaction: a millisecond of work, which is how long clients of other slots wait for it.
+const PART_ENTRIES: usize = 512;
 /// Bytes of keys and values in one transaction; one entry may make it more.
-const PART_BYTES: u64 = 1 << 20;
+const PART_BYTES: u64 = 512 << 10;
 
 /// A row of table `migrations`.
 #[derive(Debug, Clone, Default)]

@@ -16,8 +16,8 @@ use crate::common::SlotRange;
 const PERIOD: Duration = Duration::from_millis(100);
 /// Pause after a failure, which the log tells each time.
 const AFTER_FAILURE: Duration = Duration::from_secs(10);
-/// Rows deleted in one transaction: some milliseconds of work.
-const CHUNK: usize = 1024;
+/// Rows of each kind that are deleted in one transaction: a millisecond of work, which is how long clients wait for it.
+const CHUNK: usize = 512;
 
 impl Store {
     /// Deletes in the background until `stop`. Errors are logged and tried again.
@@ -59,12 +59,19 @@ impl Store {
                 break;
             }
         }
+        let mut deleted = false;
         while self.blocking(is_something_left).await? {
             let begun = Instant::now();
             let shared = std::sync::Arc::clone(&self.inner.shared);
-            self.writer()?.transact(move |txn, rows| delete_some(&shared, txn, rows)).await?;
+            // What a crash brings back is deleted again.
+            self.writer()?.transact_lazily(move |txn, rows| delete_some(&shared, txn, rows)).await?;
+            deleted = true;
             // Half of the writer's time is left to clients, however much there is to delete.
             tokio::time::sleep(begun.elapsed()).await;
+        }
+        if deleted {
+            // Only with a transaction that is durable is the space free for use.
+            self.writer()?.transact(|_, _| Ok(())).await?;
         }
         Ok(())
     }

@@ -4,6 +4,7 @@
 //! more of them share one sync. A write is answered after the commit that holds it, never before.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 
 use redb::{Durability, WriteTransaction};
@@ -164,6 +165,7 @@ struct Batch {
 
 impl Batch {
     fn commit(self, shared: &Shared) {
+        shared.client_writes.fetch_add(1, Ordering::Relaxed);
         let outcomes = commit(shared, Durability::Immediate, |_, rows| {
             self.members
                 .iter()
