@@ -124,6 +124,9 @@ pub struct ServeArgs {
     /// Seconds that a request waits at most for slots that a migration hands over; then it is told to try again.
     #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=3600))]
     patience: u64,
+    /// Seconds of silence after which the stream of a migration to this node is given up; its source opens the next one.
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(3..=3600))]
+    idle: u64,
 }
 
 /// Slots of the command line.
@@ -172,6 +175,7 @@ impl From<ServeArgs> for ServeOptions {
             max_clients,
             grace,
             patience,
+            idle,
         } = args;
         Self {
             id,
@@ -184,7 +188,10 @@ impl From<ServeArgs> for ServeOptions {
             limits: Limits { request_bytes: max_request_mib.saturating_mul(1 << 20), ..Limits::default() },
             max_clients,
             grace: Duration::from_secs(grace),
-            migrate: MigrateOptions { patience: Duration::from_secs(patience) },
+            migrate: MigrateOptions {
+                patience: Duration::from_secs(patience),
+                idle: Duration::from_secs(idle),
+            },
         }
     }
 }

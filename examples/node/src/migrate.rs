@@ -29,12 +29,14 @@ use crate::store::{ExpiryPause, StoreError};
 pub struct MigrateOptions {
     /// How long a request waits for slots that change hands, at most, before it is told to try again.
     pub patience: Duration,
+    /// Silence after which the stream of a migration to this node is given up; 3 s or more.
+    pub idle: Duration,
 }
 
 impl Default for MigrateOptions {
-    /// 5 s.
+    /// 5 s and 30 s.
     fn default() -> Self {
-        Self { patience: Duration::from_secs(5) }
+        Self { patience: Duration::from_secs(5), idle: Duration::from_secs(30) }
     }
 }
 

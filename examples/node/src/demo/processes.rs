@@ -22,6 +22,7 @@ pub struct NodeProcess {
     id: String,
     directory: PathBuf,
     slots: String,
+    arguments: Vec<String>,
     addresses: NodeAddresses,
     environment: Vec<(String, String)>,
     child: Option<Child>,
@@ -34,12 +35,28 @@ impl NodeProcess {
     ///
     /// It did not come up; the log says why.
     pub async fn start(program: &Path, id: &str, directory: &Path, slots: &str) -> anyhow::Result<Self> {
+        Self::start_with(program, id, directory, slots, &[]).await
+    }
+
+    /// The same with more `arguments`, at every start.
+    ///
+    /// # Errors
+    ///
+    /// As [`NodeProcess::start`].
+    pub async fn start_with(
+        program: &Path,
+        id: &str,
+        directory: &Path,
+        slots: &str,
+        arguments: &[&str],
+    ) -> anyhow::Result<Self> {
         let any = "127.0.0.1:0".to_owned();
         let mut process = Self {
             program: program.into(),
             id: id.into(),
             directory: directory.into(),
             slots: slots.into(),
+            arguments: arguments.iter().map(|argument| (*argument).to_owned()).collect(),
             addresses: NodeAddresses { grpc: any.clone(), resp: any },
             environment: Vec::new(),
             child: None,
@@ -67,6 +84,7 @@ impl NodeProcess {
             .args(["--grpc", &self.addresses.grpc, "--resp", &self.addresses.resp])
             .arg("--data")
             .arg(self.directory.join(&self.id))
+            .args(&self.arguments)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(log_file)

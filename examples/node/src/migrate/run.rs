@@ -34,7 +34,8 @@ impl Migrating {
     ///
     /// The journal or the database cannot be read.
     pub async fn start(node: &Node, guard: RangeGuard, options: MigrateOptions) -> anyhow::Result<Self> {
-        let limits = Limits::default();
+        let mut limits = Limits::default();
+        limits.idle = options.idle;
         let (directory, history) = (node.store().directory().join("migrations"), limits.history);
         let opening = tokio::task::spawn_blocking(move || Journal::open(directory, history));
         let (journal, recovered) = opening.await?.context("cannot read the journal of migrations")?;

@@ -37,7 +37,7 @@ async fn a_target_holds_slots_that_are_not_its_own_for_as_long_as_clients_may_wa
     let dir = tempfile::tempdir().unwrap();
     let b = TestNode::open(&dir.path().join("b"), "n2", "none");
     let patience = Duration::from_millis(50);
-    let target = NodeTarget::new(b.node.clone(), MigrateOptions { patience });
+    let target = NodeTarget::new(b.node.clone(), MigrateOptions { patience, ..MigrateOptions::default() });
     let slot = moving().start();
     assert_eq!(b.node.gate().verdict(slot, Access::Read), Verdict::Unowned);
     let hold = target.hold(moving());
