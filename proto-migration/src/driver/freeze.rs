@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use proto_common::clock::millis;
 use proto_common::error::Error;
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::{Instant, interval, timeout, timeout_at};
 
 use super::dial::Dial;
 use super::link::{Said, unexpected};
@@ -21,7 +21,15 @@ use crate::failpoint::reached;
 use crate::hold::{Hold, HoldMode};
 use crate::source::MigrationSource;
 use crate::v1::transfer_migration_data_request::{Commit, Frame, Prepare, Release};
+use crate::v1::transfer_migration_data_response::Committed;
 use crate::v1::{FreezeOutcome, MigrationGate, MigrationState, SlotMismatch};
+
+/// Signs of life while requests wait for the target.
+const HEARTBEAT: Duration = Duration::from_millis(500);
+
+/// Silence after which the outcome of a commit is asked for over another connection: reads and writes wait for it, and a connection that
+/// swallows what is sent shows in no other way. Four heartbeats, each of which the target answers at once, whatever its store does.
+const COMMIT_SILENCE: Duration = Duration::from_secs(2);
 
 /// How a freeze ended before the commit was decided.
 enum GivenUp {
@@ -107,6 +115,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         let (source, id, slots) = (Arc::clone(&self.inner.source), self.id.clone(), self.spec.slots);
         let new_slot_epoch = self.new_slot_epoch();
         let stopping = self.inner.stopping.clone();
+        let (alive, mut beat) = (running.out.clone(), interval(HEARTBEAT));
         let Running { link, out, wish, sent, log, .. } = running;
         let steps = async {
             let hold = source.hold(slots, HoldMode::Writes).await?;
@@ -161,6 +170,9 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
                     // Nothing that it asks can end a freeze.
                     Some(command) => self.command(command).await?,
                 },
+                _ = beat.tick() => {
+                    alive.offer(Frame::Heartbeat(self.heartbeat()));
+                }
                 done = &mut steps => return Ok(done.unwrap_or(Err(GivenUp::TimedOut))),
             }
         }
@@ -201,22 +213,38 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         reached("commit.before", self.state());
         running.out.send(Frame::Commit(Commit { freeze: number, new_slot_epoch })).await?;
         reached("commit.after", self.state());
-        let committed = loop {
-            let said = self.meanwhile(running.link.next()).await??;
-            match said {
-                Said::Committed(committed) => break committed,
-                Said::Discarded(discarded) => {
-                    self.heard(Said::Discarded(discarded)).await?;
-                }
-                Said::Prepared(_) | Said::Refused(_) => {}
-                Said::Forgotten => return Err(unexpected("the target forgot what it was not told to").into()),
-            }
-        };
+        let committed = self.committed(running).await?;
         if let Some(freeze) = self.change().freezes.last_mut() {
             freeze.commit_ms = millis(began.elapsed());
         }
         self.hand_over(&committed).await?;
         Ok(Ok(()))
+    }
+
+    /// Waits for the answer to `Commit`, as long as the target shows that it is alive.
+    async fn committed(&mut self, running: &mut Running) -> Result<Committed, Halt> {
+        let (out, heartbeat) = (running.out.clone(), Frame::Heartbeat(self.heartbeat()));
+        let mut beating = std::pin::pin!(async move {
+            let mut beat = interval(HEARTBEAT);
+            loop {
+                beat.tick().await;
+                out.offer(heartbeat.clone());
+            }
+        });
+        loop {
+            let answer = async {
+                tokio::select! {
+                    said = running.link.next_within(COMMIT_SILENCE) => said,
+                    never = &mut beating => never,
+                }
+            };
+            match self.meanwhile(answer).await?? {
+                Said::Committed(committed) => return Ok(committed),
+                Said::Discarded(discarded) => self.heard(Said::Discarded(discarded)).await?,
+                Said::Prepared(_) | Said::Refused(_) => {}
+                Said::Forgotten => return Err(unexpected("the target forgot what it was not told to").into()),
+            }
+        }
     }
 
     /// Writes go on. The target is told, and the next try comes later.

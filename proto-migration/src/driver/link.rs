@@ -5,7 +5,7 @@ use std::time::Duration;
 use proto_common::connect::GrpcChannel;
 use proto_common::error::Error;
 use tokio::sync::{mpsc, watch};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -141,6 +141,19 @@ impl Link {
     /// What the target says next; an error once the stream is over.
     pub(super) async fn next(&mut self) -> Result<Said, Error> {
         self.said.recv().await.unwrap_or_else(|| Err(broken()))
+    }
+
+    /// The same, for as long as the target is not silent for `silence`: acknowledgements count as signs of life, too.
+    pub(super) async fn next_within(&mut self, silence: Duration) -> Result<Said, Error> {
+        let Self { said, acks, .. } = self;
+        loop {
+            tokio::select! {
+                biased;
+                said = said.recv() => return said.unwrap_or_else(|| Err(broken())),
+                Ok(()) = acks.changed() => {}
+                () = sleep(silence) => return Err(idle(silence)),
+            }
+        }
     }
 }
 

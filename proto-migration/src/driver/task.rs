@@ -109,6 +109,8 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
                 MigrationState::NeedsOperator => self.wait_for_operator().await,
                 _ => self.transfer().await,
             };
+            // Whatever comes next, it comes on another stream.
+            self.change().connected = false;
             match ended {
                 Ok(()) => return self.finish().await,
                 Err(Halt::Changed) => {}
@@ -522,7 +524,6 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
     async fn judge(&mut self, error: Error) -> Option<Duration> {
         let state = self.state();
         self.change().incident(&error);
-        self.change().connected = false;
         tracing::debug!(migration_id = %self.id, state = state.short_name(), reason = error.reason(), error = %error, "a stream ended");
         let known = self.shown().peer.is_some();
         let reason = Reason::parse(error.reason());
@@ -602,6 +603,10 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         };
         let lasted = now_unix_ms().saturating_sub(freeze.started_unix_ms);
         freeze.freeze_ms = Some(lasted);
+        if freeze.commit_ms == 0 && matches!(outcome, FreezeOutcome::Committed | FreezeOutcome::Fenced) {
+            // The outcome was found out on a later stream, or by a later process.
+            freeze.commit_ms = lasted.saturating_sub(freeze.drain_ms + freeze.flush_ms + freeze.prepare_ms);
+        }
         freeze.set_outcome(outcome);
         freeze.error = error.map(kept);
         progress.max_freeze_ms = progress.max_freeze_ms.max(lasted);
