@@ -18,6 +18,9 @@ use crate::v1::MigrationState;
 use crate::v1::transfer_migration_data_request::{Header, Purpose};
 use crate::v1::transfer_migration_data_response::Accepted;
 
+/// How long a target may take to tell the outcome: reads and writes wait for it, and over another connection it may come at once.
+const OUTCOME_TIMEOUT: Duration = Duration::from_secs(5);
+
 impl<S: MigrationSource, D: Dial> Task<S, D> {
     /// A stream of the next attempt. The attempt is saved before anybody hears of it.
     pub(super) async fn open(&mut self, purpose: Purpose) -> Result<Link, Halt> {
@@ -31,6 +34,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         // A node that swallows what is sent must not keep a migration pending for longer than the caller said.
         let patience = match self.state() {
             MigrationState::Pending => self.limits.accept_timeout.saturating_sub(self.began.elapsed()),
+            MigrationState::Committing => OUTCOME_TIMEOUT,
             _ => Duration::MAX,
         };
         let link = self.meanwhile(timeout(patience, opening)).await?.unwrap_or_else(|_| {
@@ -113,20 +117,29 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         }
     }
 
-    /// Makes sure that changes are logged, from where the target needs them, before rows are read.
+    /// Makes sure that changes are logged before the first row is read. From then on the store logs them until the migration ends.
     pub(super) async fn open_log(&mut self) -> Result<(), Halt> {
-        let (source, id, slots) = (Arc::clone(&self.inner.source), self.id.clone(), self.spec.slots);
-        if self.shown().copy == 0 {
-            let base = self.meanwhile(async move { source.open_log(&id, slots, None).await }).await??;
-            self.record.base_seq = base;
-            let progress = self.change();
-            (progress.copy, progress.durable_seq) = (1, base);
+        if self.shown().copy > 0 {
             return Ok(());
         }
-        let from = self.shown().durable_seq.max(self.record.base_seq);
+        let (source, id, slots) = (Arc::clone(&self.inner.source), self.id.clone(), self.spec.slots);
+        let base = self.meanwhile(async move { source.open_log(&id, slots, None).await }).await??;
+        self.record.base_seq = base;
+        let progress = self.change();
+        (progress.copy, progress.durable_seq) = (1, base);
+        Ok(())
+    }
+
+    /// Makes sure that the log reaches back to what the target has. Only the target knows that: a source that restarts has seen fewer
+    /// acknowledgements than it dropped changes for.
+    pub(super) async fn go_on_with_log(&mut self, from: u64) -> Result<(), Halt> {
+        let (source, id, slots) = (Arc::clone(&self.inner.source), self.id.clone(), self.spec.slots);
         match self.meanwhile(async move { source.open_log(&id, slots, Some(from)).await }).await? {
             Ok(_) => Ok(()),
-            Err(error) if error.is(Reason::LogLost) => self.copy_again(error.message()).await,
+            Err(error) if error.is(Reason::LogLost) => {
+                self.copy_again(error.message()).await?;
+                Err(Halt::Changed)
+            }
             Err(error) => Err(error.into()),
         }
     }

@@ -82,6 +82,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         if resume.copy != self.shown().copy {
             return Err(unexpected("the target goes on with another copy than that of the header").into());
         }
+        self.go_on_with_log(resume.through_seq).await?;
         let theirs = accepted.max_bytes_per_second.and_then(std::num::NonZeroU64::new);
         let rate = [self.limits.bytes_per_second, theirs].into_iter().flatten().min();
         self.rate.set_rate(rate);
@@ -275,7 +276,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         self.meter.measure(now.into_std(), task);
     }
 
-    fn heartbeat(&self) -> Heartbeat {
+    pub(super) fn heartbeat(&self) -> Heartbeat {
         let shown = self.shown();
         Heartbeat {
             state: shown.state,
