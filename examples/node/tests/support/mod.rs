@@ -2,10 +2,13 @@
 
 pub mod checker;
 pub mod load;
+pub mod migration;
+pub mod proxy;
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use futures::StreamExt as _;
 use node::demo::client::Client;
 use node::demo::processes::NodeProcess;
 use redis_protocol::resp2::types::BytesFrame;
@@ -48,9 +51,14 @@ pub async fn call(client: &mut Client, command: &str) -> String {
 
 /// Writes `count` keys of 100 bytes each.
 pub async fn load(node: &NodeProcess, count: usize) {
+    fill(node, count, 100).await;
+}
+
+/// Writes `count` keys of `bytes` bytes each.
+pub async fn fill(node: &NodeProcess, count: usize, bytes: usize) {
     let mut client = client(node).await;
     for n in 0..count {
-        client.push(&["SET".to_owned(), format!("key:{n}"), format!("{n:0100}")]).unwrap();
+        client.push(&["SET".to_owned(), format!("key:{n}"), format!("{n:0bytes$}")]).unwrap();
     }
     client.send().await.unwrap();
     for _ in 0..count {
@@ -65,4 +73,10 @@ pub async fn until(what: &str, mut wanted: impl AsyncFnMut() -> bool) {
         assert!(since.elapsed() < Duration::from_secs(60), "not within a minute: {what}");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
+}
+
+/// Runs all cases, a few at the same time.
+pub async fn at_once(cases: impl IntoIterator<Item = impl Future<Output = ()>>) {
+    const AT_ONCE: usize = 3;
+    futures::stream::iter(cases).buffer_unordered(AT_ONCE).collect::<Vec<()>>().await;
 }
