@@ -6,7 +6,7 @@ use std::time::Duration;
 use proto_common::clock::now_unix_ms;
 use proto_common::error::Error;
 use proto_common::v1::NodeIdentity;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use super::FEATURES;
 use super::dial::Dial;
@@ -19,27 +19,26 @@ use crate::v1::transfer_migration_data_request::{Header, Purpose};
 use crate::v1::transfer_migration_data_response::Accepted;
 
 /// How long a target may take to tell the outcome: reads and writes wait for it, and over another connection it may come at once.
-const OUTCOME_TIMEOUT: Duration = Duration::from_secs(5);
+pub(super) const OUTCOME_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl<S: MigrationSource, D: Dial> Task<S, D> {
-    /// A stream of the next attempt. The attempt is saved before anybody hears of it.
+    /// A stream of the next attempt. The attempt is saved before anybody hears of it, and none is claimed where nobody can: an operator
+    /// who decides about a target that is gone names the attempt that was seen.
     pub(super) async fn open(&mut self, purpose: Purpose) -> Result<Link, Halt> {
         self.change().connected = false;
-        self.change().attempt += 1;
-        self.save().await?;
-        let header = self.header(purpose);
-        let (inner, node) = (Arc::clone(&self.inner), self.spec.target_node.clone());
-        let address = self.shown().target_address.clone();
-        let opening = async move { Link::open(inner.dial.dial(&node, &address).await?, header).await };
         // A node that swallows what is sent must not keep a migration pending for longer than the caller said.
         let patience = match self.state() {
             MigrationState::Pending => self.limits.accept_timeout.saturating_sub(self.began.elapsed()),
             MigrationState::Committing => OUTCOME_TIMEOUT,
             _ => Duration::MAX,
         };
-        let link = self.meanwhile(timeout(patience, opening)).await?.unwrap_or_else(|_| {
-            Err(Reason::TargetUnreachable.error("it took the connection and did not answer"))
-        })?;
+        let began = Instant::now();
+        let channel = self.dial(patience).await?;
+        self.change().attempt += 1;
+        self.save().await?;
+        let header = self.header(purpose);
+        let opening = timeout(patience.saturating_sub(began.elapsed()), Link::open(channel, header));
+        let link = self.meanwhile(opening).await?.unwrap_or_else(|_| Err(silent()))?;
         self.check_target(&link.accepted)?;
         if self.shown().peer.is_none() {
             self.change().peer.clone_from(&link.accepted.target);
@@ -51,6 +50,13 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         progress.connected = true;
         self.show();
         Ok(link)
+    }
+
+    pub(super) async fn dial(&mut self, patience: Duration) -> Result<D::Channel, Halt> {
+        let (inner, node) = (Arc::clone(&self.inner), self.spec.target_node.clone());
+        let address = self.shown().target_address.clone();
+        let dialling = timeout(patience, async move { inner.dial.dial(&node, &address).await });
+        Ok(self.meanwhile(dialling).await?.unwrap_or_else(|_| Err(silent()))?)
     }
 
     fn header(&self, purpose: Purpose) -> Header {
@@ -155,4 +161,8 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
                 | MigrationState::Freezing
         )
     }
+}
+
+pub(super) fn silent() -> Error {
+    Reason::TargetUnreachable.error("it took the connection and did not answer")
 }

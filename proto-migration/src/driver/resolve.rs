@@ -4,21 +4,26 @@
 //! |---|---|---|---|---|
 //! | COMMITTING | COMPLETED | known: no attempt commits any more, CATCHING_UP | CANCELLED | NEEDS_OPERATOR |
 //! | CANCELLING | an operator decided so at the target: COMPLETED | `Discard` | CANCELLED or FAILED | likewise |
-//! | COMPLETED | `Forget` | an operator decided here: told again later | likewise | forgotten |
+//! | COMPLETED | `Forget` | an operator decided here, and has to there: looked at again later, in no stream | likewise | forgotten |
 //! | CANCELLED by an operator | `Forget`: its claim is the lower one | `Discard` | told | told |
 
 use std::time::Duration;
 
 use proto_common::error::Error;
+use proto_common::v1::Direction;
 use tokio::time::timeout;
 
 use super::dial::Dial;
 use super::link::{Link, Said, unexpected};
+use super::open::{OUTCOME_TIMEOUT, silent};
 use super::task::{Halt, Task};
 use crate::Reason;
 use crate::source::MigrationSource;
+use crate::v1::migration_service_client::MigrationServiceClient;
 use crate::v1::transfer_migration_data_request::{Discard, Forget, Frame, Purpose};
-use crate::v1::{FreezeOutcome, MigrationDecision, MigrationGate, MigrationState};
+use crate::v1::{
+    FreezeOutcome, GetMigrationProgressRequest, MigrationDecision, MigrationGate, MigrationState,
+};
 
 /// How long the target may take to forget.
 const FORGET_TIMEOUT: Duration = Duration::from_secs(5);
@@ -26,6 +31,9 @@ const FORGET_TIMEOUT: Duration = Duration::from_secs(5);
 impl<S: MigrationSource, D: Dial> Task<S, D> {
     /// One stream that asks for the outcome, or tells it. `Ok` when the target knows the end.
     pub(super) async fn resolve(&mut self) -> Result<(), Halt> {
+        if self.state() == MigrationState::Completed && self.shown().resolved_reason.is_some() {
+            self.leave_prepared().await?;
+        }
         let mut link = self.open(Purpose::Resolve).await?;
         self.backoff.reset();
         let accepted = link.accepted.clone();
@@ -35,12 +43,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
             }
             (MigrationState::Completed, MigrationDecision::Committed) => self.forget(link).await,
             (MigrationState::Completed, _) if !accepted.known => self.told().await,
-            (MigrationState::Completed, _) => {
-                // Only an operator's word can lead here; the other node waits for one, too.
-                let text =
-                    "this node gave the slots up by an operator's decision; decide so at the target, too";
-                Err(Reason::OutcomePending.error(text).into())
-            }
+            (MigrationState::Completed, _) => Err(undecided_there().into()),
             (MigrationState::Cancelled | MigrationState::Failed, MigrationDecision::Committed) => {
                 self.forget(link).await
             }
@@ -79,6 +82,27 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
                 self.needs_operator(&error).await.and(Err(Halt::Changed))
             }
         }
+    }
+
+    /// Looks before it tells that an operator decided COMMITTED here: a stream would fence a target that is prepared, and an operator
+    /// there could not commit any more what only that target has.
+    async fn leave_prepared(&mut self) -> Result<(), Halt> {
+        let mut client = MigrationServiceClient::new(self.dial(OUTCOME_TIMEOUT).await?);
+        let asked = GetMigrationProgressRequest {
+            migration_id: self.id.to_string(),
+            direction: Direction::In.into(),
+        };
+        let asking = timeout(OUTCOME_TIMEOUT, async move { client.get_migration_progress(asked).await });
+        let answer = self.meanwhile(asking).await?.map_err(|_| silent())?;
+        let found = match answer.map_err(Error::from) {
+            Ok(answer) => answer.into_inner().migration.unwrap_or_default(),
+            Err(error) if error.is(Reason::MigrationNotFound) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        };
+        if matches!(found.state(), MigrationState::Receiving | MigrationState::Prepared) {
+            return Err(undecided_there().into());
+        }
+        Ok(())
     }
 
     /// Says that the record of the commit is not needed any more.
@@ -128,4 +152,10 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         // Repeated after a crash, which does no harm: the target answers that it knows no such migration.
         self.save().await
     }
+}
+
+/// Only an operator's word can lead here; the other node waits for one, too.
+fn undecided_there() -> Error {
+    let text = "this node gave the slots up by an operator's decision; decide so at the target, too";
+    Reason::OutcomePending.error(text)
 }

@@ -364,6 +364,8 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         self.end_freeze(FreezeOutcome::Fenced, None);
         self.enter(MigrationState::Cancelled, MigrationGate::Open).await?;
         self.open_gate();
+        // Others may move them, whether the lost target is ever told or not.
+        self.range = None;
         Ok(())
     }
 
