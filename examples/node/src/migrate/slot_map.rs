@@ -138,8 +138,13 @@ async fn learn(node: &Node, asked: &NodeId, told: &Told) -> Result<(), crate::st
     let mut claims = Vec::new();
     for owner in &told.status.slot_owners {
         let Some((claim, addresses)) = read(owner) else { continue };
+        // What a node owns stands in its own store, with the rows. Another one may believe more: of a store that was lost, or of a
+        // migration that an operator decided there and not here yet.
+        if claim.owner == *node.id() {
+            continue;
+        }
         let complete = known.get(&claim.owner).is_some_and(|known| !known.resp.is_empty());
-        if claim.owner != *node.id() && claim.owner != *asked && !complete && !addresses.grpc.is_empty() {
+        if claim.owner != *asked && !complete && !addresses.grpc.is_empty() {
             nodes.insert(claim.owner.clone(), addresses);
         }
         claims.push(claim);
