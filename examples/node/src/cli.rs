@@ -111,6 +111,9 @@ pub struct ServeArgs {
     /// Memory for the database's cache, in MiB.
     #[arg(long, value_name = "MIB", default_value_t = 256)]
     cache_mib: usize,
+    /// Disk space that migrations to this node leave free, in MiB; a source that needs it waits.
+    #[arg(long, value_name = "MIB", default_value_t = 64)]
+    reserve_mib: u64,
     /// The largest request that is taken, in MiB.
     #[arg(long, value_name = "MIB", default_value_t = 64, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..=512))]
     max_request_mib: usize,
@@ -171,6 +174,7 @@ impl From<ServeArgs> for ServeOptions {
             slots,
             peer,
             cache_mib,
+            reserve_mib,
             max_request_mib,
             max_clients,
             grace,
@@ -184,7 +188,10 @@ impl From<ServeArgs> for ServeOptions {
             resp,
             slots: slots.map(|slots| slots.0),
             peers: peer,
-            store: StoreOptions { cache_bytes: cache_mib.saturating_mul(1 << 20) },
+            store: StoreOptions {
+                cache_bytes: cache_mib.saturating_mul(1 << 20),
+                reserve_bytes: reserve_mib.saturating_mul(1 << 20),
+            },
             limits: Limits { request_bytes: max_request_mib.saturating_mul(1 << 20), ..Limits::default() },
             max_clients,
             grace: Duration::from_secs(grace),

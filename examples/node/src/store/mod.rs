@@ -72,12 +72,14 @@ const DATABASE_FILE: &str = "node.redb";
 pub struct StoreOptions {
     /// Memory for the database's page cache, in bytes.
     pub cache_bytes: usize,
+    /// What migrations to this node leave free on the disk for its clients, in bytes.
+    pub reserve_bytes: u64,
 }
 
 impl Default for StoreOptions {
-    /// 256 MiB of cache.
+    /// 256 MiB of cache, 64 MiB in reserve.
     fn default() -> Self {
-        Self { cache_bytes: 256 << 20 }
+        Self { cache_bytes: 256 << 20, reserve_bytes: 64 << 20 }
     }
 }
 
@@ -92,6 +94,7 @@ struct Inner {
     directory: PathBuf,
     file: PathBuf,
     cache_bytes: u64,
+    reserve_bytes: u64,
     shared: Arc<Shared>,
     writer: Mutex<Option<Writer>>,
     thread: Mutex<Option<JoinHandle<()>>>,
@@ -129,6 +132,7 @@ impl Store {
             directory: directory.to_path_buf(),
             file,
             cache_bytes: u64::try_from(options.cache_bytes).unwrap_or(u64::MAX),
+            reserve_bytes: options.reserve_bytes,
             shared,
             writer: Mutex::new(Some(writer)),
             thread: Mutex::new(Some(thread)),

@@ -2,9 +2,6 @@
 
 use super::{Store, StoreError};
 
-/// What staging leaves free for the clients of this node.
-const RESERVE: u64 = 64 << 20;
-
 impl Store {
     /// Refuses unless there is room for `bytes` of rows more. Tree pages are two thirds full on average, and a page
     /// that changes is written anew before the old one is free: so twice as much.
@@ -14,7 +11,7 @@ impl Store {
         };
         let disk = rustix::fs::statvfs(&self.inner.directory).map_err(failed)?;
         let available = disk.f_bavail.saturating_mul(disk.f_frsize);
-        let needed = bytes.saturating_mul(2).saturating_add(RESERVE);
+        let needed = bytes.saturating_mul(2).saturating_add(self.inner.reserve_bytes);
         if available < needed {
             return Err(StoreError::NoSpace { path: self.inner.directory.clone(), needed, available });
         }

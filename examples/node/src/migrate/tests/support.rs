@@ -48,7 +48,9 @@ impl TestNode {
 
     fn open_with(directory: &Path, name: &str, slots: Option<Vec<SlotRange>>) -> Self {
         let init = Init { node: NodeId::new(name).unwrap(), slots, others: vec![] };
-        let node = Node::open(directory, &init, &StoreOptions { cache_bytes: 16 << 20 }).unwrap();
+        let node =
+            Node::open(directory, &init, &StoreOptions { cache_bytes: 16 << 20, ..StoreOptions::default() })
+                .unwrap();
         let options = MigrateOptions::default();
         Self {
             source: NodeSource::new(node.clone(), options),
