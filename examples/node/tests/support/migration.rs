@@ -4,6 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use node::demo::processes::NodeProcess;
+use node::store::NodeAddresses;
 use proto::common::error::Error;
 use proto::node::migration_service_client::MigrationServiceClient;
 use proto::node::{
@@ -189,6 +190,14 @@ pub async fn nothing_is_left(directory: &Path, nodes: &mut [&mut NodeProcess]) {
     }
 }
 
+/// A node without slots that knows another one.
+pub async fn beside(first: &NodeProcess, id: &str, directory: &Path, more: &[&str]) -> NodeProcess {
+    let NodeAddresses { grpc, resp } = first.addresses();
+    let peer = format!("{}={grpc},{resp}", first.id());
+    let arguments = [&["--peer", &peer], more].concat();
+    NodeProcess::start_with(&program(), id, directory, "none", &arguments).await.unwrap()
+}
+
 /// A node that owns all slots, and one that owns none.
 pub struct Pair {
     pub directory: tempfile::TempDir,
@@ -201,7 +210,7 @@ impl Pair {
     pub async fn start(keys: usize, bytes: usize) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let n1 = start("n1", directory.path(), "0-16383").await;
-        let n2 = NodeProcess::start_with(&program(), "n2", directory.path(), "none", &IDLE).await.unwrap();
+        let n2 = beside(&n1, "n2", directory.path(), &IDLE).await;
         fill(&n1, keys, bytes).await;
         Self { directory, n1, n2 }
     }
@@ -258,7 +267,7 @@ impl Pair {
         self.is_told(what, end).await;
     }
 
-    /// One of the two serves the slots, and the other redirects to it.
+    /// One of the two serves the slots, and the other one does not, and redirects to it when it has heard.
     pub async fn owner(&self, moved: bool) {
         assert!(slots().contains(node::common::slot_of(b"foo")));
         let (owner, other) = if moved { (&self.n2, &self.n1) } else { (&self.n1, &self.n2) };

@@ -1,0 +1,240 @@
+//! A node comes back with another store than the one that the migration began with, or not at all: nobody guesses, an operator decides,
+//! either way and at either node.
+
+#![allow(clippy::unwrap_used)]
+
+#[allow(dead_code, unreachable_pub)]
+mod support;
+
+use std::time::Duration;
+
+use node::demo::processes::NodeProcess;
+use proto::common::error::Error;
+use proto::node::{Direction, MigrationDecision, MigrationGate, MigrationProgress, MigrationState};
+use support::migration::{
+    ID, Pair, Slow, begin, cancel, limits, manual, nothing_is_left, progress, reaches, request, resolve,
+    slots,
+};
+use support::proxy::{Frame, Proxy, Way, Ways};
+use support::{call, checker, client, until};
+
+const LATE: Ways = Ways { there: Way::Hold, back: Way::Pass };
+const LOST: Ways = Ways { there: Way::Pass, back: Way::Swallow };
+
+/// Kills a node, deletes its data, and starts it anew under the same ID and addresses.
+async fn wipe(node: &mut NodeProcess, directory: &std::path::Path) {
+    node.kill().await.unwrap();
+    std::fs::remove_dir_all(directory.join(node.id())).unwrap();
+    node.restart().await.unwrap();
+}
+
+/// A pair whose migration has come to where the source waits for the answer to `Commit`.
+async fn committing(ways: Ways) -> (Pair, Proxy) {
+    let pair = Pair::start(300, 100).await;
+    let proxy = Proxy::start(&pair.n2.addresses().grpc).await;
+    proxy.arm(Frame::Commit, ways);
+    let mut request = request(ID, &pair.n2);
+    request.target_address = proxy.address().to_owned();
+    begin(&pair.n1, request).await.unwrap();
+    proxy.fired().await;
+    let there = if ways == LATE { MigrationState::Prepared } else { MigrationState::Committed };
+    reaches(&pair.n2, ID, Direction::In, there).await;
+    assert_eq!(pair.source().await, MigrationState::Committing);
+    (pair, proxy)
+}
+
+async fn out(pair: &Pair) -> MigrationProgress {
+    progress(&pair.n1, ID, Direction::Out).await.unwrap()
+}
+
+fn reason_of(shown: &MigrationProgress) -> String {
+    shown.progress.clone().unwrap().error.unwrap().reason
+}
+
+fn is(refused: &Error, reason: &str) -> bool {
+    refused.reason() == reason
+}
+
+#[tokio::test]
+async fn a_target_that_was_wiped_before_the_freeze_costs_nobody_anything() {
+    for slow in [Some(Slow::Copying), None] {
+        let mut pair = Pair::start(2000, 1000).await;
+        let load = pair.load();
+        let mut asked = manual(ID, &pair.n2);
+        asked.limits = slow.and_then(limits);
+        begin(&pair.n1, asked).await.unwrap();
+        let state = if slow.is_some() { MigrationState::Copying } else { MigrationState::Ready };
+        reaches(&pair.n1, ID, Direction::Out, state).await;
+        wipe(&mut pair.n2, pair.directory.path()).await;
+        let stopped = reaches(&pair.n1, ID, Direction::Out, MigrationState::NeedsOperator).await;
+        assert_eq!((stopped.gate(), reason_of(&stopped).as_str()), (MigrationGate::Open, "STORE_CHANGED"));
+        assert_eq!(pair.target().await, MigrationState::Unspecified);
+        let refused = cancel(&pair.n1, ID).await.unwrap_err();
+        assert!(is(&refused, "RESOLVE_REFUSED"), "{refused:?}");
+        let decided = resolve(&pair.n1, &stopped, MigrationDecision::Discarded).await.unwrap();
+        assert_eq!((decided.state(), decided.slot_epoch), (MigrationState::Cancelled, 3));
+        assert_eq!(decided.resolved_reason.as_deref(), Some("a test decides"));
+        // The new store can be moved to like any other.
+        begin(&pair.n1, request("again", &pair.n2)).await.unwrap();
+        let again = reaches(&pair.n1, "again", Direction::Out, MigrationState::Completed).await;
+        assert_eq!(again.slot_epoch, 4);
+        until("the target's end", async || {
+            support::migration::state(&pair.n2, "again", Direction::In).await == MigrationState::Completed
+        })
+        .await;
+        let faults = checker::check(&load.finish().await, 1);
+        assert!(faults.is_empty(), "{faults:?}");
+        pair.owner(true).await;
+        let Pair { directory, mut n1, mut n2 } = pair;
+        nothing_is_left(directory.path(), &mut [&mut n1, &mut n2]).await;
+    }
+}
+
+#[tokio::test]
+async fn a_target_that_was_wiped_while_it_was_prepared_leaves_the_slots_to_an_operator() {
+    let (mut pair, proxy) = committing(LATE).await;
+    let load = pair.load();
+    wipe(&mut pair.n2, pair.directory.path()).await;
+    proxy.cut();
+    let stopped = reaches(&pair.n1, ID, Direction::Out, MigrationState::NeedsOperator).await;
+    assert_eq!((stopped.gate(), reason_of(&stopped).as_str()), (MigrationGate::Closed, "STORE_CHANGED"));
+    let answer = call(&mut client(&pair.n1).await, "GET foo").await;
+    assert!(answer.starts_with("-TRYAGAIN"), "nobody serves what was not decided: {answer}");
+
+    // It is as stuck after a restart.
+    pair.n1.kill().await.unwrap();
+    pair.n1.restart().await.unwrap();
+    let again = out(&pair).await;
+    assert_eq!((again.state(), again.gate()), (MigrationState::NeedsOperator, MigrationGate::Closed));
+    let mut other_store = again.clone();
+    other_store.peer.as_mut().unwrap().store_id = b"another store ID".to_vec().into();
+    for wrong in [MigrationProgress { attempt: again.attempt + 1, ..again.clone() }, other_store] {
+        let refused = resolve(&pair.n1, &wrong, MigrationDecision::Discarded).await.unwrap_err();
+        assert!(is(&refused, "RESOLVE_REFUSED"), "{refused:?}");
+    }
+    for _ in 0..2 {
+        let decided = resolve(&pair.n1, &again, MigrationDecision::Discarded).await.unwrap();
+        assert_eq!((decided.state(), decided.gate()), (MigrationState::Cancelled, MigrationGate::Open));
+        assert_eq!(decided.slot_epoch, 3, "higher than what the lost store may have");
+    }
+    let refused = resolve(&pair.n1, &again, MigrationDecision::Committed).await.unwrap_err();
+    assert!(is(&refused, "RESOLVE_REFUSED"), "{refused:?}");
+    let faults = checker::check(&load.finish().await, 0);
+    assert!(faults.is_empty(), "{faults:?}");
+    let Pair { directory, mut n1, mut n2 } = pair;
+    assert_eq!(call(&mut client(&n1).await, "GET foo").await, "nil");
+    nothing_is_left(directory.path(), &mut [&mut n1, &mut n2]).await;
+}
+
+#[tokio::test]
+async fn a_target_that_was_wiped_after_the_commit_may_be_given_up() {
+    let (mut pair, proxy) = committing(LOST).await;
+    wipe(&mut pair.n2, pair.directory.path()).await;
+    proxy.cut();
+    let stopped = reaches(&pair.n1, ID, Direction::Out, MigrationState::NeedsOperator).await;
+    assert_eq!(stopped.gate(), MigrationGate::Closed);
+    let decided = resolve(&pair.n1, &stopped, MigrationDecision::Committed).await.unwrap();
+    assert_eq!((decided.state(), decided.gate()), (MigrationState::Completed, MigrationGate::Moved));
+    let answer = call(&mut client(&pair.n1).await, "GET foo").await;
+    assert!(answer.starts_with("-MOVED"), "{answer}");
+    // Whoever lost the slots does not serve them from nothing, whatever others believe.
+    for _ in 0..10 {
+        let answer = call(&mut client(&pair.n2).await, "GET foo").await;
+        assert!(answer.starts_with('-'), "{answer}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let Pair { directory, mut n1, mut n2 } = pair;
+    nothing_is_left(directory.path(), &mut [&mut n1, &mut n2]).await;
+}
+
+#[tokio::test]
+async fn a_target_that_returns_after_the_slots_were_taken_back_obeys() {
+    let (mut pair, proxy) = committing(LOST).await;
+    let load = pair.load();
+    pair.n2.kill().await.unwrap();
+    proxy.cut();
+    // The node that is gone answers nothing; the operator does not wait.
+    let seen = out(&pair).await;
+    assert_eq!(seen.state(), MigrationState::Committing);
+    until("the last stream has ended, and no other one began", async || {
+        let now = out(&pair).await;
+        resolve(&pair.n1, &now, MigrationDecision::Discarded).await.is_ok()
+    })
+    .await;
+    let decided = out(&pair).await;
+    assert_eq!((decided.state(), decided.slot_epoch), (MigrationState::Cancelled, 3));
+    pair.n2.restart().await.unwrap();
+    proxy.go(Ways::default());
+    until("it learns that its commit does not count", async || {
+        call(&mut client(&pair.n2).await, "GET foo").await.starts_with('-')
+    })
+    .await;
+    pair.owner(false).await;
+    let faults = checker::check(&load.finish().await, 0);
+    assert!(faults.is_empty(), "{faults:?}");
+    until("the source has told it", async || out(&pair).await.state() == MigrationState::Cancelled).await;
+    let Pair { directory, mut n1, mut n2 } = pair;
+    nothing_is_left(directory.path(), &mut [&mut n1, &mut n2]).await;
+}
+
+/// The source is gone for good while the target is prepared.
+async fn without_source(decision: MigrationDecision) {
+    let (mut pair, proxy) = committing(LATE).await;
+    let mine = (0..300).filter(|n| slots().contains(node::common::slot_of(format!("key:{n}").as_bytes())));
+    let (mine, committed) = (mine.count(), decision == MigrationDecision::Committed);
+    pair.n1.kill().await.unwrap();
+    proxy.cut();
+    let seen = progress(&pair.n2, ID, Direction::In).await.unwrap();
+    assert_eq!((seen.state(), seen.gate()), (MigrationState::Prepared, MigrationGate::Closed));
+    let mut wrong = seen.clone();
+    wrong.peer.as_mut().unwrap().store_id = b"another store ID".to_vec().into();
+    let refused = resolve(&pair.n2, &wrong, decision).await.unwrap_err();
+    assert!(is(&refused, "RESOLVE_REFUSED"), "{refused:?}");
+    let decided = resolve(&pair.n2, &seen, decision).await.unwrap();
+    assert_eq!(decided.decision(), decision);
+    let mut at_n2 = client(&pair.n2).await;
+    let expected = if committed { mine } else { 0 };
+    assert_eq!(call(&mut at_n2, "DBSIZE").await, format!(":{expected}"));
+    assert_eq!(call(&mut at_n2, "GET foo").await == "nil", committed);
+    // Told of the decision when it is back after all.
+    pair.n1.restart().await.unwrap();
+    let end = if committed { MigrationState::Completed } else { MigrationState::Cancelled };
+    reaches(&pair.n1, ID, Direction::Out, end).await;
+    pair.owner(committed).await;
+    let Pair { directory, mut n1, mut n2 } = pair;
+    nothing_is_left(directory.path(), &mut [&mut n1, &mut n2]).await;
+}
+
+#[tokio::test]
+async fn an_operator_may_decide_at_a_target_whose_source_is_gone() {
+    without_source(MigrationDecision::Committed).await;
+    without_source(MigrationDecision::Discarded).await;
+}
+
+#[tokio::test]
+async fn a_decision_at_the_source_alone_does_not_make_the_target_serve() {
+    let (mut pair, proxy) = committing(LATE).await;
+    pair.n2.kill().await.unwrap();
+    proxy.cut();
+    until("the commit is decided at the source", async || {
+        let now = out(&pair).await;
+        resolve(&pair.n1, &now, MigrationDecision::Committed).await.is_ok()
+    })
+    .await;
+    pair.n2.restart().await.unwrap();
+    // It goes on waiting, since nobody decided here, and does not serve rows that nobody made visible.
+    for _ in 0..10 {
+        assert_eq!(pair.target().await, MigrationState::Prepared);
+        let answer = tokio::time::timeout(Duration::from_millis(100), async {
+            call(&mut client(&pair.n2).await, "GET foo").await
+        });
+        let answer = answer.await.unwrap_or_else(|_| "-held".to_owned());
+        assert!(answer.starts_with('-'), "{answer}");
+    }
+    let seen = progress(&pair.n2, ID, Direction::In).await.unwrap();
+    resolve(&pair.n2, &seen, MigrationDecision::Committed).await.unwrap();
+    reaches(&pair.n2, ID, Direction::In, MigrationState::Completed).await;
+    pair.owner(true).await;
+    let Pair { directory, mut n1, mut n2 } = pair;
+    nothing_is_left(directory.path(), &mut [&mut n1, &mut n2]).await;
+}
