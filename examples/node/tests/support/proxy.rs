@@ -35,6 +35,7 @@ pub enum Frame {
     Bulk = 2,
     Prepare = 4,
     Commit = 6,
+    Discard = 7,
     Forget = 8,
 }
 
