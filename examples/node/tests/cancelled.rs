@@ -79,6 +79,24 @@ async fn a_cancel_may_be_asked_for_again_while_it_is_under_way() {
     pair.ends("cancels while cancelling", load, MigrationState::Cancelled).await;
 }
 
+#[tokio::test]
+async fn a_target_whose_answer_was_lost_hears_of_the_cancel() {
+    let pair = Pair::start(300, 100).await;
+    let load = pair.load();
+    let proxy = Proxy::start(&pair.n2.addresses().grpc).await;
+    proxy.go(LOST);
+    let mut asked = manual(ID, &pair.n2);
+    asked.target_address = proxy.address().to_owned();
+    begin(&pair.n1, asked).await.unwrap();
+    reaches(&pair.n2, ID, Direction::In, MigrationState::Receiving).await;
+    assert_eq!(pair.source().await, MigrationState::Pending);
+    proxy.go_next(Ways::default());
+    assert_eq!(cancel(&pair.n1, ID).await.unwrap().state(), MigrationState::Cancelled);
+    // Otherwise it would keep the slots from others for an hour.
+    reaches(&pair.n2, ID, Direction::In, MigrationState::Cancelled).await;
+    pair.ends("a cancel that the target did not know of", load, MigrationState::Cancelled).await;
+}
+
 /// While the outcome is being found out, and after.
 async fn too_late(ways: Ways) {
     let pair = Pair::start(300, 100).await;

@@ -13,7 +13,7 @@ use proto::node::{
     StartMigrationRequest,
 };
 use support::migration::{
-    ID, Pair, Slow, begin, beside, complete, limits, manual, progress, reaches, request, service,
+    ID, Pair, Slow, begin, complete, limits, manual, progress, reaches, request, service,
 };
 use support::proxy::{Frame, Proxy, Way, Ways};
 use support::{at_once, call, client, until};
@@ -70,8 +70,7 @@ async fn a_source_that_cannot_learn_of_the_commit_does_not_serve() {
 async fn a_source_asks_again_soon_when_the_answer_to_a_commit_is_lost() {
     let mut pair = Pair::start(300, 100).await;
     // With the usual patience for silence, which is far longer than clients should wait.
-    pair.n2.stop().await.unwrap();
-    pair.n2 = beside(&pair.n1, "n2", pair.directory.path(), &[]).await;
+    pair.restart_target(&[]).await;
     let load = pair.load();
     let (proxy, request) = behind(&pair.n2, request(ID, &pair.n2)).await;
     proxy.arm(Frame::Commit, ANSWERS_LOST);

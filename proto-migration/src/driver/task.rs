@@ -181,7 +181,12 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         let progress = self.change();
         progress.enter(state);
         progress.set_gate(gate);
-        self.save().await
+        self.save().await?;
+        if state.is_final() {
+            // Others may move the slots, whether the target has been told or not.
+            self.range = None;
+        }
+        Ok(())
     }
 
     /// Does `work` while callers are answered. What they ask may make it pointless: then it is dropped.
@@ -290,7 +295,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
                     }
                     entered
                 } else {
-                    // Nothing was ever begun at the target.
+                    self.record.untold = self.may_be_known();
                     self.discarded("").await
                 };
                 return match done {
@@ -364,8 +369,6 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         self.end_freeze(FreezeOutcome::Fenced, None);
         self.enter(MigrationState::Cancelled, MigrationGate::Open).await?;
         self.open_gate();
-        // Others may move them, whether the lost target is ever told or not.
-        self.range = None;
         Ok(())
     }
 
@@ -405,9 +408,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         progress.log_bytes = 0;
         progress.task().error = None;
         self.record.untold = true;
-        self.enter(MigrationState::Completed, MigrationGate::Moved).await?;
-        self.range = None;
-        Ok(())
+        self.enter(MigrationState::Completed, MigrationGate::Moved).await
     }
 
     /// Does what the store must do, until it has.
@@ -483,10 +484,16 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
             self.open_gate();
             return Ok(());
         }
+        self.record.untold = self.may_be_known();
         self.keep(None).await?;
         self.enter(MigrationState::Failed, MigrationGate::Open).await?;
         self.open_gate();
         Ok(())
+    }
+
+    /// Of a migration that was never accepted: a target may have heard of it all the same, and keep the slots from others.
+    fn may_be_known(&self) -> bool {
+        self.shown().attempt > 0
     }
 
     /// Nobody but an operator can say what happened. The gate stays as it is.
@@ -546,6 +553,14 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
                 let seen = error.get("attempt").and_then(|attempt| attempt.parse().ok()).unwrap_or(0);
                 let progress = self.change();
                 progress.attempt = progress.attempt.max(seen);
+                self.save().await
+            }
+            // A target that never accepted it, and cannot be told, forgets it by itself.
+            _ if state.is_final()
+                && !known
+                && (!error.is_retryable() || self.began.elapsed() >= self.limits.accept_timeout) =>
+            {
+                self.record.untold = false;
                 self.save().await
             }
             _ if matches!(state, MigrationState::Committing | MigrationState::Cancelling)

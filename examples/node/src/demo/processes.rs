@@ -38,7 +38,7 @@ impl NodeProcess {
         Self::start_with(program, id, directory, slots, &[]).await
     }
 
-    /// The same with more `arguments`, at every start.
+    /// The same with more `arguments`, at this start and later ones.
     ///
     /// # Errors
     ///
@@ -103,6 +103,11 @@ impl NodeProcess {
         self.addresses = addresses;
         self.child = Some(child);
         Ok(())
+    }
+
+    /// What it is started with from the next start on.
+    pub fn set_arguments(&mut self, arguments: &[&str]) {
+        self.arguments = arguments.iter().map(|argument| (*argument).to_owned()).collect();
     }
 
     /// What the environment of its next start has beside that of this process.

@@ -22,7 +22,7 @@ use super::{call, client, fill, program, start, until};
 /// The ID of the migration, where there is one.
 pub const ID: &str = "m";
 /// Seconds of silence that a target of these tests bears with; the least that it takes.
-pub const IDLE: [&str; 2] = ["--idle", "3"];
+const IDLE: &str = "3";
 
 /// The half that moves.
 pub fn slots() -> node::common::SlotRange {
@@ -190,12 +190,10 @@ pub async fn nothing_is_left(directory: &Path, nodes: &mut [&mut NodeProcess]) {
     }
 }
 
-/// A node without slots that knows another one.
-pub async fn beside(first: &NodeProcess, id: &str, directory: &Path, more: &[&str]) -> NodeProcess {
-    let NodeAddresses { grpc, resp } = first.addresses();
-    let peer = format!("{}={grpc},{resp}", first.id());
-    let arguments = [&["--peer", &peer], more].concat();
-    NodeProcess::start_with(&program(), id, directory, "none", &arguments).await.unwrap()
+/// How a node is told of another one.
+fn peer(node: &NodeProcess) -> String {
+    let NodeAddresses { grpc, resp } = node.addresses();
+    format!("{}={grpc},{resp}", node.id())
 }
 
 /// A node that owns all slots, and one that owns none.
@@ -210,7 +208,10 @@ impl Pair {
     pub async fn start(keys: usize, bytes: usize) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let n1 = start("n1", directory.path(), "0-16383").await;
-        let n2 = beside(&n1, "n2", directory.path(), &IDLE).await;
+        let peer = peer(&n1);
+        let arguments = ["--peer", &peer, "--idle", IDLE];
+        let n2 =
+            NodeProcess::start_with(&program(), "n2", directory.path(), "none", &arguments).await.unwrap();
         fill(&n1, keys, bytes).await;
         Self { directory, n1, n2 }
     }
@@ -225,6 +226,13 @@ impl Pair {
 
     pub async fn target(&self) -> MigrationState {
         state(&self.n2, ID, Direction::In).await
+    }
+
+    /// The target dies, and comes back with these arguments.
+    pub async fn restart_target(&mut self, arguments: &[&str]) {
+        self.n2.kill().await.unwrap();
+        self.n2.set_arguments(&[&["--peer", &peer(&self.n1)], arguments].concat());
+        self.n2.restart().await.unwrap();
     }
 
     /// Both nodes die at once, and come back.
