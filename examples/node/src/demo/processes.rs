@@ -71,13 +71,39 @@ impl NodeProcess {
     ///
     /// As [`NodeProcess::start`].
     pub async fn restart(&mut self) -> anyhow::Result<()> {
+        let mut child = self.spawn(Stdio::piped())?;
+        let stdout = child.stdout.take().context("the node has no output")?;
+        let mut lines = BufReader::new(stdout).lines();
+        let line = tokio::time::timeout(READY_TIMEOUT, lines.next_line())
+            .await
+            .with_context(|| format!("node {} is not ready after {READY_TIMEOUT:?}", self.id))??;
+        let Some(line) = line else {
+            bail!("node {} ended before it was ready; see {}", self.id, self.log().display());
+        };
+        let Ready { addresses, .. } = line.parse()?;
+        self.addresses = addresses;
+        self.child = Some(child);
+        Ok(())
+    }
+
+    /// The same without waiting until it serves: it may end before.
+    ///
+    /// # Errors
+    ///
+    /// It could not be started.
+    pub fn launch(&mut self) -> anyhow::Result<()> {
+        self.child = Some(self.spawn(Stdio::null())?);
+        Ok(())
+    }
+
+    fn spawn(&self, output: Stdio) -> anyhow::Result<Child> {
         let log = self.log();
         let log_file = std::fs::File::options()
             .create(true)
             .append(true)
             .open(&log)
             .with_context(|| format!("cannot write {}", log.display()))?;
-        let mut child = Command::new(&self.program)
+        Command::new(&self.program)
             .arg("serve")
             .envs(self.environment.iter().map(|(name, value)| (name, value)))
             .args(["--id", &self.id, "--slots", &self.slots])
@@ -86,23 +112,11 @@ impl NodeProcess {
             .arg(self.directory.join(&self.id))
             .args(&self.arguments)
             .stdin(Stdio::null())
-            .stdout(Stdio::piped())
+            .stdout(output)
             .stderr(log_file)
             .kill_on_drop(true)
             .spawn()
-            .with_context(|| format!("cannot start {}", self.program.display()))?;
-        let stdout = child.stdout.take().context("the node has no output")?;
-        let mut lines = BufReader::new(stdout).lines();
-        let line = tokio::time::timeout(READY_TIMEOUT, lines.next_line())
-            .await
-            .with_context(|| format!("node {} is not ready after {READY_TIMEOUT:?}", self.id))??;
-        let Some(line) = line else {
-            bail!("node {} ended before it was ready; see {}", self.id, log.display());
-        };
-        let Ready { addresses, .. } = line.parse()?;
-        self.addresses = addresses;
-        self.child = Some(child);
-        Ok(())
+            .with_context(|| format!("cannot start {}", self.program.display()))
     }
 
     /// What it is started with from the next start on.

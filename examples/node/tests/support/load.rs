@@ -49,6 +49,11 @@ impl Load {
         Self { stop, clients, keys, link }
     }
 
+    /// The time since which events count.
+    pub fn now(&self) -> Duration {
+        self.link.epoch.elapsed()
+    }
+
     /// Ends the clients, reads all keys once more, and returns what all were answered.
     pub async fn finish(mut self) -> Vec<Event> {
         self.stop.cancel();

@@ -1,6 +1,7 @@
 //! What the tests with real processes share.
 
 pub mod checker;
+pub mod crash;
 pub mod load;
 pub mod migration;
 pub mod proxy;

@@ -1,0 +1,105 @@
+//! What a crash of a migration leads to is interrupted by another one, of the same node or of the other: all ends by itself all the same.
+
+#![allow(clippy::unwrap_used)]
+
+#[allow(dead_code, unreachable_pub)]
+mod support;
+
+use proto::node::{Direction, MigrationDecision, MigrationGate, MigrationState};
+use support::crash::{Crash, End, Source, Target, all, dies, doom};
+use support::migration::{ID, Pair, begin, manual, nothing_is_left, reaches, request, resolve};
+use support::{at_once, checker};
+
+fn after(first: Crash, second: &[Crash]) -> Vec<Vec<Crash>> {
+    second.iter().map(|second| vec![first, *second]).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_source_dies_again_while_it_finds_out_the_outcome() {
+    let undecided = [(Source, "save.before:COMMITTING"), (Source, "save.after:COMMITTING")];
+    all(after((Source, "commit.before:COMMITTING"), &undecided), End::Completed).await;
+    let committed = [
+        (Source, "save.before:COMMITTING"),
+        (Source, "give_up.before:COMMITTING"),
+        (Source, "give_up.after:COMMITTING"),
+        (Source, "save.before:COMPLETED"),
+        (Source, "save.after:COMPLETED"),
+        (Source, "finish.between:COMPLETED"),
+    ];
+    all(after((Source, "commit.after:COMMITTING"), &committed), End::Completed).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_target_dies_while_it_fences_what_was_prepared() {
+    let fence = [(Target, "record.before:RECEIVING"), (Target, "record.after:RECEIVING")];
+    // The source asks for the outcome after its own crash, or after one of the target.
+    for first in [
+        (Source, "commit.before:COMMITTING"),
+        (Target, "record.after:PREPARED"),
+        (Target, "take_over.before:COMMITTED"),
+        (Target, "begin.after:RECEIVING"),
+    ] {
+        all(after(first, &fence), End::Completed).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_target_dies_while_it_tells_what_was_decided() {
+    let told = [
+        (Target, "record.before:COMMITTED"),
+        (Target, "record.after:COMMITTED"),
+        (Target, "forget.before:COMPLETED"),
+        (Target, "forget.after:COMPLETED"),
+    ];
+    all(after((Source, "save.before:COMPLETED"), &told), End::Completed).await;
+    let told = [(Target, "record.before:CANCELLED"), (Target, "record.after:CANCELLED")];
+    all(after((Source, "save.before:CANCELLED"), &told), End::Cancelled).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_source_dies_again_while_it_cancels() {
+    let again = [(Source, "save.before:CANCELLING"), (Source, "save.before:CANCELLED")];
+    all(after((Source, "save.after:CANCELLING"), &again), End::Cancelled).await;
+}
+
+/// The evidence is gone, and the source dies while it says so, before the freeze or in COMMITTING.
+async fn evidence_is_gone(point: &'static str, committing: bool) {
+    let mut pair = Pair::start(300, 100).await;
+    let dead = [(Target, "take_over.before:COMMITTED")];
+    if committing {
+        doom(&mut pair, Target, &dead).await;
+    }
+    let crash = (Source, point);
+    doom(&mut pair, Source, &[crash]).await;
+    let load = pair.load();
+    let asked = if committing { request(ID, &pair.n2) } else { manual(ID, &pair.n2) };
+    begin(&pair.n1, asked).await.unwrap();
+    if committing {
+        dies(&mut pair, dead[0]).await;
+    } else {
+        reaches(&pair.n1, ID, Direction::Out, MigrationState::Ready).await;
+        pair.n2.kill().await.unwrap();
+    }
+    std::fs::remove_dir_all(pair.directory.path().join("n2")).unwrap();
+    pair.n2.set_environment(&[]);
+    pair.n2.restart().await.unwrap();
+    dies(&mut pair, crash).await;
+    pair.n1.set_environment(&[]);
+    pair.n1.restart().await.unwrap();
+    let stopped = reaches(&pair.n1, ID, Direction::Out, MigrationState::NeedsOperator).await;
+    let gate = if committing { MigrationGate::Closed } else { MigrationGate::Open };
+    assert_eq!(stopped.gate(), gate, "{point}");
+    resolve(&pair.n1, &stopped, MigrationDecision::Discarded).await.unwrap();
+    pair.owner(false).await;
+    let faults = checker::check(&load.finish().await, 0);
+    assert!(faults.is_empty(), "{point}: {faults:?}");
+    let Pair { directory, mut n1, mut n2 } = pair;
+    nothing_is_left(directory.path(), &mut [&mut n1, &mut n2]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_source_dies_while_it_asks_for_an_operator() {
+    let points = ["save.before:NEEDS_OPERATOR", "save.after:NEEDS_OPERATOR"];
+    let cases = points.into_iter().flat_map(|point| [false, true].map(|committing| (point, committing)));
+    at_once(cases.map(|(point, committing)| evidence_is_gone(point, committing))).await;
+}

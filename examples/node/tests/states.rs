@@ -1,0 +1,101 @@
+//! What clients can do in each state of a migration: keys expire and counters grow in all of them, but where requests have to wait.
+
+#![allow(clippy::unwrap_used)]
+
+#[allow(dead_code, unreachable_pub)]
+mod support;
+
+use std::ops::Range;
+use std::time::Duration;
+
+use proto::node::{Direction, MigrationState, StartMigrationRequest};
+use support::checker::{self, Act, Answer, Event};
+use support::load::Load;
+use support::migration::{ID, Pair, Slow, begin, complete, limits, manual, nothing_is_left, reaches};
+use support::proxy::{Frame, Proxy, Way, Ways};
+use support::until;
+
+const LATE: Ways = Ways { there: Way::Hold, back: Way::Pass };
+
+/// Long enough for keys to be written and to expire in it.
+const WINDOW: Duration = Duration::from_millis(900);
+
+/// The time that a migration spends in one state at least.
+async fn window(pair: &Pair, load: &Load, state: MigrationState) -> Range<Duration> {
+    reaches(&pair.n1, ID, Direction::Out, state).await;
+    let from = load.now();
+    tokio::time::sleep(WINDOW).await;
+    assert_eq!(pair.source().await, state, "the whole window");
+    from..load.now()
+}
+
+/// Operations that were asked for and answered in a window.
+fn answered<'a>(events: &'a [Event], window: &'a Range<Duration>) -> impl Iterator<Item = &'a Event> {
+    let within = |event: &&Event| event.begun >= window.start && event.ended <= window.end;
+    events.iter().filter(within).filter(|event| event.answer != Answer::Unknown)
+}
+
+/// Keys whose time came in a window, and which a read did not find in it.
+fn expired(events: &[Event], window: &Range<Duration>) -> usize {
+    let gone = |event: &&Event| (event.act, event.answer) == (Act::Get, Answer::Value(None));
+    let read = answered(events, window).filter(gone);
+    let timed_out = |read: &&Event| {
+        events.iter().any(|write| match write.act {
+            Act::Set { lives: Some(lives), .. } => {
+                write.key == read.key
+                    && write.answer == Answer::Done
+                    && window.start < write.begun + lives
+                    && write.ended + lives < read.ended
+            }
+            _ => false,
+        })
+    };
+    read.filter(timed_out).count()
+}
+
+#[tokio::test]
+async fn keys_expire_and_counters_grow_in_each_state() {
+    use MigrationState::{Committing, Completed, Copying, Freezing, Ready};
+    let pair = Pair::start(6000, 1000).await;
+    let load = pair.load();
+    let proxy = Proxy::start(&pair.n2.addresses().grpc).await;
+    let mut asked = manual(ID, &pair.n2);
+    asked.target_address = proxy.address().to_owned();
+    let with = |slow| StartMigrationRequest { limits: limits(slow), ..asked.clone() };
+    let mut windows = Vec::new();
+
+    begin(&pair.n1, with(Slow::Copying)).await.unwrap();
+    windows.push((Copying, window(&pair, &load, Copying).await));
+    begin(&pair.n1, with(Slow::Freezing)).await.unwrap();
+    windows.push((Ready, window(&pair, &load, Ready).await));
+    proxy.arm(Frame::Prepare, LATE);
+    complete(&pair.n1, ID).await.unwrap();
+    windows.push((Freezing, window(&pair, &load, Freezing).await));
+    // The next stream gets as far as the commit.
+    proxy.arm(Frame::Commit, LATE);
+    proxy.cut();
+    windows.push((Committing, window(&pair, &load, Committing).await));
+    proxy.cut();
+    reaches(&pair.n1, ID, Direction::Out, Completed).await;
+    windows.push((Completed, window(&pair, &load, Completed).await));
+    until("the target's end", async || pair.target().await == Completed).await;
+
+    let events = load.finish().await;
+    let faults = checker::check(&events, 1);
+    assert!(faults.is_empty(), "{faults:?}");
+    for (state, window) in &windows {
+        let grown = answered(&events, window).filter(|event| matches!(event.act, Act::Increment)).count();
+        let read = answered(&events, window).filter(|event| event.act == Act::Get).count();
+        let expired = expired(&events, window);
+        let seen = format!("{state:?}: {grown} increments, {read} reads, {expired} of keys that had expired");
+        match state {
+            // Reads go on, and find no key whose time has come, though none is removed.
+            Freezing => assert!(grown == 0 && read > 0 && expired > 0, "{seen}"),
+            Committing => assert!(grown == 0 && read == 0, "{seen}"),
+            _ => assert!(grown > 0 && read > 0 && expired > 0, "{seen}"),
+        }
+    }
+    pair.owner(true).await;
+    let Pair { directory, mut n1, mut n2 } = pair;
+    nothing_is_left(directory.path(), &mut [&mut n1, &mut n2]).await;
+}
