@@ -55,7 +55,7 @@ fn expired(events: &[Event], window: &Range<Duration>) -> usize {
 
 #[tokio::test]
 async fn keys_expire_and_counters_grow_in_each_state() {
-    use MigrationState::{Committing, Completed, Copying, Freezing, Ready};
+    use MigrationState::{CatchingUp, Committing, Completed, Copying, Freezing, Ready};
     let pair = Pair::start(6000, 1000).await;
     let load = pair.load();
     let proxy = Proxy::start(&pair.n2.addresses().grpc).await;
@@ -68,6 +68,12 @@ async fn keys_expire_and_counters_grow_in_each_state() {
     windows.push((Copying, window(&pair, &load, Copying).await));
     begin(&pair.n1, with(Slow::Freezing)).await.unwrap();
     windows.push((Ready, window(&pair, &load, Ready).await));
+    // No acknowledgement arrives for a while.
+    proxy.go(Ways { there: Way::Pass, back: Way::Hold });
+    begin(&pair.n1, with(Slow::CatchingUp)).await.unwrap();
+    windows.push((CatchingUp, window(&pair, &load, CatchingUp).await));
+    proxy.go(Ways::default());
+    begin(&pair.n1, with(Slow::Freezing)).await.unwrap();
     proxy.arm(Frame::Prepare, LATE);
     complete(&pair.n1, ID).await.unwrap();
     windows.push((Freezing, window(&pair, &load, Freezing).await));

@@ -46,6 +46,7 @@ impl Load {
             let (mine, keys, counters) = (mine.to_vec(), keys.clone(), counters.clone());
             clients.spawn(run(link.fresh(), mine, counters, keys, stop.clone()));
         }
+        clients.spawn(watch(link.fresh(), keys.clone(), stop.clone()));
         Self { stop, clients, keys, link }
     }
 
@@ -87,6 +88,16 @@ async fn run(
         for _ in 0..2 {
             events.push(link.call(&keys[rand::random_range(0..keys.len())], Act::Get).await);
         }
+    }
+    events
+}
+
+/// Reads alone, which never waits for a write.
+async fn watch(mut link: Link, keys: Vec<String>, stop: CancellationToken) -> Vec<Event> {
+    let mut events = Vec::new();
+    while !stop.is_cancelled() {
+        events.push(link.call(&keys[rand::random_range(0..keys.len())], Act::Get).await);
+        tokio::time::sleep(Duration::from_millis(1)).await;
     }
     events
 }
