@@ -7,52 +7,12 @@ mod support;
 
 use std::time::Duration;
 
-use node::demo::load_gen::{History, LoadGenerator};
 use node::demo::processes::NodeProcess;
 use proto::node::health_service_client::HealthServiceClient;
-use proto::node::migration_service_client::MigrationServiceClient;
-use proto::node::{
-    CancelMigrationRequest, CompleteMigrationRequest, Direction, GetMigrationProgressRequest,
-    GetNodeStatusRequest, MigrationProgress, MigrationSpec, MigrationState, NodeStatus, SlotRange,
-    StartMigrationRequest,
-};
-use support::{call, client, load, start, until};
-use tonic::transport::Channel;
-
-/// The half that moves.
-const SLOTS: &str = "8192-16383";
-
-async fn service(node: &NodeProcess) -> MigrationServiceClient<Channel> {
-    let endpoint = proto::common::tuning::endpoint(&node.addresses().grpc).unwrap();
-    MigrationServiceClient::new(endpoint.connect().await.unwrap())
-}
-
-fn request(id: &str, to: &NodeProcess, slots: SlotRange, auto_complete: bool) -> StartMigrationRequest {
-    StartMigrationRequest {
-        migration_id: id.to_owned(),
-        spec: Some(MigrationSpec {
-            slots: Some(slots),
-            source_shard_id: "s1".to_owned(),
-            target_shard_id: "s2".to_owned(),
-            source_node_id: String::new(),
-            target_node_id: to.id().to_owned(),
-            auto_complete,
-            value_format: String::new(),
-        }),
-        target_address: to.addresses().grpc.clone(),
-        ..StartMigrationRequest::default()
-    }
-}
-
-async fn progress(node: &NodeProcess, id: &str, direction: Direction) -> Option<MigrationProgress> {
-    let request = GetMigrationProgressRequest { migration_id: id.to_owned(), direction: direction.into() };
-    let answer = service(node).await.get_migration_progress(request).await.ok()?;
-    answer.into_inner().migration
-}
-
-async fn state(node: &NodeProcess, id: &str, direction: Direction) -> MigrationState {
-    progress(node, id, direction).await.map_or(MigrationState::Unspecified, |progress| progress.state())
-}
+use proto::node::{Direction, GetNodeStatusRequest, MigrationProgress, MigrationState, NodeStatus};
+use support::load::Load;
+use support::migration::{begin, cancel, complete, manual, progress, reaches, request, slots, state};
+use support::{call, checker, client, load, show, start, until};
 
 async fn completed(from: &NodeProcess, to: &NodeProcess, id: &str) -> MigrationProgress {
     until("both ends say COMPLETED", async || {
@@ -74,36 +34,28 @@ async fn completed(from: &NodeProcess, to: &NodeProcess, id: &str) -> MigrationP
     progress(from, id, Direction::Out).await.unwrap()
 }
 
-/// Every key's value at the node that owns it is one that its writer tried, and not older than the last that it was acknowledged.
-async fn check(histories: &[History], nodes: &[&NodeProcess]) {
-    let mut clients = Vec::new();
+/// What was loaded is there once, at either node.
+async fn all_there(nodes: [&NodeProcess; 2], count: usize) {
+    let mut owners = vec![0; count];
     for node in nodes {
-        clients.push(client(node).await);
-    }
-    for History { key, acknowledged, tried } in histories {
-        let mut owners = 0;
-        for client in &mut clients {
-            let value = call(client, &format!("GET {}", str::from_utf8(key).unwrap())).await;
-            if value.starts_with("-MOVED") {
-                continue;
-            }
-            owners += 1;
-            let found: u64 = if value == "nil" { 0 } else { value.parse().unwrap() };
-            assert!(
-                (*acknowledged..=*tried).contains(&found),
-                "{key:?}: {acknowledged} <= {found} <= {tried}"
-            );
+        let mut client = client(node).await;
+        for n in 0..count {
+            client.push(&["GET".to_owned(), format!("key:{n}")]).unwrap();
         }
-        assert_eq!(owners, 1, "{key:?} has one owner");
+        client.send().await.unwrap();
+        for (n, owners) in owners.iter_mut().enumerate() {
+            let found = show(&client.reply().await.unwrap());
+            if !found.starts_with("-MOVED") {
+                assert_eq!(found, format!("{n:0100}"));
+                *owners += 1;
+            }
+        }
     }
+    assert!(owners.iter().all(|owners| *owners == 1), "{owners:?}");
 }
 
 async fn dbsize(node: &NodeProcess) -> String {
     call(&mut client(node).await, "DBSIZE").await
-}
-
-fn slots() -> node::common::SlotRange {
-    SLOTS.parse().unwrap()
 }
 
 #[tokio::test]
@@ -112,27 +64,19 @@ async fn slots_move_there_and_back_under_writes() {
     let n1 = start("n1", dir.path(), "0-16383").await;
     let n2 = start("n2", dir.path(), "none").await;
     load(&n1, 5_000).await;
-    let writers = LoadGenerator::start(&n1.addresses().resp, "w", slots());
+    let clients = Load::start(&[&n1, &n2], slots());
     for (round, (from, to)) in [(&n1, &n2), (&n2, &n1), (&n1, &n2)].into_iter().enumerate() {
         let id = format!("m{round}");
-        let request = request(&id, to, slots().into(), true);
-        let started = service(from).await.start_migration(request.clone()).await.unwrap().into_inner();
-        assert!(!started.joined);
-        assert!(service(from).await.start_migration(request).await.unwrap().into_inner().joined);
+        begin(from, request(&id, to)).await.unwrap();
         let done = completed(from, to, &id).await;
         assert!(done.max_freeze_ms < 5_000, "{done:?}");
         assert_eq!(done.slot_epoch, 2 + round as u64);
-        assert!(done.delta_entries > 0, "the writers wrote meanwhile: {done:?}");
+        assert!(done.delta_entries > 0, "the clients wrote meanwhile: {done:?}");
     }
-    let written = writers.finish().await.unwrap();
-    assert!(written.moved > 0 && written.acknowledged > 0, "{written:?}");
-    check(&written.histories, &[&n1, &n2]).await;
-    // Keys of both nodes together: what was loaded, and one for each history.
-    let sizes = [dbsize(&n1).await, dbsize(&n2).await];
-    let total: usize = sizes.iter().map(|size| size[1..].parse::<usize>().unwrap()).sum();
-    assert_eq!(total, 5_000 + written.histories.iter().filter(|history| history.acknowledged > 0).count());
-    let mut at_n1 = client(&n1).await;
-    let slot_map = call(&mut at_n1, "CLUSTER SLOTS").await;
+    let faults = checker::check(&clients.finish().await, 3);
+    assert!(faults.is_empty(), "{faults:?}");
+    all_there([&n1, &n2], 5_000).await;
+    let slot_map = call(&mut client(&n1).await, "CLUSTER SLOTS").await;
     assert!(slot_map.contains("n2"), "{slot_map}");
 }
 
@@ -142,33 +86,20 @@ async fn a_migration_waits_for_complete_and_can_be_cancelled() {
     let n1 = start("n1", dir.path(), "0-16383").await;
     let n2 = start("n2", dir.path(), "none").await;
     load(&n1, 1_000).await;
-    let mut at_n1 = service(&n1).await;
-    at_n1.start_migration(request("m1", &n2, slots().into(), false)).await.unwrap();
-    until("READY", async || state(&n1, "m1", Direction::Out).await == MigrationState::Ready).await;
+    begin(&n1, manual("m1", &n2)).await.unwrap();
+    reaches(&n1, "m1", Direction::Out, MigrationState::Ready).await;
     assert_eq!(dbsize(&n2).await, ":0", "what is staged is invisible");
-    let cancel = CancelMigrationRequest {
-        migration_id: "m1".to_owned(),
-        reason: "changed my mind".to_owned(),
-        ..Default::default()
-    };
-    at_n1.cancel_migration(cancel.clone()).await.unwrap();
-    until("CANCELLED at both ends", async || {
-        state(&n1, "m1", Direction::Out).await == MigrationState::Cancelled
-            && state(&n2, "m1", Direction::In).await == MigrationState::Cancelled
-    })
-    .await;
+    cancel(&n1, "m1").await.unwrap();
+    reaches(&n1, "m1", Direction::Out, MigrationState::Cancelled).await;
+    reaches(&n2, "m1", Direction::In, MigrationState::Cancelled).await;
     assert_eq!(dbsize(&n1).await, ":1000");
 
-    at_n1.start_migration(request("m2", &n2, slots().into(), false)).await.unwrap();
-    until("READY", async || state(&n1, "m2", Direction::Out).await == MigrationState::Ready).await;
-    let complete = CompleteMigrationRequest { migration_id: "m2".to_owned(), ..Default::default() };
-    at_n1.complete_migration(complete).await.unwrap();
+    begin(&n1, manual("m2", &n2)).await.unwrap();
+    reaches(&n1, "m2", Direction::Out, MigrationState::Ready).await;
+    complete(&n1, "m2").await.unwrap();
     completed(&n1, &n2, "m2").await;
-    let refused = at_n1
-        .cancel_migration(CancelMigrationRequest { migration_id: "m2".to_owned(), ..cancel })
-        .await
-        .unwrap_err();
-    assert_eq!(proto::common::error::Error::from(refused).reason(), "ALREADY_COMMITTED");
+    let refused = cancel(&n1, "m2").await.unwrap_err();
+    assert_eq!(refused.reason(), "ALREADY_COMMITTED");
 }
 
 #[tokio::test]
@@ -180,8 +111,8 @@ async fn the_status_tells_of_migrations_and_when_a_node_may_go() {
     assert!(!status(&n1).await.safe_to_remove, "it owns slots");
     assert!(status(&n2).await.safe_to_remove, "it owns none, and nothing moves");
 
-    service(&n1).await.start_migration(request("m1", &n2, slots().into(), false)).await.unwrap();
-    until("READY", async || state(&n1, "m1", Direction::Out).await == MigrationState::Ready).await;
+    begin(&n1, manual("m1", &n2)).await.unwrap();
+    reaches(&n1, "m1", Direction::Out, MigrationState::Ready).await;
     for (node, peer, phase) in [(&n1, "n2", "READY"), (&n2, "n1", "RECEIVING")] {
         let status = status(node).await;
         let migration = &status.migrations[0];
@@ -190,8 +121,7 @@ async fn the_status_tells_of_migrations_and_when_a_node_may_go() {
         assert_eq!(migration.slots, Some(slots().into()));
         assert!(!status.safe_to_remove, "something moves: {status:?}");
     }
-    let complete = CompleteMigrationRequest { migration_id: "m1".to_owned(), ..Default::default() };
-    service(&n1).await.complete_migration(complete).await.unwrap();
+    complete(&n1, "m1").await.unwrap();
     completed(&n1, &n2, "m1").await;
     let (one, two) = (status(&n1).await, status(&n2).await);
     assert!(one.safe_to_remove && one.migrations.is_empty() && one.slots_owned == 0, "{one:?}");
@@ -220,27 +150,23 @@ async fn either_node_may_be_killed_at_any_moment() {
     let mut n1 = start("n1", dir.path(), "0-16383").await;
     let mut n2 = start("n2", dir.path(), "none").await;
     load(&n1, 3_000).await;
-    let writers = LoadGenerator::start(&n1.addresses().resp, "w", slots());
+    let clients = Load::start(&[&n1, &n2], slots());
     for round in 0..6_u64 {
         let id = format!("m{round}");
         let there = round % 2 == 0;
         {
             let (from, to) = if there { (&n1, &n2) } else { (&n2, &n1) };
-            service(from).await.start_migration(request(&id, to, slots().into(), true)).await.unwrap();
+            begin(from, request(&id, to)).await.unwrap();
         }
         // Somewhere on its way: the moments differ, and the outcome must not.
-        tokio::time::sleep(Duration::from_millis(fastrand_ms(round))).await;
+        tokio::time::sleep(Duration::from_millis(rand::random_range(0..150 + round * 50))).await;
         let victim = if round % 3 == 0 { &mut n1 } else { &mut n2 };
         victim.kill().await.unwrap();
         victim.restart().await.unwrap();
         let (from, to) = if there { (&n1, &n2) } else { (&n2, &n1) };
         completed(from, to, &id).await;
     }
-    let written = writers.finish().await.unwrap();
-    assert!(written.acknowledged > 0);
-    check(&written.histories, &[&n1, &n2]).await;
-}
-
-fn fastrand_ms(round: u64) -> u64 {
-    rand::random_range(0..150 + round * 50)
+    let faults = checker::check(&clients.finish().await, 6);
+    assert!(faults.is_empty(), "{faults:?}");
+    all_there([&n1, &n2], 3_000).await;
 }
