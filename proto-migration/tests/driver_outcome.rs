@@ -1,0 +1,233 @@
+//! The source's side when a node goes down or loses its disk: what it finds out, and what it leaves to an operator.
+
+#![cfg(all(feature = "client", feature = "server"))]
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failed expectation is a failed test")]
+
+mod support;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use proto_common::error::Error;
+use proto_common::slots::slot_of;
+use proto_migration::Reason;
+use proto_migration::hold::HoldMode;
+use proto_migration::v1::{FreezeOutcome, MigrationDecision, MigrationGate, MigrationState};
+use support::memory_source::{Answer, Faults, MemorySource};
+use support::memory_target::{Fault, MemoryTarget};
+use support::pair::{Pair, driver, error_of};
+use tokio::sync::Semaphore;
+
+#[tokio::test]
+async fn a_target_that_fails_behind_the_commit_still_owns_the_slots() {
+    let pair = Pair::start().await;
+    pair.fill(100).await;
+    // The commit is durable, and whoever waits for it does not hear so.
+    pair.target.fault("commit", Fault::PanicAfter);
+    pair.begin(|_| {}).await.unwrap();
+    pair.reaches(MigrationState::Completed).await;
+    assert_eq!(pair.target_rows().len(), 100);
+    assert_eq!(pair.source.held(), None);
+    assert_eq!(pair.source.read(b"key1").await, Answer::Moved { owner: "n2".into(), epoch: 1 });
+}
+
+#[tokio::test]
+async fn while_committing_nothing_but_evidence_opens_the_gate() {
+    let mut pair = Pair::start().await;
+    pair.fill(100).await;
+    let gate = Arc::new(Semaphore::new(0));
+    pair.target.fault("commit", Fault::Wait(Arc::clone(&gate)));
+    pair.begin(|_| {}).await.unwrap();
+    let committing = pair.reaches(MigrationState::Committing).await;
+    assert_eq!(committing.gate(), MigrationGate::Closed);
+    assert_eq!(pair.source.held(), Some(HoldMode::All));
+    assert_eq!(pair.cancel().await.unwrap_err().reason(), "OUTCOME_PENDING");
+    assert!(pair.complete(None).await.is_ok(), "the wish is under way");
+
+    // The source dies and comes back: the gate is closed before anybody is served.
+    pair.source_down().await;
+    pair.source = pair.source.restarted();
+    assert_eq!(pair.source.held(), None);
+    pair.source_up().await;
+    assert_eq!(pair.source.held(), Some(HoldMode::All));
+    let source = pair.source.clone();
+    let read = tokio::spawn(async move { source.read(b"key1").await });
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert!(!read.is_finished(), "nobody is served");
+    gate.add_permits(10);
+    pair.reaches(MigrationState::Completed).await;
+    assert_eq!(read.await.unwrap(), Answer::Moved { owner: "n2".into(), epoch: 1 });
+    assert_eq!(pair.cancel().await.unwrap_err().reason(), "ALREADY_COMMITTED");
+}
+
+#[tokio::test]
+async fn a_prepared_attempt_that_did_not_commit_is_fenced_and_goes_on() {
+    let mut pair = Pair::start().await;
+    pair.fill(100).await;
+    let never = Arc::new(Semaphore::new(0));
+    pair.target.fault("commit", Fault::Wait(never));
+    pair.begin(|_| {}).await.unwrap();
+    pair.reaches(MigrationState::Committing).await;
+    // The target dies before it commits. Its shutdown would wait for the commit; a crash does not.
+    *pair.reachable.lock().unwrap() = None;
+    pair.receiver = None;
+    pair.target = pair.target.crash();
+    pair.source_down().await;
+    pair.source = pair.source.restarted();
+    pair.source_up().await;
+    pair.reaches(MigrationState::Committing).await;
+    assert_eq!(pair.source.held(), Some(HoldMode::All), "the target does not answer: no evidence");
+    pair.target_up(2).await;
+    let done = pair.reaches(MigrationState::Completed).await;
+    let outcomes: Vec<_> = done.freezes.iter().map(|freeze| freeze.outcome()).collect();
+    assert!(outcomes.contains(&FreezeOutcome::Fenced), "{outcomes:?}");
+    assert_eq!(outcomes.last(), Some(&FreezeOutcome::Committed));
+    assert_eq!(pair.target_rows().len(), 100);
+}
+
+#[tokio::test]
+async fn a_target_that_lost_its_disk_while_committing_needs_an_operator() {
+    let mut pair = Pair::start().await;
+    pair.fill(50).await;
+    pair.target.fault("commit", Fault::Wait(Arc::new(Semaphore::new(0))));
+    pair.begin(|_| {}).await.unwrap();
+    pair.reaches(MigrationState::Committing).await;
+    *pair.reachable.lock().unwrap() = None;
+    pair.receiver = None;
+    pair.source_down().await;
+    pair.source = pair.source.restarted();
+    pair.source_up().await;
+    pair.target = MemoryTarget::default();
+    pair.target_up(9).await;
+    let stuck = pair.reaches(MigrationState::NeedsOperator).await;
+    assert_eq!(error_of(&stuck).reason(), "STORE_CHANGED");
+    assert_eq!(stuck.gate(), MigrationGate::Closed);
+    assert_eq!(pair.source.held(), Some(HoldMode::All));
+    assert_eq!(pair.cancel().await.unwrap_err().reason(), "RESOLVE_REFUSED");
+
+    // It stays so over a restart.
+    pair.source_down().await;
+    pair.source = pair.source.restarted();
+    pair.source_up().await;
+    pair.reaches(MigrationState::NeedsOperator).await;
+    assert_eq!(pair.source.held(), Some(HoldMode::All));
+
+    let discarded = MigrationDecision::Discarded;
+    let wrong = pair.resolve(discarded, |request| request.attempt += 1).await.unwrap_err();
+    assert_eq!(wrong.reason(), "RESOLVE_REFUSED");
+    let wrong =
+        pair.resolve(discarded, |request| request.peer_store_id = vec![9; 16].into()).await.unwrap_err();
+    assert_eq!((wrong.reason(), wrong.get("store_id")), ("RESOLVE_REFUSED", Some("02".repeat(16).as_str())));
+    let resolved = pair.resolve(discarded, |_| {}).await.unwrap();
+    assert_eq!(resolved.state(), MigrationState::Cancelled);
+    assert_eq!((resolved.slot_epoch, resolved.resolved_reason.as_deref()), (2, Some("the disk burnt")));
+    pair.source_serves().await;
+    assert_eq!(pair.resolve(discarded, |_| {}).await.unwrap().state(), MigrationState::Cancelled);
+    let other = pair.resolve(MigrationDecision::Committed, |_| {}).await.unwrap_err();
+    assert_eq!(other.reason(), "RESOLVE_REFUSED");
+}
+
+#[tokio::test]
+async fn an_operator_may_give_the_slots_to_the_target() {
+    let mut pair = Pair::start().await;
+    pair.fill(50).await;
+    pair.target.fault("commit", Fault::Wait(Arc::new(Semaphore::new(0))));
+    pair.begin(|_| {}).await.unwrap();
+    pair.reaches(MigrationState::Committing).await;
+    *pair.reachable.lock().unwrap() = None;
+    let resolved = pair.resolve(MigrationDecision::Committed, |_| {}).await.unwrap();
+    assert_eq!((resolved.state(), resolved.gate()), (MigrationState::Completed, MigrationGate::Moved));
+    assert_eq!(pair.source.read(b"key1").await, Answer::Moved { owner: "n2".into(), epoch: 1 });
+    pair.source_down().await;
+}
+
+#[tokio::test]
+async fn a_target_that_lost_its_disk_before_is_stopped_at_and_one_that_forgot_is_copied_to_again() {
+    let mut pair = Pair::start().await;
+    pair.fill(50).await;
+    pair.begin(|request| request.spec.as_mut().unwrap().auto_complete = false).await.unwrap();
+    pair.reaches(MigrationState::Ready).await;
+    pair.target_down().await;
+    pair.target = MemoryTarget::default();
+    pair.target_up(2).await;
+    let again = pair.until("copied again", |progress| progress.copy == 2).await;
+    assert!(again.copy_reason.contains("no record"), "{}", again.copy_reason);
+    pair.reaches(MigrationState::Ready).await;
+    pair.target_down().await;
+    pair.target = MemoryTarget::default();
+    pair.target_up(3).await;
+    let stuck = pair.reaches(MigrationState::NeedsOperator).await;
+    assert_eq!(stuck.gate(), MigrationGate::Open, "the source serves on");
+    assert_eq!(pair.source.write(b"key1", Some(b"2")).await, Answer::Done);
+    // The lost target is never heard of again, and the slots may go elsewhere.
+    *pair.reachable.lock().unwrap() = None;
+    pair.resolve(MigrationDecision::Discarded, |_| {}).await.unwrap();
+    pair.source_serves().await;
+    let elsewhere = pair.begin(|request| {
+        request.migration_id = "m2".into();
+        request.spec.as_mut().unwrap().target_node_id = "n3".into();
+    });
+    elsewhere.await.unwrap();
+}
+
+#[tokio::test]
+async fn a_source_that_restarts_goes_on_where_the_target_is() {
+    let mut pair = Pair::start().await;
+    pair.fill(2_000).await;
+    pair.source.set_faults(Faults { slow_pages: Duration::from_millis(20), ..Faults::default() });
+    pair.begin(|_| {}).await.unwrap();
+    pair.until("some rows are there", |progress| progress.progress.as_ref().unwrap().items_done >= 300).await;
+    pair.source_down().await;
+    let before = pair.source.pages();
+    pair.source_up().await;
+    let done = pair.reaches(MigrationState::Completed).await;
+    assert_eq!(done.copy, 1);
+    // 40 pages of 50 rows; those that had arrived are not read again.
+    assert!(pair.source.pages() - before <= 40 - 5, "{}", pair.source.pages() - before);
+    assert_eq!(pair.target_rows().len(), 2_000);
+}
+
+#[tokio::test]
+async fn a_source_that_restarts_goes_on_with_the_log_that_it_has() {
+    let mut pair = Pair::start().await;
+    pair.fill(100).await;
+    pair.begin(|request| request.spec.as_mut().unwrap().auto_complete = false).await.unwrap();
+    pair.reaches(MigrationState::Ready).await;
+    let saved = pair.progress().await.durable_seq;
+    // What the target acknowledges is dropped from the log, and nothing of it stands in the journal.
+    for n in 0..50 {
+        pair.source.write(format!("key{n}").as_bytes(), Some(b"after")).await;
+    }
+    pair.until("the changes have arrived", |progress| {
+        progress.durable_seq >= saved + 50 && progress.lag.and_then(|lag| lag.entries) == Some(0)
+    })
+    .await;
+    pair.source_down().await;
+    pair.source_up().await;
+    pair.reaches(MigrationState::Ready).await;
+    pair.complete(None).await.unwrap();
+    let done = pair.reaches(MigrationState::Completed).await;
+    assert_eq!((done.copy, done.copy_reason.as_str()), (1, ""));
+    assert_eq!(pair.target_rows().len(), 100);
+}
+
+#[tokio::test]
+async fn slots_of_a_damaged_record_are_held_and_the_rest_is_served() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::create_dir_all(dir.path().join("source/active")).unwrap();
+    let slot = slot_of(b"held");
+    let file = format!("source/active/{slot:05}-{slot:05}.m9.task");
+    std::fs::write(dir.path().join(file), b"NMJ1 garbage").unwrap();
+    let source = MemorySource::default();
+    let (client, _stop) = driver(&dir, &source, &Arc::default()).await;
+    assert_eq!(source.write(b"free", Some(b"1")).await, Answer::Done);
+    let held = source.clone();
+    let write = tokio::spawn(async move { held.write(b"held", Some(b"1")).await });
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert!(!write.is_finished());
+    let error = client.clone().start_migration(Pair::request("m1")).await.unwrap_err();
+    let error = Error::from(error);
+    assert_eq!(error.reason(), Reason::RangeBusy.error("").reason());
+    assert!(error.get("holder").unwrap().contains("m9.task"), "{error:?}");
+    write.abort();
+}

@@ -1,0 +1,257 @@
+//! How a migration ends at the target, and what is left of it after a crash.
+
+#![cfg(all(feature = "client", feature = "server"))]
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failed expectation is a failed test")]
+
+mod support;
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use bytes::Bytes;
+use proto_common::error::Error;
+use proto_common::ids::MigrationId;
+use proto_migration::Reason;
+use proto_migration::decisions::{Decision, Decisions};
+use proto_migration::limits::Limits;
+use proto_migration::v1::transfer_migration_data_request::{Discard, Forget, Frame};
+use proto_migration::v1::transfer_migration_data_response::Frame as Answer;
+use proto_migration::v1::{MigrationDecision, MigrationState};
+use support::frames::{COMMIT, Node, bulk, eventually, header, resolve, row};
+use support::memory_target::Fault;
+
+#[tokio::test]
+async fn it_goes_on_after_a_crash_at_every_step() {
+    let node = Node::start().await;
+    let (mut source, _) = node.accept(header(1)).await;
+    source.bulk(vec![row(10, "a")], false).await;
+    source.delta(11, vec![row(11, "c")]).await;
+    source.durable().await;
+    let node = node.crash().await;
+    assert_eq!(node.progress().state(), MigrationState::Receiving);
+    let (mut source, accepted) = node.accept(header(2)).await;
+    let resume = accepted.resume.unwrap();
+    assert!(accepted.known && !resume.copied);
+    assert_eq!((&*resume.cursor, resume.through_seq, resume.staged_keys), (&b"behind 1"[..], 11, 2));
+    source.bulk(vec![row(10, "b")], true).await;
+    source.delta(12, vec![]).await;
+    source.prepare(1, &node.target).await;
+    assert!(matches!(source.answer().await.unwrap(), Answer::Prepared(_)));
+    // Prepared: held from the start of the next process on.
+    let node = node.crash().await;
+    assert_eq!((node.progress().state(), node.target.holds()), (MigrationState::Prepared, 1));
+    let (mut source, accepted) = node.accept(resolve(3)).await;
+    assert_eq!((accepted.decision(), accepted.known), (MigrationDecision::Undecided, true));
+    assert_eq!((node.target.holds(), accepted.resume), (0, None));
+    source.send(Frame::Bulk(bulk(1, vec![], false))).await;
+    assert_eq!(source.error().await.reason(), "UNEXPECTED_FRAME");
+    let (mut source, accepted) = node.accept(header(4)).await;
+    source.watermark = accepted.resume.unwrap().through_seq;
+    source.prepare(1, &node.target).await;
+    assert!(matches!(source.answer().await.unwrap(), Answer::Prepared(_)));
+    source.send(COMMIT).await;
+    assert!(matches!(source.answer().await.unwrap(), Answer::Committed(_)));
+    // The reply was lost.
+    let node = node.crash().await;
+    let (mut source, accepted) = node.accept(resolve(5)).await;
+    assert_eq!(accepted.committed.unwrap().attempt, 4);
+    source.send(Frame::Forget(Forget {})).await;
+    assert!(matches!(source.answer().await.unwrap(), Answer::Forgotten(_)));
+    source.end().await;
+}
+
+#[tokio::test]
+async fn a_late_commit_of_a_fenced_attempt_fails() {
+    let node = Node::start().await;
+    let mut old = node.prepared(1).await;
+    let (_new, accepted) = node.accept(resolve(2)).await;
+    assert_eq!(accepted.decision(), MigrationDecision::Undecided);
+    assert_eq!(node.target.holds(), 0);
+    old.send(COMMIT).await;
+    assert_eq!(old.error().await.reason(), "SUPERSEDED");
+    assert_eq!(node.target.calls("commit"), 0);
+    assert!(node.target.disk().owned.is_empty());
+}
+
+#[tokio::test]
+async fn a_commit_is_tried_until_it_succeeds_and_requests_are_held() {
+    let node = Node::start().await;
+    let source = node.prepared(1).await;
+    let gate = Arc::new(tokio::sync::Semaphore::new(0));
+    node.target.fault("commit", Fault::Fail(Reason::StorageFailed.error("no")));
+    node.target.fault("commit", Fault::Panic);
+    node.target.fault("commit", Fault::Wait(Arc::clone(&gate)));
+    source.send(COMMIT).await;
+    eventually("the third try", || node.target.calls("commit") == 3).await;
+    assert_eq!(node.target.holds(), 1);
+    assert_eq!(node.cancel().await.unwrap_err().reason(), "OUTCOME_PENDING");
+    drop(source);
+    gate.add_permits(1);
+    eventually("committed though the source is gone", || {
+        node.progress().state() == MigrationState::Committed
+    })
+    .await;
+    assert_eq!(node.target.holds(), 0);
+    assert_eq!(node.cancel().await.unwrap_err().reason(), "ALREADY_COMMITTED");
+}
+
+#[tokio::test]
+async fn a_discard_is_for_good() {
+    let node = Node::start().await;
+    let mut source = node.prepared(1).await;
+    source.send(Frame::Discard(Discard { reason: "no".into() })).await;
+    let Answer::Discarded(discarded) = source.answer().await.unwrap() else { panic!() };
+    assert!(discarded.staged_bytes > 0);
+    source.end().await;
+    assert_eq!(node.target.holds(), 0);
+    assert_eq!(node.progress().state(), MigrationState::Cancelled);
+    let node = node.crash().await;
+    assert_eq!(node.progress().state(), MigrationState::Cancelled);
+    let (mut source, accepted) = node.accept(header(2)).await;
+    assert_eq!(accepted.decision(), MigrationDecision::Discarded);
+    assert!(node.target.disk().staged.is_empty());
+    source.send(Frame::Discard(Discard::default())).await;
+    assert!(matches!(source.answer().await.unwrap(), Answer::Discarded(_)));
+    assert_eq!(node.cancel().await.unwrap().state(), MigrationState::Cancelled);
+}
+
+#[tokio::test]
+async fn a_cancel_at_the_target_ends_the_stream() {
+    for prepared in [false, true] {
+        let node = Node::start().await;
+        let mut source = if prepared { node.prepared(1).await } else { node.accept(header(1)).await.0 };
+        assert_eq!(node.cancel().await.unwrap().state(), MigrationState::Cancelled);
+        let Answer::Discarded(discarded) = source.answer().await.unwrap() else { panic!() };
+        assert_eq!(discarded.reason, "enough");
+        source.end().await;
+        assert_eq!((node.target.holds(), node.target.calls("commit")), (0, 0));
+        let (_, accepted) = node.accept(resolve(2)).await;
+        assert_eq!(accepted.decision(), MigrationDecision::Discarded);
+    }
+}
+
+#[tokio::test]
+async fn an_operator_decides_what_is_prepared() {
+    for decision in [MigrationDecision::Committed, MigrationDecision::Discarded] {
+        let node = Node::start().await;
+        let (receiving, _) = node.accept(header(1)).await;
+        assert_eq!(node.decide(decision, 1).await.unwrap_err().reason(), "RESOLVE_REFUSED");
+        drop(receiving);
+        drop(node.prepared(2).await);
+        let refused = node.decide(decision, 1).await.unwrap_err();
+        assert_eq!((refused.reason(), refused.get("attempt")), ("RESOLVE_REFUSED", Some("2")));
+        for _ in 0..2 {
+            let resolved = node.decide(decision, 2).await.unwrap();
+            assert_eq!(resolved.decision(), decision);
+            assert_eq!(resolved.resolved_reason.as_deref(), Some("the disk burnt"));
+        }
+        let other = if decision == MigrationDecision::Committed {
+            MigrationDecision::Discarded
+        } else {
+            MigrationDecision::Committed
+        };
+        assert_eq!(node.decide(other, 2).await.unwrap_err().reason(), "RESOLVE_REFUSED");
+        assert_eq!(node.target.holds(), 0);
+        let (_, accepted) = node.accept(resolve(3)).await;
+        assert_eq!(accepted.decision(), decision);
+    }
+}
+
+#[tokio::test]
+async fn a_record_that_cannot_be_read_is_left_alone() {
+    let node = Node::start().await;
+    let id = MigrationId::new("m1").unwrap();
+    node.target.disk().records.insert(id.clone(), Bytes::from_static(b"\xff"));
+    let node = node.crash().await;
+    assert_eq!(node.refused(header(1)).await.reason(), "STORAGE_FAILED");
+    assert_eq!(node.target.disk().records[&id], Bytes::from_static(b"\xff"));
+}
+
+#[tokio::test]
+async fn records_that_nobody_needs_are_dropped_and_others_are_not() {
+    let mut limits = Limits::default();
+    limits.record_kept = Duration::from_millis(50);
+    let node = Node::with(|builder| builder.limits(limits)).await;
+    drop(node.accept(header(1)).await);
+    eventually("the empty record is dropped", || node.target.disk().records.is_empty()).await;
+    let (mut source, accepted) = node.accept(header(1)).await;
+    assert!(!accepted.known);
+    source.bulk(vec![row(10, "a")], false).await;
+    source.durable().await;
+    drop(source);
+    eventually("the stream is gone", || !node.progress().connected).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert_eq!(node.target.disk().records.len(), 1, "what is staged is never dropped because of its age");
+    node.cancel().await.unwrap();
+    eventually("the cancelled record is dropped", || node.target.disk().records.is_empty()).await;
+    let (_, accepted) = node.accept(resolve(9)).await;
+    assert_eq!(accepted.decision(), MigrationDecision::Discarded, "the history knows it");
+}
+
+/// Decides in memory; can be made to fail first.
+#[derive(Debug, Clone, Default)]
+struct Consensus {
+    decided: Arc<Mutex<HashMap<u64, Decision>>>,
+    failures: Arc<Mutex<usize>>,
+}
+
+impl Decisions for Consensus {
+    fn decide<'a>(
+        &'a self,
+        _: &'a MigrationId,
+        attempt: u64,
+        wish: Decision,
+    ) -> Pin<Box<dyn Future<Output = Result<Decision, Error>> + Send + 'a>> {
+        Box::pin(async move {
+            let mut failures = self.failures.lock().unwrap();
+            if *failures > 0 {
+                *failures -= 1;
+                return Err(Reason::StorageFailed.error("no quorum"));
+            }
+            Ok(*self.decided.lock().unwrap().entry(attempt).or_insert(wish))
+        })
+    }
+}
+
+#[tokio::test]
+async fn others_decide() {
+    let consensus = Consensus::default();
+    let node = Node::with(|builder| builder.decisions(consensus.clone())).await;
+    // A new attempt aborts the one that was prepared.
+    drop(node.prepared(1).await);
+    let (_, accepted) = node.accept(resolve(2)).await;
+    assert_eq!(accepted.decision(), MigrationDecision::Undecided);
+    assert_eq!(consensus.decided.lock().unwrap()[&1], Decision::Abort);
+    // Somebody aborted it before the commit came.
+    let mut source = node.prepared(3).await;
+    consensus.decided.lock().unwrap().insert(3, Decision::Abort);
+    source.send(COMMIT).await;
+    assert_eq!(source.error().await.reason(), "STALE_ATTEMPT");
+    assert_eq!((node.target.holds(), node.target.calls("commit")), (0, 0));
+    // It was decided to commit, and only then does a new attempt come.
+    drop(node.prepared(4).await);
+    consensus.decided.lock().unwrap().insert(4, Decision::Commit);
+    let (_, accepted) = node.accept(resolve(5)).await;
+    assert_eq!(accepted.committed.unwrap().attempt, 4);
+    assert_eq!(node.target.disk().owned.len(), 1);
+}
+
+#[tokio::test]
+async fn a_decision_is_followed_after_a_restart() {
+    let consensus = Consensus::default();
+    let node = Node::with(|builder| builder.decisions(consensus.clone())).await;
+    let source = node.prepared(1).await;
+    *consensus.failures.lock().unwrap() = usize::MAX;
+    source.send(COMMIT).await;
+    eventually("asked", || *consensus.failures.lock().unwrap() < usize::MAX).await;
+    node.receiver.shutdown().await;
+    assert_eq!(node.target.holds(), 1);
+    *consensus.failures.lock().unwrap() = 3;
+    let node =
+        Node::over(node.target.crash(), node.dir, |builder| builder.decisions(consensus.clone())).await;
+    eventually("committed", || node.progress().state() == MigrationState::Committed).await;
+    assert_eq!(consensus.decided.lock().unwrap()[&1], Decision::Commit);
+}

@@ -1,0 +1,236 @@
+//! A driver and a receiver over stores in memory, of which each can go down and come back.
+
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use super::memory_source::{Answer, MemorySource};
+use super::memory_target::MemoryTarget;
+use proto_common::error::{CommonReason, Error};
+use proto_common::ids::MigrationId;
+use proto_common::slots::SlotRange;
+use proto_common::v1::{Direction, NodeIdentity};
+use proto_migration::driver::{Dial, MigrationDriver, dial_fn};
+use proto_migration::entry::Image;
+use proto_migration::journal::Journal;
+use proto_migration::limits::Limits;
+use proto_migration::receiver::MigrationReceiver;
+use proto_migration::service::MigrationService;
+use proto_migration::v1::migration_service_client::MigrationServiceClient;
+use proto_migration::v1::{
+    CancelMigrationRequest, CompleteMigrationRequest, GetMigrationProgressRequest, MigrationDecision,
+    MigrationProgress, MigrationSpec, MigrationState, ResolveMigrationRequest, StartMigrationRequest,
+};
+
+pub type Service = MigrationService;
+
+pub fn identity(id: &str, store: u8) -> NodeIdentity {
+    NodeIdentity {
+        node_id: id.into(),
+        cluster_id: "c".into(),
+        store_id: vec![store; 16].into(),
+        ..NodeIdentity::default()
+    }
+}
+
+/// Two nodes, of which each can go down and come back.
+pub struct Pair {
+    pub dir: tempfile::TempDir,
+    pub source: MemorySource,
+    pub target: MemoryTarget,
+    /// What dialling reaches; `None`: nothing.
+    pub reachable: Arc<Mutex<Option<Service>>>,
+    pub receiver: Option<MigrationReceiver<MemoryTarget>>,
+    pub stop_driver: Option<Box<dyn FnOnce() -> futures::future::BoxFuture<'static, ()>>>,
+    pub client: MigrationServiceClient<Service>,
+}
+
+impl Pair {
+    pub async fn start() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let source = MemorySource::default();
+        let reachable: Arc<Mutex<Option<Service>>> = Arc::default();
+        let (client, stop_driver) = driver(&dir, &source, &reachable).await;
+        let mut pair = Self {
+            dir,
+            source,
+            target: MemoryTarget::default(),
+            reachable,
+            receiver: None,
+            stop_driver: Some(stop_driver),
+            client,
+        };
+        pair.target_up(2).await;
+        pair
+    }
+
+    pub async fn target_up(&mut self, store: u8) {
+        let (journal, _) = Journal::open(self.dir.path().join("target"), 10).unwrap();
+        let receiver = MigrationReceiver::builder(identity("n2", store), self.target.clone(), journal)
+            .start()
+            .await
+            .unwrap();
+        *self.reachable.lock().unwrap() = Some(receiver.clone().into_service());
+        self.receiver = Some(receiver);
+    }
+
+    /// The target goes down; what it had is on its disk.
+    pub async fn target_down(&mut self) {
+        *self.reachable.lock().unwrap() = None;
+        if let Some(receiver) = self.receiver.take() {
+            receiver.shutdown().await;
+        }
+        self.target = self.target.crash();
+    }
+
+    pub async fn source_down(&mut self) {
+        if let Some(stop) = self.stop_driver.take() {
+            stop().await;
+        }
+    }
+
+    /// The source comes back with the same store and journal.
+    pub async fn source_up(&mut self) {
+        let (client, stop) = driver(&self.dir, &self.source, &self.reachable).await;
+        (self.client, self.stop_driver) = (client, Some(stop));
+    }
+
+    pub fn request(id: &str) -> StartMigrationRequest {
+        StartMigrationRequest {
+            migration_id: id.into(),
+            spec: Some(MigrationSpec {
+                slots: Some(SlotRange::FULL.into()),
+                source_shard_id: "s1".into(),
+                target_shard_id: "s2".into(),
+                source_node_id: "n1".into(),
+                target_node_id: "n2".into(),
+                auto_complete: true,
+                ..MigrationSpec::default()
+            }),
+            target_address: "n2:1".into(),
+            ..StartMigrationRequest::default()
+        }
+    }
+
+    pub async fn begin(
+        &self,
+        change: impl FnOnce(&mut StartMigrationRequest),
+    ) -> Result<MigrationProgress, Error> {
+        let mut request = Self::request("m1");
+        change(&mut request);
+        let started = self.client.clone().start_migration(request).await?;
+        Ok(started.into_inner().migration.unwrap())
+    }
+
+    pub async fn progress(&self) -> MigrationProgress {
+        let request =
+            GetMigrationProgressRequest { migration_id: "m1".into(), direction: Direction::Out.into() };
+        let answer = self.client.clone().get_migration_progress(request).await.unwrap();
+        answer.into_inner().migration.unwrap()
+    }
+
+    pub async fn until(&self, what: &str, wanted: impl Fn(&MigrationProgress) -> bool) -> MigrationProgress {
+        let began = Instant::now();
+        loop {
+            let progress = self.progress().await;
+            if wanted(&progress) {
+                return progress;
+            }
+            assert!(began.elapsed() < Duration::from_secs(30), "never {what}: {progress:?}");
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    }
+
+    pub async fn reaches(&self, state: MigrationState) -> MigrationProgress {
+        self.until(state.short_name(), |progress| progress.state() == state).await
+    }
+
+    pub async fn complete(&self, deadline_ms: Option<u64>) -> Result<(), Error> {
+        let request = CompleteMigrationRequest { migration_id: "m1".into(), deadline_ms, fence: None };
+        Ok(self.client.clone().complete_migration(request).await.map(drop)?)
+    }
+
+    pub async fn cancel(&self) -> Result<MigrationProgress, Error> {
+        let request = CancelMigrationRequest {
+            migration_id: "m1".into(),
+            direction: Direction::Out.into(),
+            reason: "why not".into(),
+            fence: None,
+        };
+        Ok(self.client.clone().cancel_migration(request).await?.into_inner().migration.unwrap())
+    }
+
+    pub async fn resolve(
+        &self,
+        decision: MigrationDecision,
+        change: impl FnOnce(&mut ResolveMigrationRequest),
+    ) -> Result<MigrationProgress, Error> {
+        let shown = self.progress().await;
+        let mut request = ResolveMigrationRequest {
+            migration_id: "m1".into(),
+            direction: Direction::Out.into(),
+            decision: decision.into(),
+            attempt: shown.attempt,
+            peer_store_id: shown.peer.unwrap_or_default().store_id,
+            reason: "the disk burnt".into(),
+        };
+        change(&mut request);
+        Ok(self.client.clone().resolve_migration(request).await?.into_inner().migration.unwrap())
+    }
+
+    /// Writes some keys before anything starts.
+    pub async fn fill(&self, keys: usize) {
+        for n in 0..keys {
+            self.source.write(format!("key{n}").as_bytes(), Some(b"before")).await;
+        }
+    }
+
+    /// The source serves all slots, and nothing is staged.
+    pub async fn source_serves(&self) {
+        assert_eq!(self.source.held(), None);
+        assert_eq!(self.source.write(b"later", Some(b"1")).await, Answer::Done);
+        assert!(!self.source.has_log(&id()));
+        assert_eq!(self.source.delay(), Duration::ZERO);
+        assert!(self.target.disk().owned.is_empty());
+    }
+
+    /// What the target owns.
+    pub fn target_rows(&self) -> Vec<(Vec<u8>, Image)> {
+        let disk = self.target.disk();
+        let rows = disk.owned.iter().flat_map(|(_, _, rows)| rows);
+        rows.filter_map(|(key, (_, image))| Some((key.to_vec(), image.clone()?))).collect()
+    }
+}
+
+pub async fn driver(
+    dir: &tempfile::TempDir,
+    source: &MemorySource,
+    reachable: &Arc<Mutex<Option<Service>>>,
+) -> (MigrationServiceClient<Service>, Box<dyn FnOnce() -> futures::future::BoxFuture<'static, ()>>) {
+    let (journal, recovered) = Journal::open(dir.path().join("source"), 10).unwrap();
+    let driver = MigrationDriver::builder(identity("n1", 1), source.clone(), journal, dial(reachable))
+        .limits(Limits::default())
+        .start(recovered)
+        .await
+        .unwrap();
+    let client = MigrationServiceClient::new(driver.node().into_service());
+    let stop = move || -> futures::future::BoxFuture<'static, ()> {
+        Box::pin(async move { driver.shutdown().await })
+    };
+    (client, Box::new(stop))
+}
+
+pub fn dial(reachable: &Arc<Mutex<Option<Service>>>) -> impl Dial + use<> {
+    let reachable = Arc::clone(reachable);
+    dial_fn(move |_, _| {
+        let service = reachable.lock().unwrap().clone();
+        async move { service.ok_or_else(|| Error::new(CommonReason::Unavailable, "connection refused")) }
+    })
+}
+
+pub fn id() -> MigrationId {
+    MigrationId::new("m1").unwrap()
+}
+
+pub fn error_of(progress: &MigrationProgress) -> Error {
+    progress.progress.clone().unwrap().error.expect("an error").into()
+}
