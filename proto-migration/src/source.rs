@@ -7,6 +7,7 @@ use std::future::Future;
 use std::time::Duration;
 
 use bytes::Bytes;
+use proto_common::clock::now_unix_ms;
 use proto_common::error::Error;
 use proto_common::fence::Fence;
 use proto_common::ids::{MigrationId, NodeId};
@@ -98,6 +99,14 @@ pub struct LogState {
     pub oldest_unix_ms: Option<u64>,
 }
 
+impl LogState {
+    /// Age of the oldest change that is retained, in milliseconds; 0 if there is none.
+    #[must_use]
+    pub fn age_ms(&self) -> u64 {
+        self.oldest_unix_ms.map_or(0, |oldest| now_unix_ms().saturating_sub(oldest))
+    }
+}
+
 /// To whom slots are given.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Handover {
@@ -175,7 +184,8 @@ pub trait MigrationSource: Send + Sync + 'static {
         limit: PageLimit,
     ) -> impl Future<Output = Result<ChangePage, Error>> + Send;
 
-    /// Lets the store drop what its log has up to `through`: it is durable at the target. Need not be durable itself.
+    /// Lets the store drop what its log has up to `through`: it is durable at the target, or given up because the log is beyond its cap.
+    /// Need not be durable itself.
     ///
     /// # Errors
     ///

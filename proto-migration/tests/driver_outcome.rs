@@ -12,10 +12,10 @@ use proto_common::error::Error;
 use proto_common::slots::slot_of;
 use proto_migration::Reason;
 use proto_migration::hold::HoldMode;
-use proto_migration::v1::{FreezeOutcome, MigrationDecision, MigrationGate, MigrationState};
+use proto_migration::v1::{FreezeOutcome, MigrationDecision, MigrationGate, MigrationLimits, MigrationState};
 use support::memory_source::{Answer, Faults, MemorySource};
 use support::memory_target::{Fault, MemoryTarget};
-use support::pair::{Pair, driver, error_of};
+use support::pair::{Pair, driver, error_of, id};
 use tokio::sync::Semaphore;
 
 #[tokio::test]
@@ -158,6 +158,7 @@ async fn a_target_that_lost_its_disk_before_is_stopped_at_and_one_that_forgot_is
     pair.target_up(3).await;
     let stuck = pair.reaches(MigrationState::NeedsOperator).await;
     assert_eq!(stuck.gate(), MigrationGate::Open, "the source serves on");
+    assert!(!pair.source.has_log(&id()), "and logs nothing for nobody");
     assert_eq!(pair.source.write(b"key1", Some(b"2")).await, Answer::Done);
     // The lost target is never heard of again, and the slots may go elsewhere.
     *pair.reachable.lock().unwrap() = None;
@@ -209,6 +210,38 @@ async fn a_source_that_restarts_goes_on_with_the_log_that_it_has() {
     let done = pair.reaches(MigrationState::Completed).await;
     assert_eq!((done.copy, done.copy_reason.as_str()), (1, ""));
     assert_eq!(pair.target_rows().len(), 100);
+}
+
+#[tokio::test]
+async fn a_target_that_is_away_for_long_costs_no_more_log_than_the_cap() {
+    let mut pair = Pair::start().await;
+    pair.fill(100).await;
+    pair.begin(|request| {
+        request.spec.as_mut().unwrap().auto_complete = false;
+        request.limits = Some(MigrationLimits { log_bytes_cap: Some(1 << 20), ..MigrationLimits::default() });
+    })
+    .await
+    .unwrap();
+    pair.reaches(MigrationState::Ready).await;
+    pair.target_down().await;
+    let long = |n: usize| format!("{n:060000}").into_bytes();
+    for n in 0..10 {
+        pair.source.write(&long(n), Some(b"1")).await;
+    }
+    let away = pair.until("the lag is shown", |progress| progress.lag.unwrap().entries == Some(10)).await;
+    assert_eq!((away.state(), away.connected), (MigrationState::CatchingUp, false), "it is not ready");
+    for n in 10..20 {
+        pair.source.write(&long(n), Some(b"1")).await;
+    }
+    pair.until("the log is dropped", |progress| progress.lag.unwrap().entries == Some(0)).await;
+    assert_eq!(pair.source.delay(), Duration::ZERO, "nobody waits for a target that is away");
+    pair.target_up(2).await;
+    let again = pair.until("copied again", |progress| progress.copy == 2).await;
+    assert!(!again.copy_reason.is_empty());
+    pair.until("ready again", |progress| progress.state() == MigrationState::Ready).await;
+    pair.complete(None).await.unwrap();
+    pair.reaches(MigrationState::Completed).await;
+    assert_eq!(pair.target_rows().len(), 120);
 }
 
 #[tokio::test]

@@ -27,11 +27,12 @@ use crate::journal::SourceRecord;
 use crate::limits::TaskLimits;
 use crate::progress::kept;
 use crate::service::{Resolution, shutting_down};
-use crate::source::{Handover, MigrationSource};
+use crate::source::{Handover, LogState, MigrationSource};
 use crate::spec::MigrationSpec;
 use crate::v1::transfer_migration_data_response::Committed;
 use crate::v1::{
-    FreezeAttempt, FreezeOutcome, MigrationDecision, MigrationGate, MigrationProgress, MigrationState,
+    FreezeAttempt, FreezeOutcome, MigrationDecision, MigrationGate, MigrationLag, MigrationProgress,
+    MigrationState,
 };
 
 /// What a caller asks of a task that runs.
@@ -501,6 +502,10 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         tracing::error!(migration_id = %self.id, reason = error.reason(), error = %error, "migration needs an operator");
         self.record.stopped_in = self.state().into();
         let gate = self.shown().gate();
+        if gate == MigrationGate::Open {
+            // However long the operator takes, the log of what clients write is of no use to any decision.
+            self.keep(None).await?;
+        }
         self.change().task().error = Some(kept(error));
         self.enter(MigrationState::NeedsOperator, gate).await
     }
@@ -534,6 +539,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         let state = self.state();
         self.change().incident(&error);
         tracing::debug!(migration_id = %self.id, state = state.short_name(), reason = error.reason(), error = %error, "a stream ended");
+        self.without_stream().await;
         let known = self.shown().peer.is_some();
         let reason = Reason::parse(error.reason());
         let done = match reason {
@@ -598,6 +604,36 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         // Stopping is seen by whoever looks next.
         let _ = done;
         None
+    }
+
+    /// What a stream leaves behind: READY no more, and a log that nobody reads. Nor does anybody slow writers for a target that may be
+    /// away for long: behind the cap the log is given up rather than the disk. The next stream finds that out, and the next copy begins.
+    async fn without_stream(&mut self) {
+        if !self.in_transfer() {
+            return;
+        }
+        if self.state() == MigrationState::Ready {
+            // Saved with the next attempt; a source that restarts does the same.
+            self.change().enter(MigrationState::CatchingUp);
+        }
+        let mut log = *self.inner.source.watch_log(&self.id).borrow();
+        if log.bytes > self.limits.log_bytes_cap {
+            tracing::warn!(migration_id = %self.id, bytes = log.bytes, "the target is away for too long: the change log is dropped");
+            match self.inner.source.release_changes(&self.id, log.head_seq).await {
+                Ok(()) => log = *self.inner.source.watch_log(&self.id).borrow(),
+                Err(error) => self.change().incident(&error),
+            }
+        }
+        self.show_lag(&log, log.age_ms());
+    }
+
+    /// Shows how far the target is behind.
+    pub(super) fn show_lag(&mut self, log: &LogState, age_ms: u64) {
+        let cap = self.limits.log_bytes_cap;
+        let progress = self.change();
+        (progress.log_bytes, progress.log_bytes_cap) = (log.bytes, cap);
+        progress.lag =
+            Some(MigrationLag { entries: Some(log.entries), bytes: Some(log.bytes), age_ms: Some(age_ms) });
     }
 
     fn wait_after(&mut self, error: &Error) -> Duration {

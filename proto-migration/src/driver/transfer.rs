@@ -18,7 +18,7 @@ use crate::Reason;
 use crate::progress::kept;
 use crate::source::{ChangeCursor, LogState, MigrationSource};
 use crate::v1::transfer_migration_data_request::{Frame, Heartbeat, Purpose};
-use crate::v1::{MigrationDecision, MigrationGate, MigrationLag, MigrationState};
+use crate::v1::{MigrationDecision, MigrationGate, MigrationState};
 
 /// How often the task looks at where it is.
 const TICK: Duration = Duration::from_millis(10);
@@ -208,7 +208,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
             let (source, id) = (Arc::clone(&self.inner.source), self.id.clone());
             self.meanwhile(async move { source.release_changes(&id, ack.durable_seq).await }).await??;
         }
-        let age = log.oldest_unix_ms.map_or(0, |oldest| now_unix_ms().saturating_sub(oldest));
+        let age = log.age_ms();
         self.count(running, &sent, &log, age, now);
         if now >= running.heartbeat {
             let every = HEARTBEAT.min(running.link.idle / 3);
@@ -250,6 +250,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         let ack = *running.link.acks.borrow();
         let before = running.before;
         let slowed = self.inner.source.writers_slowed_ms(&self.id);
+        self.show_lag(log, age);
         let progress = self.record.progress.get_or_insert_default();
         progress.wire_bytes = before.wire_bytes + sent.bytes;
         progress.delta_entries = before.changes + sent.changes;
@@ -258,10 +259,6 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         progress.target_throttled_ms = progress.target_throttled_ms.max(ack.throttled_ms);
         progress.writers_slowed_ms = slowed;
         progress.durable_seq = progress.durable_seq.max(ack.durable_seq);
-        progress.log_bytes = log.bytes;
-        progress.log_bytes_cap = self.limits.log_bytes_cap;
-        progress.lag =
-            Some(MigrationLag { entries: Some(log.entries), bytes: Some(log.bytes), age_ms: Some(age) });
         let task = progress.task();
         if ack.durable_number > 0 {
             if (task.items_done, task.bytes_done) != (ack.staged_keys, ack.staged_bytes) {
