@@ -2,13 +2,15 @@
 //!
 //! | question | where |
 //! |---|---|
-//! | what is the state, what is saved when, what may callers do? | `driver/task.rs` |
+//! | what is the state, what is saved when? | `driver/task.rs` |
+//! | what may callers ask? | `driver/calls.rs` |
 //! | how are rows and changes sent? | `driver/pump.rs`, within one stream: `driver/transfer.rs` |
 //! | how do slots change hands? | `driver/freeze.rs` |
 //! | how is an unknown outcome found out? | `driver/resolve.rs` |
 //! | who is slowed when the target does not keep up? | `driver/pressure.rs` |
 //! | what must my store do? | implement [`MigrationSource`] |
 
+mod calls;
 mod dial;
 mod freeze;
 mod link;
@@ -42,7 +44,8 @@ use tokio_util::task::TaskTracker;
 pub use dial::TcpDial;
 pub use dial::{Dial, DialFn, dial_fn};
 
-use self::task::{Command, Task, freeze_backoff};
+use self::calls::Command;
+use self::task::{Task, freeze_backoff};
 use crate::Reason;
 use crate::hold::{Hold, HoldMode};
 use crate::journal::{Journal, Recovered, SourceRecord};
@@ -332,7 +335,7 @@ impl<S: MigrationSource, D: Dial> Inner<S, D> {
     async fn ask(
         &self,
         id: &MigrationId,
-        command: impl FnOnce(task::Reply) -> Command,
+        command: impl FnOnce(calls::Reply) -> Command,
     ) -> Option<Result<MigrationProgress, Error>> {
         let handle = self.running().get(id).cloned()?;
         let (reply, answer) = oneshot::channel();
@@ -491,7 +494,7 @@ impl<S: MigrationSource, D: Dial> SourceCalls for Calls<S, D> {
         let known = self.0.ended_as(id)?;
         match known.state() {
             MigrationState::Completed => Ok(known),
-            state => Err(task::ended(state)),
+            state => Err(calls::ended(state)),
         }
     }
 
@@ -509,8 +512,8 @@ impl<S: MigrationSource, D: Dial> SourceCalls for Calls<S, D> {
         let known = self.0.ended_as(id)?;
         match known.state() {
             MigrationState::Cancelled => Ok(known),
-            MigrationState::Completed => Err(task::already_committed()),
-            state => Err(task::ended(state)),
+            MigrationState::Completed => Err(calls::already_committed()),
+            state => Err(calls::ended(state)),
         }
     }
 
@@ -524,6 +527,6 @@ impl<S: MigrationSource, D: Dial> SourceCalls for Calls<S, D> {
             return Ok(known);
         }
         let text = format!("the migration has ended: it is {}", known.state().short_name());
-        Err(task::resolve_refused(&text, &known))
+        Err(calls::resolve_refused(&text, &known))
     }
 }

@@ -10,10 +10,11 @@ use proto_common::clock::millis;
 use proto_common::error::Error;
 use tokio::time::{Instant, interval, timeout, timeout_at};
 
+use super::calls::Command;
 use super::dial::Dial;
 use super::link::{Said, unexpected};
 use super::pump::Wish;
-use super::task::{Command, Halt, Task};
+use super::task::{Halt, Task};
 use super::transfer::Running;
 use crate::Reason;
 use crate::digest::SlotDigest;

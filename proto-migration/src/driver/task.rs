@@ -1,4 +1,4 @@
-//! One migration at the source: its state, what is persisted when, and what callers ask of it.
+//! One migration at the source: its state, and what is persisted when.
 //!
 //! A task owns its record. Every transition is saved before it is acted on, except the way into and out of FREEZING: a source that
 //! restarts holds no writes of a freeze.
@@ -14,11 +14,11 @@ use proto_common::meter::Meter;
 use proto_common::rate::RateLimiter;
 use proto_common::registry::Tracker;
 use proto_common::retry::{Backoff, BackoffState};
-use proto_common::v1::Priority;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::Inner;
+use super::calls::Command;
 use super::dial::Dial;
 use crate::Reason;
 use crate::failpoint::reached;
@@ -26,7 +26,6 @@ use crate::hold::{Hold, HoldMode};
 use crate::journal::SourceRecord;
 use crate::limits::TaskLimits;
 use crate::progress::kept;
-use crate::service::{Resolution, shutting_down};
 use crate::source::{Handover, LogState, MigrationSource};
 use crate::spec::MigrationSpec;
 use crate::v1::transfer_migration_data_response::Committed;
@@ -34,17 +33,6 @@ use crate::v1::{
     FreezeAttempt, FreezeOutcome, MigrationDecision, MigrationGate, MigrationLag, MigrationProgress,
     MigrationState,
 };
-
-/// What a caller asks of a task that runs.
-#[derive(Debug)]
-pub(super) enum Command {
-    Join { limits: TaskLimits, priority: Priority, address: String, reply: Reply },
-    Complete { deadline: Duration, reply: Reply },
-    Cancel { reason: String, reply: Reply },
-    Resolve { resolution: Resolution, reply: Reply },
-}
-
-pub(super) type Reply = oneshot::Sender<Result<MigrationProgress, Error>>;
 
 /// Why something stopped half way.
 #[derive(Debug)]
@@ -215,162 +203,9 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         self.meanwhile(std::future::pending()).await
     }
 
-    /// Answers a caller. `Changed` if the migration is in another state now.
-    pub(super) async fn command(&mut self, command: Command) -> Result<(), Halt> {
-        let (reply, answer, halt) = match command {
-            Command::Join { limits, priority, address, reply } => {
-                self.limits = limits;
-                let progress = self.change();
-                progress.limits = Some(limits.into());
-                progress.set_priority(priority);
-                progress.target_address = address;
-                self.rate.set_rate(limits.bytes_per_second);
-                let saved = self.save().await;
-                (reply, Ok(()), saved)
-            }
-            Command::Complete { deadline, reply } => {
-                let (answer, halt) = self.complete_wanted(deadline).await;
-                (reply, answer, halt)
-            }
-            Command::Cancel { reason, reply } => {
-                let (answer, halt) = self.cancel_wanted(&reason).await;
-                (reply, answer, halt)
-            }
-            Command::Resolve { resolution, reply } => {
-                let (answer, halt) = self.resolved(resolution).await;
-                (reply, answer, halt)
-            }
-        };
-        let answer = match halt {
-            Err(Halt::Stopping) => Err(shutting_down()),
-            _ => answer.map(|()| self.shown().clone()),
-        };
-        // A caller that hung up asks again.
-        let _ = reply.send(answer);
-        halt
-    }
-
-    async fn complete_wanted(&mut self, deadline: Duration) -> (Result<(), Error>, Result<(), Halt>) {
-        let state = self.state();
-        match state {
-            MigrationState::CatchingUp | MigrationState::Ready => {
-                let until = now_unix_ms().saturating_add(proto_common::clock::millis(deadline));
-                self.change().complete_deadline_unix_ms = Some(until);
-                (Ok(()), self.save().await)
-            }
-            MigrationState::Freezing | MigrationState::Committing | MigrationState::Completed => {
-                (Ok(()), Ok(()))
-            }
-            MigrationState::Pending | MigrationState::Copying => {
-                let error = Reason::NotReady
-                    .error(format!("the rows are not copied yet ({}); ask again", state.short_name()))
-                    .metadata("state", state.as_str_name());
-                (Err(error), Ok(()))
-            }
-            _ => (Err(ended(state)), Ok(())),
-        }
-    }
-
-    async fn cancel_wanted(&mut self, reason: &str) -> (Result<(), Error>, Result<(), Halt>) {
-        let state = self.state();
-        let refusal = match state {
-            MigrationState::Cancelling | MigrationState::Cancelled => return (Ok(()), Ok(())),
-            MigrationState::Committing => Reason::OutcomePending
-                .error("the commit is under way and its outcome is being found out; ask again"),
-            MigrationState::Completed => already_committed(),
-            MigrationState::Failed => ended(state),
-            MigrationState::NeedsOperator => resolve_refused(
-                "the outcome of this migration cannot be found out; decide it with ResolveMigration",
-                self.shown(),
-            ),
-            _ => {
-                let me = self.inner.identity.node_id.clone();
-                let accepted = self.shown().peer.is_some();
-                let progress = self.change();
-                reason.clone_into(&mut progress.cancel_reason);
-                progress.cancelled_at_node_id = me;
-                let done = if accepted {
-                    let entered = self.enter(MigrationState::Cancelling, MigrationGate::Open).await;
-                    if entered.is_ok() {
-                        self.open_gate();
-                    }
-                    entered
-                } else {
-                    self.record.untold = self.may_be_known();
-                    self.discarded("").await
-                };
-                return match done {
-                    Ok(()) => (Ok(()), Err(Halt::Changed)),
-                    Err(halt) => (Err(shutting_down()), Err(halt)),
-                };
-            }
-        };
-        (Err(refusal.metadata("state", state.as_str_name())), Ok(()))
-    }
-
-    /// An operator decides.
-    async fn resolved(&mut self, resolution: Resolution) -> (Result<(), Error>, Result<(), Halt>) {
-        let Resolution { decision, attempt, peer_store_id, reason } = resolution;
-        let shown = self.shown();
-        let state = shown.state();
-        if shown.resolved_reason.is_some() && shown.decision() == decision {
-            return (Ok(()), Ok(()));
-        }
-        let peer = shown.peer.as_ref().map(|peer| peer.store_id.clone()).unwrap_or_default();
-        let refusal = match state {
-            MigrationState::Committing | MigrationState::Cancelling | MigrationState::NeedsOperator => {
-                if attempt != shown.attempt {
-                    Some(format!("attempt {attempt} is not the present one, {}; look again", shown.attempt))
-                } else if peer_store_id != peer {
-                    Some("the peer's store is another one than the one vouched for; look again".to_owned())
-                } else {
-                    None
-                }
-            }
-            _ => Some(format!("nothing is to be decided in {}", state.short_name())),
-        };
-        if let Some(refusal) = refusal {
-            return (Err(resolve_refused(&refusal, shown)), Ok(()));
-        }
-        tracing::warn!(migration_id = %self.id, decision = decision.as_str_name(), reason, "an operator decided");
-        self.change().resolved_reason = Some(reason);
-        let halt = if decision == MigrationDecision::Committed {
-            let slot_epoch = self.new_slot_epoch();
-            self.hand_over(&Committed {
-                attempt,
-                slot_epoch,
-                resolved_by_operator: true,
-                ..Committed::default()
-            })
-            .await
-        } else {
-            self.take_back().await
-        };
-        match halt {
-            Ok(()) => (Ok(()), Err(Halt::Changed)),
-            Err(halt) => (Err(shutting_down()), Err(halt)),
-        }
-    }
-
     /// The epoch that the commit gives the slots.
     pub(super) fn new_slot_epoch(&self) -> u64 {
         self.shown().slot_epoch.saturating_add(1)
-    }
-
-    /// The operator's DISCARDED: this node serves, at an epoch that the lost target cannot have.
-    async fn take_back(&mut self) -> Result<(), Halt> {
-        let epoch = self.shown().slot_epoch.saturating_add(2);
-        self.record.claim_epoch = epoch;
-        self.record.untold = true;
-        self.save().await?;
-        self.keep(Some(epoch)).await?;
-        let progress = self.change();
-        progress.set_decision(MigrationDecision::Discarded);
-        progress.slot_epoch = epoch;
-        self.end_freeze(FreezeOutcome::Fenced, None);
-        self.enter(MigrationState::Cancelled, MigrationGate::Open).await?;
-        self.open_gate();
-        Ok(())
     }
 
     /// The target owns the slots: gives them up here, lets clients through to be redirected, and records it.
@@ -436,7 +271,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
     }
 
     /// The change log ends, and the slots stay here.
-    async fn keep(&mut self, claim: Option<u64>) -> Result<(), Halt> {
+    pub(super) async fn keep(&mut self, claim: Option<u64>) -> Result<(), Halt> {
         self.inner.source.slow_writers(&self.id, Duration::ZERO);
         self.until(|task| {
             let (source, id, slots) = (Arc::clone(&task.inner.source), task.id.clone(), task.spec.slots);
@@ -493,7 +328,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
     }
 
     /// Of a migration that was never accepted: a target may have heard of it all the same, and keep the slots from others.
-    fn may_be_known(&self) -> bool {
+    pub(super) fn may_be_known(&self) -> bool {
         self.shown().attempt > 0
     }
 
@@ -713,29 +548,4 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
             self.inner.keep_held(hold);
         }
     }
-}
-
-pub(super) fn ended(state: MigrationState) -> Error {
-    Reason::MigrationEnded
-        .error(format!("the migration has ended: it is {}", state.short_name()))
-        .metadata("state", state.as_str_name())
-}
-
-pub(super) fn already_committed() -> Error {
-    Reason::AlreadyCommitted
-        .error("the target owns the slots; migrate them back instead")
-        .metadata("state", MigrationState::Completed.as_str_name())
-}
-
-pub(super) fn resolve_refused(why: &str, shown: &MigrationProgress) -> Error {
-    let store: String = shown
-        .peer
-        .as_ref()
-        .map(|peer| peer.store_id.iter().map(|byte| format!("{byte:02x}")).collect())
-        .unwrap_or_default();
-    Reason::ResolveRefused
-        .error(why)
-        .metadata("state", shown.state().as_str_name())
-        .metadata("attempt", shown.attempt.to_string())
-        .metadata("store_id", store)
 }
