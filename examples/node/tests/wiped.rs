@@ -28,9 +28,8 @@ async fn wipe(node: &mut NodeProcess, directory: &std::path::Path) {
     node.restart().await.unwrap();
 }
 
-/// A pair whose migration has come to where the source waits for the answer to `Commit`.
-async fn committing(ways: Ways) -> (Pair, Proxy) {
-    let pair = Pair::start(300, 100).await;
+/// Leads a migration to where the source waits for the answer to `Commit`.
+async fn committing(pair: &Pair, ways: Ways) -> Proxy {
     let proxy = Proxy::start(&pair.n2.addresses().grpc).await;
     proxy.arm(Frame::Commit, ways);
     let mut request = request(ID, &pair.n2);
@@ -40,7 +39,7 @@ async fn committing(ways: Ways) -> (Pair, Proxy) {
     let there = if ways == LATE { MigrationState::Prepared } else { MigrationState::Committed };
     reaches(&pair.n2, ID, Direction::In, there).await;
     assert_eq!(pair.source().await, MigrationState::Committing);
-    (pair, proxy)
+    proxy
 }
 
 async fn out(pair: &Pair) -> MigrationProgress {
@@ -92,8 +91,10 @@ async fn a_target_that_was_wiped_before_the_freeze_costs_nobody_anything() {
 
 #[tokio::test]
 async fn a_target_that_was_wiped_while_it_was_prepared_leaves_the_slots_to_an_operator() {
-    let (mut pair, proxy) = committing(LATE).await;
+    let mut pair = Pair::start(300, 100).await;
     let load = pair.load();
+    load.going().await;
+    let proxy = committing(&pair, LATE).await;
     wipe(&mut pair.n2, pair.directory.path()).await;
     proxy.cut();
     let stopped = reaches(&pair.n1, ID, Direction::Out, MigrationState::NeedsOperator).await;
@@ -128,7 +129,8 @@ async fn a_target_that_was_wiped_while_it_was_prepared_leaves_the_slots_to_an_op
 
 #[tokio::test]
 async fn a_target_that_was_wiped_after_the_commit_may_be_given_up() {
-    let (mut pair, proxy) = committing(LOST).await;
+    let mut pair = Pair::start(300, 100).await;
+    let proxy = committing(&pair, LOST).await;
     wipe(&mut pair.n2, pair.directory.path()).await;
     proxy.cut();
     let stopped = reaches(&pair.n1, ID, Direction::Out, MigrationState::NeedsOperator).await;
@@ -149,8 +151,10 @@ async fn a_target_that_was_wiped_after_the_commit_may_be_given_up() {
 
 #[tokio::test]
 async fn a_target_that_returns_after_the_slots_were_taken_back_obeys() {
-    let (mut pair, proxy) = committing(LOST).await;
+    let mut pair = Pair::start(300, 100).await;
     let load = pair.load();
+    load.going().await;
+    let proxy = committing(&pair, LOST).await;
     pair.n2.kill().await.unwrap();
     proxy.cut();
     // The node that is gone answers nothing; the operator does not wait.
@@ -179,7 +183,8 @@ async fn a_target_that_returns_after_the_slots_were_taken_back_obeys() {
 
 /// The source is gone for good while the target is prepared.
 async fn without_source(decision: MigrationDecision) {
-    let (mut pair, proxy) = committing(LATE).await;
+    let mut pair = Pair::start(300, 100).await;
+    let proxy = committing(&pair, LATE).await;
     let mine = (0..300).filter(|n| slots().contains(node::common::slot_of(format!("key:{n}").as_bytes())));
     let (mine, committed) = (mine.count(), decision == MigrationDecision::Committed);
     pair.n1.kill().await.unwrap();
@@ -213,7 +218,8 @@ async fn an_operator_may_decide_at_a_target_whose_source_is_gone() {
 
 #[tokio::test]
 async fn a_decision_at_the_source_alone_does_not_make_the_target_serve() {
-    let (mut pair, proxy) = committing(LATE).await;
+    let mut pair = Pair::start(300, 100).await;
+    let proxy = committing(&pair, LATE).await;
     pair.n2.kill().await.unwrap();
     proxy.cut();
     until("the commit is decided at the source", async || {

@@ -1,5 +1,7 @@
 //! Clients that write, read and count while slots move, and record what they were answered.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use node::common::{SlotRange, slot_of};
@@ -10,6 +12,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::checker::{Act, Answer, Event};
+use super::until;
 
 /// Clients at the same time.
 const CLIENTS: usize = 4;
@@ -33,7 +36,7 @@ impl Load {
     /// Starts clients of keys in `slots`, which know the Redis ports of `nodes`.
     pub fn start(nodes: &[&NodeProcess], slots: SlotRange) -> Self {
         let addresses = nodes.iter().map(|node| node.addresses().resp.clone()).collect();
-        let link = Link { addresses, at: 0, client: None, epoch: Instant::now() };
+        let link = Link { addresses, at: 0, client: None, epoch: Instant::now(), answered: Arc::default() };
         let mut all = (0..)
             .map(|n| format!("checked:{n}"))
             .filter(|key| slots.contains(slot_of(key.as_bytes())))
@@ -55,8 +58,15 @@ impl Load {
         self.link.epoch.elapsed()
     }
 
-    /// Ends the clients, reads all keys once more, and returns what all were answered.
+    /// Waits until the clients were answered a few times for each key, counted from now.
+    pub async fn going(&self) {
+        let wanted = self.link.answered.load(Ordering::Relaxed) + 2 * self.keys.len();
+        until("clients are answered", async || self.link.answered.load(Ordering::Relaxed) > wanted).await;
+    }
+
+    /// Lets the clients go on for a moment, ends them, reads all keys once more, and returns what all were answered.
     pub async fn finish(mut self) -> Vec<Event> {
+        self.going().await;
         self.stop.cancel();
         let mut events: Vec<_> = self.clients.join_all().await.into_iter().flatten().collect();
         for key in &self.keys {
@@ -64,7 +74,6 @@ impl Load {
             assert_ne!(read.answer, Answer::Unknown, "{read:?}");
             events.push(read);
         }
-        assert!(events.len() > 2 * self.keys.len(), "the clients did something");
         events
     }
 }
@@ -108,11 +117,14 @@ struct Link {
     at: usize,
     client: Option<Client>,
     epoch: Instant,
+    /// Over all connections.
+    answered: Arc<AtomicUsize>,
 }
 
 impl Link {
     fn fresh(&self) -> Self {
-        Self { addresses: self.addresses.clone(), at: 0, client: None, epoch: self.epoch }
+        let (addresses, answered) = (self.addresses.clone(), Arc::clone(&self.answered));
+        Self { addresses, at: 0, client: None, epoch: self.epoch, answered }
     }
 
     /// Asks until there is an answer, or the connection breaks.
@@ -166,6 +178,7 @@ impl Link {
                 tokio::time::sleep(PAUSE).await;
             } else {
                 self.client = Some(client);
+                self.answered.fetch_add(1, Ordering::Relaxed);
             }
             return Event { key: key.to_owned(), act, answer, node: self.at, begun, ended };
         }
