@@ -82,7 +82,7 @@ impl Connect for tonic::transport::Endpoint {
 
 /// What happened: tonic's own text is only "transport error".
 #[cfg(feature = "channel")]
-fn deepest(error: &dyn std::error::Error) -> String {
+pub(crate) fn deepest(error: &dyn std::error::Error) -> String {
     let mut deepest = error;
     while let Some(source) = deepest.source() {
         deepest = source;

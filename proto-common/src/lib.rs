@@ -2,8 +2,10 @@
 //!
 //! | always there | with any of `client`, `server`, `channel`, `listen` | with one feature |
 //! |---|---|---|
-//! | [`v1`], [`ids`], [`slots`], [`fence`], [`error`], [`path`], [`guard`], [`clock`], [`text`] | `status`, `checksum`, `rate`, `retry`, `meter`, `registry` | `connect` (`client`), `durable` and `refusal` (`server`), `tuning` (`channel` or `listen`), `codegen` |
+//! | [`v1`], [`ids`], [`slots`], [`fence`], [`error`], [`path`], [`peer`], [`guard`], [`clock`], [`text`] | `status`, `checksum`, `rate`, `retry`, `meter`, `registry` | `connect` (`client`), `dial` (`client` and `channel`), `access`, `durable` and `refusal` (`server`), `tuning` (`channel` or `listen`), `tls`, `codegen` |
 
+#[cfg(feature = "server")]
+pub mod access;
 #[cfg(feature = "_rpc")]
 pub mod checksum;
 pub mod clock;
@@ -11,6 +13,8 @@ pub mod clock;
 pub mod codegen;
 #[cfg(feature = "client")]
 pub mod connect;
+#[cfg(all(feature = "client", feature = "channel"))]
+pub mod dial;
 #[cfg(feature = "server")]
 pub mod durable;
 pub mod error;
@@ -20,6 +24,7 @@ pub mod ids;
 #[cfg(feature = "_rpc")]
 pub mod meter;
 pub mod path;
+pub mod peer;
 #[cfg(feature = "_rpc")]
 pub mod rate;
 #[cfg(feature = "server")]
@@ -32,6 +37,8 @@ pub mod slots;
 #[cfg(feature = "_rpc")]
 pub mod status;
 pub mod text;
+#[cfg(feature = "tls")]
+pub mod tls;
 #[cfg(any(feature = "channel", feature = "listen"))]
 pub mod tuning;
 pub mod v1;

@@ -88,6 +88,9 @@ impl From<Status> for Error {
 /// Everything that the peer said is [`printable`] and cut to 4 KiB.
 impl From<&Status> for Error {
     fn from(status: &Status) -> Self {
+        if let Some(error) = own_error(status) {
+            return error;
+        }
         let code = from_tonic(status.code());
         // Details that cannot be decoded are as good as none.
         let details = status.check_error_details().unwrap_or_default();
@@ -113,6 +116,18 @@ impl From<&Status> for Error {
             None => error,
         }
     }
+}
+
+/// The error of ours that `error` was made of on this side, as when a connection could not be made.
+pub(crate) fn own_error(error: &(dyn std::error::Error + 'static)) -> Option<Error> {
+    let mut source = error.source();
+    while let Some(error) = source {
+        if let Some(own) = error.downcast_ref::<Error>() {
+            return Some(own.clone());
+        }
+        source = error.source();
+    }
+    None
 }
 
 /// Whether this status says that the connection broke, not that a server refused.

@@ -12,12 +12,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use proto_common::access::{Access, Guarded};
 use proto_common::ids::{ComponentName, IdError};
 use proto_common::text::printable;
 use proto_common::v1::NodeIdentity;
 use tokio::time::sleep_until;
 
-mod access;
 mod callers;
 mod check;
 pub mod checks;
@@ -35,7 +35,6 @@ mod standard;
 mod verdict;
 mod watch;
 
-pub use access::{Authorizer, Call};
 pub use check::{Check, CheckResult, Schedule};
 pub use component::Component;
 pub use facts::{Facts, FactsFuture, NodeFacts, Sections};
@@ -130,10 +129,10 @@ impl HealthRegistryBuilder {
         self
     }
 
-    /// Who may call. Default: everybody.
+    /// The cluster, and who may call. Default: everybody.
     #[must_use]
-    pub fn authorizer(mut self, authorizer: impl Authorizer) -> Self {
-        self.parts.authorizer = Some(Arc::new(authorizer));
+    pub fn access(mut self, access: Access) -> Self {
+        self.parts.access = access;
         self
     }
 
@@ -181,7 +180,7 @@ impl HealthRegistry {
                 identity,
                 limits: Limits::default(),
                 facts: None,
-                authorizer: None,
+                access: Access::default(),
                 #[cfg(feature = "machine")]
                 machine: None,
             },
@@ -367,13 +366,13 @@ impl HealthRegistry {
 
     /// `node.health.v1.HealthService`, to be added to a tonic server.
     #[must_use]
-    pub fn service(&self) -> proto_common::refusal::WithDetails<HealthServiceServer<NodeHealth>> {
+    pub fn service(&self) -> Guarded<proto_common::refusal::WithDetails<HealthServiceServer<NodeHealth>>> {
         NodeHealth::server(Arc::clone(&self.inner))
     }
 
     /// The standard `grpc.health.v1.Health` from the same facts, to be added to the same server.
     #[must_use]
-    pub fn standard_service(&self) -> HealthServer<StandardHealth> {
+    pub fn standard_service(&self) -> Guarded<HealthServer<StandardHealth>> {
         StandardHealth::server(Arc::clone(&self.inner))
     }
 }

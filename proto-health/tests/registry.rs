@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use proto_common::error::Error;
 use proto_health::server::{
-    Authorizer, Call, Check, CheckResult, Component, ConnectionId, HealthRegistry, RegistryError, Schedule,
+    Check, CheckResult, Component, ConnectionId, HealthRegistry, RegistryError, Schedule,
 };
 use proto_health::v1::{
     DrainStep, HealthCheckRequest, HealthProbe, HealthStatus, NodeState, WatchHealthRequest,
@@ -424,23 +424,24 @@ async fn watches_are_bounded_for_the_node_and_for_each_connection() {
     open(1).await.unwrap();
 }
 
-struct OnlyPeers;
+struct NoStatus;
 
-impl Authorizer for OnlyPeers {
+impl Authorizer for NoStatus {
     fn authorize(&self, call: &Call<'_>) -> Result<(), Error> {
-        match call.from {
-            Some(from) if from.as_str().starts_with("peer") => Ok(()),
-            _ => Err(Reason::PermissionDenied.error(format!("{} is for peers", call.method))),
+        match call.method {
+            "GetNodeStatus" => Err(Reason::PermissionDenied.error(format!("{} is for peers", call.method))),
+            _ => Ok(()),
         }
     }
 }
 
 #[tokio::test(start_paused = true)]
 async fn an_authorizer_decides_per_call() {
-    let registry = HealthRegistry::builder(identity()).authorizer(OnlyPeers).build();
-    let refused = Error::from(&check(&registry, "").await.unwrap_err());
+    let registry = HealthRegistry::builder(identity()).access(Access::new(None, NoStatus)).build();
+    let status = client(&registry).get_node_status(GetNodeStatusRequest::default()).await;
+    let refused = Error::from(&status.unwrap_err());
     assert!(
-        refused.is(Reason::PermissionDenied) && refused.message() == "HealthCheck is for peers",
+        refused.is(Reason::PermissionDenied) && refused.message() == "GetNodeStatus is for peers",
         "{refused:?}"
     );
     let request = HealthCheckRequest { from: "peer-1".into(), ..Default::default() };

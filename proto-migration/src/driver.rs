@@ -222,6 +222,7 @@ impl<S: MigrationSource, D: Dial> MigrationDriver<S, D> {
             source: Some(Arc::new(Calls(Arc::clone(&self.inner)))),
             target: None,
             stopping: self.inner.stopping.clone(),
+            access: proto_common::access::Access::default(),
         }
     }
 

@@ -201,6 +201,7 @@ impl<T: MigrationTarget> MigrationReceiver<T> {
             source: None,
             target: Some(Arc::new(Calls(Arc::clone(&self.inner)))),
             stopping: self.inner.stopping.clone(),
+            access: proto_common::access::Access::default(),
         }
     }
 

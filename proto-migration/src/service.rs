@@ -4,16 +4,18 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use futures::Stream;
+use proto_common::access::{Access, Caller, Guarded};
 use proto_common::error::{CommonReason, Error};
 use proto_common::fence::Fence;
-use proto_common::ids::MigrationId;
+use proto_common::ids::{MigrationId, ShardId};
 use proto_common::refusal::{Refusal, WithDetails};
+use proto_common::slots::SlotRange;
 use proto_common::v1::Direction;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::Reason;
+use crate::{Reason, v1};
 use crate::limits::{Limits, MESSAGE_OVERHEAD};
 use crate::migrations::Migrations;
 use crate::progress::REASON_BYTES;
@@ -30,7 +32,7 @@ use crate::v1::{
 pub(crate) type Answers = ReceiverStream<Result<TransferMigrationDataResponse, Status>>;
 
 /// The service as it is added to a tonic server: tonic's own refusals have details, too.
-pub type MigrationService = WithDetails<MigrationServiceServer<MigrationNode>>;
+pub type MigrationService = Guarded<WithDetails<MigrationServiceServer<MigrationNode>>>;
 
 /// An operator's decision, checked.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -65,7 +67,11 @@ pub(crate) trait SourceCalls: Send + Sync + 'static {
 #[tonic::async_trait]
 pub(crate) trait TargetCalls: Send + Sync + 'static {
     /// Serves one data stream in a task of its own.
-    fn transfer(&self, frames: Streaming<TransferMigrationDataRequest>) -> Result<Answers, Error>;
+    fn transfer(
+        &self,
+        frames: Streaming<TransferMigrationDataRequest>,
+        caller: Caller,
+    ) -> Result<Answers, Error>;
     async fn cancel(
         &self,
         id: &MigrationId,
@@ -84,6 +90,7 @@ pub struct MigrationNode {
     pub(crate) target: Option<Arc<dyn TargetCalls>>,
     /// Ends watches when the node stops.
     pub(crate) stopping: CancellationToken,
+    pub(crate) access: Access,
 }
 
 impl std::fmt::Debug for MigrationNode {
@@ -104,15 +111,23 @@ impl MigrationNode {
         self
     }
 
+    /// The cluster, and who may call. Default: everybody.
+    #[must_use]
+    pub fn access(mut self, access: Access) -> Self {
+        self.access = access;
+        self
+    }
+
     /// The service, to be added to a tonic server.
     #[must_use]
     pub fn into_service(self) -> MigrationService {
         let batch = usize::try_from(self.limits.batch_bytes).unwrap_or(usize::MAX);
         let largest = batch.saturating_add(MESSAGE_OVERHEAD);
+        let access = self.access.clone();
         let service = MigrationServiceServer::new(self)
             .max_decoding_message_size(largest)
             .max_encoding_message_size(largest);
-        WithDetails::new(service, refused)
+        Guarded::new(WithDetails::new(service, refused), access)
     }
 
     fn source(&self) -> Result<&Arc<dyn SourceCalls>, Error> {
@@ -135,10 +150,12 @@ impl MigrationNode {
         })
     }
 
-    /// The side that a call without a direction means: the outgoing migration if there is one.
-    fn side(&self, direction: i32, id: &MigrationId) -> Result<Direction, Error> {
+    /// The side that a call without a direction means, the outgoing migration if there is one, where `caller` may touch its slots.
+    fn side(&self, caller: &Caller, direction: i32, id: &MigrationId) -> Result<Direction, Error> {
         let direction = self.migrations.meant(wanted(direction)?, id);
-        Ok(self.migrations.get(direction, id)?.direction())
+        let migration = self.migrations.get(direction, id)?;
+        may(caller, migration.spec.as_ref())?;
+        Ok(migration.direction())
     }
 }
 
@@ -152,6 +169,8 @@ impl migration_service_server::MigrationService for MigrationNode {
         &self,
         request: Request<StartMigrationRequest>,
     ) -> Result<Response<StartMigrationResponse>, Status> {
+        let caller = Caller::of(request.extensions())?;
+        may(&caller, request.get_ref().spec.as_ref())?;
         Ok(Response::new(self.source()?.start(request.into_inner()).await?))
     }
 
@@ -159,19 +178,24 @@ impl migration_service_server::MigrationService for MigrationNode {
         &self,
         request: Request<Streaming<TransferMigrationDataRequest>>,
     ) -> Result<Response<Self::TransferMigrationDataStream>, Status> {
-        Ok(Response::new(self.target()?.transfer(request.into_inner())?))
+        let caller = Caller::of(request.extensions())?;
+        Ok(Response::new(self.target()?.transfer(request.into_inner(), caller)?))
     }
 
     async fn complete_migration(
         &self,
         request: Request<CompleteMigrationRequest>,
     ) -> Result<Response<CompleteMigrationResponse>, Status> {
+        let caller = Caller::of(request.extensions())?;
         let CompleteMigrationRequest { migration_id, deadline_ms, fence } = request.into_inner();
         let id = id_of(&migration_id)?;
         let deadline_ms = deadline_ms.unwrap_or(30_000);
         if !(1..=3_600_000).contains(&deadline_ms) {
             let problem = format!("is {deadline_ms}; it takes 1 to 3600000");
             return Err(Reason::InvalidField.field("deadline_ms", problem).into());
+        }
+        if let Ok(known) = self.migrations.get(Some(Direction::Out), &id) {
+            may(&caller, known.spec.as_ref())?;
         }
         let migration = self.source()?.complete(&id, deadline_ms, fence.map(Fence::from)).await?;
         Ok(Response::new(CompleteMigrationResponse { migration: Some(migration) }))
@@ -181,10 +205,11 @@ impl migration_service_server::MigrationService for MigrationNode {
         &self,
         request: Request<CancelMigrationRequest>,
     ) -> Result<Response<CancelMigrationResponse>, Status> {
+        let caller = Caller::of(request.extensions())?;
         let CancelMigrationRequest { migration_id, direction, reason, fence } = request.into_inner();
         let id = id_of(&migration_id)?;
         let (reason, fence) = (kept_reason(&reason), fence.map(Fence::from));
-        let migration = match self.side(direction, &id)? {
+        let migration = match self.side(&caller, direction, &id)? {
             Direction::In => self.target()?.cancel(&id, &reason, fence).await?,
             Direction::Out | Direction::Unspecified => self.source()?.cancel(&id, &reason, fence).await?,
         };
@@ -238,6 +263,7 @@ impl migration_service_server::MigrationService for MigrationNode {
         &self,
         request: Request<ResolveMigrationRequest>,
     ) -> Result<Response<ResolveMigrationResponse>, Status> {
+        let caller = Caller::of(request.extensions())?;
         let ResolveMigrationRequest { migration_id, direction, decision, attempt, peer_store_id, reason } =
             request.into_inner();
         let id = id_of(&migration_id)?;
@@ -251,12 +277,20 @@ impl migration_service_server::MigrationService for MigrationNode {
             return Err(Reason::InvalidField.field("reason", problem).into());
         }
         let resolution = Resolution { decision, attempt, peer_store_id, reason: kept_reason(&reason) };
-        let migration = match self.side(direction, &id)? {
+        let migration = match self.side(&caller, direction, &id)? {
             Direction::In => self.target()?.resolve(&id, resolution).await?,
             Direction::Out | Direction::Unspecified => self.source()?.resolve(&id, resolution).await?,
         };
         Ok(Response::new(ResolveMigrationResponse { migration: Some(migration) }))
     }
+}
+
+/// Whether `caller` may do that to the slots of a migration. Slots that are none are refused by whoever checks them.
+fn may(caller: &Caller, spec: Option<&v1::MigrationSpec>) -> Result<(), Error> {
+    let Some(spec) = spec else { return Ok(()) };
+    let shards = [&spec.source_shard_id, &spec.target_shard_id].map(ShardId::new);
+    let shards: Vec<&ShardId> = shards.iter().flatten().collect();
+    caller.may(&shards, spec.slots.and_then(|slots| SlotRange::try_from(slots).ok()))
 }
 
 /// What tonic refuses before a handler sees it.

@@ -14,6 +14,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use proto_common::access::{Access, Guarded};
 use proto_common::clock::{millis, now_unix_ms};
 use proto_common::error::Error;
 use proto_common::ids::{NodeId, ShardId, TransferId};
@@ -75,6 +76,7 @@ pub struct SnapshotReceiverBuilder<S: SnapshotStore> {
     limits: Limits,
     hook: Arc<dyn InstallHook>,
     transfers: Option<Transfers>,
+    access: Access,
 }
 
 impl<S: SnapshotStore> std::fmt::Debug for SnapshotReceiverBuilder<S> {
@@ -88,6 +90,7 @@ struct Inner<S: SnapshotStore> {
     store: Arc<S>,
     identity: NodeIdentity,
     limits: Limits,
+    access: Access,
     hook: Arc<dyn InstallHook>,
     transfers: Transfers,
     places: Admission,
@@ -156,6 +159,13 @@ impl<S: SnapshotStore> SnapshotReceiverBuilder<S> {
         self
     }
 
+    /// The cluster, and who may call. Default: everybody.
+    #[must_use]
+    pub fn access(mut self, access: Access) -> Self {
+        self.access = access;
+        self
+    }
+
     /// The node's registry, where it has one already. Default: a new one.
     #[must_use]
     pub fn transfers(mut self, transfers: Transfers) -> Self {
@@ -169,7 +179,7 @@ impl<S: SnapshotStore> SnapshotReceiverBuilder<S> {
     ///
     /// When the store cannot be read.
     pub async fn start(self) -> Result<SnapshotReceiver<S>, StoreError> {
-        let Self { store, identity, limits, hook, transfers } = self;
+        let Self { store, identity, limits, hook, transfers, access } = self;
         let transfers = transfers.unwrap_or_else(|| Transfers::new(&limits));
         let store = Arc::new(store);
         let recovered = store.recover().await?;
@@ -184,6 +194,7 @@ impl<S: SnapshotStore> SnapshotReceiverBuilder<S> {
             manifests: Manifests::new(limits.manifest_memory_bytes),
             turns: Turns::default(),
             limits,
+            access,
             hook,
             transfers,
             budget: Arc::default(),
@@ -209,16 +220,18 @@ impl<S: SnapshotStore> SnapshotReceiver<S> {
             limits: Limits::default(),
             hook: Arc::new(KeepFiles),
             transfers: None,
+            access: Access::default(),
         }
     }
 
     /// The service, to be added to a tonic server.
     #[must_use]
-    pub fn into_service(self) -> WithDetails<SplitSnapshotServiceServer<Self>> {
+    pub fn into_service(self) -> Guarded<WithDetails<SplitSnapshotServiceServer<Self>>> {
+        let access = self.inner.access.clone();
         let service = SplitSnapshotServiceServer::new(self)
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
-        WithDetails::new(service, handshake::refused)
+        Guarded::new(WithDetails::new(service, handshake::refused), access)
     }
 
     /// All transfers of the node; for its senders to report to.

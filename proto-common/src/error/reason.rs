@@ -78,6 +78,18 @@ reasons! {
     Cancelled "CANCELLED" Cancelled,
     /// The caller may not do that.
     PermissionDenied "PERMISSION_DENIED" PermissionDenied,
+    /// The caller has not proved who it is.
+    Unauthenticated "UNAUTHENTICATED" Unauthenticated,
+    /// A certificate, of this side or the other, has expired.
+    CertificateExpired "CERTIFICATE_EXPIRED" Unauthenticated,
+    /// A certificate is signed by a CA that the other side does not trust.
+    UnknownCa "UNKNOWN_CA" Unauthenticated,
+    /// The peer's certificate is not that of the node that was meant.
+    WrongPeer "WRONG_PEER" Unauthenticated,
+    /// TLS cannot be spoken for another reason; the message has it.
+    TlsFailed "TLS_FAILED" Unauthenticated,
+    /// The peer, or the call, belongs to another cluster.
+    WrongCluster "WRONG_CLUSTER" FailedPrecondition,
     /// The node does not know the call, or the feature.
     Unimplemented "UNIMPLEMENTED" Unimplemented,
     /// What arrived is not what was sent.

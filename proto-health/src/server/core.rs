@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use proto_common::access::Access;
 use proto_common::clock::{millis, now_unix_ms};
 use proto_common::v1::NodeIdentity;
 use tokio::sync::watch;
@@ -12,7 +13,6 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::limits::Limits;
-use crate::server::access::Authorizer;
 use crate::server::callers::Callers;
 use crate::server::component::Cell;
 use crate::server::facts::NodeFacts;
@@ -38,7 +38,7 @@ pub(crate) struct Inner {
     pub(crate) started: Instant,
     pub(crate) started_unix_ms: u64,
     pub(crate) facts: Option<Arc<dyn NodeFacts>>,
-    pub(crate) authorizer: Option<Arc<dyn Authorizer>>,
+    pub(crate) access: Access,
     pub(crate) places: Places,
     pub(crate) callers: Callers,
     #[cfg(feature = "machine")]
@@ -62,7 +62,7 @@ pub(crate) struct Parts {
     pub(crate) identity: NodeIdentity,
     pub(crate) limits: Limits,
     pub(crate) facts: Option<Arc<dyn NodeFacts>>,
-    pub(crate) authorizer: Option<Arc<dyn Authorizer>>,
+    pub(crate) access: Access,
     #[cfg(feature = "machine")]
     pub(crate) machine: Option<crate::server::machine::Machine>,
 }
@@ -95,7 +95,7 @@ impl Inner {
             started: now,
             started_unix_ms: now_unix_ms(),
             facts: parts.facts,
-            authorizer: parts.authorizer,
+            access: parts.access,
             #[cfg(feature = "machine")]
             machine: parts.machine,
             core: Mutex::new(core),

@@ -86,11 +86,7 @@ fn key(extensions: &http::Extensions) -> Option<Key> {
     {
         use tonic::transport::server::TcpConnectInfo;
         let address = extensions.get::<TcpConnectInfo>().and_then(TcpConnectInfo::remote_addr);
-        #[cfg(feature = "tls")]
-        let address = address.or_else(|| {
-            let tls = extensions.get::<tonic::transport::server::TlsConnectInfo<TcpConnectInfo>>()?;
-            tls.get_ref().remote_addr()
-        });
+        let address = address.or_else(|| extensions.get::<proto_common::peer::Peer>()?.address());
         if let Some(address) = address {
             return Some(Key::Address(address));
         }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use futures::StreamExt as _;
 use futures::stream::{self, BoxStream};
+use proto_common::access::{Caller, Guarded};
 use proto_common::clock::millis;
 use proto_common::error::Error;
 use proto_common::ids::NodeId;
@@ -15,7 +16,6 @@ use tonic::{Request, Response, Status};
 
 use crate::limits::{MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES, REMOVAL_BLOCKERS};
 use crate::reason::Reason;
-use crate::server::access::Call;
 use crate::server::core::Inner;
 use crate::server::facts::{self, Facts, Sections};
 use crate::server::page::{Lists, Position};
@@ -44,30 +44,23 @@ impl std::fmt::Debug for NodeHealth {
 }
 
 impl NodeHealth {
-    pub(crate) fn server(inner: Arc<Inner>) -> WithDetails<HealthServiceServer<Self>> {
-        WithDetails::new(
-            HealthServiceServer::new(Self { inner })
-                .max_decoding_message_size(MAX_REQUEST_BYTES)
-                .max_encoding_message_size(MAX_MESSAGE_BYTES),
-            refused,
-        )
+    pub(crate) fn server(inner: Arc<Inner>) -> Guarded<WithDetails<HealthServiceServer<Self>>> {
+        let access = inner.access.clone();
+        let service = HealthServiceServer::new(Self { inner })
+            .max_decoding_message_size(MAX_REQUEST_BYTES)
+            .max_encoding_message_size(MAX_MESSAGE_BYTES);
+        Guarded::new(WithDetails::new(service, refused), access)
     }
 
     /// Who calls, if it may.
-    fn admit(
-        &self,
-        method: &'static str,
-        from: &str,
-        extensions: &http::Extensions,
-    ) -> Result<Option<NodeId>, Error> {
+    fn admit(&self, from: &str, extensions: &http::Extensions) -> Result<Option<NodeId>, Error> {
         let from = match from {
             "" => None,
             id => Some(NodeId::new(id).map_err(|error| error.at("from"))?),
         };
-        if let Some(authorizer) = &self.inner.authorizer {
-            authorizer.authorize(&Call { method, from: from.as_ref(), extensions })?;
-        }
+        let caller = Caller::of(extensions)?;
         if let Some(from) = &from {
+            caller.claims("from", from)?;
             self.inner.callers.heard(from);
         }
         Ok(from)
@@ -167,7 +160,7 @@ impl HealthService for NodeHealth {
         let (_, extensions, request) = request.into_parts();
         let HealthCheckRequest { service, from, omit_components } = request;
         named(&service)?;
-        self.admit("HealthCheck", &from, &extensions)?;
+        self.admit(&from, &extensions)?;
         let (snapshot, report) = self.inner.report(&service, omit_components);
         let health = report.ok_or_else(|| {
             let shown = printable(&service, 128);
@@ -194,7 +187,7 @@ impl HealthService for NodeHealth {
             let why = format!("{heartbeat_ms} is not within {}..={}", allowed.start(), allowed.end());
             return Err(Reason::InvalidField.field("heartbeat_ms", why).into());
         }
-        let from = self.admit("WatchHealth", &from, &extensions)?;
+        let from = self.admit(&from, &extensions)?;
         if self.inner.peek(|snapshot| snapshot.closed) {
             return Err(shutting_down().into());
         }
@@ -232,7 +225,7 @@ impl HealthService for NodeHealth {
                 .field(&format!("sections[{at}]"), format!("{value} is no section of this version"))
         })?;
         let position = Position::parse(&page_token, sections, &self.inner)?;
-        self.admit("GetNodeStatus", &from, &extensions)?;
+        self.admit(&from, &extensions)?;
 
         let mut facts = self.facts(sections).await;
         facts::fill_heard_from(&mut facts, |peer| self.inner.callers.last_heard_from(peer));

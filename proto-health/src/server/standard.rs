@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use futures::StreamExt as _;
 use futures::stream::{self, BoxStream};
+use proto_common::access::Guarded;
 use tonic::{Request, Response, Status};
 
 use crate::grpc_health_v1::health_check_response::ServingStatus;
@@ -29,8 +30,9 @@ impl std::fmt::Debug for StandardHealth {
 }
 
 impl StandardHealth {
-    pub(crate) fn server(inner: Arc<Inner>) -> HealthServer<Self> {
-        HealthServer::new(Self { inner }).max_decoding_message_size(MAX_REQUEST_BYTES)
+    pub(crate) fn server(inner: Arc<Inner>) -> Guarded<HealthServer<Self>> {
+        let access = inner.access.clone();
+        Guarded::new(HealthServer::new(Self { inner }).max_decoding_message_size(MAX_REQUEST_BYTES), access)
     }
 }
 

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use proto_common::access::Caller;
 use proto_common::error::Error;
 use proto_common::fence::Fence;
 use proto_common::ids::MigrationId;
@@ -30,7 +31,11 @@ pub(super) struct Calls<T: MigrationTarget>(pub(super) Arc<Inner<T>>);
 
 #[tonic::async_trait]
 impl<T: MigrationTarget> TargetCalls for Calls<T> {
-    fn transfer(&self, frames: Streaming<TransferMigrationDataRequest>) -> Result<service::Answers, Error> {
+    fn transfer(
+        &self,
+        frames: Streaming<TransferMigrationDataRequest>,
+        caller: Caller,
+    ) -> Result<service::Answers, Error> {
         let inner = &self.0;
         if inner.stopping.is_cancelled() {
             return Err(shutting_down());
@@ -38,7 +43,7 @@ impl<T: MigrationTarget> TargetCalls for Calls<T> {
         let (sender, answers) = mpsc::channel(ANSWERS);
         let answer = Answers { sender, patience: inner.idle() };
         // Not in the handler: its future is dropped when the peer disconnects, and what has begun must end in order.
-        inner.tasks.spawn(Arc::clone(inner).serve(Frames::new(frames), answer));
+        inner.tasks.spawn(Arc::clone(inner).serve(Frames::new(frames), caller, answer));
         Ok(ReceiverStream::new(answers))
     }
 

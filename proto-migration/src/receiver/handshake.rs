@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
+use proto_common::access::Caller;
 use proto_common::error::{Code, Error};
 use proto_common::fence::Fence;
 use proto_common::ids::{MigrationId, NodeId};
@@ -206,6 +207,15 @@ impl CheckedHeader {
             estimated_bytes,
             sent_unix_ms,
         })
+    }
+}
+
+impl CheckedHeader {
+    /// Whether `caller` is the source that it says it is, and may send these slots.
+    pub(super) fn authorize(&self, caller: &Caller) -> Result<(), Error> {
+        let MigrationSpec { source_node, source_shard, target_shard, slots, .. } = &self.spec;
+        caller.claims("header.source.node_id", source_node)?;
+        caller.may(&[source_shard, target_shard], Some(*slots))
     }
 }
 

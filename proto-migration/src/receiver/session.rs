@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use proto_common::access::Caller;
 use proto_common::clock::millis;
 use proto_common::error::Error;
 use proto_common::text::printable;
@@ -70,12 +71,15 @@ impl Answers {
 
 impl<T: MigrationTarget> Inner<T> {
     /// Serves one stream to its end.
-    pub(super) async fn serve(self: Arc<Self>, mut frames: Frames, answers: Answers) {
+    pub(super) async fn serve(self: Arc<Self>, mut frames: Frames, caller: Caller, answers: Answers) {
         let header = tokio::select! {
             header = frames.header() => header,
             () = self.stopping.cancelled() => Err(shutting_down()),
         };
-        let attached = match header.and_then(|header| CheckedHeader::check(header, &self.identity)) {
+        let checked = header
+            .and_then(|header| CheckedHeader::check(header, &self.identity))
+            .and_then(|header| header.authorize(&caller).map(|()| header));
+        let attached = match checked {
             Ok(header) => self.attach(&header, &answers).await.map(|attached| (header, attached)),
             Err(error) => Err(error),
         };

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use proto_common::access::Caller;
 use proto_common::clock::{millis, now_unix_ms};
 use proto_common::error::Error;
 use proto_common::ids::TransferId;
@@ -19,7 +20,7 @@ use super::{Inner, Slot};
 use crate::extent::{Extent, ExtentRecord};
 use crate::hook::Hold;
 use crate::reason::Reason;
-use crate::spec::{Manifest, TransferPlan};
+use crate::spec::{Manifest, TransferPlan, TransferSpec};
 use crate::store::{ShardState, SnapshotStore, Staging, StoreError};
 use crate::v1::TransferPhase;
 use crate::v1::transfer_split_snapshot_request::Frame;
@@ -37,9 +38,9 @@ enum Attached<A: Staging> {
 
 impl<S: SnapshotStore> Inner<S> {
     /// Serves one stream to its end.
-    pub(super) async fn serve(self: Arc<Self>, frames: Frames, answers: Answers) {
+    pub(super) async fn serve(self: Arc<Self>, frames: Frames, caller: Caller, answers: Answers) {
         let served = tokio::select! {
-            result = self.stream(frames, &answers) => result,
+            result = self.stream(frames, &caller, &answers) => result,
             // Sessions stop by themselves, in order; this is for the handshake of a stream that is not one yet.
             () = self.stopping_handshake() => Err(shutting_down()),
         };
@@ -58,13 +59,23 @@ impl<S: SnapshotStore> Inner<S> {
         }
     }
 
-    async fn stream(self: &Arc<Self>, mut frames: Frames, answers: &Answers) -> Result<(), Error> {
+    async fn stream(
+        self: &Arc<Self>,
+        mut frames: Frames,
+        caller: &Caller,
+        answers: &Answers,
+    ) -> Result<(), Error> {
         match frames.next_within(self.limits.first_frame).await? {
             Some(Frame::Header(header)) => {
                 let header = ControlHeader::check(header, &self.identity.node_id, &self.limits)?;
+                let TransferSpec { source_node, source_shard, target_shard, slots, .. } = &header.spec;
+                caller.claims("header.source_node_id", source_node)?;
+                caller.may(&[source_shard, target_shard], Some(*slots))?;
                 self.control(header, frames, answers).await
             }
-            Some(Frame::LaneHeader(header)) => self.lane(CheckedLane::check(&header)?, frames, answers).await,
+            Some(Frame::LaneHeader(header)) => {
+                self.lane(CheckedLane::check(&header)?, frames, caller, answers).await
+            }
             Some(other) => Err(unexpected(&other, "a header")),
             None => Err(ended_early()),
         }
@@ -183,11 +194,15 @@ impl<S: SnapshotStore> Inner<S> {
         self: &Arc<Self>,
         header: CheckedLane,
         mut frames: Frames,
+        caller: &Caller,
         answers: &Answers,
     ) -> Result<(), Error> {
         let incoming = self.find(&header.transfer_id).ok_or_else(|| {
             Reason::NoSuchAttempt.error("the transfer has no control stream; open that first")
         })?;
+        let TransferSpec { source_node, source_shard, target_shard, slots, .. } = &incoming.plan.spec;
+        caller.claims("the transfer's header.source_node_id", source_node)?;
+        caller.may(&[source_shard, target_shard], Some(*slots))?;
         let permit = incoming.attach_lane(header.claim, header.lane, header.generation).await?;
         incoming.show(|_| {});
         let (missing, durable_bytes) = {

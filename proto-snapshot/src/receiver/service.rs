@@ -4,8 +4,10 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use futures::Stream;
+use proto_common::access::Caller;
 use proto_common::error::{CommonReason, Error};
-use proto_common::ids::TransferId;
+use proto_common::ids::{ShardId, TransferId};
+use proto_common::slots::SlotRange;
 use proto_common::v1::{Direction, NodeIdentity};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -46,12 +48,13 @@ impl<S: SnapshotStore> SplitSnapshotService for SnapshotReceiver<S> {
         if self.inner.stopping.is_cancelled() {
             return Err(shutting_down().into());
         }
+        let caller = Caller::of(request.extensions())?;
         let (sender, answers) = mpsc::channel(ANSWERS);
         let frames = Frames::new(request.into_inner());
         // Not in the handler: its future is dropped when the peer disconnects, and writers must end in order.
         self.inner
             .tasks
-            .spawn(Arc::clone(&self.inner).serve(frames, Answers::new(sender, self.inner.limits.idle)));
+            .spawn(Arc::clone(&self.inner).serve(frames, caller, Answers::new(sender, self.inner.limits.idle)));
         Ok(Response::new(ReceiverStream::new(answers)))
     }
 
@@ -124,9 +127,11 @@ impl<S: SnapshotStore> SplitSnapshotService for SnapshotReceiver<S> {
         &self,
         request: Request<CancelTransferRequest>,
     ) -> Result<Response<CancelTransferResponse>, Status> {
+        let caller = Caller::of(request.extensions())?;
         let CancelTransferRequest { transfer_id, direction, reason } = request.into_inner();
         let id = transfer_id_of(&transfer_id)?;
         let direction = wanted(direction)?;
+        self.inner.may_cancel(&caller, direction, &id)?;
         let inner = Arc::clone(&self.inner);
         // A removal that has begun goes on when the caller hangs up.
         let cancelling = self.inner.tasks.spawn(async move { inner.cancel(&id, direction, &reason).await });
@@ -159,6 +164,24 @@ impl<S: SnapshotStore> Inner<S> {
             .metadata("transfer_id", id.as_str())
             .metadata("node_id", node_id)
             .metadata("store_id", proto_common::text::hex(store_id))
+    }
+
+    /// Whether `caller` may cancel all that the call could mean.
+    fn may_cancel(&self, caller: &Caller, direction: Option<Direction>, id: &TransferId) -> Result<(), Error> {
+        for of in [Direction::In, Direction::Out] {
+            if direction.is_some_and(|wanted| wanted != of) {
+                continue;
+            }
+            let Some(shown) = self.transfers.registry().get(Some(of), id.as_str()) else { continue };
+            // A transfer that this node sends is no other node's to stop: the receiver refuses it instead.
+            let other_end = if of == Direction::In { shown.source_node_id.as_str() } else { "" };
+            caller.is_party(&format!("transfer {id}"), other_end)?;
+            let shards = [&shown.source_shard_id, &shown.target_shard_id].map(ShardId::new);
+            let shards: Vec<&ShardId> = shards.iter().flatten().collect();
+            let slots = shown.slots.and_then(|slots| SlotRange::try_from(slots).ok());
+            caller.may(&shards, slots)?;
+        }
+        Ok(())
     }
 
     async fn cancel(

@@ -1,0 +1,211 @@
+//! Who may call what.
+//!
+//! [`Guarded`] stands in front of a service. Before a byte of a request is decoded it finds out who calls ([`Peer`]), refuses another
+//! cluster, and asks the [`Authorizer`]. The handler finds the [`Caller`] in the request's extensions, holds what a message claims
+//! against it, and asks again with the shards and slots that the message names.
+//!
+//! | violation | code | reason |
+//! |---|---|---|
+//! | no certificate, or one that names nobody, where one is needed | UNAUTHENTICATED | UNAUTHENTICATED |
+//! | certificate or metadata [`CLUSTER_METADATA`] of another cluster; metadata `cluster_id` | FAILED_PRECONDITION | WRONG_CLUSTER |
+//! | the role may not call the method, or not for these shards and slots; metadata `method`, `role` | PERMISSION_DENIED | PERMISSION_DENIED |
+//! | a message claims another node than the certificate's; metadata `node_id` | PERMISSION_DENIED | PERMISSION_DENIED |
+//! | a node touches a task of other nodes; metadata `node_id` | PERMISSION_DENIED | PERMISSION_DENIED |
+
+mod guarded;
+mod roles;
+
+use std::sync::Arc;
+
+use tonic::codegen::http;
+
+pub use guarded::Guarded;
+pub use roles::{READS, RoleTable};
+
+use crate::error::{CommonReason, Error};
+use crate::ids::{ClusterId, NodeId, ShardId};
+use crate::peer::{Peer, Role};
+use crate::slots::SlotRange;
+use crate::text::printable;
+
+/// gRPC metadata in which a client may name the cluster that it means. A server of another cluster refuses the call; so a
+/// wrong address is found out also in plaintext.
+pub const CLUSTER_METADATA: &str = "node-cluster-id";
+
+/// A call, before it is answered.
+#[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
+pub struct Call<'a> {
+    /// Who calls.
+    pub peer: &'a Peer,
+    /// Full name of the service, such as `node.health.v1.HealthService`.
+    pub service: &'a str,
+    /// Name of the method, such as `HealthCheck`.
+    pub method: &'a str,
+    /// The shards that the request names; none before it is read, and where it names none.
+    pub shards: &'a [&'a ShardId],
+    /// The slots that the request names.
+    pub slots: Option<SlotRange>,
+}
+
+/// Decides per call: once before the request is read, and once more where it names shards or slots.
+pub trait Authorizer: Send + Sync + 'static {
+    /// Lets the call pass.
+    ///
+    /// # Errors
+    ///
+    /// Why not: [`CommonReason::Unauthenticated`] or [`CommonReason::PermissionDenied`].
+    fn authorize(&self, call: &Call<'_>) -> Result<(), Error>;
+}
+
+/// Everybody may do everything. For plaintext on loopback, where there is nobody to tell apart.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct AllowAll;
+
+impl Authorizer for AllowAll {
+    fn authorize(&self, _call: &Call<'_>) -> Result<(), Error> {
+        Ok(())
+    }
+}
+
+/// Everybody with a certificate of the cluster may do everything, whatever the role.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct SameCluster;
+
+impl Authorizer for SameCluster {
+    /// The cluster itself is compared before.
+    fn authorize(&self, call: &Call<'_>) -> Result<(), Error> {
+        call.peer.identity().map(|_| ()).ok_or_else(unauthenticated)
+    }
+}
+
+/// The cluster of a node, and who may call there. Cheap to clone.
+#[derive(Clone)]
+pub struct Access {
+    cluster: Option<ClusterId>,
+    authorizer: Arc<dyn Authorizer>,
+}
+
+impl std::fmt::Debug for Access {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Access").field("cluster", &self.cluster).finish_non_exhaustive()
+    }
+}
+
+/// [`AllowAll`], in the cluster without a name.
+impl Default for Access {
+    fn default() -> Self {
+        Self::new(None, AllowAll)
+    }
+}
+
+impl Access {
+    /// Calls of `cluster` are decided on by `authorizer`.
+    pub fn new(cluster: Option<ClusterId>, authorizer: impl Authorizer) -> Self {
+        Self { cluster, authorizer: Arc::new(authorizer) }
+    }
+
+    fn cluster_name(&self) -> &str {
+        self.cluster.as_ref().map_or("", ClusterId::as_str)
+    }
+
+    /// What can be decided before the request is read.
+    fn admit(&self, peer: &Peer, service: &str, method: &str, meant: Option<&[u8]>) -> Result<(), Error> {
+        if let Some(meant) = meant
+            && meant != self.cluster_name().as_bytes()
+        {
+            return Err(self.wrong_cluster("the call is meant for", &String::from_utf8_lossy(meant)));
+        }
+        if let Some(identity) = peer.identity() {
+            if identity.cluster != self.cluster {
+                return Err(self.wrong_cluster("the certificate is of", identity.cluster_name()));
+            }
+        } else if peer.is_encrypted() {
+            return Err(unauthenticated());
+        }
+        self.authorizer.authorize(&Call { peer, service, method, shards: &[], slots: None })
+    }
+
+    fn wrong_cluster(&self, what: &str, theirs: &str) -> Error {
+        let ours = self.cluster_name();
+        let message = format!("{what} cluster \"{}\", this node is of \"{ours}\"; check the address", printable(theirs, 128));
+        Error::new(CommonReason::WrongCluster, message).metadata("cluster_id", ours)
+    }
+}
+
+fn unauthenticated() -> Error {
+    let message = "the caller has shown no certificate that names a node, an operator or an observer";
+    Error::new(CommonReason::Unauthenticated, message)
+}
+
+/// Whoever made a request that has passed [`Guarded`]; in its extensions. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Caller {
+    peer: Peer,
+    access: Access,
+    service: &'static str,
+    method: Arc<str>,
+}
+
+impl Caller {
+    /// The caller of a request.
+    ///
+    /// # Errors
+    ///
+    /// `INTERNAL` if the request has not come through [`Guarded`]: then nobody has decided about it.
+    pub fn of(extensions: &http::Extensions) -> Result<Self, Error> {
+        extensions.get::<Self>().cloned().ok_or_else(|| {
+            Error::new(CommonReason::Internal, "the service was reached around its guard, which is a defect")
+        })
+    }
+
+    /// Who it is.
+    #[must_use]
+    pub fn peer(&self) -> &Peer {
+        &self.peer
+    }
+
+    /// Holds `field`, in which the caller says which node it is, against its certificate.
+    ///
+    /// # Errors
+    ///
+    /// `PERMISSION_DENIED`. A caller without certificate may claim what it wants.
+    pub fn claims(&self, field: &str, claimed: &NodeId) -> Result<(), Error> {
+        match self.peer.identity() {
+            Some(identity) if identity.id != *claimed => {
+                let message = format!("{field} is {claimed}, the caller's certificate is that of {identity}");
+                Err(Error::new(CommonReason::PermissionDenied, message)
+                    .violation(field, format!("is not {}", identity.id))
+                    .metadata("node_id", identity.id.as_str()))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Holds the caller of a call about `task` against the node at its other end. Whoever is no node may touch all that its
+    /// role allows.
+    ///
+    /// # Errors
+    ///
+    /// `PERMISSION_DENIED`.
+    pub fn is_party(&self, task: &str, other_end: &str) -> Result<(), Error> {
+        match self.peer.identity() {
+            Some(identity) if identity.role == Role::Node && identity.id.as_str() != other_end => {
+                let message = format!("{task} is not one of {identity}; only its own nodes and operators may touch it");
+                Err(Error::new(CommonReason::PermissionDenied, message)
+                    .metadata("node_id", identity.id.as_str()))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Asks whether the caller may do that to these shards and slots.
+    ///
+    /// # Errors
+    ///
+    /// As the [`Authorizer`] says.
+    pub fn may(&self, shards: &[&ShardId], slots: Option<SlotRange>) -> Result<(), Error> {
+        let Self { peer, access, service, method } = self;
+        access.authorizer.authorize(&Call { peer, service, method, shards, slots })
+    }
+}

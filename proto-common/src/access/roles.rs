@@ -1,0 +1,93 @@
+//! The ready-made table of who may do what: by role, from the certificate or from an entry of its own.
+
+use std::collections::HashMap;
+
+use super::{Authorizer, Call, unauthenticated};
+use crate::error::{CommonReason, Error};
+use crate::ids::NodeId;
+use crate::peer::Role;
+
+/// Methods that change nothing; every role may call them. A method that is in no list is refused to all.
+pub const READS: &[&str] = &[
+    "GetTransferProgress",
+    "WatchTransferProgress",
+    "ListTransfers",
+    "GetMigrationProgress",
+    "WatchMigrationProgress",
+    "ListMigrations",
+    "HealthCheck",
+    "WatchHealth",
+    "GetNodeStatus",
+    // The standard health service, and reflection.
+    "Check",
+    "Watch",
+    "List",
+    "ServerReflectionInfo",
+];
+
+/// What nodes do to each other. Nodes do not order each other to start, complete, cancel or resolve migrations.
+const NODE: &[&str] = &["TransferSplitSnapshot", "CancelTransfer", "TransferMigrationData"];
+
+/// What operators do. They push snapshots under their own name, and never speak for the source of a migration.
+const OPERATOR: &[&str] = &[
+    "TransferSplitSnapshot",
+    "CancelTransfer",
+    "StartMigration",
+    "CompleteMigration",
+    "CancelMigration",
+    "ResolveMigration",
+];
+
+/// Decides by role.
+///
+/// | role | may |
+/// |---|---|
+/// | observer | [`READS`] |
+/// | node | that, send snapshots and migrations in its own name, cancel its own transfers |
+/// | operator | [`READS`], push and cancel transfers, start, complete, cancel and resolve migrations |
+///
+/// Shards and slots make no difference; wrap it for that.
+#[derive(Debug, Clone, Default)]
+pub struct RoleTable {
+    entries: HashMap<NodeId, Role>,
+}
+
+impl RoleTable {
+    /// Everybody has the role that the certificate says.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Whoever has the ID `id` has the role `role`, whatever its certificate says.
+    #[must_use]
+    pub fn assign(mut self, id: NodeId, role: Role) -> Self {
+        self.entries.insert(id, role);
+        self
+    }
+
+    /// The role of `id`, whose certificate says `role`.
+    #[must_use]
+    pub fn role(&self, id: &NodeId, role: Role) -> Role {
+        self.entries.get(id).copied().unwrap_or(role)
+    }
+}
+
+impl Authorizer for RoleTable {
+    fn authorize(&self, call: &Call<'_>) -> Result<(), Error> {
+        let identity = call.peer.identity().ok_or_else(unauthenticated)?;
+        let role = self.role(&identity.id, identity.role);
+        let more = match role {
+            Role::Node => NODE,
+            Role::Operator => OPERATOR,
+            Role::Observer => &[],
+        };
+        if READS.contains(&call.method) || more.contains(&call.method) {
+            return Ok(());
+        }
+        let message = format!("{identity} is {role} here, and may not call {}", call.method);
+        Err(Error::new(CommonReason::PermissionDenied, message)
+            .metadata("method", call.method)
+            .metadata("role", role.scheme()))
+    }
+}

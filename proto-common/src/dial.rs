@@ -1,0 +1,127 @@
+//! Connections to nodes, in plaintext or by TLS, in one way for all who dial.
+
+use std::time::Duration;
+
+use tonic::transport::{Channel, Endpoint};
+
+use crate::connect::{Connect, deepest};
+use crate::error::{CommonReason, Error};
+use crate::ids::NodeId;
+use crate::tuning::{CONNECT_TIMEOUT, endpoint};
+
+/// How this process connects to nodes. Cheap to clone.
+#[derive(Debug, Clone, Default)]
+pub struct Dialer {
+    #[cfg(feature = "tls")]
+    tls: Option<crate::tls::Tls>,
+}
+
+impl Dialer {
+    /// In plaintext.
+    #[must_use]
+    pub fn plaintext() -> Self {
+        Self::default()
+    }
+
+    /// By TLS, showing the certificate of `tls`.
+    #[cfg(feature = "tls")]
+    #[must_use]
+    pub fn tls(tls: crate::tls::Tls) -> Self {
+        Self { tls: Some(tls) }
+    }
+
+    /// Whether it connects by TLS.
+    #[must_use]
+    pub fn is_encrypted(&self) -> bool {
+        #[cfg(feature = "tls")]
+        return self.tls.is_some();
+        #[cfg(not(feature = "tls"))]
+        false
+    }
+
+    /// The node at `address`: `host:port`, or a URI whose scheme is `http` in plaintext and `https` by TLS. By TLS it has to prove
+    /// that it is a node of the own cluster, and the node `expected` if there is one. Nothing is connected yet.
+    ///
+    /// # Errors
+    ///
+    /// `INVALID_FIELD` if it is no address, or one of the other kind.
+    pub fn to(&self, address: &str, expected: Option<&NodeId>) -> Result<Dial, Error> {
+        let endpoint = endpoint(address)?;
+        let refuse = |why: &str| {
+            Error::new(CommonReason::InvalidField, format!("{}: {why}", endpoint.uri()))
+                .violation("address", why.to_owned())
+        };
+        match (address.split_once("://").map(|(scheme, _)| scheme), self.is_encrypted()) {
+            (Some("https"), false) => {
+                return Err(refuse("https takes a certificate, a key and a CA; write host:port for plaintext"));
+            }
+            (Some("http"), true) => return Err(refuse("http is plaintext, TLS is configured; write host:port")),
+            _ => {}
+        }
+        #[cfg(feature = "tls")]
+        if let Some(tls) = &self.tls {
+            // The scheme that the connector sees is `http`, or tonic would look for TLS of its own; the one in requests is `https`.
+            let host = endpoint.uri().authority().map_or_else(String::new, ToString::to_string);
+            let origin = format!("https://{host}").parse().map_err(|_| refuse("it is not a URI"))?;
+            let endpoint = crate::tuning::endpoint(&host)?.origin(origin);
+            return Ok(Dial { endpoint, tls: Some((tls.clone(), expected.cloned())), limit: CONNECT_TIMEOUT });
+        }
+        let _ = expected;
+        Ok(Dial {
+            endpoint,
+            #[cfg(feature = "tls")]
+            tls: None,
+            limit: CONNECT_TIMEOUT,
+        })
+    }
+}
+
+/// The way to one node; makes connections to it.
+#[derive(Debug, Clone)]
+pub struct Dial {
+    endpoint: Endpoint,
+    #[cfg(feature = "tls")]
+    tls: Option<(crate::tls::Tls, Option<NodeId>)>,
+    limit: Duration,
+}
+
+impl Dial {
+    /// How long to wait for a connection, handshake included. Default: [`CONNECT_TIMEOUT`].
+    #[must_use]
+    pub fn connect_timeout(mut self, limit: Duration) -> Self {
+        self.limit = limit;
+        self
+    }
+
+    /// A channel that connects when it is first used, and again when the connection broke.
+    #[must_use]
+    pub fn connect_lazy(&self) -> Channel {
+        let endpoint = self.endpoint.clone().connect_timeout(self.limit);
+        #[cfg(feature = "tls")]
+        if let Some((tls, expected)) = &self.tls {
+            let connector = crate::tls::connect::TlsConnector::new(tls.clone(), expected.clone(), self.limit);
+            return endpoint.connect_with_connector_lazy(connector);
+        }
+        endpoint.connect_lazy()
+    }
+}
+
+/// A new connection each time.
+impl Connect for Dial {
+    type Channel = Channel;
+
+    async fn connect(&self) -> Result<Channel, Error> {
+        let endpoint = self.endpoint.clone().connect_timeout(self.limit);
+        #[cfg(feature = "tls")]
+        if let Some((tls, expected)) = &self.tls {
+            let connector = crate::tls::connect::TlsConnector::new(tls.clone(), expected.clone(), self.limit);
+            return endpoint.connect_with_connector(connector).await.map_err(|error| {
+                crate::status::own_error(&error).unwrap_or_else(|| {
+                    let message = format!("cannot connect: {}", deepest(&error));
+                    Error::new(CommonReason::Unavailable, message).caused_by(error)
+                })
+            });
+        }
+        Connect::connect(&endpoint).await
+    }
+}

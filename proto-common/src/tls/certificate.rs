@@ -1,0 +1,61 @@
+//! What a certificate says: whom it names, who signed it, until when.
+
+use std::time::{Duration, SystemTime};
+
+use rustls::RootCertStore;
+use rustls::pki_types::{CertificateDer, UnixTime};
+use webpki::{EndEntityCert, KeyUsage};
+
+use super::error::{self, TlsError};
+use super::files::Names;
+use super::provider;
+use crate::ids::NodeId;
+use crate::peer::{PeerIdentity, Role};
+
+/// Whom it names: the first SAN URI that does, else its first DNS name that is an ID.
+pub(super) fn identity(certificate: &CertificateDer<'_>) -> Option<PeerIdentity> {
+    let parsed = EndEntityCert::try_from(certificate).ok()?;
+    let named = parsed.valid_uri_names().filter_map(|uri| uri.parse().ok()).next();
+    named.or_else(|| {
+        let id = parsed.valid_dns_names().filter_map(|name| NodeId::new(name).ok()).next()?;
+        Some(PeerIdentity { role: Role::Node, cluster: None, id })
+    })
+}
+
+/// Checks that peers will take it, as a server's and as a client's.
+pub(super) fn check_own(
+    chain: &[CertificateDer<'_>],
+    roots: &RootCertStore,
+    now: SystemTime,
+    names: &Names,
+) -> Result<(), TlsError> {
+    for usage in [KeyUsage::server_auth(), KeyUsage::client_auth()] {
+        verify(chain, roots, now, usage).map_err(|problem| error::of_own(problem, now, names))?;
+    }
+    Ok(())
+}
+
+/// When the chain ends, found by asking whether it is valid in the year 2500.
+pub(super) fn expires(chain: &[CertificateDer<'_>], roots: &RootCertStore) -> Option<SystemTime> {
+    let far = SystemTime::UNIX_EPOCH + Duration::from_secs(16_725_225_600);
+    match verify(chain, roots, far, KeyUsage::client_auth()) {
+        Err(webpki::Error::CertExpired { not_after, .. }) => {
+            SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(not_after.as_secs()))
+        }
+        _ => None,
+    }
+}
+
+fn verify(
+    chain: &[CertificateDer<'_>],
+    roots: &RootCertStore,
+    now: SystemTime,
+    usage: KeyUsage,
+) -> Result<(), webpki::Error> {
+    let Some((first, rest)) = chain.split_first() else { return Err(webpki::Error::BadDer) };
+    let now = UnixTime::since_unix_epoch(now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default());
+    let algorithms = provider().signature_verification_algorithms;
+    EndEntityCert::try_from(first)?
+        .verify_for_usage(algorithms.all, &roots.roots, rest, now, usage, None, None)
+        .map(|_| ())
+}

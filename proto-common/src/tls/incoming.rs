@@ -1,0 +1,190 @@
+//! Accepts connections and does their handshakes, so that no peer waits for another's.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::{Sleep, sleep, timeout};
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+use tokio_stream::Stream;
+use tonic::transport::server::Connected;
+
+use super::{Tls, certificate};
+use crate::peer::Peer;
+
+/// Pause after an accept that failed, as when there are no more file descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// What handshakes may take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct TlsLimits {
+    /// Handshakes under way at once. Default 256. One more ends the oldest one of the address that has most of them, so that
+    /// whoever stalls them stands in nobody's way but its own.
+    pub handshakes: usize,
+    /// Longest handshake. Default 10 s.
+    pub handshake: Duration,
+}
+
+impl Default for TlsLimits {
+    fn default() -> Self {
+        Self { handshakes: 256, handshake: Duration::from_secs(10) }
+    }
+}
+
+/// Connections whose handshake is done, for tonic's `serve_with_incoming`. Each is made with the certificate that is current
+/// when it is accepted.
+///
+/// A handshake that fails ends its connection, is logged, and is no item of the stream. Dropping it ends those under way.
+#[derive(Debug)]
+pub struct TlsIncoming {
+    listener: TcpListener,
+    tls: Tls,
+    limits: TlsLimits,
+    handshakes: JoinSet<(u64, Result<TlsConnection, io::Error>)>,
+    pending: HashMap<u64, (SocketAddr, AbortHandle)>,
+    next: u64,
+    pause: Option<Pin<Box<Sleep>>>,
+}
+
+impl TlsIncoming {
+    /// Accepts from `listener`.
+    #[must_use]
+    pub fn new(listener: TcpListener, tls: Tls, limits: TlsLimits) -> Self {
+        Self {
+            listener,
+            tls,
+            limits,
+            handshakes: JoinSet::new(),
+            pending: HashMap::new(),
+            next: 0,
+            pause: None,
+        }
+    }
+
+    fn begin(&mut self, stream: TcpStream, address: SocketAddr) {
+        while self.pending.len() >= self.limits.handshakes.max(1) {
+            self.end_one();
+        }
+        let acceptor = TlsAcceptor::from(std::sync::Arc::clone(&self.tls.current().server));
+        let (number, limit) = (self.next, self.limits.handshake);
+        self.next += 1;
+        let handshake = self.handshakes.spawn(async move {
+            let done = async {
+                stream.set_nodelay(true)?;
+                let stream = acceptor.accept(stream).await?;
+                let certificates = stream.get_ref().1.peer_certificates().unwrap_or_default();
+                let identity = certificates.first().and_then(certificate::identity);
+                Ok(TlsConnection { peer: Peer::certified(identity, Some(address)), stream })
+            };
+            let done = timeout(limit, done).await;
+            (number, done.unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::TimedOut, "the handshake took too long"))))
+        });
+        self.pending.insert(number, (address, handshake));
+    }
+
+    /// Ends the oldest handshake of the address that has most.
+    fn end_one(&mut self) {
+        let mut counts: HashMap<IpAddr, (usize, u64)> = HashMap::new();
+        for (number, (address, _)) in &self.pending {
+            let (count, oldest) = counts.entry(address.ip()).or_insert((0, *number));
+            *count += 1;
+            *oldest = (*oldest).min(*number);
+        }
+        let Some((_, oldest)) = counts.into_values().max_by_key(|(count, oldest)| (*count, u64::MAX - oldest)) else { return };
+        if let Some((address, handshake)) = self.pending.remove(&oldest) {
+            handshake.abort();
+            tracing::debug!(peer = %address, "too many TLS handshakes at once; this one is ended");
+        }
+    }
+}
+
+impl Stream for TlsIncoming {
+    type Item = io::Result<TlsConnection>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        loop {
+            match self.handshakes.poll_join_next(cx) {
+                Poll::Ready(Some(Ok((number, done)))) => {
+                    let address = self.pending.remove(&number).map(|(address, _)| address);
+                    match (done, address) {
+                        (Ok(connection), _) => return Poll::Ready(Some(Ok(connection))),
+                        (Err(error), Some(address)) => {
+                            tracing::info!(peer = %address, %error, "TLS handshake failed");
+                        }
+                        (Err(_), None) => {}
+                    }
+                    continue;
+                }
+                // Ended by us.
+                Poll::Ready(Some(Err(_))) => continue,
+                Poll::Ready(None) | Poll::Pending => {}
+            }
+            if let Some(pause) = &mut self.pause {
+                ready!(pause.as_mut().poll(cx));
+                self.pause = None;
+            }
+            match ready!(self.listener.poll_accept(cx)) {
+                Ok((stream, address)) => self.begin(stream, address),
+                Err(error) => {
+                    tracing::warn!(%error, "cannot accept a connection");
+                    self.pause = Some(Box::pin(sleep(ACCEPT_PAUSE)));
+                }
+            }
+        }
+    }
+}
+
+/// A connection whose peer has shown a certificate. Requests that come over it have its [`Peer`] in their extensions.
+#[derive(Debug)]
+pub struct TlsConnection {
+    stream: TlsStream<TcpStream>,
+    peer: Peer,
+}
+
+impl Connected for TlsConnection {
+    type ConnectInfo = Peer;
+
+    fn connect_info(&self) -> Peer {
+        self.peer.clone()
+    }
+}
+
+impl AsyncRead for TlsConnection {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, into)
+    }
+}
+
+impl AsyncWrite for TlsConnection {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, from: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, from)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        from: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, from)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}

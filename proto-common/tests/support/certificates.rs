@@ -1,0 +1,102 @@
+//! A CA and what it signs, made anew in each test.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use rcgen::{
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
+    KeyPair, KeyUsagePurpose, SanType,
+};
+
+/// Seconds.
+pub(crate) const DAY: i64 = 86_400;
+
+/// Seconds since the Unix epoch.
+pub(crate) fn now() -> i64 {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
+    i64::try_from(now.as_secs()).unwrap()
+}
+
+/// What a certificate says.
+pub(crate) struct Issue {
+    pub(crate) uri: Option<String>,
+    pub(crate) dns: Option<String>,
+    pub(crate) not_before: i64,
+    pub(crate) not_after: i64,
+}
+
+impl Issue {
+    /// A certificate of that URI, valid now.
+    pub(crate) fn uri(uri: &str) -> Self {
+        Self { uri: Some(uri.to_owned()), dns: None, not_before: now() - 60, not_after: now() + DAY }
+    }
+
+    /// A certificate of a node of cluster c1.
+    pub(crate) fn node(id: &str) -> Self {
+        Self::uri(&format!("node://c1/{id}"))
+    }
+}
+
+pub(crate) struct Ca {
+    issuer: Issuer<'static, KeyPair>,
+    pem: String,
+}
+
+impl Ca {
+    pub(crate) fn new(name: &str) -> Self {
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::DigitalSignature];
+        params.distinguished_name = DistinguishedName::new();
+        params.distinguished_name.push(DnType::CommonName, name);
+        let key = KeyPair::generate().unwrap();
+        let pem = params.self_signed(&key).unwrap().pem();
+        Self { issuer: Issuer::new(params, key), pem }
+    }
+
+    pub(crate) fn pem(&self) -> String {
+        self.pem.clone()
+    }
+
+    /// Certificate and key, in PEM form.
+    pub(crate) fn issue(&self, issue: &Issue) -> (String, String) {
+        let mut params = CertificateParams::default();
+        let at = |unix: i64| {
+            rcgen::date_time_ymd(1970, 1, 1) + Duration::from_secs(unix.try_into().unwrap())
+        };
+        (params.not_before, params.not_after) = (at(issue.not_before), at(issue.not_after));
+        params.distinguished_name = DistinguishedName::new();
+        params.distinguished_name.push(DnType::CommonName, "test");
+        params.extended_key_usages =
+            vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        let uri = issue.uri.as_deref().map(|uri| SanType::URI(uri.try_into().unwrap()));
+        let dns = issue.dns.as_deref().map(|dns| SanType::DnsName(dns.try_into().unwrap()));
+        params.subject_alt_names = dns.into_iter().chain(uri).collect();
+        let key = KeyPair::generate().unwrap();
+        (params.signed_by(&key, &self.issuer).unwrap().pem(), key.serialize_pem())
+    }
+}
+
+/// A TLS connection to `address` whose client shows no certificate and takes any of the server's by name `n1.test`.
+#[allow(dead_code, reason = "not every test looks at this")]
+pub(crate) async fn without_certificate(
+    ca: &Ca,
+    address: &str,
+) -> tokio_rustls::client::TlsStream<tokio::net::TcpStream> {
+    use rustls::pki_types::pem::PemObject as _;
+    use rustls::pki_types::{CertificateDer, ServerName};
+
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(CertificateDer::from_pem_slice(ca.pem.as_bytes()).unwrap()).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let mut config = rustls::ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    let stream = tokio::net::TcpStream::connect(address).await.unwrap();
+    let name = ServerName::try_from("n1.test").unwrap();
+    tokio_rustls::TlsConnector::from(Arc::new(config)).connect(name, stream).await.unwrap()
+}
