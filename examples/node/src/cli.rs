@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use proto::common::ids::ClusterId;
+use proto::common::tls::TlsFiles;
 
 use crate::common::{NodeId, SlotRange};
 use crate::demo::DemoOptions;
@@ -13,6 +15,7 @@ use crate::migrate::MigrateOptions;
 use crate::resp::Limits;
 use crate::serve::{Peer, ServeOptions};
 use crate::store::{NodeAddresses, StoreOptions};
+use crate::trust::TrustOptions;
 
 /// A key-value store that speaks the Redis protocol, one slot range per node, and moves slots to other nodes.
 #[derive(Debug, Parser)]
@@ -120,6 +123,21 @@ pub struct ServeArgs {
     /// Connections to the Redis port.
     #[arg(long, value_name = "N", default_value_t = 10_000)]
     max_clients: usize,
+    /// TLS: certificates of the CAs that sign the cluster's certificates, in PEM form. With --tls-cert and --tls-key.
+    #[arg(long, value_name = "FILE", requires = "tls_cert", requires = "tls_key")]
+    tls_ca: Option<PathBuf>,
+    /// TLS: the node's certificate, in PEM form; its SAN names it: URI:node://CLUSTER/ID. Replaced files are taken within seconds.
+    #[arg(long, value_name = "FILE", requires = "tls_ca", requires = "tls_key")]
+    tls_cert: Option<PathBuf>,
+    /// TLS: the private key of that certificate, in PEM form.
+    #[arg(long, value_name = "FILE", requires = "tls_ca", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
+    /// The cluster's name; nodes of another one are refused. With TLS it is in the certificate.
+    #[arg(long, value_name = "ID")]
+    cluster: Option<ClusterId>,
+    /// Let the gRPC port be plaintext beyond loopback: whoever reaches it may read, move and discard data.
+    #[arg(long, conflicts_with = "tls_cert")]
+    insecure_plaintext: bool,
     /// Seconds from SIGTERM to the end of the process, at most. Transfers that run may end in that time;
     /// what does not is resumed later. A second signal cuts it short.
     #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
@@ -177,6 +195,11 @@ impl From<ServeArgs> for ServeOptions {
             reserve_mib,
             max_request_mib,
             max_clients,
+            tls_ca,
+            tls_cert,
+            tls_key,
+            cluster,
+            insecure_plaintext,
             grace,
             patience,
             idle,
@@ -194,6 +217,12 @@ impl From<ServeArgs> for ServeOptions {
             },
             limits: Limits { request_bytes: max_request_mib.saturating_mul(1 << 20), ..Limits::default() },
             max_clients,
+            trust: TrustOptions {
+                // clap has seen to it that there are all three or none.
+                tls: tls_ca.zip(tls_cert).zip(tls_key).map(|((ca, certificate), key)| TlsFiles { ca, certificate, key }),
+                cluster,
+                insecure_plaintext,
+            },
             grace: Duration::from_secs(grace),
             migrate: MigrateOptions {
                 patience: Duration::from_secs(patience),

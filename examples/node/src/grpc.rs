@@ -3,6 +3,8 @@
 use std::time::Duration;
 
 use anyhow::Context as _;
+use proto::common::access::Guarded;
+use proto::common::tls::{Tls, TlsIncoming, TlsLimits};
 use proto::common::tuning::{incoming, tune_server};
 use proto::health::HealthRegistry;
 use proto::node::NodeIdentity;
@@ -23,7 +25,7 @@ use crate::node::Node;
 pub fn identity(node: &Node) -> NodeIdentity {
     NodeIdentity {
         node_id: node.id().to_string(),
-        cluster_id: String::new(),
+        cluster_id: node.trust().cluster().map(ToString::to_string).unwrap_or_default(),
         store_id: node.store_id().to_vec().into(),
         incarnation: node.incarnation(),
         version: env!("CARGO_PKG_VERSION").into(),
@@ -47,6 +49,7 @@ pub async fn receiver(
     let store = store.await?.context("cannot open the directory of snapshots")?;
     SnapshotReceiver::builder(node.id(), store)
         .identity(identity(node))
+        .access(node.trust().access())
         .hook(WhileUp::new(hook, draining))
         .start()
         .await
@@ -59,6 +62,7 @@ pub async fn receiver(
 ///
 /// The descriptors that were compiled in are not whole.
 pub fn services(
+    node: &Node,
     receiver: SnapshotReceiver<FileSnapshotStore>,
     migrating: &Migrating,
     health: &HealthRegistry,
@@ -71,26 +75,36 @@ pub fn services(
         .register_encoded_file_descriptor_set(proto::health::grpc_health_v1::FILE_DESCRIPTOR_SET)
         .build_v1()
         .context("cannot describe the services")?;
-    Ok(Routes::new(reflection)
+    Ok(Routes::new(Guarded::new(reflection, node.trust().access()))
         .add_service(receiver.into_service())
         .add_service(migrating.service())
         .add_service(health.service())
         .add_service(health.standard_service()))
 }
 
-/// Serves until `stop`; calls under way may end within `grace`.
+/// Serves until `stop`, by TLS if there is any; calls under way may end within `grace`.
 ///
 /// # Errors
 ///
 /// The server failed.
 pub async fn serve(
     listener: TcpListener,
+    tls: Option<Tls>,
     services: Routes,
     stop: CancellationToken,
     grace: Duration,
 ) -> anyhow::Result<()> {
     let server = tune_server(Server::builder()).add_routes(services);
-    let serving = server.serve_with_incoming_shutdown(incoming(listener), stop.clone().cancelled_owned());
+    let stopped = stop.clone().cancelled_owned();
+    let serving = async move {
+        match tls {
+            Some(tls) => {
+                let incoming = TlsIncoming::new(listener, tls, TlsLimits::default());
+                server.serve_with_incoming_shutdown(incoming, stopped).await
+            }
+            None => server.serve_with_incoming_shutdown(incoming(listener), stopped).await,
+        }
+    };
     tokio::pin!(serving);
     tokio::select! {
         served = &mut serving => return served.context("the gRPC server failed"),

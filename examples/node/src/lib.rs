@@ -11,6 +11,7 @@
 //! | [`resp`] | the Redis port |
 //! | [`grpc`] | the gRPC port |
 //! | [`health`] | how the node is, what it tells of itself, and its drain |
+//! | [`trust`] | TLS, the cluster, and who may call |
 //! | [`serve`], [`cli`] | `node serve` |
 //! | [`demo`] | `node demo` |
 
@@ -27,3 +28,4 @@ pub mod resp;
 pub mod serve;
 pub mod split;
 pub mod store;
+pub mod trust;

@@ -11,6 +11,7 @@ use crate::store::{
     Claim, ExportSummary, Handover, Identity, Init, NodeAddresses, Ownership, Store, StoreError,
     StoreOptions, unix_ms,
 };
+use crate::trust::Trust;
 
 /// Requests that may wait for slots that change hands; more get `TRYAGAIN`.
 pub const MAX_WAITING: usize = 10_000;
@@ -19,6 +20,7 @@ pub const MAX_WAITING: usize = 10_000;
 #[derive(Debug, Clone)]
 pub struct Node {
     inner: Arc<Inner>,
+    trust: Trust,
 }
 
 #[derive(Debug)]
@@ -55,7 +57,20 @@ impl Node {
             started: Instant::now(),
             incarnation: unix_ms(),
         };
-        Ok(Self { inner: Arc::new(inner) })
+        Ok(Self { inner: Arc::new(inner), trust: Trust::default() })
+    }
+
+    /// The node, with whom it trusts. Without, all is plaintext.
+    #[must_use]
+    pub fn with_trust(mut self, trust: Trust) -> Self {
+        self.trust = trust;
+        self
+    }
+
+    /// Whom it trusts.
+    #[must_use]
+    pub fn trust(&self) -> &Trust {
+        &self.trust
     }
 
     /// The node's id.

@@ -20,6 +20,7 @@ use crate::migrate::{self, MigrateOptions, Migrating};
 use crate::node::Node;
 use crate::resp::{Limits, RespServer};
 use crate::split::{SplitHook, Splits};
+use crate::trust::{Trust, TrustOptions};
 use crate::store::{Claim, Init, NodeAddresses, StoreOptions};
 
 /// How long connections may go on at most, once all else has ended.
@@ -63,6 +64,8 @@ pub struct ServeOptions {
     pub max_clients: usize,
     /// Of migrations.
     pub migrate: MigrateOptions,
+    /// Whom it trusts.
+    pub trust: TrustOptions,
     /// Longest time from a signal to the end of the process.
     pub grace: Duration,
 }
@@ -128,6 +131,8 @@ pub async fn serve_with<H: InstallHook>(
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
 
+    let (trust, id, listen) = (options.trust.clone(), options.id.clone(), options.grpc);
+    let trust = tokio::task::spawn_blocking(move || Trust::load(trust, &id, listen)).await??;
     let resp = bind(options.resp, "--resp").await?;
     let grpc = bind(options.grpc, "--grpc").await?;
     let init = Init {
@@ -144,7 +149,7 @@ pub async fn serve_with<H: InstallHook>(
     let (data, store) = (options.data.clone(), options.store.clone());
     let opening = tokio::task::spawn_blocking(move || Node::open(&data, &init, &store));
     let node = tokio::select! {
-        opened = opening => opened.context("the database could not be opened")??,
+        opened = opening => opened.context("the database could not be opened")??.with_trust(trust),
         _ = interrupt.recv() => return Ok(()),
         _ = terminate.recv() => return Ok(()),
     };
@@ -166,7 +171,7 @@ pub async fn serve_with<H: InstallHook>(
     splits.resume()?;
     let migrating = Migrating::start(&node, guard.clone(), options.migrate).await?;
     let health = Health::start(&node, &receiver.transfers(), &splits, migrate::told(&migrating))?;
-    let services = grpc::services(receiver.clone(), &migrating, health.registry())?;
+    let services = grpc::services(&node, receiver.clone(), &migrating, health.registry())?;
     let connections = CONNECTIONS.min(options.grace / 4);
     let resp =
         RespServer::new(node.clone(), splits.clone(), resp, options.limits, Some(options.max_clients))?;
@@ -178,7 +183,7 @@ pub async fn serve_with<H: InstallHook>(
             Ok(())
         }
     });
-    serving.spawn(grpc::serve(grpc, services, stop.clone(), connections));
+    serving.spawn(grpc::serve(grpc, node.trust().tls().cloned(), services, stop.clone(), connections));
     serving.spawn({
         let (store, stop) = (node.store().clone(), stop.clone());
         async move {
@@ -190,6 +195,13 @@ pub async fn serve_with<H: InstallHook>(
         let (health, node, stop) = (health.clone(), node.clone(), stop.clone());
         async move {
             health.watch_peers(node, stop).await;
+            Ok(())
+        }
+    });
+    serving.spawn({
+        let (trust, stop) = (node.trust().clone(), stop.clone());
+        async move {
+            trust.follow(stop).await;
             Ok(())
         }
     });

@@ -3,20 +3,23 @@
 use std::fmt;
 use std::str::FromStr;
 
+use proto::common::dial::Dial;
+use proto::common::error::Error;
+use proto::common::ids::NodeId;
 use proto::common::tuning::endpoint;
-use tonic::transport::Endpoint;
 
-/// `host:port` or `http://host:port`.
+use crate::trust;
+
+/// `host:port`, `http://host:port` in plaintext, or `https://host:port` by TLS.
 #[derive(Debug, Clone)]
 pub(crate) struct Address {
     text: String,
-    endpoint: Endpoint,
 }
 
 impl Address {
-    /// For connections tuned for bulk.
-    pub(crate) fn endpoint(&self) -> Endpoint {
-        self.endpoint.clone()
+    /// The way to the node there, which has to be `expected` if there is one and if it can prove that.
+    pub(crate) fn dial(&self, expected: Option<&NodeId>) -> Result<Dial, Error> {
+        trust::dialer().to(&self.text, expected)
     }
 }
 
@@ -31,9 +34,9 @@ impl FromStr for Address {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let endpoint = endpoint(text).map_err(|error| error.message().to_owned())?;
-        if endpoint.uri().scheme_str() == Some("https") {
+        if cfg!(not(feature = "tls")) && endpoint.uri().scheme_str() == Some("https") {
             return Err("this nodectl is built without TLS; write host:port or http://host:port".to_owned());
         }
-        Ok(Self { text: text.to_owned(), endpoint })
+        Ok(Self { text: text.to_owned() })
     }
 }

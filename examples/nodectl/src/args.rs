@@ -15,6 +15,7 @@ use proto::node;
 use crate::address::Address;
 use crate::drain::{DRAIN_EXAMPLES, Drain};
 use crate::migrate::args::Migrate;
+use crate::trust::TlsArgs;
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -108,6 +109,9 @@ pub(crate) struct Args {
     /// Print JSON: one document, or one per line while something is watched or pushed
     #[arg(long, global = true, display_order = 1000)]
     pub(crate) json: bool,
+
+    #[command(flatten)]
+    pub(crate) tls: TlsArgs,
 }
 
 #[derive(Debug, Subcommand)]
@@ -136,6 +140,10 @@ pub(crate) enum Command {
     /// Move all slots off a node, and say when it is safe to stop it
     #[command(after_help = DRAIN_EXAMPLES)]
     Drain(Drain),
+    /// Make certificates for a test cluster
+    #[cfg(feature = "tls")]
+    #[command(subcommand)]
+    Certs(crate::certs::Certs),
     /// Print a completion script for a shell
     Completions {
         /// The shell
@@ -200,9 +208,9 @@ pub(crate) struct Push {
     #[arg(long, value_enum, default_value_t = Priority::Split)]
     pub(crate) priority: Priority,
 
-    /// The node in whose name it is sent
-    #[arg(long, value_name = "ID", default_value = "nodectl")]
-    pub(crate) source_node: NodeId,
+    /// The node in whose name it is sent. Default: whom the certificate names, without TLS "nodectl"
+    #[arg(long, value_name = "ID")]
+    pub(crate) source_node: Option<NodeId>,
 
     /// The node that must answer; another one refuses. Default: whoever does
     #[arg(long, value_name = "ID")]
@@ -457,7 +465,7 @@ mod tests {
         assert_eq!(push.slots, SlotRange::FULL);
         assert_eq!((push.index, push.term, push.epoch, push.lanes), (0, 0, None, None));
         assert_eq!(push.retry_for.0, Some(Duration::from_secs(300)));
-        assert_eq!(push.source_node.as_str(), "nodectl");
+        assert_eq!(push.source_node, None);
     }
 
     #[test]
@@ -479,7 +487,7 @@ mod tests {
             assert_eq!(error.exit_code(), 2, "{extra}");
             assert!(error.to_string().contains(named), "{extra}: {error}");
         }
-        for to in ["n1", "n1:0", "ftp://n1:1", "https://n1:7101"] {
+        for to in ["n1", "n1:0", "ftp://n1:1", "https://n1"] {
             let error = parse(&PUSH.replace("n1:7101", to)).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::ValueValidation, "{to}");
             assert!(error.to_string().contains("--to"), "{to}: {error}");

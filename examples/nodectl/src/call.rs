@@ -32,7 +32,7 @@ pub(crate) async fn ask_over<T>(
     question: impl AsyncFnOnce(Channel) -> Result<T, Status>,
 ) -> Result<T, Error> {
     let asked = async {
-        let channel = address.endpoint().connect_timeout(limit);
+        let channel = address.dial(None)?.connect_timeout(limit);
         let channel = proto::common::connect::Connect::connect(&channel).await?;
         question(channel).await.map_err(Error::from)
     };

@@ -5,12 +5,13 @@ use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
 use proto::common::connect::Connect;
+use proto::common::dial::Dial;
 use proto::common::error::Error;
 use proto::common::ids::TransferId;
 use proto::common::retry::Backoff;
 use proto::node::{Direction, TransferPhase};
 use proto::snapshot::transfers::Transfers;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 
 use crate::args::Patience;
 
@@ -38,7 +39,7 @@ pub(crate) fn pauses() -> Backoff {
 /// only so it knows when the next try is; lanes of a transfer that runs get their error at once.
 #[derive(Debug)]
 pub(crate) struct Dialer {
-    endpoint: Endpoint,
+    dial: Dial,
     patience: Patience,
     transfers: Transfers,
     id: TransferId,
@@ -46,9 +47,9 @@ pub(crate) struct Dialer {
 }
 
 impl Dialer {
-    /// Connects to `endpoint` for the transfer `id`, which `transfers` shows.
-    pub(crate) fn new(endpoint: Endpoint, patience: Patience, transfers: Transfers, id: TransferId) -> Self {
-        Self { endpoint, patience, transfers, id, wait: Mutex::new(None) }
+    /// Connects by `dial` for the transfer `id`, which `transfers` shows.
+    pub(crate) fn new(dial: Dial, patience: Patience, transfers: Transfers, id: TransferId) -> Self {
+        Self { dial, patience, transfers, id, wait: Mutex::new(None) }
     }
 
     /// What it waits for, if it does.
@@ -77,7 +78,7 @@ impl Connect for Dialer {
         let since = Instant::now();
         let mut backoff = pauses().start();
         loop {
-            let error = match Connect::connect(&self.endpoint).await {
+            let error = match Connect::connect(&self.dial).await {
                 Ok(channel) => {
                     self.set(None);
                     return Ok(channel);

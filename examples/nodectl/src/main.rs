@@ -6,6 +6,7 @@
 //! | how is a snapshot pushed, and what happens on Ctrl-C? | `push.rs` |
 //! | how does it wait for a node that is away? | `dial.rs` |
 //! | how is a task followed through restarts of a node? | `follow.rs` |
+//! | how are nodes told by their certificates, and who makes those? | `trust.rs`, `certs.rs` |
 //! | how are slots moved, and a node emptied? | `migrate/`, `drain.rs` |
 //! | how are many nodes asked? | `nodes.rs` |
 //! | what does the JSON look like? | `document.rs`, `node_document.rs` |
@@ -17,6 +18,8 @@ mod advice;
 mod args;
 mod call;
 mod cancel;
+#[cfg(feature = "tls")]
+mod certs;
 mod dial;
 mod document;
 mod drain;
@@ -40,6 +43,7 @@ mod signals;
 mod status;
 mod table;
 mod transfers;
+mod trust;
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -70,6 +74,11 @@ fn start(args: Args, output: &mut Output) -> Result<(), Failure> {
         output.text(&String::from_utf8_lossy(&script));
         return Ok(());
     }
+    #[cfg(feature = "tls")]
+    if let Command::Certs(command) = args.command {
+        return certs::run(command, output);
+    }
+    trust::set(args.tls)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
@@ -105,6 +114,8 @@ async fn run(command: Command, output: &mut Output) -> Result<(), Failure> {
         }
         Command::Migrate(command) => migrate::run(command, output, &mut signals).await,
         Command::Drain(command) => drain::run(command, output, &mut signals).await,
+        #[cfg(feature = "tls")]
+        Command::Certs(command) => certs::run(command, output),
         Command::Completions { .. } => Ok(()),
     }
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use proto::common::clock::millis;
 use proto::common::error::Error;
 use proto::common::fence::Fence;
-use proto::common::ids::TransferId;
+use proto::common::ids::{NodeId, TransferId};
 use proto::node::{Progress, TransferPhase, TransferProgress};
 use proto::snapshot::Reason;
 use proto::snapshot::sender::{Installed, SenderOptions, SnapshotSender, SnapshotToSend, TransferHandle};
@@ -26,6 +26,7 @@ use crate::live::Live;
 use crate::output::Output;
 use crate::resume;
 use crate::signals::Signals;
+use crate::trust;
 
 /// How often what is shown is brought up to date.
 const REFRESH: Duration = Duration::from_millis(100);
@@ -57,15 +58,19 @@ async fn send(
         let message = format!("'<PATH>': {} has no files; a snapshot has at least one", push.path.display());
         return Err(Failure::usage(message));
     }
+    let source_node = match &push.source_node {
+        Some(node) => node.clone(),
+        None => trust::name()?,
+    };
     let id = match &push.transfer_id {
         Some(id) => id.clone(),
-        None => identity::of(push, &content).map_err(|error| Failure::failed(error.to_string()))?,
+        None => identity::of(push, &source_node, &content).map_err(|error| Failure::failed(error.to_string()))?,
     };
     let transfers = Transfers::default();
-    let dialer = Dialer::new(push.to.endpoint(), push.retry_for, transfers.clone(), id.clone());
+    let dialer = Dialer::new(push.to.dial(push.target_node.as_ref())?, push.retry_for, transfers.clone(), id.clone());
     let dialer = Arc::new(dialer);
     let sender = SnapshotSender::new(Arc::clone(&dialer)).options(options(push)).transfers(transfers);
-    let mut handle = sender.send(snapshot(push, &id), source)?;
+    let mut handle = sender.send(snapshot(push, source_node, &id), source)?;
     let mut sending = Sending { push, id: &id, resume: resume::command(id.as_str()), began };
     sending.announce(&content, output);
 
@@ -105,12 +110,12 @@ fn options(push: &Push) -> SenderOptions {
     options
 }
 
-fn snapshot(push: &Push, id: &TransferId) -> SnapshotToSend {
+fn snapshot(push: &Push, source_node: NodeId, id: &TransferId) -> SnapshotToSend {
     SnapshotToSend {
         transfer_id: id.clone(),
         source_shard: push.source_shard.clone(),
         target_shard: push.target_shard.clone(),
-        source_node: push.source_node.clone(),
+        source_node,
         target_node: push.target_node.clone(),
         slots: push.slots,
         point: SnapshotPoint { term: push.term, index: push.index },

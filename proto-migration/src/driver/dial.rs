@@ -8,7 +8,7 @@ use proto_common::ids::NodeId;
 
 /// Opens connections to other nodes by their address.
 ///
-/// [`TcpDial`] is one (feature `channel`), [`dial_fn`] turns a closure into one.
+/// [`TcpDial`] and [`Dialer`](proto_common::dial::Dialer) are some (feature `channel`), [`dial_fn`] turns a closure into one.
 pub trait Dial: Send + Sync + 'static {
     /// What a generated client is made of.
     type Channel: GrpcChannel;
@@ -49,6 +49,20 @@ impl Dial for TcpDial {
 
     fn check(&self, address: &str) -> Result<(), Error> {
         proto_common::tuning::endpoint(address).map(drop)
+    }
+}
+
+/// In plaintext or by TLS; by TLS whoever answers has to be that node.
+#[cfg(feature = "channel")]
+impl Dial for proto_common::dial::Dialer {
+    type Channel = tonic::transport::Channel;
+
+    async fn dial(&self, node: &NodeId, address: &str) -> Result<Self::Channel, Error> {
+        proto_common::connect::Connect::connect(&self.to(address, Some(node))?).await
+    }
+
+    fn check(&self, address: &str) -> Result<(), Error> {
+        self.to(address, None).map(drop)
     }
 }
 

@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use proto::common::tuning::endpoint;
 use proto::health::PeerMonitor;
 use tokio_util::sync::CancellationToken;
 
@@ -28,7 +27,7 @@ pub(super) async fn follow(node: Node, monitor: PeerMonitor, stop: CancellationT
             }
             for (id, address) in &known {
                 if watched.get(id) != Some(address) {
-                    watch(&monitor, id, address);
+                    watch(&node, &monitor, id, address);
                 }
             }
             watched = known;
@@ -41,9 +40,9 @@ pub(super) async fn follow(node: Node, monitor: PeerMonitor, stop: CancellationT
     monitor.stop().await;
 }
 
-fn watch(monitor: &PeerMonitor, id: &NodeId, address: &str) {
-    let added = match endpoint(address) {
-        Ok(endpoint) => monitor.add(address, Some(id.clone()), endpoint).map_err(|error| error.to_string()),
+fn watch(node: &Node, monitor: &PeerMonitor, id: &NodeId, address: &str) {
+    let added = match node.trust().dialer().to(address, Some(id)) {
+        Ok(dial) => monitor.add(address, Some(id.clone()), dial).map_err(|error| error.to_string()),
         Err(error) => Err(error.message().to_owned()),
     };
     if let Err(error) = added {

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use anyhow::Context as _;
+use proto::common::dial::Dialer;
 use proto::common::guard::RangeGuard;
-use proto::migration::driver::TcpDial;
 use proto::migration::journal::Journal;
 use proto::migration::limits::Limits;
 use proto::migration::migrations::Migrations;
@@ -22,7 +22,7 @@ use crate::node::Node;
 #[derive(Debug, Clone)]
 pub struct Migrating {
     node: Node,
-    driver: MigrationDriver<NodeSource, LearningDial<TcpDial>>,
+    driver: MigrationDriver<NodeSource, LearningDial<Dialer>>,
     receiver: MigrationReceiver<NodeTarget>,
 }
 
@@ -41,7 +41,7 @@ impl Migrating {
         let (journal, recovered) = opening.await?.context("cannot read the journal of migrations")?;
         let migrations = Migrations::new(&limits);
         let source = NodeSource::new(node.clone(), options);
-        let dial = LearningDial::new(node.clone(), TcpDial);
+        let dial = LearningDial::new(node.clone(), node.trust().dialer());
         let driver = MigrationDriver::builder(identity(node), source, journal.clone(), dial)
             .limits(limits.clone())
             .migrations(migrations.clone())
@@ -63,7 +63,7 @@ impl Migrating {
     /// The service of both sides.
     #[must_use]
     pub fn service(&self) -> MigrationService {
-        self.driver.node().and(self.receiver.node()).into_service()
+        self.driver.node().and(self.receiver.node()).access(self.node.trust().access()).into_service()
     }
 
     /// Takes no new ones; those under way go on.

@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use proto::common::error::Error;
 use proto::common::slots::SlotRange;
-use proto::common::tuning::endpoint;
 use proto::migration::driver::Dial;
 use proto::node::health_service_client::HealthServiceClient;
 use proto::node::{GetNodeStatusRequest, NodeStatus, NodeStatusSection, SlotOwner};
@@ -34,7 +33,7 @@ pub(crate) async fn follow(node: Node, stop: CancellationToken) {
         asked.retain(|id, asked| known.get(id).is_some_and(|addresses| addresses.grpc == asked.address));
         let mut round = JoinSet::new();
         for (id, NodeAddresses { grpc, .. }) in known {
-            let asked = asked.entry(id.clone()).or_insert_with(|| Asked::new(grpc));
+            let asked = asked.entry(id.clone()).or_insert_with(|| Asked::new(&node, &id, grpc));
             if let Some(channel) = &asked.channel {
                 let (channel, me) = (channel.clone(), node.id().clone());
                 let revision = asked.revision;
@@ -72,8 +71,9 @@ struct Asked {
 }
 
 impl Asked {
-    fn new(address: String) -> Self {
-        let channel = endpoint(&address).ok().map(|endpoint| endpoint.connect_timeout(ANSWER).connect_lazy());
+    fn new(node: &Node, id: &NodeId, address: String) -> Self {
+        let dial = node.trust().dialer().to(&address, Some(id));
+        let channel = dial.ok().map(|dial| dial.connect_timeout(ANSWER).connect_lazy());
         Self { address, channel, revision: None }
     }
 }

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use proto::common::connect::Connect as _;
+use proto::common::dial::{Dial, Dialer};
 use proto::common::error::Error;
 use proto::common::retry::Backoff;
 use proto::common::text::{hex, printable};
@@ -18,6 +20,20 @@ use crate::common::NodeId;
 const ASK_AGAIN: Duration = Duration::from_secs(1);
 /// How long whoever begins a split waits for the target to say who it is.
 const IDENTIFY: Duration = Duration::from_secs(10);
+
+/// The node that the slots go to, and the way to it.
+#[derive(Debug, Clone)]
+pub(super) struct Target {
+    pub(super) dialer: Dialer,
+    pub(super) address: String,
+    pub(super) node: NodeId,
+}
+
+impl Target {
+    pub(super) fn dial(&self) -> Result<Dial, Error> {
+        self.dialer.to(&self.address, Some(&self.node))
+    }
+}
 
 /// What the target says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,8 +65,8 @@ pub(super) enum Unanswered {
 }
 
 /// Asks once, for what the node with the data directory `store` says.
-async fn ask(address: &str, transfer: &str, store: &[u8]) -> Result<Answer, Unanswered> {
-    let (answer, NodeIdentity { node_id, store_id, .. }) = question(address, transfer).await?;
+async fn ask(target: &Target, transfer: &str, store: &[u8]) -> Result<Answer, Unanswered> {
+    let (answer, NodeIdentity { node_id, store_id, .. }) = question(target, transfer).await?;
     if store.is_empty() || store_id != store {
         return Err(Unanswered::Stranger {
             node: printable(&node_id, 128),
@@ -62,10 +78,10 @@ async fn ask(address: &str, transfer: &str, store: &[u8]) -> Result<Answer, Unan
 }
 
 /// What is answered, and by whom.
-async fn question(address: &str, transfer: &str) -> Result<(Answer, NodeIdentity), Error> {
+async fn question(target: &Target, transfer: &str) -> Result<(Answer, NodeIdentity), Error> {
     let request =
         GetTransferProgressRequest { transfer_id: transfer.into(), direction: Direction::In.into() };
-    let asked = connect(address).await?.get_transfer_progress(request).await;
+    let asked = connect(target).await?.get_transfer_progress(request).await;
     match asked.map_err(Error::from) {
         Ok(reply) => {
             let reply = reply.into_inner();
@@ -91,8 +107,14 @@ async fn question(address: &str, transfer: &str) -> Result<(Answer, NodeIdentity
 }
 
 /// The store of the node at `address`, which must be `target`, and know nothing of `transfer` yet.
-pub(super) async fn identify(address: &str, target: &NodeId, transfer: &str) -> Result<Vec<u8>, String> {
-    let asked = tokio::time::timeout(IDENTIFY, question(address, transfer)).await;
+pub(super) async fn identify(
+    dialer: &Dialer,
+    address: &str,
+    target: &NodeId,
+    transfer: &str,
+) -> Result<Vec<u8>, String> {
+    let asked = Target { dialer: dialer.clone(), address: address.to_owned(), node: target.clone() };
+    let asked = tokio::time::timeout(IDENTIFY, question(&asked, transfer)).await;
     let answered = asked.map_err(|_| format!("node {target} does not answer at {address}"))?;
     let (answer, NodeIdentity { node_id, store_id, .. }) =
         answered.map_err(|error| format!("node {target} cannot be asked at {address}: {error}"))?;
@@ -110,14 +132,14 @@ pub(super) async fn identify(address: &str, target: &NodeId, transfer: &str) -> 
 
 /// Asks until there is an answer of the node with the data directory `store`.
 pub(super) async fn ask_until_answered(
-    address: &str,
+    target: &Target,
     transfer: &str,
     store: &[u8],
     mut failed: impl FnMut(&Unanswered),
 ) -> Answer {
     let mut pauses = Backoff::default().start();
     loop {
-        let unanswered = match ask(address, transfer, store).await {
+        let unanswered = match ask(target, transfer, store).await {
             Ok(answer) => return answer,
             Err(unanswered) => unanswered,
         };
@@ -132,15 +154,14 @@ pub(super) async fn ask_until_answered(
 }
 
 /// Has the target discard what it has. An error may mean that it is too late; ask again.
-pub(super) async fn cancel(address: &str, transfer: &str) -> Result<(), Error> {
+pub(super) async fn cancel(target: &Target, transfer: &str) -> Result<(), Error> {
     let request = CancelTransferRequest { transfer_id: transfer.into(), ..CancelTransferRequest::default() };
-    connect(address).await?.cancel_transfer(request).await.map_err(Error::from)?;
+    connect(target).await?.cancel_transfer(request).await.map_err(Error::from)?;
     Ok(())
 }
 
-async fn connect(address: &str) -> Result<SplitSnapshotServiceClient<Channel>, Error> {
-    let endpoint = proto::common::tuning::endpoint(address)?;
-    let channel = proto::common::connect::Connect::connect(&endpoint).await?;
+async fn connect(target: &Target) -> Result<SplitSnapshotServiceClient<Channel>, Error> {
+    let channel = target.dial()?.connect().await?;
     Ok(SplitSnapshotServiceClient::new(channel))
 }
 

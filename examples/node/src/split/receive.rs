@@ -7,8 +7,9 @@ use proto::snapshot::hook::{Hold, HookFuture, InstallHook};
 use proto::snapshot::spec::TransferPlan;
 use proto::snapshot::store::PlacedSnapshot;
 
+use crate::common::{NodeId, SlotRange};
 use crate::node::Node;
-use crate::store::{StoreError, read_header};
+use crate::store::{Claim, Ownership, StoreError, read_header};
 
 /// The name of the one file that a snapshot of rows consists of.
 pub const ROWS_FILE: &str = "node-rows.snapshot";
@@ -47,8 +48,14 @@ impl SplitHook {
                 header.start, header.end, spec.slots
             )));
         }
+        // Of what the file says of owners and addresses, only what its sender may say: the rest is learned from those concerned.
+        let (source, me) = (&spec.source_node, self.node.id());
+        let ownership = self.node.gate().ownership();
         let claims = header.handover.claims().map_err(refused)?;
-        let nodes = header.handover.nodes().map_err(refused)?;
+        let claims: Vec<Claim> =
+            claims.into_iter().filter(|claim| may_say(claim, spec.slots, source, me, &ownership)).collect();
+        let mut nodes = header.handover.nodes().map_err(refused)?;
+        nodes.retain(|node, _| node == source);
         let rows = self.node.import(path, spec.slots, claims, nodes).await.map_err(refused)?;
         match rows {
             Some(rows) => {
@@ -60,6 +67,16 @@ impl SplitHook {
         }
         Ok(())
     }
+}
+
+/// Whether the source of a transfer of `slots` may make `claim`: that `me` owns what was announced, or that it owns itself what nobody
+/// else is known to own.
+fn may_say(claim: &Claim, slots: SlotRange, source: &NodeId, me: &NodeId, known: &Ownership) -> bool {
+    if slots.contains_range(claim.range) {
+        return claim.owner == *me;
+    }
+    let others = known.claims().iter().any(|known| known.owner != *source && known.range.overlaps(claim.range));
+    claim.owner == *source && !claim.range.overlaps(slots) && !others
 }
 
 fn has_rows(plan: &TransferPlan) -> bool {
@@ -96,6 +113,18 @@ impl InstallHook for SplitHook {
             if let Some(own) = own.iter().find(|own| own.overlaps(slots)).filter(|_| !all) {
                 return Err(Reason::InstallRefused
                     .error(format!("node {} owns slots {own} of {slots} already", self.node.id())));
+            }
+            let source = &plan.spec.source_node;
+            let known = self.node.gate().ownership();
+            let theirs = |claim: &&Claim| claim.owner != *source && claim.range.overlaps(slots);
+            if !all && let Some(claim) = known.claims().iter().find(theirs) {
+                // It may have changed hands a moment ago; the slot map is learned within a second.
+                return Err(Reason::InstallRefused
+                    .error(format!(
+                        "slots {} of {slots} are known to be of node {}, not of {source}",
+                        claim.range, claim.owner
+                    ))
+                    .retry_after(std::time::Duration::from_secs(1)));
             }
             let hold = self.guard.try_acquire(slots, plan.spec.transfer_id.as_str())?;
             Ok(Box::new(hold) as Hold)

@@ -13,7 +13,7 @@ use proto::snapshot::sender::{SenderOptions, SnapshotToSend};
 use proto::snapshot::spec::SnapshotPoint;
 use proto::snapshot::{FileSource, Reason, SnapshotSender};
 
-use super::outcome::{Answer, Unanswered, ask_until_answered, cancel};
+use super::outcome::{Answer, Target, Unanswered, ask_until_answered, cancel};
 use super::receive::ROWS_FILE;
 use super::source::{Closing, ClosingSource};
 use super::{Begun, Resolution, SplitPhase, Splits, rows_file};
@@ -113,11 +113,11 @@ async fn ask(splits: &Splits, begun: &Begun) -> Told {
         splits.enter(transfer, phase);
         splits.failed(transfer, unanswered);
     };
-    let address = intent.target_addresses.grpc.as_str();
+    let target = target(splits, begun);
     tokio::select! {
         biased;
         resolution = begun.resolution() => Told::Resolution(resolution),
-        answer = ask_until_answered(address, transfer.as_str(), &intent.target_store, unanswered) => {
+        answer = ask_until_answered(&target, transfer.as_str(), &intent.target_store, unanswered) => {
             splits.enter(transfer, SplitPhase::Asking);
             Told::Answer(answer)
         }
@@ -164,7 +164,7 @@ async fn send(splits: &Splits, begun: &Begun, closing: &Arc<Closing>) -> Result<
     // The slots are held until it is decided, so there is nothing to be gained by giving up.
     options.give_up_after = None;
     options.target_store = Some(begun.intent.target_store.clone().into());
-    let sender = SnapshotSender::connect(&begun.intent.target_addresses.grpc)?
+    let sender = SnapshotSender::new(target(splits, begun).dial()?)
         .options(options)
         .transfers(splits.inner.transfers.clone());
     sender.send(what(splits, begun)?, source)?.join().await?;
@@ -173,6 +173,15 @@ async fn send(splits: &Splits, begun: &Begun, closing: &Arc<Closing>) -> Result<
 
 async fn size(path: &Path) -> std::io::Result<u64> {
     Ok(tokio::fs::metadata(path).await?.len())
+}
+
+/// The way to the target.
+fn target(splits: &Splits, begun: &Begun) -> Target {
+    Target {
+        dialer: splits.inner.node.trust().dialer(),
+        address: begun.intent.target_addresses.grpc.clone(),
+        node: begun.target.clone(),
+    }
 }
 
 fn what(splits: &Splits, begun: &Begun) -> Result<SnapshotToSend, Error> {
@@ -223,7 +232,6 @@ async fn commit(splits: &Splits, begun: &Begun, writes: GateHold) -> End {
 /// The transfer ended with `error`, which is final: finds out whether the target has taken over all the same, and
 /// undoes the split only if it has not and will not.
 async fn resolve(splits: &Splits, begun: &Begun, writes: GateHold, error: &SendError) -> End {
-    let address = begun.intent.target_addresses.grpc.as_str();
     let transfer = &begun.transfer;
     // The target may have merged this one, gone on from there, and forgotten it.
     let superseded = matches!(error, SendError::Transfer(error) if error.is(Reason::StaleSnapshot));
@@ -244,7 +252,7 @@ async fn resolve(splits: &Splits, begun: &Begun, writes: GateHold, error: &SendE
                     ),
                 );
             }
-            Told::Answer(Answer::Partial) => match cancel(address, transfer.as_str()).await {
+            Told::Answer(Answer::Partial) => match cancel(&target(splits, begun), transfer.as_str()).await {
                 Ok(()) => continue,
                 Err(error) => splits.failed(transfer, error),
             },

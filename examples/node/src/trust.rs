@@ -1,0 +1,127 @@
+//! Whom the node trusts, and how it proves who it is: TLS, the cluster, and who may call.
+
+use std::net::SocketAddr;
+
+use anyhow::{Context as _, bail};
+use proto::common::access::{Access, RoleTable};
+use proto::common::dial::Dialer;
+use proto::common::ids::ClusterId;
+use proto::common::peer::Role;
+use proto::common::tls::{RELOAD_INTERVAL, Tls, TlsFiles};
+use tokio_util::sync::CancellationToken;
+
+use crate::common::NodeId;
+
+/// What the command line says of it.
+#[derive(Debug, Clone, Default)]
+pub struct TrustOptions {
+    /// `--tls-ca`, `--tls-cert`, `--tls-key`; `None`: plaintext.
+    pub tls: Option<TlsFiles>,
+    /// `--cluster`.
+    pub cluster: Option<ClusterId>,
+    /// `--insecure-plaintext`.
+    pub insecure_plaintext: bool,
+}
+
+/// See the [module](self). Cheap to clone.
+#[derive(Debug, Clone, Default)]
+pub struct Trust {
+    tls: Option<Tls>,
+    cluster: Option<ClusterId>,
+}
+
+impl Trust {
+    /// Reads the files and holds them against who the node is and where it listens. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// Each names the flag to change.
+    pub fn load(options: TrustOptions, node: &NodeId, listen: SocketAddr) -> anyhow::Result<Self> {
+        let TrustOptions { tls, cluster, insecure_plaintext } = options;
+        let Some(files) = tls else {
+            if !listen.ip().is_loopback() {
+                if !insecure_plaintext {
+                    bail!(
+                        "--grpc {listen} is no loopback address, and without TLS anybody who reaches it may read, move and discard \
+                         data; give --tls-ca, --tls-cert and --tls-key, or --insecure-plaintext if the network is closed"
+                    );
+                }
+                tracing::warn!(%listen, "the gRPC port is plaintext: whoever reaches it may do everything");
+            }
+            return Ok(Self { tls: None, cluster });
+        };
+        if insecure_plaintext {
+            bail!("--insecure-plaintext and --tls-cert exclude each other");
+        }
+        let certificate = files.certificate.display().to_string();
+        let tls = Tls::from_files(files).context("TLS cannot be set up")?;
+        let identity = tls.identity();
+        if identity.role != Role::Node || identity.id != *node {
+            bail!("--tls-cert {certificate} is that of {identity}, --id is {node}; a node needs its own certificate");
+        }
+        if cluster.is_some() && cluster != identity.cluster {
+            let named = cluster.as_ref().map_or("", ClusterId::as_str);
+            bail!("--tls-cert {certificate} is that of {identity}, --cluster is {named}");
+        }
+        Ok(Self { cluster: identity.cluster, tls: Some(tls) })
+    }
+
+    /// The certificates, with TLS.
+    #[must_use]
+    pub fn tls(&self) -> Option<&Tls> {
+        self.tls.as_ref()
+    }
+
+    /// The cluster, if it has a name.
+    #[must_use]
+    pub fn cluster(&self) -> Option<&ClusterId> {
+        self.cluster.as_ref()
+    }
+
+    /// How other nodes are called.
+    #[must_use]
+    pub fn dialer(&self) -> Dialer {
+        self.tls.clone().map_or_else(Dialer::plaintext, Dialer::tls)
+    }
+
+    /// Who may call: with TLS by role, in plaintext everybody.
+    #[must_use]
+    pub fn access(&self) -> Access {
+        match &self.tls {
+            Some(_) => Access::new(self.cluster.clone(), RoleTable::new()),
+            None => Access::new(self.cluster.clone(), proto::common::access::AllowAll),
+        }
+    }
+
+    /// Takes new certificates as their files are replaced, until `stop`.
+    pub async fn follow(&self, stop: CancellationToken) {
+        let Some(tls) = &self.tls else { return stop.cancelled().await };
+        let told = |outcome: Result<(), _>| match outcome {
+            Ok(()) => tracing::info!(expires = ?tls.expires(), "new certificates are in use"),
+            Err(error) => tracing::error!(%error, "the new certificates cannot be used; the old ones stay"),
+        };
+        tokio::select! {
+            () = stop.cancelled() => {}
+            () = tls.follow(RELOAD_INTERVAL, told) => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn plaintext_beyond_loopback_takes_a_flag() {
+        let load = |insecure_plaintext, listen: &str| {
+            let options = TrustOptions { insecure_plaintext, ..TrustOptions::default() };
+            Trust::load(options, &"n1".parse().unwrap(), listen.parse().unwrap())
+        };
+        load(false, "127.0.0.1:0").unwrap();
+        load(false, "[::1]:0").unwrap();
+        load(true, "0.0.0.0:0").unwrap();
+        for listen in ["0.0.0.0:7101", "[::]:7101", "192.0.2.1:7101"] {
+            assert!(load(false, listen).unwrap_err().to_string().contains("--insecure-plaintext"), "{listen}");
+        }
+    }
+}

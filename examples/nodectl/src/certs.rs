@@ -1,0 +1,152 @@
+//! `nodectl certs`: a CA and certificates for a test cluster.
+
+use std::fs::{DirBuilder, OpenOptions};
+use std::io::Write as _;
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use clap::Subcommand;
+use proto::common::ids::{ClusterId, NodeId};
+use proto::common::peer::{PeerIdentity, Role};
+use rcgen::{
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
+    KeyPair, KeyUsagePurpose, SanType,
+};
+
+use crate::failure::Failure;
+use crate::output::Output;
+
+/// Names that are no node's, since files are called like that.
+const RESERVED: [&str; 3] = ["ca", "operator", "observer"];
+/// Certificates begin that long ago, for clocks that lag.
+const SLACK: Duration = Duration::from_secs(3600);
+const DAY: u64 = 86_400;
+
+const EXAMPLES: &str = "\
+Examples:
+  nodectl certs new --dir certs --nodes n1,n2 --cluster test
+  node serve --id n1 ... --tls-ca certs/ca.crt --tls-cert certs/n1.crt --tls-key certs/n1.key
+  nodectl health 127.0.0.1:7101 --tls-ca certs/ca.crt --tls-cert certs/operator.crt --tls-key certs/operator.key
+
+DIR gets ca.crt and ca.key, and a certificate and a key for each node, for an operator, and for an
+observer, who may look and change nothing. Keys can be read by you alone. Nothing is overwritten.
+
+Whoever has ca.key can be any node. For more than tests, keep it elsewhere, or use the CA that you have.";
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Certs {
+    /// Make a test CA, and certificates of nodes, an operator and an observer
+    #[command(after_help = EXAMPLES)]
+    New(New),
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct New {
+    /// Where the files go; made if it is not there
+    #[arg(long, value_name = "DIR")]
+    dir: PathBuf,
+
+    /// The nodes, by their IDs
+    #[arg(long, value_name = "ID,...", required = true, value_delimiter = ',')]
+    nodes: Vec<NodeId>,
+
+    /// The cluster's name. Default: none
+    #[arg(long, value_name = "ID")]
+    cluster: Option<ClusterId>,
+
+    /// How long the certificates are valid
+    #[arg(long, value_name = "DAYS", default_value_t = 365, value_parser = clap::value_parser!(u64).range(1..=36_500))]
+    days: u64,
+}
+
+pub(crate) fn run(command: Certs, output: &mut Output) -> Result<(), Failure> {
+    let Certs::New(New { dir, nodes, cluster, days }) = command;
+    for (at, node) in nodes.iter().enumerate() {
+        if RESERVED.contains(&node.as_str()) {
+            return Err(Failure::usage(format!("--nodes: \"{node}\" is the name of a file of the CA, an operator or an observer")));
+        }
+        if nodes[..at].contains(node) {
+            return Err(Failure::usage(format!("--nodes: {node} is named twice")));
+        }
+    }
+    let peer = |role, id: &NodeId| PeerIdentity { role, cluster: cluster.clone(), id: id.clone() };
+    let mut peers: Vec<PeerIdentity> = nodes.iter().map(|id| peer(Role::Node, id)).collect();
+    for role in [Role::Operator, Role::Observer] {
+        let id = NodeId::new(role.scheme()).map_err(|error| Failure::failed(error.to_string()))?;
+        peers.push(peer(role, &id));
+    }
+    let files = make(&peers, days).map_err(|error| Failure::failed(format!("cannot make certificates: {error}")))?;
+    write(&dir, &files)?;
+    let names: Vec<&str> = files.iter().map(|file| file.name.as_str()).collect();
+    if output.json() {
+        output.document(&serde_json::json!({ "dir": dir, "files": names }));
+    } else {
+        output.text(&format!("{}\n", files.iter().map(|file| dir.join(&file.name).display().to_string()).collect::<Vec<_>>().join("\n")));
+    }
+    Ok(())
+}
+
+struct File {
+    name: String,
+    text: String,
+    secret: bool,
+}
+
+fn make(peers: &[PeerIdentity], days: u64) -> Result<Vec<File>, rcgen::Error> {
+    let mut ca = params("test CA", days);
+    ca.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+    ca.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    let key = KeyPair::generate()?;
+    let file = |name: String, text: String, secret| File { name, text, secret };
+    let mut files = vec![
+        file("ca.crt".to_owned(), ca.self_signed(&key)?.pem(), false),
+        file("ca.key".to_owned(), key.serialize_pem(), true),
+    ];
+    let issuer = Issuer::new(ca, key);
+    for peer in peers {
+        let mut params = params(peer.id.as_str(), days);
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.use_authority_key_identifier_extension = true;
+        params.subject_alt_names = vec![SanType::URI(peer.to_string().try_into()?)];
+        if peer.role == Role::Node {
+            // For clients of other makes, which compare the address.
+            params.subject_alt_names.push(SanType::DnsName("localhost".try_into()?));
+            params.subject_alt_names.push(SanType::IpAddress(std::net::Ipv4Addr::LOCALHOST.into()));
+            params.subject_alt_names.push(SanType::IpAddress(std::net::Ipv6Addr::LOCALHOST.into()));
+        }
+        let key = KeyPair::generate()?;
+        files.push(file(format!("{}.crt", peer.id), params.signed_by(&key, &issuer)?.pem(), false));
+        files.push(file(format!("{}.key", peer.id), key.serialize_pem(), true));
+    }
+    Ok(files)
+}
+
+fn params(name: &str, days: u64) -> CertificateParams {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let epoch = rcgen::date_time_ymd(1970, 1, 1);
+    let mut params = CertificateParams::default();
+    params.not_before = epoch + now.saturating_sub(SLACK);
+    params.not_after = epoch + now + Duration::from_secs(days * DAY);
+    params.distinguished_name = DistinguishedName::new();
+    params.distinguished_name.push(DnType::CommonName, name);
+    params
+}
+
+/// All or, where one of them is there already, none.
+fn write(dir: &Path, files: &[File]) -> Result<(), Failure> {
+    let failed = |what: &Path, error: std::io::Error| Failure::failed(format!("cannot write {}: {error}", what.display()));
+    DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(|error| failed(dir, error))?;
+    if let Some(there) = files.iter().map(|file| dir.join(&file.name)).find(|path| path.symlink_metadata().is_ok()) {
+        return Err(Failure::usage(format!("--dir: {} is there already, and nothing is overwritten", there.display())));
+    }
+    for File { name, text, secret } in files {
+        let path = dir.join(name);
+        let mode = if *secret { 0o600 } else { 0o644 };
+        // Atomic against others: a file that came meanwhile is not overwritten, and the key is never readable by others.
+        let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(&path).map_err(|error| failed(&path, error))?;
+        file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).map_err(|error| failed(&path, error))?;
+    }
+    Ok(())
+}
