@@ -128,7 +128,10 @@ impl Access {
 
     fn wrong_cluster(&self, what: &str, theirs: &str) -> Error {
         let ours = self.cluster_name();
-        let message = format!("{what} cluster \"{}\", this node is of \"{ours}\"; check the address", printable(theirs, 128));
+        let message = format!(
+            "{what} cluster \"{}\", this node is of \"{ours}\"; check the address",
+            printable(theirs, 128)
+        );
         Error::new(CommonReason::WrongCluster, message).metadata("cluster_id", ours)
     }
 }
@@ -191,7 +194,8 @@ impl Caller {
     pub fn is_party(&self, task: &str, other_end: &str) -> Result<(), Error> {
         match self.peer.identity() {
             Some(identity) if identity.role == Role::Node && identity.id.as_str() != other_end => {
-                let message = format!("{task} is not one of {identity}; only its own nodes and operators may touch it");
+                let message =
+                    format!("{task} is not one of {identity}; only its own nodes and operators may touch it");
                 Err(Error::new(CommonReason::PermissionDenied, message)
                     .metadata("node_id", identity.id.as_str()))
             }

@@ -53,9 +53,13 @@ impl Dialer {
         };
         match (address.split_once("://").map(|(scheme, _)| scheme), self.is_encrypted()) {
             (Some("https"), false) => {
-                return Err(refuse("https takes a certificate, a key and a CA; write host:port for plaintext"));
+                return Err(refuse(
+                    "https takes a certificate, a key and a CA; write host:port for plaintext",
+                ));
             }
-            (Some("http"), true) => return Err(refuse("http is plaintext, TLS is configured; write host:port")),
+            (Some("http"), true) => {
+                return Err(refuse("http is plaintext, TLS is configured; write host:port"));
+            }
             _ => {}
         }
         #[cfg(feature = "tls")]
@@ -64,7 +68,11 @@ impl Dialer {
             let host = endpoint.uri().authority().map_or_else(String::new, ToString::to_string);
             let origin = format!("https://{host}").parse().map_err(|_| refuse("it is not a URI"))?;
             let endpoint = crate::tuning::endpoint(&host)?.origin(origin);
-            return Ok(Dial { endpoint, tls: Some((tls.clone(), expected.cloned())), limit: CONNECT_TIMEOUT });
+            return Ok(Dial {
+                endpoint,
+                tls: Some((tls.clone(), expected.cloned())),
+                limit: CONNECT_TIMEOUT,
+            });
         }
         let _ = expected;
         Ok(Dial {

@@ -164,7 +164,15 @@ mod tests {
         for uri in ["node://c1/n1", "node:///n1", "operator://c1/alice", "observer:///grafana"] {
             assert_eq!(uri.parse::<PeerIdentity>().unwrap().to_string(), uri);
         }
-        for uri in ["", "node://n1", "node://c1/", "node://c1/n1/x", "node://c/../n1", "NODE://c1/n1", "spiffe://c/n"] {
+        for uri in [
+            "",
+            "node://n1",
+            "node://c1/",
+            "node://c1/n1/x",
+            "node://c/../n1",
+            "NODE://c1/n1",
+            "spiffe://c/n",
+        ] {
             assert!(uri.parse::<PeerIdentity>().is_err(), "{uri}");
         }
     }

@@ -28,6 +28,7 @@ use std::time::{Duration, SystemTime};
 
 use rustls::RootCertStore;
 use rustls::crypto::CryptoProvider;
+#[cfg(feature = "listen")]
 use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
 
@@ -42,8 +43,8 @@ use crate::peer::PeerIdentity;
 /// The only protocol that is spoken inside.
 const ALPN: &[u8] = b"h2";
 
-/// How often files should be looked at; for [`Tls::follow`].
-pub const RELOAD_INTERVAL: Duration = Duration::from_secs(5);
+/// How often files should be looked at, which costs three calls of `stat`; for [`Tls::follow`].
+pub const RELOAD_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The certificate of this process, its key, and the CAs that it trusts. Cheap to clone; all clones are one.
 ///
@@ -217,8 +218,8 @@ fn load(read: &Read) -> Result<Loaded, TlsError> {
     let (roots, chain, key) = (read.roots()?, read.chain()?, read.key()?);
     let now = SystemTime::now();
     certificate::check_own(&chain, &roots, now, &read.names)?;
-    let identity = certificate::identity(&chain[0])
-        .ok_or_else(|| error::nameless(&read.names.certificate))?;
+    let identity =
+        certificate::identity(&chain[0]).ok_or_else(|| error::nameless(&read.names.certificate))?;
     let expires = certificate::expires(&chain, &roots);
     let key = CertifiedKey::from_der(chain, key, &provider).map_err(|error| read.names.key_refused(error))?;
     let key = Arc::new(SingleCertAndKey::from(key));

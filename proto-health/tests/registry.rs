@@ -7,12 +7,14 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use proto_common::access::{Access, Authorizer, Call};
 use proto_common::error::Error;
 use proto_health::server::{
     Check, CheckResult, Component, ConnectionId, HealthRegistry, RegistryError, Schedule,
 };
 use proto_health::v1::{
-    DrainStep, HealthCheckRequest, HealthProbe, HealthStatus, NodeState, WatchHealthRequest,
+    DrainStep, GetNodeStatusRequest, HealthCheckRequest, HealthProbe, HealthStatus, NodeState,
+    WatchHealthRequest,
 };
 use proto_health::{Reason, limits::Limits};
 use support::*;

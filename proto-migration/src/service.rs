@@ -15,7 +15,6 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::{Reason, v1};
 use crate::limits::{Limits, MESSAGE_OVERHEAD};
 use crate::migrations::Migrations;
 use crate::progress::REASON_BYTES;
@@ -27,6 +26,7 @@ use crate::v1::{
     StartMigrationRequest, StartMigrationResponse, TransferMigrationDataRequest,
     TransferMigrationDataResponse, WatchMigrationProgressRequest, WatchMigrationProgressResponse,
 };
+use crate::{Reason, v1};
 
 /// The answers of one data stream.
 pub(crate) type Answers = ReceiverStream<Result<TransferMigrationDataResponse, Status>>;

@@ -219,7 +219,11 @@ impl From<ServeArgs> for ServeOptions {
             max_clients,
             trust: TrustOptions {
                 // clap has seen to it that there are all three or none.
-                tls: tls_ca.zip(tls_cert).zip(tls_key).map(|((ca, certificate), key)| TlsFiles { ca, certificate, key }),
+                tls: tls_ca.zip(tls_cert).zip(tls_key).map(|((ca, certificate), key)| TlsFiles {
+                    ca,
+                    certificate,
+                    key,
+                }),
                 cluster,
                 insecure_plaintext,
             },

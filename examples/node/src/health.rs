@@ -56,7 +56,11 @@ impl Health {
         let machine = Machine::start(vec![Disk::new("data", &directory).write_probe(write.clone())]);
         let tasks = facts::Tasks::new(transfers, splits, migrations);
         let facts = facts::Facts::new(node, tasks.clone(), &monitor);
-        let registry = HealthRegistry::builder(identity(node)).access(node.trust().access()).facts(facts).machine(machine).build();
+        let registry = HealthRegistry::builder(identity(node))
+            .access(node.trust().access())
+            .facts(facts)
+            .machine(machine)
+            .build();
         for service in [
             "node.snapshot.v1.SplitSnapshotService",
             "node.migration.v1.MigrationService",

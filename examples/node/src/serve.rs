@@ -20,8 +20,8 @@ use crate::migrate::{self, MigrateOptions, Migrating};
 use crate::node::Node;
 use crate::resp::{Limits, RespServer};
 use crate::split::{SplitHook, Splits};
-use crate::trust::{Trust, TrustOptions};
 use crate::store::{Claim, Init, NodeAddresses, StoreOptions};
+use crate::trust::{Trust, TrustOptions};
 
 /// How long connections may go on at most, once all else has ended.
 const CONNECTIONS: Duration = Duration::from_secs(2);

@@ -256,7 +256,8 @@ impl Splits {
         let begun_unix_ms = unix_ms();
         let transfer =
             format!("split-{}-{}-{begun_unix_ms}-{:08x}", slot, shard.end() - 1, rand::random::<u32>());
-        let store = outcome::identify(&node.trust().dialer(), &target_addresses.grpc, &target, &transfer).await;
+        let store =
+            outcome::identify(&node.trust().dialer(), &target_addresses.grpc, &target, &transfer).await;
         let target_store = store.map_err(refused)?;
         let intent = SplitIntent {
             transfer,

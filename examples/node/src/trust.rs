@@ -57,7 +57,9 @@ impl Trust {
         let tls = Tls::from_files(files).context("TLS cannot be set up")?;
         let identity = tls.identity();
         if identity.role != Role::Node || identity.id != *node {
-            bail!("--tls-cert {certificate} is that of {identity}, --id is {node}; a node needs its own certificate");
+            bail!(
+                "--tls-cert {certificate} is that of {identity}, --id is {node}; a node needs its own certificate"
+            );
         }
         if cluster.is_some() && cluster != identity.cluster {
             let named = cluster.as_ref().map_or("", ClusterId::as_str);
@@ -121,7 +123,10 @@ mod tests {
         load(false, "[::1]:0").unwrap();
         load(true, "0.0.0.0:0").unwrap();
         for listen in ["0.0.0.0:7101", "[::]:7101", "192.0.2.1:7101"] {
-            assert!(load(false, listen).unwrap_err().to_string().contains("--insecure-plaintext"), "{listen}");
+            assert!(
+                load(false, listen).unwrap_err().to_string().contains("--insecure-plaintext"),
+                "{listen}"
+            );
         }
     }
 }

@@ -29,12 +29,11 @@ pub(crate) fn general(error: &Error, address: &str) -> Option<String> {
         Code::DeadlineExceeded => {
             Some("see that the node is alive, or give it longer with --timeout".to_owned())
         }
-        Code::Unauthenticated => {
-            Some("see --tls-ca, --tls-cert and --tls-key, and that the address is that of the node you mean".to_owned())
-        }
-        Code::PermissionDenied => {
-            Some("ask whoever runs the node to permit it".to_owned())
-        }
+        Code::Unauthenticated => Some(
+            "see --tls-ca, --tls-cert and --tls-key, and that the address is that of the node you mean"
+                .to_owned(),
+        ),
+        Code::PermissionDenied => Some("ask whoever runs the node to permit it".to_owned()),
         _ => None,
     }
 }

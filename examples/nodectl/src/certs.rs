@@ -64,7 +64,9 @@ pub(crate) fn run(command: Certs, output: &mut Output) -> Result<(), Failure> {
     let Certs::New(New { dir, nodes, cluster, days }) = command;
     for (at, node) in nodes.iter().enumerate() {
         if RESERVED.contains(&node.as_str()) {
-            return Err(Failure::usage(format!("--nodes: \"{node}\" is the name of a file of the CA, an operator or an observer")));
+            return Err(Failure::usage(format!(
+                "--nodes: \"{node}\" is the name of a file of the CA, an operator or an observer"
+            )));
         }
         if nodes[..at].contains(node) {
             return Err(Failure::usage(format!("--nodes: {node} is named twice")));
@@ -76,13 +78,21 @@ pub(crate) fn run(command: Certs, output: &mut Output) -> Result<(), Failure> {
         let id = NodeId::new(role.scheme()).map_err(|error| Failure::failed(error.to_string()))?;
         peers.push(peer(role, &id));
     }
-    let files = make(&peers, days).map_err(|error| Failure::failed(format!("cannot make certificates: {error}")))?;
+    let files =
+        make(&peers, days).map_err(|error| Failure::failed(format!("cannot make certificates: {error}")))?;
     write(&dir, &files)?;
     let names: Vec<&str> = files.iter().map(|file| file.name.as_str()).collect();
     if output.json() {
         output.document(&serde_json::json!({ "dir": dir, "files": names }));
     } else {
-        output.text(&format!("{}\n", files.iter().map(|file| dir.join(&file.name).display().to_string()).collect::<Vec<_>>().join("\n")));
+        output.text(&format!(
+            "{}\n",
+            files
+                .iter()
+                .map(|file| dir.join(&file.name).display().to_string())
+                .collect::<Vec<_>>()
+                .join("\n")
+        ));
     }
     Ok(())
 }
@@ -106,7 +116,8 @@ fn make(peers: &[PeerIdentity], days: u64) -> Result<Vec<File>, rcgen::Error> {
     let issuer = Issuer::new(ca, key);
     for peer in peers {
         let mut params = params(peer.id.as_str(), days);
-        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        params.extended_key_usages =
+            vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.use_authority_key_identifier_extension = true;
         params.subject_alt_names = vec![SanType::URI(peer.to_string().try_into()?)];
@@ -136,17 +147,31 @@ fn params(name: &str, days: u64) -> CertificateParams {
 
 /// All or, where one of them is there already, none.
 fn write(dir: &Path, files: &[File]) -> Result<(), Failure> {
-    let failed = |what: &Path, error: std::io::Error| Failure::failed(format!("cannot write {}: {error}", what.display()));
+    let failed = |what: &Path, error: std::io::Error| {
+        Failure::failed(format!("cannot write {}: {error}", what.display()))
+    };
     DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(|error| failed(dir, error))?;
-    if let Some(there) = files.iter().map(|file| dir.join(&file.name)).find(|path| path.symlink_metadata().is_ok()) {
-        return Err(Failure::usage(format!("--dir: {} is there already, and nothing is overwritten", there.display())));
+    if let Some(there) =
+        files.iter().map(|file| dir.join(&file.name)).find(|path| path.symlink_metadata().is_ok())
+    {
+        return Err(Failure::usage(format!(
+            "--dir: {} is there already, and nothing is overwritten",
+            there.display()
+        )));
     }
     for File { name, text, secret } in files {
         let path = dir.join(name);
         let mode = if *secret { 0o600 } else { 0o644 };
         // Atomic against others: a file that came meanwhile is not overwritten, and the key is never readable by others.
-        let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(&path).map_err(|error| failed(&path, error))?;
-        file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).map_err(|error| failed(&path, error))?;
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(mode)
+            .open(&path)
+            .map_err(|error| failed(&path, error))?;
+        file.write_all(text.as_bytes())
+            .and_then(|()| file.sync_all())
+            .map_err(|error| failed(&path, error))?;
     }
     Ok(())
 }

@@ -64,10 +64,13 @@ async fn send(
     };
     let id = match &push.transfer_id {
         Some(id) => id.clone(),
-        None => identity::of(push, &source_node, &content).map_err(|error| Failure::failed(error.to_string()))?,
+        None => {
+            identity::of(push, &source_node, &content).map_err(|error| Failure::failed(error.to_string()))?
+        }
     };
     let transfers = Transfers::default();
-    let dialer = Dialer::new(push.to.dial(push.target_node.as_ref())?, push.retry_for, transfers.clone(), id.clone());
+    let dialer =
+        Dialer::new(push.to.dial(push.target_node.as_ref())?, push.retry_for, transfers.clone(), id.clone());
     let dialer = Arc::new(dialer);
     let sender = SnapshotSender::new(Arc::clone(&dialer)).options(options(push)).transfers(transfers);
     let mut handle = sender.send(snapshot(push, source_node, &id), source)?;

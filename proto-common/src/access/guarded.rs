@@ -55,7 +55,8 @@ where
             tracing::debug!(%peer, service = S::NAME, method, reason = error.reason(), "call refused");
             return Answer::Refused(Some(error.into()));
         }
-        let caller = Caller { peer, access: self.access.clone(), service: S::NAME, method: Arc::from(method) };
+        let caller =
+            Caller { peer, access: self.access.clone(), service: S::NAME, method: Arc::from(method) };
         request.extensions_mut().insert(caller);
         Answer::Passed(self.inner.call(request))
     }

@@ -62,17 +62,18 @@ impl TlsConnector {
         let host = uri.host().unwrap_or_default();
         let bare = host.trim_start_matches('[').trim_end_matches(']');
         let port = uri.port_u16().unwrap_or(443);
-        let stream =
-            TcpStream::connect((bare, port)).await.map_err(|error| unavailable(address, &error.to_string()))?;
+        let stream = TcpStream::connect((bare, port))
+            .await
+            .map_err(|error| unavailable(address, &error.to_string()))?;
         stream.set_nodelay(true).map_err(|error| unavailable(address, &error.to_string()))?;
         let loaded = self.tls.current();
         let name = ServerName::try_from(bare.to_owned())
             .map_err(|_| unavailable(address, "its name is neither an IP address nor a DNS name"))?;
-        let config = config(&loaded, self.expected.clone()).map_err(|error| {
-            Error::new(CommonReason::TlsFailed, format!("TLS cannot be set up: {error}"))
-        })?;
+        let config = config(&loaded, self.expected.clone())
+            .map_err(|error| Error::new(CommonReason::TlsFailed, format!("TLS cannot be set up: {error}")))?;
         let failed = |error: io::Error| self.explain(error, address, &loaded);
-        let mut stream = tokio_rustls::TlsConnector::from(Arc::new(config)).connect(name, stream).await.map_err(failed)?;
+        let mut stream =
+            tokio_rustls::TlsConnector::from(Arc::new(config)).connect(name, stream).await.map_err(failed)?;
         match timeout(FIRST_WORDS, stream.fill_buf()).await {
             Ok(Ok([])) => Err(unavailable(address, "it closed the connection after the TLS handshake")),
             Ok(Err(error)) => Err(failed(error)),
@@ -82,12 +83,15 @@ impl TlsConnector {
 
     /// The error for people and programs.
     fn explain(&self, error: io::Error, address: &str, loaded: &Loaded) -> Error {
-        let Some(cause) = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()).cloned() else {
+        let Some(cause) = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()).cloned()
+        else {
             return unavailable(address, &format!("the TLS handshake broke: {error}"));
         };
         let now = SystemTime::now();
         let (reason, message) = match &cause {
-            rustls::Error::InvalidCertificate(problem) => self.their_certificate(problem, address, loaded, now),
+            rustls::Error::InvalidCertificate(problem) => {
+                self.their_certificate(problem, address, loaded, now)
+            }
             rustls::Error::AlertReceived(alert) => our_certificate(*alert, address, loaded, now),
             rustls::Error::InvalidMessage(_) => {
                 (CommonReason::TlsFailed, format!("{address} does not speak TLS; is it a plaintext port?"))
@@ -107,20 +111,29 @@ impl TlsConnector {
         match problem {
             CertificateError::ExpiredContext { not_after, .. } => {
                 let ago = long(since(*not_after, now));
-                (CommonReason::CertificateExpired, format!("certificate expired {ago} ago: that of {address}"))
+                (
+                    CommonReason::CertificateExpired,
+                    format!("certificate expired {ago} ago: that of {address}"),
+                )
             }
             CertificateError::NotValidYetContext { not_before, .. } => {
                 let ahead = long(until(*not_before, now));
-                let what = format!("certificate not valid for another {ahead}: that of {address}; check the clocks");
+                let what =
+                    format!("certificate not valid for another {ahead}: that of {address}; check the clocks");
                 (CommonReason::TlsFailed, what)
             }
             CertificateError::UnknownIssuer => {
-                let what = format!("signed by an unknown CA: the certificate of {address} is signed by none in {}", loaded.names.ca);
+                let what = format!(
+                    "signed by an unknown CA: the certificate of {address} is signed by none in {}",
+                    loaded.names.ca
+                );
                 (CommonReason::UnknownCa, what)
             }
             CertificateError::Other(OtherError(mismatch)) => match mismatch.downcast_ref::<Mismatch>() {
                 Some(mismatch) => (mismatch.reason(), format!("{mismatch} (at {address})")),
-                None => (CommonReason::TlsFailed, format!("the certificate of {address} is refused: {mismatch}")),
+                None => {
+                    (CommonReason::TlsFailed, format!("the certificate of {address} is refused: {mismatch}"))
+                }
             },
             other => (CommonReason::TlsFailed, format!("the certificate of {address} is refused: {other}")),
         }
@@ -144,9 +157,10 @@ fn our_certificate(
             };
             (CommonReason::CertificateExpired, what)
         }
-        AlertDescription::UnknownCA => {
-            (CommonReason::UnknownCa, format!("signed by an unknown CA: {address} does not trust who signed {ours}"))
-        }
+        AlertDescription::UnknownCA => (
+            CommonReason::UnknownCa,
+            format!("signed by an unknown CA: {address} does not trust who signed {ours}"),
+        ),
         AlertDescription::CertificateRequired => {
             (CommonReason::Unauthenticated, format!("{address} wants a certificate, and got none"))
         }
@@ -156,7 +170,10 @@ fn our_certificate(
         AlertDescription::ProtocolVersion => {
             (CommonReason::TlsFailed, format!("{address} does not speak TLS 1.3"))
         }
-        other => (CommonReason::TlsFailed, format!("{address} refuses the connection or {ours}: TLS alert {other:?}")),
+        other => (
+            CommonReason::TlsFailed,
+            format!("{address} refuses the connection or {ours}: TLS alert {other:?}"),
+        ),
     }
 }
 
@@ -183,9 +200,10 @@ impl Service<Uri> for TlsConnector {
 
 fn config(loaded: &Loaded, expected: Option<NodeId>) -> Result<ClientConfig, rustls::Error> {
     let provider = provider();
-    let signatures = WebPkiServerVerifier::builder_with_provider(Arc::clone(&loaded.roots), Arc::clone(&provider))
-        .build()
-        .map_err(|error| rustls::Error::General(error.to_string()))?;
+    let signatures =
+        WebPkiServerVerifier::builder_with_provider(Arc::clone(&loaded.roots), Arc::clone(&provider))
+            .build()
+            .map_err(|error| rustls::Error::General(error.to_string()))?;
     let verifier = NodeVerifier {
         signatures,
         roots: Arc::clone(&loaded.roots),
@@ -237,7 +255,11 @@ impl fmt::Display for Mismatch {
             Self::Nameless => f.write_str("the certificate names no node"),
             Self::NoNode(found) => write!(f, "the certificate is that of {found}, which is no node"),
             Self::Cluster { found, ours } => {
-                write!(f, "the certificate is that of {found}, which is not of the cluster {:?}", ours.cluster_name())
+                write!(
+                    f,
+                    "the certificate is that of {found}, which is not of the cluster {:?}",
+                    ours.cluster_name()
+                )
             }
             Self::Node { found, expected } => {
                 write!(f, "not valid for node {expected}: the certificate is that of node {}", found.id)

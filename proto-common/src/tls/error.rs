@@ -102,9 +102,7 @@ pub(super) fn of_own(problem: webpki::Error, now: SystemTime, names: &Names) -> 
         webpki::Error::BadDer => {
             TlsError::new(TlsProblem::Malformed, format!("{certificate} is no X.509 certificate"))
         }
-        other => {
-            TlsError::new(TlsProblem::NotUsable, format!("{certificate} cannot be used: {other}"))
-        }
+        other => TlsError::new(TlsProblem::NotUsable, format!("{certificate} cannot be used: {other}")),
     }
 }
 

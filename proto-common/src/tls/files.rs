@@ -103,7 +103,8 @@ impl Stamp {
         let TlsFiles { ca, certificate, key } = files;
         let of = |path: &Path| {
             let found = std::fs::metadata(path).ok()?;
-            let (modified, changed) = ((found.mtime(), found.mtime_nsec()), (found.ctime(), found.ctime_nsec()));
+            let (modified, changed) =
+                ((found.mtime(), found.mtime_nsec()), (found.ctime(), found.ctime_nsec()));
             Some((found.ino(), found.len(), modified.0, modified.1, changed.0, changed.1))
         };
         Some(Self([of(ca)?, of(certificate)?, of(key)?]))
@@ -154,7 +155,10 @@ impl Names {
         match error {
             rustls::Error::InconsistentKeys(_) => TlsError::new(
                 TlsProblem::KeyMismatch,
-                format!("key does not match certificate: {} is not the key of {}", self.key, self.certificate),
+                format!(
+                    "key does not match certificate: {} is not the key of {}",
+                    self.key, self.certificate
+                ),
             ),
             error => TlsError::new(TlsProblem::Malformed, format!("{} cannot be used: {error}", self.key)),
         }

@@ -85,7 +85,12 @@ impl TlsIncoming {
                 Ok(TlsConnection { peer: Peer::certified(identity, Some(address)), stream })
             };
             let done = timeout(limit, done).await;
-            (number, done.unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::TimedOut, "the handshake took too long"))))
+            (
+                number,
+                done.unwrap_or_else(|_| {
+                    Err(io::Error::new(io::ErrorKind::TimedOut, "the handshake took too long"))
+                }),
+            )
         });
         self.pending.insert(number, (address, handshake));
     }
@@ -98,7 +103,11 @@ impl TlsIncoming {
             *count += 1;
             *oldest = (*oldest).min(*number);
         }
-        let Some((_, oldest)) = counts.into_values().max_by_key(|(count, oldest)| (*count, u64::MAX - oldest)) else { return };
+        let Some((_, oldest)) =
+            counts.into_values().max_by_key(|(count, oldest)| (*count, u64::MAX - oldest))
+        else {
+            return;
+        };
         if let Some((address, handshake)) = self.pending.remove(&oldest) {
             handshake.abort();
             tracing::debug!(peer = %address, "too many TLS handshakes at once; this one is ended");
@@ -158,7 +167,11 @@ impl Connected for TlsConnection {
 }
 
 impl AsyncRead for TlsConnection {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        into: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_read(cx, into)
     }
 }

@@ -1,6 +1,5 @@
 //! A CA and what it signs, made anew in each test.
 
-use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use rcgen::{
@@ -61,9 +60,7 @@ impl Ca {
     /// Certificate and key, in PEM form.
     pub(crate) fn issue(&self, issue: &Issue) -> (String, String) {
         let mut params = CertificateParams::default();
-        let at = |unix: i64| {
-            rcgen::date_time_ymd(1970, 1, 1) + Duration::from_secs(unix.try_into().unwrap())
-        };
+        let at = |unix: i64| rcgen::date_time_ymd(1970, 1, 1) + Duration::from_secs(unix.try_into().unwrap());
         (params.not_before, params.not_after) = (at(issue.not_before), at(issue.not_after));
         params.distinguished_name = DistinguishedName::new();
         params.distinguished_name.push(DnType::CommonName, "test");
@@ -76,27 +73,4 @@ impl Ca {
         let key = KeyPair::generate().unwrap();
         (params.signed_by(&key, &self.issuer).unwrap().pem(), key.serialize_pem())
     }
-}
-
-/// A TLS connection to `address` whose client shows no certificate and takes any of the server's by name `n1.test`.
-#[allow(dead_code, reason = "not every test looks at this")]
-pub(crate) async fn without_certificate(
-    ca: &Ca,
-    address: &str,
-) -> tokio_rustls::client::TlsStream<tokio::net::TcpStream> {
-    use rustls::pki_types::pem::PemObject as _;
-    use rustls::pki_types::{CertificateDer, ServerName};
-
-    let mut roots = rustls::RootCertStore::empty();
-    roots.add(CertificateDer::from_pem_slice(ca.pem.as_bytes()).unwrap()).unwrap();
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let mut config = rustls::ClientConfig::builder_with_provider(provider)
-        .with_protocol_versions(&[&rustls::version::TLS13])
-        .unwrap()
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    config.alpn_protocols = vec![b"h2".to_vec()];
-    let stream = tokio::net::TcpStream::connect(address).await.unwrap();
-    let name = ServerName::try_from("n1.test").unwrap();
-    tokio_rustls::TlsConnector::from(Arc::new(config)).connect(name, stream).await.unwrap()
 }

@@ -43,9 +43,9 @@ impl tonic::codegen::Service<http::Request<Body>> for Echo {
     }
 
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
-        Box::pin(async move {
-            Ok(tonic::server::Grpc::new(ProstCodec::default()).unary(Self, request).await)
-        })
+        Box::pin(
+            async move { Ok(tonic::server::Grpc::new(ProstCodec::default()).unary(Self, request).await) },
+        )
     }
 }
 

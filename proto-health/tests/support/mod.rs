@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use proto_common::access::Guarded;
 use proto_common::refusal::WithDetails;
 use proto_common::v1::NodeIdentity;
 use proto_health::HealthRegistry;
@@ -22,8 +23,8 @@ pub(crate) const DEGRADED: HealthStatus = HealthStatus::Degraded;
 pub(crate) const UNHEALTHY: HealthStatus = HealthStatus::Unhealthy;
 pub(crate) const UNDECIDED: HealthStatus = HealthStatus::Undecided;
 
-pub(crate) type Client = HealthServiceClient<WithDetails<HealthServiceServer<NodeHealth>>>;
-pub(crate) type Standard = HealthClient<HealthServer<StandardHealth>>;
+pub(crate) type Client = HealthServiceClient<Guarded<WithDetails<HealthServiceServer<NodeHealth>>>>;
+pub(crate) type Standard = HealthClient<Guarded<HealthServer<StandardHealth>>>;
 
 pub(crate) fn identity() -> NodeIdentity {
     NodeIdentity {

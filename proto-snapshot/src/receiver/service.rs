@@ -52,9 +52,11 @@ impl<S: SnapshotStore> SplitSnapshotService for SnapshotReceiver<S> {
         let (sender, answers) = mpsc::channel(ANSWERS);
         let frames = Frames::new(request.into_inner());
         // Not in the handler: its future is dropped when the peer disconnects, and writers must end in order.
-        self.inner
-            .tasks
-            .spawn(Arc::clone(&self.inner).serve(frames, caller, Answers::new(sender, self.inner.limits.idle)));
+        self.inner.tasks.spawn(Arc::clone(&self.inner).serve(
+            frames,
+            caller,
+            Answers::new(sender, self.inner.limits.idle),
+        ));
         Ok(Response::new(ReceiverStream::new(answers)))
     }
 
@@ -167,7 +169,12 @@ impl<S: SnapshotStore> Inner<S> {
     }
 
     /// Whether `caller` may cancel all that the call could mean.
-    fn may_cancel(&self, caller: &Caller, direction: Option<Direction>, id: &TransferId) -> Result<(), Error> {
+    fn may_cancel(
+        &self,
+        caller: &Caller,
+        direction: Option<Direction>,
+        id: &TransferId,
+    ) -> Result<(), Error> {
         for of in [Direction::In, Direction::Out] {
             if direction.is_some_and(|wanted| wanted != of) {
                 continue;

@@ -75,7 +75,8 @@ fn may_say(claim: &Claim, slots: SlotRange, source: &NodeId, me: &NodeId, known:
     if slots.contains_range(claim.range) {
         return claim.owner == *me;
     }
-    let others = known.claims().iter().any(|known| known.owner != *source && known.range.overlaps(claim.range));
+    let others =
+        known.claims().iter().any(|known| known.owner != *source && known.range.overlaps(claim.range));
     claim.owner == *source && !claim.range.overlaps(slots) && !others
 }
 
