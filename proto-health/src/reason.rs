@@ -14,6 +14,10 @@ proto_common::reasons! {
         TooManyWatchers "TOO_MANY_WATCHERS" ResourceExhausted retry,
         /// A compressed message.
         UnsupportedCompression "UNSUPPORTED_COMPRESSION" Unimplemented,
+        /// The caller has shown no certificate where one is needed.
+        Unauthenticated "UNAUTHENTICATED" Unauthenticated,
+        /// The caller belongs to another cluster; metadata `cluster_id`.
+        WrongCluster "WRONG_CLUSTER" FailedPrecondition,
         /// The caller may not do this, or `from` is not its certificate's node.
         PermissionDenied "PERMISSION_DENIED" PermissionDenied,
         /// A new watch on a node that has sent its last frames.

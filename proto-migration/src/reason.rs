@@ -99,6 +99,8 @@ proto_common::reasons! {
         LogLost "LOG_LOST" OutOfRange retry,
         /// No such migration, neither active nor in the history.
         MigrationNotFound "MIGRATION_NOT_FOUND" NotFound,
+        /// The caller has shown no certificate where one is needed.
+        Unauthenticated "UNAUTHENTICATED" Unauthenticated,
         /// The caller may not do this, or claims a node_id that is not its certificate's.
         PermissionDenied "PERMISSION_DENIED" PermissionDenied,
         /// Nothing arrived for the idle timeout.

@@ -19,6 +19,12 @@ proto_common::reasons! {
         UnsupportedFeature "UNSUPPORTED_FEATURE" Unimplemented,
         /// The header means another node.
         WrongNode "WRONG_NODE" FailedPrecondition,
+        /// The caller has shown no certificate where one is needed.
+        Unauthenticated "UNAUTHENTICATED" Unauthenticated,
+        /// The caller belongs to another cluster; metadata `cluster_id`.
+        WrongCluster "WRONG_CLUSTER" FailedPrecondition,
+        /// The caller may not do this, or claims a node that is not its certificate's.
+        PermissionDenied "PERMISSION_DENIED" PermissionDenied,
         /// A file name breaks the rules.
         InvalidFileName "INVALID_FILE_NAME" InvalidArgument,
         /// Two files of one name, or a name that is a directory of another.

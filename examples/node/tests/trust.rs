@@ -125,7 +125,7 @@ fn methods() -> Vec<(String, String)> {
 async fn poke(channel: Channel, path: &str) -> Result<(), Error> {
     let mut grpc = tonic::client::Grpc::new(channel);
     grpc.ready().await.unwrap();
-    let one = tonic::Request::new(tokio_stream::once(()));
+    let one = tonic::Request::new(futures::stream::iter([()]));
     let path = path.parse().unwrap();
     let mut answers = grpc.streaming(one, path, Empty).await.map_err(Error::from)?.into_inner();
     tokio::time::timeout(Duration::from_secs(20), answers.message())
@@ -226,7 +226,7 @@ async fn a_node_with_a_good_certificate_cannot_take_over_what_is_anothers() {
     let mut at_target = MigrationServiceClient::new(connect(hostile.clone(), &n2).await.unwrap());
     let mut try_as = async |node_id: &str| {
         let frame = TransferMigrationDataRequest { frame: Some(Frame::Header(header(node_id))) };
-        let answers = at_target.transfer_migration_data(tokio_stream::once(frame)).await;
+        let answers = at_target.transfer_migration_data(futures::stream::iter([frame])).await;
         let answer = match answers {
             Ok(answers) => answers.into_inner().message().await,
             Err(status) => Err(status),

@@ -52,8 +52,10 @@ impl SplitHook {
         let (source, me) = (&spec.source_node, self.node.id());
         let ownership = self.node.gate().ownership();
         let claims = header.handover.claims().map_err(refused)?;
-        let claims: Vec<Claim> =
-            claims.into_iter().filter(|claim| may_say(claim, spec.slots, source, me, &ownership)).collect();
+        let claims: Vec<Claim> = claims
+            .into_iter()
+            .flat_map(|claim| credible(claim, spec.slots, source, me, &ownership))
+            .collect();
         let mut nodes = header.handover.nodes().map_err(refused)?;
         nodes.retain(|node, _| node == source);
         let rows = self.node.import(path, spec.slots, claims, nodes).await.map_err(refused)?;
@@ -69,15 +71,22 @@ impl SplitHook {
     }
 }
 
-/// Whether the source of a transfer of `slots` may make `claim`: that `me` owns what was announced, or that it owns itself what nobody
-/// else is known to own.
-fn may_say(claim: &Claim, slots: SlotRange, source: &NodeId, me: &NodeId, known: &Ownership) -> bool {
-    if slots.contains_range(claim.range) {
-        return claim.owner == *me;
+/// The parts of `claim` that the source of a transfer of `slots` may make: that `me` owns what was announced, and that it owns itself
+/// what nobody else is known to own.
+fn credible(claim: Claim, slots: SlotRange, source: &NodeId, me: &NodeId, known: &Ownership) -> Vec<Claim> {
+    if claim.owner == *me && slots.contains_range(claim.range) {
+        return vec![claim];
     }
-    let others =
-        known.claims().iter().any(|known| known.owner != *source && known.range.overlaps(claim.range));
-    claim.owner == *source && !claim.range.overlaps(slots) && !others
+    if claim.owner != *source {
+        return Vec::new();
+    }
+    let anothers = |range: SlotRange| {
+        known.claims().iter().any(|known| known.owner != *source && known.range.overlaps(range))
+    };
+    let before = SlotRange::new(claim.range.start(), claim.range.end().min(slots.start()));
+    let after = SlotRange::new(claim.range.start().max(slots.end()), claim.range.end());
+    let parts = [before, after].into_iter().flatten().filter(|range| !anothers(*range));
+    parts.map(|range| Claim { range, ..claim.clone() }).collect()
 }
 
 fn has_rows(plan: &TransferPlan) -> bool {
@@ -139,5 +148,40 @@ impl InstallHook for SplitHook {
     /// Rows are in the database.
     fn keeps_files(&self, plan: &TransferPlan) -> bool {
         !has_rows(plan)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn claim(range: &str, owner: &str) -> Claim {
+        Claim { range: range.parse().unwrap(), owner: owner.parse().unwrap(), epoch: 9 }
+    }
+
+    /// A file that claims more than its sender may say.
+    #[test]
+    fn a_crafted_file_gains_nothing() {
+        let (source, me) = ("n1".parse().unwrap(), "n2".parse().unwrap());
+        let mut known = Ownership::default();
+        known.adopt(&claim("12000-16383", "n3"));
+        known.adopt(&claim("0-99", "n2"));
+        let credible = |said: Claim| credible(said, "8000-8999".parse().unwrap(), &source, &me, &known);
+        // What a real one says.
+        assert_eq!(credible(claim("8000-8999", "n2")), [claim("8000-8999", "n2")]);
+        assert_eq!(credible(claim("100-8999", "n1")), [claim("100-7999", "n1")]);
+        assert_eq!(credible(claim("5000-9500", "n1")), [claim("5000-7999", "n1"), claim("9000-9500", "n1")]);
+        for (range, owner) in [
+            // More for this node than was announced, so that it would serve another's slots.
+            ("8000-9000", "n2"),
+            ("12000-12100", "n2"),
+            // Slots of a third node, or of this one, for the sender; anything for somebody else.
+            ("12000-16383", "n1"),
+            ("0-99", "n1"),
+            ("8000-8999", "n3"),
+            ("9000-9100", "n4"),
+        ] {
+            assert_eq!(credible(claim(range, owner)), [], "{range} {owner}");
+        }
     }
 }

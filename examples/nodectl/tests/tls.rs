@@ -1,0 +1,111 @@
+//! Certificates for tests, and commands by TLS.
+#![cfg(feature = "tls")]
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test")]
+
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
+
+use proto::common::access::{Access, RoleTable};
+use proto::common::tls::{Tls, TlsFiles, TlsIncoming, TlsLimits};
+use proto::health::HealthRegistry;
+use proto::node::NodeIdentity;
+use tokio::net::TcpListener;
+
+#[allow(dead_code, reason = "not every test needs all of it")]
+mod support;
+
+use support::nodectl;
+
+fn files(dir: &Path, name: &str) -> TlsFiles {
+    let path = |name: String| dir.join(name);
+    TlsFiles {
+        ca: path("ca.crt".into()),
+        certificate: path(format!("{name}.crt")),
+        key: path(format!("{name}.key")),
+    }
+}
+
+fn flags(dir: &Path, name: &str) -> String {
+    let TlsFiles { ca, certificate, key } = files(dir, name);
+    format!("--tls-ca {} --tls-cert {} --tls-key {}", ca.display(), certificate.display(), key.display())
+}
+
+async fn serve(dir: &Path, name: &str) -> String {
+    let tls = Tls::from_files(files(dir, name)).unwrap();
+    let identity = NodeIdentity { node_id: name.into(), incarnation: 1, ..NodeIdentity::default() };
+    let access = Access::new(tls.identity().cluster, RoleTable::new());
+    let health = HealthRegistry::builder(identity).access(access).build();
+    health.set_running();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let incoming = TlsIncoming::new(listener, tls, TlsLimits::default());
+    let server = tonic::transport::Server::builder().add_service(health.service());
+    tokio::spawn(async move { server.serve_with_incoming(incoming).await.unwrap() });
+    address
+}
+
+#[tokio::test]
+async fn new_certificates_work_and_are_never_overwritten() {
+    let dir = tempfile::tempdir().unwrap();
+    let certs = dir.path().join("certs");
+    let new = format!("certs new --dir {} --nodes n1,n2 --cluster test", certs.display());
+    let made = nodectl(&new).await;
+    assert_eq!(made.code, Some(0), "{made:?}");
+    let mut names: Vec<String> = std::fs::read_dir(&certs)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    assert_eq!(names.len(), 10, "{names:?}");
+    for name in names.iter().filter(|name| name.ends_with(".key")) {
+        let mode = std::fs::metadata(certs.join(name)).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600, "{name}");
+    }
+    for (name, uri) in [
+        ("n1", "node://test/n1"),
+        ("operator", "operator://test/operator"),
+        ("observer", "observer://test/observer"),
+    ] {
+        assert_eq!(Tls::from_files(files(&certs, name)).unwrap().identity().to_string(), uri);
+    }
+
+    let before = std::fs::read(certs.join("ca.key")).unwrap();
+    let again = nodectl(&new).await;
+    assert_eq!(again.code, Some(2), "{again:?}");
+    assert!(again.stderr.contains("ca.crt is there already"), "{again:?}");
+    assert_eq!(std::fs::read(certs.join("ca.key")).unwrap(), before);
+
+    let address = serve(&certs, "n1").await;
+    let asked = nodectl(&format!("status {address} {}", flags(&certs, "observer"))).await;
+    assert!(asked.code == Some(0) && asked.stdout.contains("n1"), "{asked:?}");
+    // Another test's CA.
+    let other = dir.path().join("other");
+    nodectl(&format!("certs new --dir {} --nodes n1", other.display())).await;
+    let refused = nodectl(&format!("transfers --at {address} {}", flags(&other, "operator"))).await;
+    assert_eq!(refused.code, Some(1), "{refused:?}");
+    assert!(
+        refused.stderr.contains("signed by an unknown CA") && refused.stderr.contains("UNKNOWN_CA"),
+        "{refused:?}"
+    );
+    let plain = nodectl(&format!("transfers --at {address}")).await;
+    assert_eq!(plain.code, Some(1), "{plain:?}");
+}
+
+#[tokio::test]
+async fn wrong_usage_is_told_by_flag() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path().display();
+    for (args, named) in [
+        (format!("certs new --dir {dir}"), "--nodes"),
+        (format!("certs new --dir {dir} --nodes a/b"), "--nodes"),
+        (format!("certs new --dir {dir} --nodes ca"), "--nodes"),
+        (format!("certs new --dir {dir} --nodes n1,n1"), "--nodes"),
+        (format!("certs new --dir {dir} --nodes n1 --days 0"), "--days"),
+        ("health n1:1 --tls-ca /none".to_owned(), "--tls-cert and --tls-key are missing"),
+        ("health n1:1 --tls-ca /none --tls-cert /none --tls-key /none".to_owned(), "/none cannot be read"),
+    ] {
+        let ended = nodectl(&args).await;
+        assert_eq!(ended.code, Some(2), "{args}: {ended:?}");
+        assert!(ended.stderr.contains(named), "{args}: {ended:?}");
+    }
+}
