@@ -37,7 +37,7 @@ pub mod slots;
 #[cfg(feature = "_rpc")]
 pub mod status;
 pub mod text;
-#[cfg(feature = "tls")]
+#[cfg(all(feature = "tls", any(feature = "listen", all(feature = "client", feature = "channel"))))]
 pub mod tls;
 #[cfg(any(feature = "channel", feature = "listen"))]
 pub mod tuning;

@@ -78,6 +78,7 @@ pub(crate) struct Loaded {
     pub(crate) identity: PeerIdentity,
     /// When the own certificate, or one that it depends on, ends.
     pub(crate) expires: Option<SystemTime>,
+    #[cfg(all(feature = "client", feature = "channel"))]
     pub(crate) roots: Arc<RootCertStore>,
     #[cfg(all(feature = "client", feature = "channel"))]
     pub(crate) key: Arc<SingleCertAndKey>,
@@ -242,6 +243,7 @@ fn load(read: &Read) -> Result<Loaded, TlsError> {
     Ok(Loaded {
         identity,
         expires,
+        #[cfg(all(feature = "client", feature = "channel"))]
         roots,
         #[cfg(all(feature = "client", feature = "channel"))]
         key,

@@ -90,7 +90,7 @@ async fn a_dns_name_is_a_node_where_no_uri_names_one() {
 
 #[tokio::test]
 async fn a_server_that_is_not_meant_is_told_apart_before_anything_is_sent() {
-    let (ca, other) = (Ca::new("one"), Ca::new("other"));
+    let (ca, other, namesake) = (Ca::new("one"), Ca::new("other"), Ca::new("one"));
     let client = node(&ca, "n9");
     let cases: Vec<(Tls, Option<&str>, CommonReason, &str)> = vec![
         (
@@ -113,7 +113,9 @@ async fn a_server_that_is_not_meant_is_told_apart_before_anything_is_sent() {
         ),
         (node(&other, "n1"), None, CommonReason::UnknownCa, "signed by an unknown CA: the certificate of"),
     ];
-    for (server, expected, reason, text) in cases {
+    let of_namesake =
+        (node(&namesake, "n1"), None, CommonReason::UnknownCa, "signed by an unknown CA: the certificate of");
+    for (server, expected, reason, text) in cases.into_iter().chain([of_namesake]) {
         let address = serve(server).await;
         let error = ask(&client, &address, expected).await.unwrap_err();
         assert!(error.is(reason) && error.message().contains(text), "{error:?}");

@@ -30,7 +30,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Serve one node until SIGINT or SIGTERM.
-    Serve(ServeArgs),
+    Serve(Box<ServeArgs>),
     /// Split a shard between two nodes, kill one in the middle, migrate slots back, and prove that nothing is lost.
     Demo(DemoArgs),
 }

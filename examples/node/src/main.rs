@@ -26,7 +26,7 @@ fn main() -> ExitCode {
     };
     let result = runtime.block_on(async {
         match cli.command {
-            Command::Serve(args) => node::serve::serve(args.into()).await.map(|()| ExitCode::SUCCESS),
+            Command::Serve(args) => node::serve::serve((*args).into()).await.map(|()| ExitCode::SUCCESS),
             Command::Demo(args) => tokio::select! {
                 // Its nodes are killed when it is dropped, and its temporary directory removed.
                 interrupted = tokio::signal::ctrl_c() => {

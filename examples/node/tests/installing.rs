@@ -80,7 +80,7 @@ async fn child_node() {
     let arguments = std::fs::read_to_string(directory.join("arguments")).unwrap();
     let Cli { command } = Cli::parse_from(arguments.lines());
     let CliCommand::Serve(options) = command else { panic!("{command:?}") };
-    node::serve::serve_with(options.into(), |hook| Held { hook, directory }).await.unwrap();
+    node::serve::serve_with((*options).into(), |hook| Held { hook, directory }).await.unwrap();
 }
 
 /// This test binary again, as the node n2; killed when dropped.

@@ -104,7 +104,7 @@ struct File {
 }
 
 fn make(peers: &[PeerIdentity], days: u64) -> Result<Vec<File>, rcgen::Error> {
-    let mut ca = params("test CA", days);
+    let mut ca = params(&format!("test CA {:08x}", fastrand::u32(..)), days);
     ca.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
     ca.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
     let key = KeyPair::generate()?;

@@ -11,7 +11,6 @@ use proto::health::HealthRegistry;
 use proto::node::NodeIdentity;
 use tokio::net::TcpListener;
 
-#[allow(dead_code, reason = "not every test needs all of it")]
 mod support;
 
 use support::nodectl;

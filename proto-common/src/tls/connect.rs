@@ -122,7 +122,8 @@ impl TlsConnector {
                     format!("certificate not valid for another {ahead}: that of {address}; check the clocks");
                 (CommonReason::TlsFailed, what)
             }
-            CertificateError::UnknownIssuer => {
+            // A bad signature is that of another CA of the same name.
+            CertificateError::UnknownIssuer | CertificateError::BadSignature => {
                 let what = format!(
                     "signed by an unknown CA: the certificate of {address} is signed by none in {}",
                     loaded.names.ca
@@ -157,7 +158,8 @@ fn our_certificate(
             };
             (CommonReason::CertificateExpired, what)
         }
-        AlertDescription::UnknownCA => (
+        // The latter for another CA of the same name.
+        AlertDescription::UnknownCA | AlertDescription::DecryptError => (
             CommonReason::UnknownCa,
             format!("signed by an unknown CA: {address} does not trust who signed {ours}"),
         ),

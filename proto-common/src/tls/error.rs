@@ -95,7 +95,8 @@ pub(super) fn of_own(problem: webpki::Error, now: SystemTime, names: &Names) -> 
             let what = format!("certificate not valid for another {ahead}: {certificate}; check the clock");
             TlsError::new(TlsProblem::NotYetValid, what)
         }
-        webpki::Error::UnknownIssuer => TlsError::new(
+        // The latter for another CA of the same name.
+        webpki::Error::UnknownIssuer | webpki::Error::InvalidSignatureForPublicKey => TlsError::new(
             TlsProblem::UnknownCa,
             format!("signed by an unknown CA: {certificate} is signed by none in {ca}"),
         ),
