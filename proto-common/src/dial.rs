@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tonic::transport::{Channel, Endpoint};
 
-use crate::connect::{Connect, deepest};
+use crate::connect::Connect;
 use crate::error::{CommonReason, Error};
 use crate::ids::NodeId;
 use crate::tuning::{CONNECT_TIMEOUT, endpoint};
@@ -125,7 +125,7 @@ impl Connect for Dial {
             let connector = crate::tls::connect::TlsConnector::new(tls.clone(), expected.clone(), self.limit);
             return endpoint.connect_with_connector(connector).await.map_err(|error| {
                 crate::status::own_error(&error).unwrap_or_else(|| {
-                    let message = format!("cannot connect: {}", deepest(&error));
+                    let message = format!("cannot connect: {}", crate::connect::deepest(&error));
                     Error::new(CommonReason::Unavailable, message).caused_by(error)
                 })
             });

@@ -26,7 +26,6 @@ mod incoming;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, SystemTime};
 
-use rustls::RootCertStore;
 use rustls::crypto::CryptoProvider;
 #[cfg(feature = "listen")]
 use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
@@ -79,7 +78,7 @@ pub(crate) struct Loaded {
     /// When the own certificate, or one that it depends on, ends.
     pub(crate) expires: Option<SystemTime>,
     #[cfg(all(feature = "client", feature = "channel"))]
-    pub(crate) roots: Arc<RootCertStore>,
+    pub(crate) roots: Arc<rustls::RootCertStore>,
     #[cfg(all(feature = "client", feature = "channel"))]
     pub(crate) key: Arc<SingleCertAndKey>,
     #[cfg(feature = "listen")]
