@@ -27,6 +27,7 @@ use crate::ids::{ClusterId, NodeId, ShardId};
 use crate::peer::{Peer, Role};
 use crate::slots::SlotRange;
 use crate::text::printable;
+use crate::v1;
 
 /// gRPC metadata in which a client may name the cluster that it means. A server of another cluster refuses the call; so a
 /// wrong address is found out also in plaintext.
@@ -46,6 +47,14 @@ pub struct Call<'a> {
     pub shards: &'a [&'a ShardId],
     /// The slots that the request names.
     pub slots: Option<SlotRange>,
+}
+
+impl<'a> Call<'a> {
+    /// A call whose request is not read yet.
+    #[must_use]
+    pub fn new(peer: &'a Peer, service: &'a str, method: &'a str) -> Self {
+        Self { peer, service, method, shards: &[], slots: None }
+    }
 }
 
 /// Decides per call: once before the request is read, and once more where it names shards or slots.
@@ -123,7 +132,7 @@ impl Access {
         } else if peer.is_encrypted() {
             return Err(unauthenticated());
         }
-        self.authorizer.authorize(&Call { peer, service, method, shards: &[], slots: None })
+        self.authorizer.authorize(&Call::new(peer, service, method))
     }
 
     fn wrong_cluster(&self, what: &str, theirs: &str) -> Error {
@@ -201,6 +210,17 @@ impl Caller {
             }
             _ => Ok(()),
         }
+    }
+
+    /// [`may`](Self::may) for the shards and slots of a message. Those that are none are left to whoever checks the message.
+    ///
+    /// # Errors
+    ///
+    /// As the [`Authorizer`] says.
+    pub fn may_named(&self, shards: [&str; 2], slots: Option<v1::SlotRange>) -> Result<(), Error> {
+        let shards = shards.map(ShardId::new);
+        let shards: Vec<&ShardId> = shards.iter().flatten().collect();
+        self.may(&shards, slots.and_then(|slots| SlotRange::try_from(slots).ok()))
     }
 
     /// Asks whether the caller may do that to these shards and slots.

@@ -5,7 +5,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use proto_common::access::{Access, Guarded, READS, RoleTable};
+use proto_common::access::{Access, Authorizer as _, Call, Guarded, READS, RoleTable};
 use proto_common::connect::Connect as _;
 use proto_common::dial::Dialer;
 use proto_common::error::{CommonReason, Error};
@@ -24,6 +24,8 @@ mod echo;
 use certificates::{Ca, DAY, Issue, now};
 use echo::{Echo, call, call_of};
 
+/// A method that everybody may call.
+const READ: &str = "GetTransferProgress";
 const PATIENCE: Duration = Duration::from_secs(20);
 
 fn tls(ca: &Ca, trusted: &Ca, issue: &Issue) -> Result<Tls, TlsError> {
@@ -60,7 +62,7 @@ async fn ask(tls: &Tls, address: &str, expected: Option<&str>) -> Result<String,
     let expected = expected.map(|id| id.parse().unwrap());
     let dial = Dialer::tls(tls.clone()).to(address, expected.as_ref())?;
     let channel = timeout(PATIENCE, dial.connect()).await.expect("a connection or an error in time")?;
-    timeout(PATIENCE, call(channel, READS[0])).await.expect("an answer in time")
+    timeout(PATIENCE, call(channel, READ)).await.expect("an answer in time")
 }
 
 #[tokio::test]
@@ -200,7 +202,7 @@ async fn plaintext_and_tls_do_not_mix() {
     let address = serve(node(&ca, "n1")).await;
     let channel = Dialer::plaintext().to(&address, None).unwrap().connect().await;
     if let Ok(channel) = channel {
-        timeout(PATIENCE, call(channel, READS[0])).await.unwrap().unwrap_err();
+        timeout(PATIENCE, call(channel, READ)).await.unwrap().unwrap_err();
     }
     // A plaintext server that says something which is no TLS.
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -321,7 +323,7 @@ async fn certificates_are_replaced_under_open_connections() {
     let address = serve(server.clone()).await;
     let (of_old, of_new) = (node(&old, "n2"), node(&new, "n2"));
     let open = Dialer::tls(of_old.clone()).to(&address, None).unwrap().connect().await.unwrap();
-    call(open.clone(), READS[0]).await.unwrap();
+    call(open.clone(), READ).await.unwrap();
     assert!(server.reload_if_changed().is_none(), "nothing has changed");
     assert!(ask(&of_new, &address, None).await.is_err());
 
@@ -341,7 +343,7 @@ async fn certificates_are_replaced_under_open_connections() {
     server.reload_if_changed().expect("the files have changed").unwrap();
     ask(&of_new, &address, None).await.unwrap();
     assert!(ask(&of_old, &address, None).await.unwrap_err().is(CommonReason::UnknownCa));
-    call(open, READS[0]).await.expect("an open connection goes on");
+    call(open, READ).await.expect("an open connection goes on");
 }
 
 #[tokio::test]
@@ -350,14 +352,29 @@ async fn the_guard_refuses_before_the_service_is_reached() {
     let address = serve(node(&ca, "n1")).await;
     let observer = tls(&ca, &ca, &Issue::uri("observer://c1/grafana")).unwrap();
     let channel = Dialer::tls(observer).to(&address, None).unwrap().connect().await.unwrap();
-    call(channel.clone(), READS[0]).await.unwrap();
+    call(channel.clone(), READ).await.unwrap();
     for method in ["StartMigration", "CancelTransfer", "TransferSplitSnapshot", "InventedLater"] {
         let error = call(channel.clone(), method).await.unwrap_err();
         assert!(error.is(CommonReason::PermissionDenied), "{method}: {error:?}");
     }
-    let error = call_of(channel.clone(), READS[0], Some("c2")).await.unwrap_err();
+    let error = call_of(channel.clone(), READ, Some("c2")).await.unwrap_err();
     assert!(error.is(CommonReason::WrongCluster) && error.get("cluster_id") == Some("c1"), "{error:?}");
-    call_of(channel, READS[0], Some("c1")).await.unwrap();
+    call_of(channel, READ, Some("c1")).await.unwrap();
+}
+
+#[test]
+fn a_role_counts_for_the_services_of_the_table_alone() {
+    use proto_common::peer::Peer;
+
+    let peer = Peer::certified(Some("observer://c1/grafana".parse().unwrap()), None);
+    for known in READS {
+        let (service, method) = known.split_once('/').unwrap();
+        let may = |service| RoleTable::new().authorize(&Call::new(&peer, service, method));
+        may(service).unwrap();
+        // A user's service may have a method of that name which changes much.
+        let refused = may("store.v1.Store").unwrap_err();
+        assert!(refused.is(CommonReason::PermissionDenied), "{refused:?}");
+    }
 }
 
 /// Certificates of another cluster by the same CA. The client would refuse the server itself, so the server is asked alone.
@@ -374,7 +391,7 @@ async fn another_cluster_and_a_certificate_that_names_nobody_are_refused_by_the_
         (Peer::anonymous(), CommonReason::Unauthenticated),
     ] {
         let mut request = tonic::codegen::http::Request::new(tonic::body::Body::empty());
-        *request.uri_mut() = format!("http://n1/test.Echo/{}", READS[0]).parse().unwrap();
+        *request.uri_mut() = format!("http://n1/any/{READ}").parse().unwrap();
         request.extensions_mut().insert(peer.clone());
         let answer = guarded.call(request).await.unwrap();
         let status = tonic::Status::from_header_map(answer.headers()).unwrap();

@@ -182,7 +182,7 @@ mod tests {
     const PROTO: &str = include_str!("../proto/node/migration/v1/migration.proto");
 
     fn hex(sum: u128) -> String {
-        sum.to_le_bytes().iter().map(|byte| format!("{byte:02x}")).collect()
+        proto_common::text::hex(&sum.to_le_bytes())
     }
 
     #[test]

@@ -7,9 +7,8 @@ use futures::Stream;
 use proto_common::access::{Access, Caller, Guarded};
 use proto_common::error::{CommonReason, Error};
 use proto_common::fence::Fence;
-use proto_common::ids::{MigrationId, ShardId};
+use proto_common::ids::MigrationId;
 use proto_common::refusal::{Refusal, WithDetails};
-use proto_common::slots::SlotRange;
 use proto_common::v1::Direction;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
@@ -285,12 +284,10 @@ impl migration_service_server::MigrationService for MigrationNode {
     }
 }
 
-/// Whether `caller` may do that to the slots of a migration. Slots that are none are refused by whoever checks them.
+/// Whether `caller` may do that to the slots of a migration.
 fn may(caller: &Caller, spec: Option<&v1::MigrationSpec>) -> Result<(), Error> {
     let Some(spec) = spec else { return Ok(()) };
-    let shards = [&spec.source_shard_id, &spec.target_shard_id].map(ShardId::new);
-    let shards: Vec<&ShardId> = shards.iter().flatten().collect();
-    caller.may(&shards, spec.slots.and_then(|slots| SlotRange::try_from(slots).ok()))
+    caller.may_named([&spec.source_shard_id, &spec.target_shard_id], spec.slots)
 }
 
 /// What tonic refuses before a handler sees it.

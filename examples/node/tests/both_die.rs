@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use proto::node::{Direction, FreezeOutcome, MigrationState, StartMigrationRequest};
 use support::migration::{ID, Pair, Slow, begin, complete, limits, manual, progress, reaches, request};
-use support::proxy::{Frame, Proxy, Way, Ways};
+use support::proxy::{Frame, Ways};
 use support::{at_once, until};
 
 /// Both die while rows or changes flow, and a manual migration is completed afterwards.
@@ -47,10 +47,8 @@ async fn before_the_freeze(state: MigrationState) {
 async fn around_the_commit(frame: Frame, ways: Ways, state: MigrationState, there: MigrationState) {
     let mut pair = Pair::start(300, 100).await;
     let load = pair.load();
-    let proxy = Proxy::start(&pair.n2.addresses().grpc).await;
+    let (proxy, mut request) = pair.behind(request(ID, &pair.n2)).await;
     proxy.arm(frame, ways);
-    let mut request = request(ID, &pair.n2);
-    request.target_address = proxy.address().to_owned();
     request.limits = limits(Slow::Freezing);
     begin(&pair.n1, request).await.unwrap();
     proxy.fired().await;
@@ -78,13 +76,11 @@ async fn both_nodes_die_before_the_freeze() {
 #[tokio::test]
 async fn both_nodes_die_around_the_commit() {
     use MigrationState::{Committed, Committing, Freezing, Prepared, Receiving};
-    let late = Ways { there: Way::Hold, back: Way::Pass };
-    let lost = Ways { there: Way::Pass, back: Way::Swallow };
     let cases = [
-        (Frame::Prepare, late, Freezing, Receiving),
-        (Frame::Prepare, lost, Freezing, Prepared),
-        (Frame::Commit, late, Committing, Prepared),
-        (Frame::Commit, lost, Committing, Committed),
+        (Frame::Prepare, Ways::LATE, Freezing, Receiving),
+        (Frame::Prepare, Ways::LOST, Freezing, Prepared),
+        (Frame::Commit, Ways::LATE, Committing, Prepared),
+        (Frame::Commit, Ways::LOST, Committing, Committed),
     ];
     at_once(cases.map(|(frame, ways, state, there)| around_the_commit(frame, ways, state, there))).await;
 }

@@ -8,19 +8,15 @@ mod support;
 use proto::node::{Direction, FreezeOutcome, MigrationGate, MigrationState};
 use support::at_once;
 use support::migration::{ID, Pair, Slow, begin, cancel, limits, manual, reaches, request};
-use support::proxy::{Frame, Proxy, Way, Ways};
-
-const LATE: Ways = Ways { there: Way::Hold, back: Way::Pass };
-const LOST: Ways = Ways { there: Way::Pass, back: Way::Swallow };
+use support::proxy::{Frame, Way, Ways};
 
 /// At the source, in a state in which it stays long enough.
 async fn cancelled_in(state: MigrationState) {
     use MigrationState::{CatchingUp, Copying, Freezing, Pending};
     let pair = Pair::start(2000, 1000).await;
     let load = pair.load();
-    let proxy = Proxy::start(&pair.n2.addresses().grpc).await;
-    let mut asked = if state == Freezing { request(ID, &pair.n2) } else { manual(ID, &pair.n2) };
-    asked.target_address = proxy.address().to_owned();
+    let (proxy, mut asked) =
+        pair.behind(if state == Freezing { request(ID, &pair.n2) } else { manual(ID, &pair.n2) }).await;
     asked.limits = match state {
         Copying => limits(Slow::Copying),
         CatchingUp => limits(Slow::CatchingUp),
@@ -28,7 +24,7 @@ async fn cancelled_in(state: MigrationState) {
     };
     match state {
         Pending => proxy.go(Ways { there: Way::Swallow, back: Way::Swallow }),
-        Freezing => proxy.arm(Frame::Prepare, LATE),
+        Freezing => proxy.arm(Frame::Prepare, Ways::LATE),
         _ => {}
     }
     begin(&pair.n1, asked).await.unwrap();
@@ -63,12 +59,10 @@ async fn it_is_cancelled_in_each_state_before_the_commit() {
 async fn a_cancel_may_be_asked_for_again_while_it_is_under_way() {
     let pair = Pair::start(300, 100).await;
     let load = pair.load();
-    let proxy = Proxy::start(&pair.n2.addresses().grpc).await;
-    let mut asked = manual(ID, &pair.n2);
-    asked.target_address = proxy.address().to_owned();
+    let (proxy, asked) = pair.behind(manual(ID, &pair.n2)).await;
     begin(&pair.n1, asked).await.unwrap();
     reaches(&pair.n1, ID, Direction::Out, MigrationState::Ready).await;
-    proxy.arm(Frame::Discard, LATE);
+    proxy.arm(Frame::Discard, Ways::LATE);
     for _ in 0..3 {
         assert_eq!(cancel(&pair.n1, ID).await.unwrap().state(), MigrationState::Cancelling);
     }
@@ -83,10 +77,8 @@ async fn a_cancel_may_be_asked_for_again_while_it_is_under_way() {
 async fn a_target_whose_answer_was_lost_hears_of_the_cancel() {
     let pair = Pair::start(300, 100).await;
     let load = pair.load();
-    let proxy = Proxy::start(&pair.n2.addresses().grpc).await;
-    proxy.go(LOST);
-    let mut asked = manual(ID, &pair.n2);
-    asked.target_address = proxy.address().to_owned();
+    let (proxy, asked) = pair.behind(manual(ID, &pair.n2)).await;
+    proxy.go(Ways::LOST);
     begin(&pair.n1, asked).await.unwrap();
     reaches(&pair.n2, ID, Direction::In, MigrationState::Receiving).await;
     assert_eq!(pair.source().await, MigrationState::Pending);
@@ -101,17 +93,15 @@ async fn a_target_whose_answer_was_lost_hears_of_the_cancel() {
 async fn too_late(ways: Ways) {
     let pair = Pair::start(300, 100).await;
     let load = pair.load();
-    let proxy = Proxy::start(&pair.n2.addresses().grpc).await;
+    let (proxy, asked) = pair.behind(request(ID, &pair.n2)).await;
     proxy.arm(Frame::Commit, ways);
-    let mut asked = request(ID, &pair.n2);
-    asked.target_address = proxy.address().to_owned();
     begin(&pair.n1, asked).await.unwrap();
     proxy.fired().await;
     let refused = cancel(&pair.n1, ID).await.unwrap_err();
     assert_eq!(refused.reason(), "OUTCOME_PENDING", "{refused:?}");
     assert!(refused.is_retryable());
     assert_eq!(pair.source().await, MigrationState::Committing);
-    if ways == LOST {
+    if ways == Ways::LOST {
         reaches(&pair.n2, ID, Direction::In, MigrationState::Committed).await;
         let refused = cancel(&pair.n2, ID).await.unwrap_err();
         assert_eq!(refused.reason(), "ALREADY_COMMITTED", "{refused:?}");
@@ -128,18 +118,17 @@ async fn too_late(ways: Ways) {
 
 #[tokio::test]
 async fn a_cancel_while_or_after_it_commits_is_refused() {
-    at_once([LATE, LOST].map(too_late)).await;
+    at_once([Ways::LATE, Ways::LOST].map(too_late)).await;
 }
 
 /// At the target, where the source is to learn of it.
 async fn cancelled_at_the_target(state: MigrationState) {
     let pair = Pair::start(300, 100).await;
     let load = pair.load();
-    let proxy = Proxy::start(&pair.n2.addresses().grpc).await;
     let prepared = state == MigrationState::Prepared;
-    let mut asked = if prepared { request(ID, &pair.n2) } else { manual(ID, &pair.n2) };
-    asked.target_address = proxy.address().to_owned();
-    proxy.arm(Frame::Commit, LATE);
+    let asked = if prepared { request(ID, &pair.n2) } else { manual(ID, &pair.n2) };
+    let (proxy, asked) = pair.behind(asked).await;
+    proxy.arm(Frame::Commit, Ways::LATE);
     begin(&pair.n1, asked).await.unwrap();
     if prepared {
         proxy.fired().await;

@@ -7,7 +7,7 @@ mod support;
 
 use proto::node::{Direction, MigrationDecision, MigrationGate, MigrationState};
 use support::crash::{Crash, End, Source, Target, all, dies, doom};
-use support::migration::{ID, Pair, begin, manual, nothing_is_left, reaches, request, resolve};
+use support::migration::{ID, Pair, begin, manual, reaches, request, resolve};
 use support::{at_once, checker};
 
 fn after(first: Crash, second: &[Crash]) -> Vec<Vec<Crash>> {
@@ -93,8 +93,7 @@ async fn evidence_is_gone(point: &'static str, committing: bool) {
     pair.owner(false).await;
     let faults = checker::check(&load.finish().await, 0);
     assert!(faults.is_empty(), "{point}: {faults:?}");
-    let Pair { directory, mut n1, mut n2 } = pair;
-    nothing_is_left(directory.path(), &mut [&mut n1, &mut n2]).await;
+    pair.nothing_is_left().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -15,19 +15,10 @@ use proto::node::{
 use support::migration::{
     ID, Pair, Slow, begin, complete, limits, manual, progress, reaches, request, service,
 };
-use support::proxy::{Frame, Proxy, Way, Ways};
+use support::proxy::{Frame, Way, Ways};
 use support::{at_once, call, client, until};
 
-const PASS: Ways = Ways { there: Way::Pass, back: Way::Pass };
-const ANSWERS_LOST: Ways = Ways { there: Way::Pass, back: Way::Swallow };
 const FRAMES_LOST: Ways = Ways { there: Way::Swallow, back: Way::Pass };
-const FRAMES_LATE: Ways = Ways { there: Way::Hold, back: Way::Pass };
-
-async fn behind(node: &NodeProcess, request: StartMigrationRequest) -> (Proxy, StartMigrationRequest) {
-    let proxy = Proxy::start(&node.addresses().grpc).await;
-    let request = StartMigrationRequest { target_address: proxy.address().to_owned(), ..request };
-    (proxy, request)
-}
 
 async fn out(pair: &Pair) -> MigrationProgress {
     progress(&pair.n1, ID, Direction::Out).await.unwrap()
@@ -44,13 +35,13 @@ async fn serves(node: &NodeProcess) -> bool {
 async fn a_source_that_cannot_learn_of_the_commit_does_not_serve() {
     let pair = Pair::start(300, 100).await;
     let load = pair.load();
-    let (proxy, request) = behind(&pair.n2, request(ID, &pair.n2)).await;
-    proxy.arm(Frame::Commit, ANSWERS_LOST);
-    proxy.go_next(PASS);
+    let (proxy, request) = pair.behind(request(ID, &pair.n2)).await;
+    proxy.arm(Frame::Commit, Ways::LOST);
+    proxy.go_next(Ways::default());
     begin(&pair.n1, request).await.unwrap();
     proxy.fired().await;
     // Nor do the answers to those who ask for the outcome arrive.
-    proxy.go_next(ANSWERS_LOST);
+    proxy.go_next(Ways::LOST);
     reaches(&pair.n2, ID, Direction::In, MigrationState::Committed).await;
     for _ in 0..4 {
         let shown = out(&pair).await;
@@ -59,7 +50,7 @@ async fn a_source_that_cannot_learn_of_the_commit_does_not_serve() {
         assert!(serves(&pair.n2).await, "the target serves what it owns");
     }
     assert!(proxy.swallowed() > 0);
-    proxy.go(PASS);
+    proxy.go(Ways::default());
     reaches(&pair.n1, ID, Direction::Out, MigrationState::Completed).await;
     let shown = out(&pair).await;
     assert!(shown.attempt >= 2, "it asked in a stream of its own: {shown:?}");
@@ -72,8 +63,8 @@ async fn a_source_asks_again_soon_when_the_answer_to_a_commit_is_lost() {
     // With the usual patience for silence, which is far longer than clients should wait.
     pair.restart_target(&[]).await;
     let load = pair.load();
-    let (proxy, request) = behind(&pair.n2, request(ID, &pair.n2)).await;
-    proxy.arm(Frame::Commit, ANSWERS_LOST);
+    let (proxy, request) = pair.behind(request(ID, &pair.n2)).await;
+    proxy.arm(Frame::Commit, Ways::LOST);
     begin(&pair.n1, request).await.unwrap();
     proxy.fired().await;
     reaches(&pair.n1, ID, Direction::Out, MigrationState::Completed).await;
@@ -88,10 +79,10 @@ async fn a_source_asks_again_soon_when_the_answer_to_a_commit_is_lost() {
 async fn a_commit_that_arrives_late_commits_nothing() {
     let pair = Pair::start(300, 100).await;
     let load = pair.load();
-    let (proxy, request) = behind(&pair.n2, manual(ID, &pair.n2)).await;
+    let (proxy, request) = pair.behind(manual(ID, &pair.n2)).await;
     begin(&pair.n1, request).await.unwrap();
     reaches(&pair.n1, ID, Direction::Out, MigrationState::Ready).await;
-    proxy.arm(Frame::Commit, FRAMES_LATE);
+    proxy.arm(Frame::Commit, Ways::LATE);
     let soon = CompleteMigrationRequest {
         migration_id: ID.to_owned(),
         deadline_ms: Some(1500),
@@ -113,7 +104,7 @@ async fn a_commit_that_arrives_late_commits_nothing() {
     let shown = reaches(&pair.n2, ID, Direction::In, MigrationState::Receiving).await;
     assert!(shown.attempt > fenced && proxy.swallowed() > 0, "{shown:?}");
     assert_eq!(out(&pair).await.freezes.last().unwrap().outcome(), FreezeOutcome::Fenced);
-    proxy.go(PASS);
+    proxy.go(Ways::default());
     for _ in 0..10 {
         tokio::time::sleep(Duration::from_millis(50)).await;
         assert_eq!(pair.target().await, MigrationState::Receiving, "a fenced attempt committed");
@@ -132,14 +123,14 @@ async fn a_commit_and_the_next_attempt_may_arrive_at_the_same_time() {
     for _ in 0..3 {
         let pair = Pair::start(300, 100).await;
         let load = pair.load();
-        let (proxy, request) = behind(&pair.n2, request(ID, &pair.n2)).await;
-        proxy.arm(Frame::Commit, FRAMES_LATE);
+        let (proxy, request) = pair.behind(request(ID, &pair.n2)).await;
+        proxy.arm(Frame::Commit, Ways::LATE);
         begin(&pair.n1, request).await.unwrap();
         proxy.fired().await;
         assert_eq!(pair.source().await, MigrationState::Committing);
         proxy.cut();
         tokio::time::sleep(Duration::from_millis(rand::random_range(0..100))).await;
-        proxy.go(PASS);
+        proxy.go(Ways::default());
         pair.ends("a commit met the next attempt", load, MigrationState::Completed).await;
     }
 }
@@ -154,7 +145,7 @@ async fn cut_in(state: MigrationState) {
     use MigrationState::{CatchingUp, Committing, Copying, Freezing};
     let pair = Pair::start(2000, 1000).await;
     let load = pair.load();
-    let (proxy, mut request) = behind(&pair.n2, manual(ID, &pair.n2)).await;
+    let (proxy, mut request) = pair.behind(manual(ID, &pair.n2)).await;
     request.limits = match state {
         Copying => limits(Slow::Copying),
         CatchingUp => limits(Slow::CatchingUp),
@@ -167,7 +158,7 @@ async fn cut_in(state: MigrationState) {
     };
     if let Some(frame) = frame {
         request.spec.as_mut().unwrap().auto_complete = true;
-        proxy.arm(frame, FRAMES_LATE);
+        proxy.arm(frame, Ways::LATE);
     }
     begin(&pair.n1, request.clone()).await.unwrap();
     if frame.is_some() {
@@ -192,14 +183,14 @@ async fn a_connection_may_be_cut_in_each_state() {
 async fn swallowed_in(state: MigrationState, lost: Ways) {
     let pair = Pair::start(2000, 1000).await;
     let load = pair.load();
-    let (proxy, mut request) = behind(&pair.n2, manual(ID, &pair.n2)).await;
+    let (proxy, mut request) = pair.behind(manual(ID, &pair.n2)).await;
     if state == MigrationState::Copying {
         request.limits = limits(Slow::Copying);
     }
     begin(&pair.n1, request.clone()).await.unwrap();
     let before = reaches(&pair.n1, ID, Direction::Out, state).await.attempt;
     proxy.go(lost);
-    proxy.go_next(PASS);
+    proxy.go_next(Ways::default());
     until("silence ends the stream, and the next one comes", async || out(&pair).await.attempt > before)
         .await;
     assert!(proxy.swallowed() > 0, "{lost:?}");
@@ -211,6 +202,6 @@ async fn swallowed_in(state: MigrationState, lost: Ways) {
 #[tokio::test]
 async fn either_direction_may_swallow_what_is_sent() {
     let states = [MigrationState::Copying, MigrationState::Ready];
-    let cases = states.into_iter().flat_map(|state| [FRAMES_LOST, ANSWERS_LOST].map(|lost| (state, lost)));
+    let cases = states.into_iter().flat_map(|state| [FRAMES_LOST, Ways::LOST].map(|lost| (state, lost)));
     at_once(cases.map(|(state, lost)| swallowed_in(state, lost))).await;
 }

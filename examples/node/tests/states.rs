@@ -11,11 +11,9 @@ use std::time::Duration;
 use proto::node::{Direction, MigrationState, StartMigrationRequest};
 use support::checker::{self, Act, Answer, Event};
 use support::load::Load;
-use support::migration::{ID, Pair, Slow, begin, complete, limits, manual, nothing_is_left, reaches};
-use support::proxy::{Frame, Proxy, Way, Ways};
+use support::migration::{ID, Pair, Slow, begin, complete, limits, manual, reaches};
+use support::proxy::{Frame, Way, Ways};
 use support::until;
-
-const LATE: Ways = Ways { there: Way::Hold, back: Way::Pass };
 
 /// Long enough for keys to be written and to expire in it.
 const WINDOW: Duration = Duration::from_millis(900);
@@ -58,9 +56,7 @@ async fn keys_expire_and_counters_grow_in_each_state() {
     use MigrationState::{CatchingUp, Committing, Completed, Copying, Freezing, Ready};
     let pair = Pair::start(6000, 1000).await;
     let load = pair.load();
-    let proxy = Proxy::start(&pair.n2.addresses().grpc).await;
-    let mut asked = manual(ID, &pair.n2);
-    asked.target_address = proxy.address().to_owned();
+    let (proxy, asked) = pair.behind(manual(ID, &pair.n2)).await;
     let with = |slow| StartMigrationRequest { limits: limits(slow), ..asked.clone() };
     let mut windows = Vec::new();
 
@@ -74,11 +70,11 @@ async fn keys_expire_and_counters_grow_in_each_state() {
     windows.push((CatchingUp, window(&pair, &load, CatchingUp).await));
     proxy.go(Ways::default());
     begin(&pair.n1, with(Slow::Freezing)).await.unwrap();
-    proxy.arm(Frame::Prepare, LATE);
+    proxy.arm(Frame::Prepare, Ways::LATE);
     complete(&pair.n1, ID).await.unwrap();
     windows.push((Freezing, window(&pair, &load, Freezing).await));
     // The next stream gets as far as the commit.
-    proxy.arm(Frame::Commit, LATE);
+    proxy.arm(Frame::Commit, Ways::LATE);
     proxy.cut();
     windows.push((Committing, window(&pair, &load, Committing).await));
     proxy.cut();
@@ -102,6 +98,5 @@ async fn keys_expire_and_counters_grow_in_each_state() {
         }
     }
     pair.owner(true).await;
-    let Pair { directory, mut n1, mut n2 } = pair;
-    nothing_is_left(directory.path(), &mut [&mut n1, &mut n2]).await;
+    pair.nothing_is_left().await;
 }

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use certificates::{Ca, Issue};
 use node::demo::processes::NodeProcess;
+use node::store::NodeAddresses;
 use prost::Message as _;
 use proto::common::connect::Connect as _;
 use proto::common::dial::Dialer;
@@ -21,10 +22,13 @@ use proto::common::tls::{Tls, TlsPem};
 use proto::node::migration_service_client::MigrationServiceClient;
 use proto::node::split_snapshot_service_client::SplitSnapshotServiceClient;
 use proto::node::transfer_migration_data_request::{Frame, Header};
+use proto::node::transfer_split_snapshot_request::{
+    Frame as SnapshotFrame, Header as SnapshotHeader, LaneHeader,
+};
 use proto::node::{
     CancelTransferRequest, Direction, GetMigrationProgressRequest, ListTransfersRequest, MigrationSpec,
     MigrationState, NodeIdentity, SlotRange, StartMigrationRequest, TransferMigrationDataRequest,
-    TransferPhase,
+    TransferPhase, TransferSplitSnapshotRequest,
 };
 use support::{call, client, load, program, until};
 use tonic::transport::Channel;
@@ -243,13 +247,86 @@ async fn a_node_with_a_good_certificate_cannot_take_over_what_is_anothers() {
     assert_eq!(refused.reason(), "SPECIFICATION_MISMATCH", "{refused:?}");
     let after = state(Direction::In, &n2).await.unwrap();
     assert_eq!((after.attempt, after.state()), (before.attempt, before.state()), "nothing was disturbed");
+}
 
-    // Transfers: another node's cannot be cancelled either.
-    let mut snapshots = SplitSnapshotServiceClient::new(connect(hostile, &n2).await.unwrap());
-    let request =
-        CancelTransferRequest { transfer_id: "none".to_owned(), ..CancelTransferRequest::default() };
-    let unknown = Error::from(snapshots.cancel_transfer(request).await.unwrap_err());
-    assert_eq!(unknown.reason(), "TRANSFER_NOT_FOUND");
+#[tokio::test]
+async fn a_node_with_a_good_certificate_cannot_touch_the_transfer_of_another_one() {
+    let (dir, ca) = (tempfile::tempdir().unwrap(), Ca::new("one"));
+    for id in ["n1", "n2"] {
+        write(dir.path(), id, &ca, &[&ca]);
+    }
+    let n1 = start(dir.path(), "n1", "0-16383").await;
+    let n2 = start(dir.path(), "n2", "none").await;
+    load(&n1, 20_000).await;
+    let NodeAddresses { grpc, resp } = n2.addresses();
+    let begun = call(&mut client(&n1).await, &format!("SPLIT 8192 n2 {grpc} {resp} RATE 32768")).await;
+    assert!(!begun.starts_with('-'), "{begun}");
+    let as_who = async |uri: &str, node: &NodeProcess| {
+        SplitSnapshotServiceClient::new(connect(tls(&ca, &[&ca], uri), node).await.unwrap())
+    };
+    let mut operator = as_who("operator://c1/alice", &n2).await;
+    let mut shown = async || {
+        let listed = operator.list_transfers(ListTransfersRequest::default()).await.unwrap().into_inner();
+        listed.transfers.into_iter().next()
+    };
+    until("the transfer runs", async || {
+        shown().await.is_some_and(|shown| shown.phase() == TransferPhase::Transferring)
+    })
+    .await;
+    let before = shown().await.unwrap();
+    let transfer_id = before.transfer_id.clone();
+    let cancel =
+        CancelTransferRequest { transfer_id: transfer_id.clone(), ..CancelTransferRequest::default() };
+
+    // At either end, in either direction; and by the target's own certificate at the source.
+    let mut refusals = Vec::new();
+    for (uri, node) in [("node://c1/n3", &n1), ("node://c1/n3", &n2), ("node://c1/n2", &n1)] {
+        for direction in
+            [Direction::Unspecified, if node.id() == "n1" { Direction::Out } else { Direction::In }]
+        {
+            let cancel = CancelTransferRequest { direction: direction.into(), ..cancel.clone() };
+            refusals.push(as_who(uri, node).await.cancel_transfer(cancel).await.unwrap_err());
+        }
+    }
+    // As one of its lanes, and as its next attempt.
+    let lane = LaneHeader {
+        transfer_id: transfer_id.clone(),
+        attempt: before.attempt,
+        session: vec![9; 16].into(),
+        lane: 1,
+        generation: 1,
+    };
+    let next = SnapshotHeader {
+        transfer_id,
+        source_shard_id: before.source_shard_id.clone(),
+        target_shard_id: before.target_shard_id.clone(),
+        source_node_id: "n1".to_owned(),
+        slots: before.slots,
+        snapshot_index: 1,
+        snapshot_term: 1,
+        attempt: before.attempt + 1,
+        session: vec![9; 16].into(),
+        generation: 1,
+        file_count: 1,
+        name_bytes: 1,
+        lanes: 1,
+        ..SnapshotHeader::default()
+    };
+    for frame in [SnapshotFrame::LaneHeader(lane), SnapshotFrame::Header(next)] {
+        let frames = futures::stream::iter([TransferSplitSnapshotRequest { frame: Some(frame) }]);
+        let answers = as_who("node://c1/n3", &n2).await.transfer_split_snapshot(frames).await;
+        refusals.push(answers.unwrap().into_inner().message().await.unwrap_err());
+    }
+    for refused in refusals {
+        let refused = Error::from(refused);
+        assert!(refused.is(CommonReason::PermissionDenied), "{refused:?}");
+    }
+    let after = shown().await.unwrap();
+    assert_eq!((after.phase(), after.attempt), (TransferPhase::Transferring, before.attempt), "undisturbed");
+
+    // The control: an operator may.
+    as_who("operator://c1/alice", &n2).await.cancel_transfer(cancel).await.unwrap();
+    assert_eq!(shown().await.unwrap().phase(), TransferPhase::Cancelled);
 }
 
 #[tokio::test]

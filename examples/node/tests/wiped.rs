@@ -12,14 +12,10 @@ use node::demo::processes::NodeProcess;
 use proto::common::error::Error;
 use proto::node::{Direction, MigrationDecision, MigrationGate, MigrationProgress, MigrationState};
 use support::migration::{
-    ID, Pair, Slow, begin, cancel, limits, manual, nothing_is_left, progress, reaches, request, resolve,
-    slots,
+    ID, Pair, Slow, begin, cancel, limits, manual, progress, reaches, request, resolve, slots,
 };
-use support::proxy::{Frame, Proxy, Way, Ways};
+use support::proxy::{Frame, Proxy, Ways};
 use support::{call, checker, client, until};
-
-const LATE: Ways = Ways { there: Way::Hold, back: Way::Pass };
-const LOST: Ways = Ways { there: Way::Pass, back: Way::Swallow };
 
 /// Kills a node, deletes its data, and starts it anew under the same ID and addresses.
 async fn wipe(node: &mut NodeProcess, directory: &std::path::Path) {
@@ -30,13 +26,11 @@ async fn wipe(node: &mut NodeProcess, directory: &std::path::Path) {
 
 /// Leads a migration to where the source waits for the answer to `Commit`.
 async fn committing(pair: &Pair, ways: Ways) -> Proxy {
-    let proxy = Proxy::start(&pair.n2.addresses().grpc).await;
+    let (proxy, request) = pair.behind(request(ID, &pair.n2)).await;
     proxy.arm(Frame::Commit, ways);
-    let mut request = request(ID, &pair.n2);
-    request.target_address = proxy.address().to_owned();
     begin(&pair.n1, request).await.unwrap();
     proxy.fired().await;
-    let there = if ways == LATE { MigrationState::Prepared } else { MigrationState::Committed };
+    let there = if ways == Ways::LATE { MigrationState::Prepared } else { MigrationState::Committed };
     reaches(&pair.n2, ID, Direction::In, there).await;
     assert_eq!(pair.source().await, MigrationState::Committing);
     proxy
@@ -84,8 +78,7 @@ async fn a_target_that_was_wiped_before_the_freeze_costs_nobody_anything() {
         let faults = checker::check(&load.finish().await, 1);
         assert!(faults.is_empty(), "{faults:?}");
         pair.owner(true).await;
-        let Pair { directory, mut n1, mut n2 } = pair;
-        nothing_is_left(directory.path(), &mut [&mut n1, &mut n2]).await;
+        pair.nothing_is_left().await;
     }
 }
 
@@ -94,7 +87,7 @@ async fn a_target_that_was_wiped_while_it_was_prepared_leaves_the_slots_to_an_op
     let mut pair = Pair::start(300, 100).await;
     let load = pair.load();
     load.going().await;
-    let proxy = committing(&pair, LATE).await;
+    let proxy = committing(&pair, Ways::LATE).await;
     wipe(&mut pair.n2, pair.directory.path()).await;
     proxy.cut();
     let stopped = reaches(&pair.n1, ID, Direction::Out, MigrationState::NeedsOperator).await;
@@ -122,15 +115,14 @@ async fn a_target_that_was_wiped_while_it_was_prepared_leaves_the_slots_to_an_op
     assert!(is(&refused, "RESOLVE_REFUSED"), "{refused:?}");
     let faults = checker::check(&load.finish().await, 0);
     assert!(faults.is_empty(), "{faults:?}");
-    let Pair { directory, mut n1, mut n2 } = pair;
-    assert_eq!(call(&mut client(&n1).await, "GET foo").await, "nil");
-    nothing_is_left(directory.path(), &mut [&mut n1, &mut n2]).await;
+    assert_eq!(call(&mut client(&pair.n1).await, "GET foo").await, "nil");
+    pair.nothing_is_left().await;
 }
 
 #[tokio::test]
 async fn a_target_that_was_wiped_after_the_commit_may_be_given_up() {
     let mut pair = Pair::start(300, 100).await;
-    let proxy = committing(&pair, LOST).await;
+    let proxy = committing(&pair, Ways::LOST).await;
     wipe(&mut pair.n2, pair.directory.path()).await;
     proxy.cut();
     let stopped = reaches(&pair.n1, ID, Direction::Out, MigrationState::NeedsOperator).await;
@@ -145,8 +137,7 @@ async fn a_target_that_was_wiped_after_the_commit_may_be_given_up() {
         assert!(answer.starts_with('-'), "{answer}");
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    let Pair { directory, mut n1, mut n2 } = pair;
-    nothing_is_left(directory.path(), &mut [&mut n1, &mut n2]).await;
+    pair.nothing_is_left().await;
 }
 
 #[tokio::test]
@@ -154,7 +145,7 @@ async fn a_target_that_returns_after_the_slots_were_taken_back_obeys() {
     let mut pair = Pair::start(300, 100).await;
     let load = pair.load();
     load.going().await;
-    let proxy = committing(&pair, LOST).await;
+    let proxy = committing(&pair, Ways::LOST).await;
     pair.n2.kill().await.unwrap();
     proxy.cut();
     // The node that is gone answers nothing; the operator does not wait.
@@ -177,14 +168,13 @@ async fn a_target_that_returns_after_the_slots_were_taken_back_obeys() {
     let faults = checker::check(&load.finish().await, 0);
     assert!(faults.is_empty(), "{faults:?}");
     until("the source has told it", async || out(&pair).await.state() == MigrationState::Cancelled).await;
-    let Pair { directory, mut n1, mut n2 } = pair;
-    nothing_is_left(directory.path(), &mut [&mut n1, &mut n2]).await;
+    pair.nothing_is_left().await;
 }
 
 /// The source is gone for good while the target is prepared.
 async fn without_source(decision: MigrationDecision) {
     let mut pair = Pair::start(300, 100).await;
-    let proxy = committing(&pair, LATE).await;
+    let proxy = committing(&pair, Ways::LATE).await;
     let mine = (0..300).filter(|n| slots().contains(node::common::slot_of(format!("key:{n}").as_bytes())));
     let (mine, committed) = (mine.count(), decision == MigrationDecision::Committed);
     pair.n1.kill().await.unwrap();
@@ -206,8 +196,7 @@ async fn without_source(decision: MigrationDecision) {
     let end = if committed { MigrationState::Completed } else { MigrationState::Cancelled };
     reaches(&pair.n1, ID, Direction::Out, end).await;
     pair.owner(committed).await;
-    let Pair { directory, mut n1, mut n2 } = pair;
-    nothing_is_left(directory.path(), &mut [&mut n1, &mut n2]).await;
+    pair.nothing_is_left().await;
 }
 
 #[tokio::test]
@@ -219,7 +208,7 @@ async fn an_operator_may_decide_at_a_target_whose_source_is_gone() {
 #[tokio::test]
 async fn a_decision_at_the_source_alone_does_not_make_the_target_serve() {
     let mut pair = Pair::start(300, 100).await;
-    let proxy = committing(&pair, LATE).await;
+    let proxy = committing(&pair, Ways::LATE).await;
     pair.n2.kill().await.unwrap();
     proxy.cut();
     until("the commit is decided at the source", async || {
@@ -241,6 +230,5 @@ async fn a_decision_at_the_source_alone_does_not_make_the_target_serve() {
     resolve(&pair.n2, &seen, MigrationDecision::Committed).await.unwrap();
     reaches(&pair.n2, ID, Direction::In, MigrationState::Completed).await;
     pair.owner(true).await;
-    let Pair { directory, mut n1, mut n2 } = pair;
-    nothing_is_left(directory.path(), &mut [&mut n1, &mut n2]).await;
+    pair.nothing_is_left().await;
 }

@@ -3,6 +3,8 @@
 use proto::common::error::{Code, CommonReason, Error};
 use proto::snapshot::Reason;
 
+use crate::trust;
+
 /// Advice about `error` of the node at `address`; none where its own sentence says all.
 pub(crate) fn about(error: &Error, address: &str) -> Option<String> {
     let fact = |name: &str| error.get(name).unwrap_or("?");
@@ -15,7 +17,11 @@ pub(crate) fn about(error: &Error, address: &str) -> Option<String> {
 /// Advice about an error that is of no service in particular.
 pub(crate) fn general(error: &Error, address: &str) -> Option<String> {
     if error.is(CommonReason::Unavailable) || error.code() == Code::Unavailable {
-        return Some(format!("see that the node runs and that {address} is its gRPC address"));
+        let advice = format!("see that the node runs and that {address} is its gRPC address");
+        // A listener that wants TLS closes a plaintext connection without a word.
+        let plaintext = cfg!(feature = "tls") && !trust::dialer().is_encrypted();
+        let tls = "; if it wants TLS, give --tls-ca, --tls-cert and --tls-key";
+        return Some(if plaintext { advice + tls } else { advice });
     }
     if error.reason() == "SOURCE_CHANGED" {
         let advice =

@@ -84,14 +84,9 @@ pub(crate) fn dialer() -> Dialer {
     TRUST.get().map_or_else(Dialer::plaintext, |trust| trust.dialer.clone())
 }
 
-/// Who this is: whom the certificate names; `None` without one.
-pub(crate) fn certified_name() -> Option<NodeId> {
-    TRUST.get().and_then(|trust| trust.name.clone())
-}
-
 /// In whose name something is sent where nothing is said.
 pub(crate) fn name() -> Result<NodeId, Failure> {
-    match certified_name() {
+    match TRUST.get().and_then(|trust| trust.name.clone()) {
         Some(name) => Ok(name),
         None => NodeId::new(NAME).map_err(|error| Failure::failed(error.to_string())),
     }

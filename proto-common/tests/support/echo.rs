@@ -1,4 +1,4 @@
-//! A service that tells each caller who it is.
+//! A service that tells each caller who it is, under the name of one that role tables know.
 
 use std::convert::Infallible;
 use std::pin::Pin;
@@ -10,6 +10,7 @@ use proto_common::v1::NodeIdentity;
 use tonic::body::Body;
 use tonic::codegen::http;
 use tonic::codegen::http::uri::PathAndQuery;
+use tonic::server::NamedService;
 use tonic::transport::Channel;
 use tonic::{Request, Response, Status};
 use tonic_prost::ProstCodec;
@@ -17,8 +18,8 @@ use tonic_prost::ProstCodec;
 #[derive(Clone)]
 pub(crate) struct Echo;
 
-impl tonic::server::NamedService for Echo {
-    const NAME: &'static str = "test.Echo";
+impl NamedService for Echo {
+    const NAME: &'static str = "node.snapshot.v1.SplitSnapshotService";
 }
 
 impl tonic::server::UnaryService<NodeIdentity> for Echo {
@@ -58,7 +59,7 @@ pub(crate) async fn call(channel: Channel, method: &str) -> Result<String, Error
 pub(crate) async fn call_of(channel: Channel, method: &str, cluster: Option<&str>) -> Result<String, Error> {
     let mut client = tonic::client::Grpc::new(channel);
     client.ready().await.map_err(|error| Error::from(Status::from_error(error.into())))?;
-    let path = PathAndQuery::try_from(format!("/test.Echo/{method}")).unwrap();
+    let path = PathAndQuery::try_from(format!("/{}/{method}", Echo::NAME)).unwrap();
     let mut request = Request::new(NodeIdentity::default());
     if let Some(cluster) = cluster {
         request.metadata_mut().insert(proto_common::access::CLUSTER_METADATA, cluster.parse().unwrap());

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use proto_common::clock::now_unix_ms;
 use proto_common::error::Error;
+use proto_common::text::hex;
 use proto_common::v1::Priority;
 use tokio::sync::oneshot;
 
@@ -195,11 +196,7 @@ pub(super) fn already_committed() -> Error {
 }
 
 pub(super) fn resolve_refused(why: &str, shown: &MigrationProgress) -> Error {
-    let store: String = shown
-        .peer
-        .as_ref()
-        .map(|peer| peer.store_id.iter().map(|byte| format!("{byte:02x}")).collect())
-        .unwrap_or_default();
+    let store = shown.peer.as_ref().map(|peer| hex(&peer.store_id)).unwrap_or_default();
     Reason::ResolveRefused
         .error(why)
         .metadata("state", shown.state().as_str_name())

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use proto_common::clock::now_unix_ms;
 use proto_common::error::Error;
+use proto_common::text::hex;
 use proto_common::v1::NodeIdentity;
 use tokio::time::{Instant, timeout};
 
@@ -111,7 +112,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         }
         match &self.shown().peer {
             Some(NodeIdentity { store_id, .. }) if *store_id != found.store_id => {
-                let id: String = found.store_id.iter().map(|byte| format!("{byte:02x}")).collect();
+                let id = hex(&found.store_id);
                 let text = format!(
                     "{} came back with another store than the one that the migration began with; what was staged or decided \
                      there cannot be found out from it",

@@ -5,10 +5,11 @@ use std::sync::atomic::Ordering;
 
 use proto_common::clock::{millis, now_unix_ms};
 use proto_common::error::Error;
+use proto_common::text::hex;
 use proto_common::v1::{Direction, Progress};
 
 use super::Inner;
-use super::handshake::{CheckedHeader, FEATURES, ended_early, hex};
+use super::handshake::{CheckedHeader, FEATURES, ended_early};
 use super::incoming::{Incoming, Permit, Slot, Stop, guarded};
 use super::record::Record;
 use super::session::Answers;

@@ -7,6 +7,7 @@ use proto_common::access::Caller;
 use proto_common::error::Error;
 use proto_common::fence::Fence;
 use proto_common::ids::MigrationId;
+use proto_common::text::hex;
 use proto_common::v1::Direction;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -14,7 +15,7 @@ use tonic::Streaming;
 
 use super::Inner;
 use super::applier::already_committed;
-use super::handshake::{Frames, hex};
+use super::handshake::Frames;
 use super::incoming::{Incoming, Slot, Stop, guarded};
 use super::session::Answers;
 use crate::Reason;

@@ -7,7 +7,7 @@ use proto_common::access::Caller;
 use proto_common::error::{Code, Error};
 use proto_common::fence::Fence;
 use proto_common::ids::{MigrationId, NodeId};
-use proto_common::text::printable;
+use proto_common::text::{hex, printable};
 use proto_common::v1::{NodeIdentity, Priority};
 use tonic::Streaming;
 
@@ -241,8 +241,4 @@ fn check_features(required: &[String], supported: &[String]) -> Result<(), Error
             .field("header.required_features", format!("names {name}; this node has {}", FEATURES.join(", ")))
             .metadata("feature", name.as_str())),
     }
-}
-
-pub(super) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -4,12 +4,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::memory_target::{MemoryTarget, digests_of};
+use super::pair::identity;
 use bytes::Bytes;
 use proto_common::checksum::crc64;
 use proto_common::error::Error;
 use proto_common::ids::MigrationId;
 use proto_common::slots::SlotRange;
-use proto_common::v1::{Direction, NodeIdentity};
+use proto_common::v1::Direction;
 use proto_migration::entry::{Entry, Image, encode};
 use proto_migration::journal::Journal;
 use proto_migration::migrations::Migrations;
@@ -30,20 +31,7 @@ use tonic::Streaming;
 
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
-pub const SOURCE_STORE: [u8; 16] = [1; 16];
-
-pub const TARGET_STORE: [u8; 16] = [2; 16];
-
 pub type Client = MigrationServiceClient<MigrationService>;
-
-pub fn identity() -> NodeIdentity {
-    NodeIdentity {
-        node_id: "n2".into(),
-        cluster_id: "c".into(),
-        store_id: TARGET_STORE.to_vec().into(),
-        ..NodeIdentity::default()
-    }
-}
 
 pub fn header(attempt: u64) -> Header {
     Header {
@@ -57,12 +45,7 @@ pub fn header(attempt: u64) -> Header {
             ..MigrationSpec::default()
         }),
         purpose: Purpose::Transfer.into(),
-        source: Some(NodeIdentity {
-            node_id: "n1".into(),
-            cluster_id: "c".into(),
-            store_id: SOURCE_STORE.to_vec().into(),
-            ..NodeIdentity::default()
-        }),
+        source: Some(identity("n1", 1)),
         attempt,
         session: vec![7; 16].into(),
         copy: 1,
@@ -101,7 +84,8 @@ impl Node {
         let (journal, recovered) = Journal::open(dir.path(), 100).unwrap();
         let migrations = Migrations::default();
         migrations.seed(recovered.finished);
-        let builder = MigrationReceiver::builder(identity(), target.clone(), journal).migrations(migrations);
+        let builder =
+            MigrationReceiver::builder(identity("n2", 2), target.clone(), journal).migrations(migrations);
         let receiver = change(builder).start().await.unwrap();
         let client = MigrationServiceClient::new(receiver.clone().into_service());
         Self { target, receiver, client, dir }
@@ -156,7 +140,7 @@ impl Node {
             migration_id: "m1".into(),
             decision: decision.into(),
             attempt,
-            peer_store_id: SOURCE_STORE.to_vec().into(),
+            peer_store_id: identity("n1", 1).store_id,
             reason: "the disk burnt".into(),
             ..ResolveMigrationRequest::default()
         };

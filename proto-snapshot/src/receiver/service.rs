@@ -6,8 +6,7 @@ use std::sync::Arc;
 use futures::Stream;
 use proto_common::access::Caller;
 use proto_common::error::{CommonReason, Error};
-use proto_common::ids::{ShardId, TransferId};
-use proto_common::slots::SlotRange;
+use proto_common::ids::TransferId;
 use proto_common::v1::{Direction, NodeIdentity};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -183,10 +182,7 @@ impl<S: SnapshotStore> Inner<S> {
             // A transfer that this node sends is no other node's to stop: the receiver refuses it instead.
             let other_end = if of == Direction::In { shown.source_node_id.as_str() } else { "" };
             caller.is_party(&format!("transfer {id}"), other_end)?;
-            let shards = [&shown.source_shard_id, &shown.target_shard_id].map(ShardId::new);
-            let shards: Vec<&ShardId> = shards.iter().flatten().collect();
-            let slots = shown.slots.and_then(|slots| SlotRange::try_from(slots).ok());
-            caller.may(&shards, slots)?;
+            caller.may_named([&shown.source_shard_id, &shown.target_shard_id], shown.slots)?;
         }
         Ok(())
     }

@@ -17,6 +17,7 @@ use tonic::transport::Channel;
 
 use super::checker;
 use super::load::Load;
+use super::proxy::Proxy;
 use super::{call, client, fill, program, start, until};
 
 /// The ID of the migration, where there is one.
@@ -173,8 +174,7 @@ fn leftovers(node: &Path) -> Vec<String> {
     found
 }
 
-/// The nodes end without a trace of any migration but their history.
-pub async fn nothing_is_left(directory: &Path, nodes: &mut [&mut NodeProcess]) {
+async fn nothing_is_left(directory: &Path, nodes: &mut [&mut NodeProcess]) {
     for node in nodes {
         let mut found = Vec::new();
         for _ in 0..40 {
@@ -228,6 +228,13 @@ impl Pair {
         state(&self.n2, ID, Direction::In).await
     }
 
+    /// A proxy in front of the target, and `request` by way of it.
+    pub async fn behind(&self, request: StartMigrationRequest) -> (Proxy, StartMigrationRequest) {
+        let proxy = Proxy::start(&self.n2.addresses().grpc).await;
+        let request = StartMigrationRequest { target_address: proxy.address().to_owned(), ..request };
+        (proxy, request)
+    }
+
     /// The target dies, and comes back with these arguments.
     pub async fn restart_target(&mut self, arguments: &[&str]) {
         self.n2.kill().await.unwrap();
@@ -245,8 +252,13 @@ impl Pair {
 
     /// Waits for `end` at the source and what belongs to it at the target, and judges all of it: what clients saw, who serves, what is
     /// shown, what is left. `what` led there.
-    pub async fn ends(mut self, what: &str, load: Load, end: MigrationState) {
+    pub async fn ends(self, what: &str, load: Load, end: MigrationState) {
         self.judged(what, load, end).await;
+        self.nothing_is_left().await;
+    }
+
+    /// Both nodes end without a trace of any migration but their history.
+    pub async fn nothing_is_left(mut self) {
         nothing_is_left(self.directory.path(), &mut [&mut self.n1, &mut self.n2]).await;
     }
 

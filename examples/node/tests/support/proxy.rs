@@ -29,6 +29,13 @@ pub struct Ways {
     pub back: Way,
 }
 
+impl Ways {
+    /// What the source sends arrives later.
+    pub const LATE: Self = Self { there: Way::Hold, back: Way::Pass };
+    /// What the target answers is lost.
+    pub const LOST: Self = Self { there: Way::Pass, back: Way::Swallow };
+}
+
 /// Frames of the source, by their field numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Frame {
