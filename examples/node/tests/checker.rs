@@ -155,17 +155,17 @@ fn every_planted_fault_is_found() {
     }
 }
 
+fn time(milliseconds: u64) -> Duration {
+    Duration::from_millis(milliseconds)
+}
+
+/// An operation on the one key, answered after a millisecond.
+fn event(act: Act, answer: Answer, begun: u64) -> Event {
+    Event { key: "k".to_owned(), act, answer, node: 0, begun: time(begun), ended: time(begun + 1) }
+}
+
 #[test]
 fn a_write_that_only_the_last_read_misses_is_lost() {
-    let time = Duration::from_millis;
-    let event = |act, answer, begun| Event {
-        key: "k".to_owned(),
-        act,
-        answer,
-        node: 0,
-        begun: time(begun),
-        ended: time(begun + 1),
-    };
     for (found, kind) in [
         (Some(1), Some(Kind::LostWrite)),
         (None, Some(Kind::LostWrite)),
@@ -181,5 +181,19 @@ fn a_write_that_only_the_last_read_misses_is_lost() {
         ];
         let faults: Vec<_> = check(&events, 0).iter().map(|fault| fault.kind).collect();
         assert_eq!(faults, kind.into_iter().collect::<Vec<_>>(), "{found:?}");
+    }
+}
+
+#[test]
+fn a_key_is_gone_when_a_write_without_an_answer_has_expired() {
+    for (lives, kind) in [(50, None), (500, Some(Kind::Vanished))] {
+        let events = [
+            event(Act::Set { value: 1, lives: Some(time(500)) }, Answer::Done, 1),
+            event(Act::Set { value: 2, lives: Some(time(lives)) }, Answer::Unknown, 5),
+            event(Act::Get, Answer::Value(None), 100),
+            event(Act::Get, Answer::Value(None), 600),
+        ];
+        let faults: Vec<_> = check(&events, 0).iter().map(|fault| fault.kind).collect();
+        assert_eq!(faults, kind.into_iter().collect::<Vec<_>>(), "{lives}");
     }
 }

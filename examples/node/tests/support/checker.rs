@@ -140,13 +140,17 @@ fn check_values(events: &[&Event], faults: &mut Vec<Fault>) {
                 }
                 Some(_) => {}
             },
-            None => match writes.get(&floor) {
-                Some((_, None)) => broken(older),
-                Some((write, Some(lives))) if read.ended + SLACK < write.begun + *lives => {
-                    broken(Kind::Vanished);
+            None => {
+                // A later write whose answer was lost, or is still to come, may have replaced what was known, and expired since.
+                let expired = writes.range(floor..).any(|(_, (write, lives))| {
+                    lives.is_some_and(|lives| write.begun + lives <= read.ended + SLACK)
+                });
+                match writes.get(&floor) {
+                    Some((_, None)) if !expired => broken(older),
+                    Some((_, Some(_))) if !expired => broken(Kind::Vanished),
+                    _ => {}
                 }
-                _ => {}
-            },
+            }
         }
     }
 }
