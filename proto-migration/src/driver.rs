@@ -6,6 +6,7 @@
 //! | what may callers ask? | `driver/calls.rs` |
 //! | how are rows and changes sent? | `driver/pump.rs`, within one stream: `driver/transfer.rs` |
 //! | how do slots change hands? | `driver/freeze.rs` |
+//! | what of an earlier process is gone on with? | `driver/recovery.rs` |
 //! | how is an unknown outcome found out? | `driver/resolve.rs` |
 //! | who is slowed when the target does not keep up? | `driver/pressure.rs` |
 //! | what must my store do? | implement [`MigrationSource`] |
@@ -17,6 +18,7 @@ mod link;
 mod open;
 mod pressure;
 mod pump;
+mod recovery;
 mod resolve;
 mod task;
 mod transfer;
@@ -47,7 +49,7 @@ pub use dial::{Dial, DialFn, dial_fn};
 use self::calls::Command;
 use self::task::{Task, freeze_backoff};
 use crate::Reason;
-use crate::hold::{Hold, HoldMode};
+use crate::hold::Hold;
 use crate::journal::{Journal, Recovered, SourceRecord};
 use crate::limits::{Limits, TaskLimits};
 use crate::migrations::{Migrations, not_found};
@@ -55,8 +57,7 @@ use crate::service::{MigrationNode, Resolution, SourceCalls, shutting_down};
 use crate::source::MigrationSource;
 use crate::spec::MigrationSpec;
 use crate::v1::{
-    FreezeOutcome, MigrationGate, MigrationProgress, MigrationState, StartMigrationRequest,
-    StartMigrationResponse,
+    MigrationGate, MigrationProgress, MigrationState, StartMigrationRequest, StartMigrationResponse,
 };
 
 /// Features of this version, as both sides name them.
@@ -155,7 +156,8 @@ impl<S: MigrationSource, D: Dial> MigrationDriverBuilder<S, D> {
     /// in after that.
     ///
     /// Slots of a damaged record are held as long as this process lives, since they may have been handed over: their requests get what
-    /// the store answers to those that waited too long. The rest of the node serves.
+    /// the store answers to those that waited too long. The same goes for a record that is whole but overlaps a damaged one. The rest of
+    /// the node serves.
     ///
     /// # Errors
     ///
@@ -180,16 +182,7 @@ impl<S: MigrationSource, D: Dial> MigrationDriverBuilder<S, D> {
             stopping: CancellationToken::new(),
         });
         inner.migrations.seed(recovered.finished);
-        for damaged in recovered.damaged {
-            tracing::error!(file = damaged.file, problem = damaged.problem, slots = ?damaged.slots, "the journal is damaged");
-            let Some(slots) = damaged.slots else { continue };
-            let hold = inner.source.hold(slots, HoldMode::All).await?;
-            let range = inner.guard.try_acquire(slots, &format!("the damaged record {}", damaged.file)).ok();
-            lock(&inner.held).push((hold, range));
-        }
-        for (id, record) in recovered.active {
-            inner.take_up(id, record).await?;
-        }
+        inner.take_up_all(recovered.damaged, recovered.active).await?;
         Ok(MigrationDriver { inner })
     }
 }
@@ -261,38 +254,6 @@ impl<S: MigrationSource, D: Dial> Inner<S, D> {
     }
 
     /// Goes on with a migration of an earlier process.
-    async fn take_up(self: &Arc<Self>, id: MigrationId, mut record: SourceRecord) -> Result<(), Error> {
-        let Some(progress) = record.progress.as_mut() else { return Ok(()) };
-        let spec = MigrationSpec::from_wire(progress.spec.clone(), "spec", None)?;
-        let limits = TaskLimits::from_wire(progress.limits, "limits")?;
-        progress.reporter = Some(self.identity.clone());
-        progress.connected = false;
-        if matches!(progress.state(), MigrationState::Ready | MigrationState::Freezing) {
-            // Nothing is held after a restart, and how far behind the target is has to be seen first.
-            progress.enter(MigrationState::CatchingUp);
-            progress.set_gate(MigrationGate::Open);
-        }
-        let state = progress.state();
-        let closed = state == MigrationState::Committing || progress.gate() == MigrationGate::Closed;
-        let hold = if closed { Some(self.source.hold(spec.slots, HoldMode::All).await?) } else { None };
-        let range = if state.is_final() { None } else { Some(self.acquire(&id, &spec)?) };
-        let claim = record.claim_epoch;
-        let mut task = self.task(id, spec, limits, record, hold, range)?;
-        if state != MigrationState::Committing {
-            task.end_freeze(FreezeOutcome::Interrupted, None);
-        }
-        if claim > 0 && state != MigrationState::Cancelled {
-            // An operator took the slots back, and the crash came before that was recorded.
-            self.source.keep(&task.id, task.spec.slots, Some(claim)).await?;
-            task.change().enter(MigrationState::Cancelled);
-            task.change().set_gate(MigrationGate::Open);
-            task.open_gate();
-        }
-        task.show();
-        self.tasks.spawn(task.run());
-        Ok(())
-    }
-
     fn acquire(&self, id: &MigrationId, spec: &MigrationSpec) -> Result<RangeHold, Error> {
         let held = self.guard.try_acquire(spec.slots, &format!("migration {id}"));
         held.map_err(|error| {

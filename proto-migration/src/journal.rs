@@ -201,6 +201,11 @@ async fn blocking(
     }
 }
 
+/// The name of a migration's file below the journal's directory.
+pub(crate) fn shown_name(slots: SlotRange, id: &MigrationId) -> String {
+    format!("active/{}", file_name(slots, id))
+}
+
 fn file_name(slots: SlotRange, id: &MigrationId) -> String {
     format!("{:05}-{:05}.{id}.task", slots.start(), slots.end() - 1)
 }

@@ -95,7 +95,7 @@ async fn look(dir: &Path) -> Result<Seen, StoreError> {
     Ok(Seen { staged, finished: recovered.finished, shard: shard_seen, current, damage: recovered.damage })
 }
 
-/// Damages `file` in many ways, each in a fresh copy, and checks what the store makes of it.
+/// Flips every bit of `file` and cuts it at every length, each in a fresh copy, and checks what the store makes of it.
 async fn damage_everywhere(file: &str, names: &str) {
     let original = populated().await;
     let whole = look(original.path()).await.unwrap();
@@ -104,12 +104,12 @@ async fn damage_everywhere(file: &str, names: &str) {
     let content = fs::read(original.path().join(file)).unwrap();
     assert!(!content.is_empty());
     let mut variants: Vec<(String, Vec<u8>)> = Vec::new();
-    for at in 0..content.len() {
+    for bit in 0..content.len() * 8 {
         let mut flipped = content.clone();
-        flipped[at] ^= 1 << (at % 8);
-        variants.push((format!("bit {} of byte {at} flipped", at % 8), flipped));
+        flipped[bit / 8] ^= 1 << (bit % 8);
+        variants.push((format!("bit {} of byte {} flipped", bit % 8, bit / 8), flipped));
     }
-    for len in (0..content.len()).step_by(7) {
+    for len in 0..content.len() {
         variants.push((format!("cut to {len} bytes"), content[..len].to_vec()));
     }
     variants.push(("with a byte more".to_owned(), [&content[..], b"x"].concat()));
@@ -145,7 +145,7 @@ async fn damage_everywhere(file: &str, names: &str) {
         let again = look(copy.path()).await.unwrap();
         assert!(file.starts_with("shards") || again.damage.is_empty(), "{file} {how}: {:?}", again.damage);
     }
-    assert!(noticed * 10 > content.len() * 8, "{file}: {noticed}");
+    assert!(noticed >= content.len() * 8, "{file}: only {noticed} were noticed");
 }
 
 #[tokio::test]
