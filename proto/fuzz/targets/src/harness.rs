@@ -1,0 +1,76 @@
+//! What the targets share: a runtime, a directory in memory, and what every refusal must be like.
+
+use std::cell::OnceCell;
+use std::future::Future;
+use std::path::{Path, PathBuf};
+use std::sync::Once;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use proto_common::error::Error;
+use tokio::runtime::{Builder, Runtime};
+
+/// Longest time for one input. Far beyond what any takes, and below the idle timeouts, which would hide a hang.
+const LIMIT: Duration = Duration::from_secs(20);
+
+static PANICS: AtomicUsize = AtomicUsize::new(0);
+
+thread_local! {
+    static RUNTIME: OnceCell<Runtime> = const { OnceCell::new() };
+}
+
+/// Panics so far, of any thread and task: one that a runtime catches is a finding, too.
+#[must_use]
+pub fn panics() -> usize {
+    static HOOK: Once = Once::new();
+    HOOK.call_once(|| {
+        let print = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            PANICS.fetch_add(1, Ordering::SeqCst);
+            print(info);
+        }));
+    });
+    PANICS.load(Ordering::SeqCst)
+}
+
+/// Runs `work` to its end; panics if that takes long, or if any task that it spawned panicked.
+pub(crate) fn block_on<T>(work: impl Future<Output = T>) -> T {
+    let before = panics();
+    let done = RUNTIME.with(|runtime| {
+        let runtime = runtime.get_or_init(|| Builder::new_current_thread().enable_all().build().unwrap());
+        runtime.block_on(async {
+            tokio::time::timeout(LIMIT, work).await.unwrap_or_else(|_| panic!("no end within {LIMIT:?}"))
+        })
+    });
+    assert_eq!(panics(), before, "a task panicked");
+    done
+}
+
+/// A directory for one input, in memory where that is possible.
+pub(crate) fn directory() -> tempfile::TempDir {
+    let shm = Path::new("/dev/shm");
+    let root: PathBuf = if shm.is_dir() { shm.to_owned() } else { std::env::temp_dir() };
+    tempfile::Builder::new().prefix("proto-fuzz").tempdir_in(root).unwrap()
+}
+
+/// A refusal names its reason and none of the server's paths, and cannot rewrite a terminal.
+pub(crate) fn polite(error: &Error) -> &str {
+    let texts = error
+        .violations()
+        .iter()
+        .flat_map(|violation| [violation.field.as_str(), violation.description.as_str()])
+        .chain(error.metadata_map().values().map(String::as_str))
+        .chain([error.message()]);
+    for text in texts {
+        assert!(!text.contains("proto-fuzz"), "a path of the server: {error:?}");
+        assert!(!text.chars().any(char::is_control), "a control character: {error:?}");
+    }
+    let reason = error.reason();
+    assert!(
+        !reason.is_empty() && reason.bytes().all(|b| b.is_ascii_uppercase() || b.is_ascii_digit() || b == b'_'),
+        "{error:?}"
+    );
+    assert_ne!(reason, "INTERNAL", "{error:?}");
+    assert_ne!(reason, "UNKNOWN", "{error:?}");
+    reason
+}

@@ -1,0 +1,76 @@
+//! Damaged files of a migration journal: each is named with its slots, none is believed, and none keeps the journal from opening.
+
+use std::collections::BTreeMap;
+use std::sync::LazyLock;
+
+use arbitrary::Unstructured;
+use proto_common::ids::MigrationId;
+use proto_common::slots::SlotRange;
+use proto_migration::journal::{Journal, SourceRecord};
+use proto_migration::v1::{MigrationProgress, MigrationSpec};
+
+use crate::damage::{self, Files};
+use crate::harness::{block_on, directory};
+
+static WHOLE: LazyLock<Files> = LazyLock::new(|| {
+    let dir = directory();
+    let (journal, _) = Journal::open(dir.path(), 10).unwrap();
+    block_on(async {
+        for (number, id) in (1..).zip(["m1", "m2"]) {
+            let (slots, record) = record(number, id);
+            journal.save(&MigrationId::new(id).unwrap(), slots, &record).await.unwrap();
+        }
+        for (number, id) in (3..).zip(["m3", "m4", "m5"]) {
+            let (slots, record) = record(number, id);
+            journal.finish(&MigrationId::new(id).unwrap(), slots, &record.progress.unwrap()).await.unwrap();
+        }
+    });
+    damage::read(dir.path())
+});
+
+fn record(number: u16, id: &str) -> (SlotRange, SourceRecord) {
+    let slots = SlotRange::new(number * 100, number * 100 + 50).unwrap();
+    let spec = MigrationSpec { slots: Some(slots.into()), source_node_id: "n1".into(), ..MigrationSpec::default() };
+    let progress = MigrationProgress {
+        migration_id: id.into(),
+        spec: Some(spec),
+        attempt: u64::from(number),
+        ..MigrationProgress::default()
+    };
+    (slots, SourceRecord { progress: Some(progress), base_seq: 7, ..SourceRecord::default() })
+}
+
+/// Damages files as `data` says, and opens the journal.
+pub fn run(data: &[u8]) {
+    let mut files = WHOLE.clone();
+    let mut data = Unstructured::new(data);
+    // Where the input ends, the damage does.
+    let _ = damage::apply(&mut data, &mut files, |_| true);
+    let dir = directory();
+    damage::write(dir.path(), &files);
+    let (_, recovered) = Journal::open(dir.path(), 10).expect("damage is no error");
+    let active: BTreeMap<&str, &SourceRecord> =
+        recovered.active.iter().map(|(id, record)| (id.as_str(), record)).collect();
+    for (number, id) in (1..).zip(["m1", "m2"]) {
+        let (slots, written) = record(number, id);
+        let file = format!("active/{:05}-{:05}.{id}.task", slots.start(), slots.end() - 1);
+        if files[&file] == WHOLE[&file] {
+            assert_eq!(active.get(id), Some(&&written));
+            continue;
+        }
+        assert_eq!(active.get(id), None, "a damaged record was believed");
+        let damaged = recovered.damaged.iter().find(|damaged| damaged.file == file).expect("it is named");
+        assert_eq!(damaged.slots, Some(slots));
+        assert_eq!(std::fs::read(dir.path().join(&file)).unwrap(), files[&file], "it stays as it was found");
+    }
+    for progress in &recovered.finished {
+        let known = (3..).zip(["m3", "m4", "m5"]).any(|(number, id)| record(number, id).1.progress.as_ref() == Some(progress));
+        assert!(known, "{progress:?} never ended");
+    }
+    if files["history"] == WHOLE["history"] {
+        assert_eq!(recovered.finished.len(), 3);
+    }
+    let (_, again) = Journal::open(dir.path(), 10).expect("still no error");
+    assert_eq!(again.active, recovered.active);
+    assert_eq!(again.finished, recovered.finished);
+}

@@ -1,0 +1,49 @@
+//! What is fuzzed: each target is a plain function of bytes that panics on a finding.
+//!
+//! libFuzzer calls them (`proto/fuzz/fuzz_targets`, needs nightly), so do the runner of this package (stable) and the test that replays
+//! `proto/fuzz/seeds`. A finding's input is kept there.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failed expectation is a finding")]
+
+pub mod damage;
+mod harness;
+mod sender;
+pub mod ids;
+pub mod journal;
+pub mod manifest;
+pub mod mutate;
+pub mod snapshot;
+pub mod staging;
+pub mod status;
+
+pub use harness::panics;
+
+#[path = "../../../../proto-migration/tests/support/memory_target.rs"]
+#[allow(dead_code, missing_docs, missing_debug_implementations, unreachable_pub, reason = "shared with its tests")]
+mod memory_target;
+
+/// Something that is fuzzed.
+#[derive(Debug, Clone, Copy)]
+pub struct Target {
+    /// As the command line and the directory of its seeds name it.
+    pub name: &'static str,
+    /// What it looks for.
+    pub about: &'static str,
+    /// Tries one input; panics on a finding.
+    pub run: fn(&[u8]),
+}
+
+/// All of them.
+pub const TARGETS: [Target; 6] = [
+    Target { name: "ids", about: "the parsers of identifiers, names and slots against their rules", run: ids::run },
+    Target { name: "journal", about: "damaged files of a migration journal", run: journal::run },
+    Target { name: "manifest", about: "headers and manifests, and where their names would lead", run: manifest::run },
+    Target { name: "snapshot", about: "sequences of frames to a snapshot's receiver, against a model", run: snapshot::run },
+    Target { name: "staging", about: "damaged files of a snapshot store", run: staging::run },
+    Target { name: "status", about: "error details of a peer", run: status::run },
+];
+
+/// The target of that name.
+#[must_use]
+pub fn target(name: &str) -> Option<Target> {
+    TARGETS.into_iter().find(|target| target.name == name)
+}

@@ -1,0 +1,463 @@
+//! Sequences of frames to a snapshot's receiver, against a model that knows for each frame whether it must be taken or refused, which bytes
+//! are there afterwards, and what lies on the disk in the end.
+//!
+//! Whatever was sent before, a sender that makes no mistake gets its snapshot installed, bit for bit, unless it was cancelled.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use arbitrary::Unstructured;
+use bytes::Bytes;
+use proto_common::Error;
+use proto_common::checksum::crc64;
+use proto_snapshot::v1::CancelTransferRequest;
+use proto_snapshot::v1::transfer_split_snapshot_request::{Chunk, End, Frame, Header, Heartbeat, LaneHeader, Manifest};
+
+use crate::harness::{block_on, directory, polite};
+use crate::sender::{CHUNK, Client, Snapshot, Stream, client, open, receiver};
+
+/// Streams of one input, and frames of one stream.
+const STREAMS: usize = 8;
+const FRAMES: usize = 24;
+
+/// A byte: its file and its offset.
+type Byte = (u32, u64);
+
+struct Model {
+    snapshot: Snapshot,
+    missing: BTreeSet<Byte>,
+    /// Bytes that are not the snapshot's were taken as if they were.
+    poisoned: bool,
+    /// What is missing is not known: ask.
+    unsure: bool,
+    attempt: u64,
+    generation: u64,
+    /// The present attempt may have been given up for good.
+    ended: bool,
+    installed: bool,
+    cancelled: bool,
+}
+
+/// How a stream ended.
+enum Ending {
+    Refused(&'static [&'static str]),
+    Installed,
+    Dropped,
+}
+
+/// Plays the frames that `data` says.
+pub fn run(data: &[u8]) {
+    let dir = directory();
+    let store = dir.path().join("store");
+    block_on(async {
+        let mut data = Unstructured::new(data);
+        let Ok(snapshot) = snapshot(&mut data) else { return };
+        let mut model = Model {
+            missing: all(&snapshot),
+            snapshot,
+            poisoned: false,
+            unsure: false,
+            attempt: 0,
+            generation: 0,
+            ended: false,
+            installed: false,
+            cancelled: false,
+        };
+        let mut node = receiver(open(&store).unwrap()).await;
+        for _ in 0..STREAMS {
+            if data.is_empty() {
+                break;
+            }
+            if matches!(data.ratio(1_u8, 4), Ok(true)) {
+                node.shutdown().await;
+                drop(node);
+                node = receiver(open(&store).unwrap()).await;
+            }
+            // An input that ends in the middle ends the stream.
+            model.stream(&mut data, &client(&node)).await;
+            model.check_disk(&store);
+        }
+        let connection = client(&node);
+        model.finish(&connection, &store).await;
+        drop(connection);
+        node.shutdown().await;
+    });
+    let beside: Vec<_> = std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(beside, ["store"], "something was written beside the store");
+}
+
+fn snapshot(data: &mut Unstructured<'_>) -> arbitrary::Result<Snapshot> {
+    let names = ["a", "d/b", "d/e/c"];
+    let mut files = Vec::new();
+    for (seed, name) in names.iter().take(data.int_in_range(1..=3)?).enumerate() {
+        let len = data.int_in_range(0..=200_usize)?;
+        let content = (0..len).map(|at| u8::try_from((at * 31 + seed * 7 + at / 13) % 251).unwrap()).collect();
+        files.push(((*name).to_owned(), content));
+    }
+    Ok(Snapshot { id: "t", shard: "s2", index: 1, files })
+}
+
+fn all(snapshot: &Snapshot) -> BTreeSet<Byte> {
+    (0..).zip(&snapshot.files).flat_map(|(file, (_, content))| (0..content.len() as u64).map(move |at| (file, at))).collect()
+}
+
+impl Model {
+    async fn stream(&mut self, data: &mut Unstructured<'_>, client: &Client) {
+        let mut stream = match self.opened(data, client).await {
+            Ok(Some(stream)) => stream,
+            Ok(None) | Err(_) => return,
+        };
+        let end = match self.frames(data, client, &mut stream).await {
+            Ok(end) => end,
+            Err(_) => {
+                stream.half_close();
+                Ending::Refused(&["STREAM_ENDED_EARLY"])
+            }
+        };
+        match end {
+            Ending::Dropped => {
+                drop(stream);
+                self.unsure = true;
+            }
+            Ending::Installed => {
+                stream.installed().await.unwrap();
+                self.installed = true;
+            }
+            Ending::Refused(reasons) => {
+                let error = stream.installed().await.unwrap_err();
+                assert!(reasons.contains(&error.reason()), "{error:?} instead of {reasons:?}");
+                self.refused(&error);
+            }
+        }
+    }
+
+    fn refused(&mut self, error: &Error) {
+        self.ended |= !error.is_retryable();
+        // What does not add up as a whole is not kept in whole.
+        self.unsure |= matches!(error.reason(), "FILE_CHECKSUM_MISMATCH" | "TOTALS_MISMATCH" | "STAGED_DATA_DAMAGED");
+    }
+
+    /// Sends header and manifest, good ones or bad ones; gives the stream if it was accepted.
+    async fn opened(&mut self, data: &mut Unstructured<'_>, client: &Client) -> arbitrary::Result<Option<Stream>> {
+        let next = self.attempt == 0 || data.ratio(1_u8, 2)?;
+        let (attempt, generation) = if next { (self.attempt + 1, 1) } else { (self.attempt, self.generation + 1) };
+        let mut header = self.snapshot.header(attempt, generation);
+        let mut manifest = self.snapshot.manifest();
+        let expected = spoil(data, &mut header, &mut manifest)?;
+        if data.ratio(1_u8, 16)? {
+            let lane = LaneHeader {
+                transfer_id: "t".into(),
+                attempt: attempt.max(1),
+                session: header.session.clone(),
+                lane: data.int_in_range(0..=9)?,
+                generation: 1,
+            };
+            let mut stream = Stream::open_with(client, Some(Frame::LaneHeader(lane))).await;
+            stream.half_close();
+            let error = stream.accepted().await.unwrap_err();
+            assert!(["NO_SUCH_ATTEMPT", "INVALID_FIELD"].contains(&error.reason()), "{error:?}");
+            return Ok(None);
+        }
+        let mut stream = Stream::open(client, header).await;
+        stream.say(Frame::Manifest(manifest)).await;
+        let accepted = stream.accepted().await;
+        if let Some(expected) = expected {
+            let error = accepted.unwrap_err();
+            let also = [self.cancelled.then_some("TRANSFER_CANCELLED"), self.ended.then_some("SUPERSEDED")];
+            let fits = expected.contains(&error.reason()) || also.contains(&Some(error.reason()));
+            assert!(fits, "{error:?} instead of {expected:?}");
+            return Ok(None);
+        }
+        let accepted = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                let stale = !next && self.ended && error.reason() == "SUPERSEDED";
+                let cancelled = self.cancelled && error.reason() == "TRANSFER_CANCELLED";
+                assert!(stale || cancelled, "{error:?} to a header without fault");
+                return Ok(None);
+            }
+        };
+        assert!(!self.cancelled, "accepted after it was cancelled");
+        if accepted.already_installed {
+            assert!(self.installed);
+            stream.installed().await.unwrap();
+            return Ok(None);
+        }
+        assert!(!self.installed, "installed, and asked for again");
+        (self.attempt, self.generation) = (attempt, generation);
+        self.ended &= !next;
+        let missing = missing(&accepted.missing);
+        if self.unsure {
+            // Only bytes that were sent can be there.
+            self.unsure = false;
+        } else {
+            assert_eq!(missing, self.missing, "other bytes are there than were taken");
+        }
+        self.missing = missing;
+        Ok(Some(stream))
+    }
+
+    async fn frames(&mut self, data: &mut Unstructured<'_>, client: &Client, stream: &mut Stream) -> arbitrary::Result<Ending> {
+        const UNEXPECTED: &[&str] = &["UNEXPECTED_FRAME"];
+        for _ in 0..FRAMES {
+            let kind = data.int_in_range(0..=23_u8)?;
+            let refused: &'static [&'static str] = match kind {
+                0..=8 => {
+                    if let Some((file, offset, len)) = self.some_missing(data)? {
+                        let chunk = self.snapshot.chunk(file, offset, len);
+                        self.take(&chunk);
+                        stream.say(Frame::Chunk(chunk)).await;
+                    }
+                    continue;
+                }
+                9 => {
+                    stream.say(Frame::Heartbeat(Heartbeat {})).await;
+                    continue;
+                }
+                10 => {
+                    let Some((file, offset, len)) = self.some_missing(data)? else { continue };
+                    let mut chunk = self.snapshot.chunk(file, offset, len);
+                    chunk.crc64nvme ^= 1 << data.int_in_range(0..=63)?;
+                    stream.say(Frame::Chunk(chunk)).await;
+                    &["CHUNK_CHECKSUM_MISMATCH"]
+                }
+                11 => {
+                    stream.say(Frame::Chunk(bad_chunk(data.arbitrary()?, data.arbitrary()?, 0))).await;
+                    &["EMPTY_CHUNK"]
+                }
+                12 => {
+                    stream.say(Frame::Chunk(bad_chunk(0, 0, CHUNK + 1))).await;
+                    &["CHUNK_TOO_LARGE"]
+                }
+                13 => {
+                    let files = u32::try_from(self.snapshot.files.len()).unwrap();
+                    let file = data.int_in_range(0..=files)?;
+                    let size = self.snapshot.files.get(file as usize).map_or(0, |(_, content)| content.len() as u64);
+                    let offset = if data.arbitrary()? { size } else { u64::MAX - u64::from(data.arbitrary::<u8>()?) };
+                    stream.say(Frame::Chunk(bad_chunk(file, offset, 1))).await;
+                    &["EXTENT_OUT_OF_BOUNDS"]
+                }
+                14 => {
+                    let there: Vec<Byte> = all(&self.snapshot).difference(&self.missing).copied().collect();
+                    if there.is_empty() {
+                        continue;
+                    }
+                    let (file, offset) = *data.choose(&there)?;
+                    stream.say(Frame::Chunk(self.snapshot.chunk(file, offset, 1))).await;
+                    &["OVERLAPPING_EXTENT"]
+                }
+                15 => {
+                    stream.say(None).await;
+                    &["UNKNOWN_FRAME"]
+                }
+                16 => {
+                    let frame = match data.int_in_range(0..=2_u8)? {
+                        0 => Frame::Header(self.snapshot.header(self.attempt, self.generation)),
+                        1 => Frame::Manifest(self.snapshot.manifest()),
+                        _ => Frame::LaneHeader(LaneHeader::default()),
+                    };
+                    stream.say(frame).await;
+                    UNEXPECTED
+                }
+                17 | 18 => {
+                    stream.say(Frame::End(self.snapshot.end())).await;
+                    match (self.missing.is_empty(), self.poisoned) {
+                        (true, false) => return Ok(Ending::Installed),
+                        (true, true) => &["FILE_CHECKSUM_MISMATCH"],
+                        (false, _) => &["MISSING_EXTENTS", "FILE_CHECKSUM_MISMATCH"],
+                    }
+                }
+                19 => {
+                    let mut end = self.snapshot.end();
+                    let wrong = wrong_totals(data, &mut end)?;
+                    stream.say(Frame::End(end)).await;
+                    wrong
+                }
+                20 => {
+                    // Bytes that are not the snapshot's, with a checksum that is theirs.
+                    let Some((file, offset, len)) = self.some_missing(data)? else { continue };
+                    let mut chunk = self.snapshot.chunk(file, offset, len);
+                    let mut payload = chunk.payload.to_vec();
+                    payload[0] ^= 0xff;
+                    chunk.crc64nvme = crc64(&payload);
+                    chunk.payload = payload.into();
+                    self.take(&chunk);
+                    self.poisoned = true;
+                    stream.say(Frame::Chunk(chunk)).await;
+                    continue;
+                }
+                21 => {
+                    stream.half_close();
+                    &["STREAM_ENDED_EARLY"]
+                }
+                22 => return Ok(Ending::Dropped),
+                _ => {
+                    if !data.ratio(1_u8, 3)? {
+                        continue;
+                    }
+                    let request = CancelTransferRequest { transfer_id: "t".into(), ..Default::default() };
+                    client.clone().cancel_transfer(request).await.unwrap();
+                    self.cancelled = true;
+                    &["TRANSFER_CANCELLED"]
+                }
+            };
+            return Ok(Ending::Refused(refused));
+        }
+        stream.half_close();
+        Ok(Ending::Refused(&["STREAM_ENDED_EARLY"]))
+    }
+
+    /// A piece of what is missing.
+    fn some_missing(&self, data: &mut Unstructured<'_>) -> arbitrary::Result<Option<(u32, u64, usize)>> {
+        let Some(last) = self.missing.len().checked_sub(1) else { return Ok(None) };
+        let at = usize::from(data.arbitrary::<u16>()?) % (last + 1);
+        let &(file, offset) = self.missing.iter().nth(at).unwrap();
+        let run = (offset..).take_while(|at| self.missing.contains(&(file, *at))).take(CHUNK).count();
+        Ok(Some((file, offset, if data.ratio(3_u8, 4)? { run } else { data.int_in_range(1..=run)? })))
+    }
+
+    fn take(&mut self, chunk: &Chunk) {
+        for at in chunk.offset..chunk.offset + chunk.payload.len() as u64 {
+            assert!(self.missing.remove(&(chunk.file, at)));
+        }
+    }
+
+    fn check_disk(&self, store: &Path) {
+        let current = store.join("installed/s2/t");
+        assert_eq!(current.exists(), self.installed, "in place without being installed, or the other way round");
+        if self.installed {
+            assert!(self.snapshot.is_installed_in(store));
+        }
+        if self.installed || self.cancelled {
+            let staged = crate::damage::read(&store.join("staging"));
+            assert!(staged.is_empty(), "left in staging: {:?}", staged.keys());
+        }
+    }
+
+    /// A sender that makes no mistake.
+    async fn finish(&mut self, client: &Client, store: &Path) {
+        let mut sent = self.snapshot.send(client).await;
+        if self.poisoned && !self.installed && !self.cancelled && sent.is_err() {
+            // The sender's word on a file differed from what was taken for it; that is missing now.
+            let error = sent.unwrap_err();
+            assert_eq!(polite(&error), "FILE_CHECKSUM_MISMATCH");
+            sent = self.snapshot.send(client).await;
+        }
+        match sent {
+            Ok(()) => {
+                assert!(!self.cancelled, "a cancelled one was installed");
+                self.installed = true;
+            }
+            Err(error) => assert!(self.cancelled && error.reason() == "TRANSFER_CANCELLED", "{error:?}"),
+        }
+        self.check_disk(store);
+    }
+}
+
+fn missing(extents: &[proto_snapshot::v1::transfer_split_snapshot_response::Extent]) -> BTreeSet<Byte> {
+    let bytes = extents.iter().flat_map(|extent| {
+        (extent.offset..extent.offset + extent.length.expect("the size is known")).map(|at| (extent.file, at))
+    });
+    bytes.collect()
+}
+
+fn bad_chunk(file: u32, offset: u64, len: usize) -> Chunk {
+    let payload = Bytes::from(vec![0; len]);
+    Chunk { file, offset, crc64nvme: crc64(&payload), payload }
+}
+
+/// Makes totals wrong; what they may be refused with.
+fn wrong_totals(data: &mut Unstructured<'_>, end: &mut End) -> arbitrary::Result<&'static [&'static str]> {
+    match data.int_in_range(0..=3_u8)? {
+        0 => end.total_bytes = end.total_bytes.wrapping_add(1),
+        1 => end.file_count += 1,
+        2 => drop(end.files.pop()),
+        _ => {
+            end.files[0].crc64nvme ^= 1;
+            return Ok(&["FILE_CHECKSUM_MISMATCH", "MISSING_EXTENTS"]);
+        }
+    }
+    Ok(&["TOTALS_MISMATCH"])
+}
+
+/// Makes header or manifest wrong, or not; what they have to be refused with.
+fn spoil(
+    data: &mut Unstructured<'_>,
+    header: &mut Header,
+    manifest: &mut Manifest,
+) -> arbitrary::Result<Option<&'static [&'static str]>> {
+    const INVALID: &[&str] = &["INVALID_FIELD"];
+    const MISMATCH: &[&str] = &["MANIFEST_MISMATCH"];
+    let expected: &[&str] = match data.int_in_range(0..=39_u8)? {
+        0 => {
+            (*data.choose(&["../t", "t/..", ".t", "", "t\0", "/t"])?).clone_into(&mut header.transfer_id);
+            &["INVALID_ID"]
+        }
+        1 => {
+            "..".clone_into(&mut header.target_shard_id);
+            &["INVALID_ID"]
+        }
+        2 => {
+            header.attempt = 0;
+            INVALID
+        }
+        3 => {
+            header.session = vec![1; data.int_in_range(0..=15)?].into();
+            INVALID
+        }
+        4 => {
+            header.generation = 0;
+            INVALID
+        }
+        5 => {
+            header.priority = 99;
+            INVALID
+        }
+        6 => {
+            "n9".clone_into(&mut header.target_node_id);
+            &["WRONG_NODE"]
+        }
+        7 => {
+            header.required_features.push("x\x1b[2J".to_owned());
+            &["UNSUPPORTED_FEATURE"]
+        }
+        8 => {
+            header.file_count = u64::MAX;
+            &["MANIFEST_TOO_LARGE"]
+        }
+        9 => {
+            header.file_count += 1;
+            MISMATCH
+        }
+        10 => {
+            header.total_bytes = header.total_bytes.map(|total| total + 1);
+            MISMATCH
+        }
+        11 => {
+            let name = *data.choose(&["../x", "/etc/x", "a/../b", "a//b", "a\\b", "a\0b", "", ".", "a/"])?;
+            let files = &mut manifest.files;
+            name.clone_into(&mut files[0].name);
+            &["INVALID_FILE_NAME"]
+        }
+        12 => {
+            header.slots = None;
+            &["INVALID_SLOT_RANGE"]
+        }
+        13 => {
+            manifest.last = false;
+            manifest.files.clear();
+            MISMATCH
+        }
+        14 => {
+            header.content_version = "w".repeat(1025);
+            INVALID
+        }
+        15 => {
+            header.discard_staged = true;
+            header.generation = 2;
+            INVALID
+        }
+        _ => return Ok(None),
+    };
+    Ok(Some(expected))
+}
