@@ -38,7 +38,11 @@ pub fn write(dir: &Path, files: &Files) {
 }
 
 /// Damages those of `files` whose name is `eligible`, one to four times, as `data` says.
-pub fn apply(data: &mut Unstructured<'_>, files: &mut Files, eligible: impl Fn(&str) -> bool) -> arbitrary::Result<()> {
+pub fn apply(
+    data: &mut Unstructured<'_>,
+    files: &mut Files,
+    eligible: impl Fn(&str) -> bool,
+) -> arbitrary::Result<()> {
     let names: Vec<String> = files.keys().filter(|name| eligible(name)).cloned().collect();
     for _ in 0..data.int_in_range(1..=4)? {
         let name = data.choose(&names)?;

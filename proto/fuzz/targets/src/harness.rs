@@ -67,7 +67,8 @@ pub(crate) fn polite(error: &Error) -> &str {
     }
     let reason = error.reason();
     assert!(
-        !reason.is_empty() && reason.bytes().all(|b| b.is_ascii_uppercase() || b.is_ascii_digit() || b == b'_'),
+        !reason.is_empty()
+            && reason.bytes().all(|b| b.is_ascii_uppercase() || b.is_ascii_digit() || b == b'_'),
         "{error:?}"
     );
     assert_ne!(reason, "INTERNAL", "{error:?}");

@@ -30,7 +30,8 @@ static WHOLE: LazyLock<Files> = LazyLock::new(|| {
 
 fn record(number: u16, id: &str) -> (SlotRange, SourceRecord) {
     let slots = SlotRange::new(number * 100, number * 100 + 50).unwrap();
-    let spec = MigrationSpec { slots: Some(slots.into()), source_node_id: "n1".into(), ..MigrationSpec::default() };
+    let spec =
+        MigrationSpec { slots: Some(slots.into()), source_node_id: "n1".into(), ..MigrationSpec::default() };
     let progress = MigrationProgress {
         migration_id: id.into(),
         spec: Some(spec),
@@ -64,7 +65,9 @@ pub fn run(data: &[u8]) {
         assert_eq!(std::fs::read(dir.path().join(&file)).unwrap(), files[&file], "it stays as it was found");
     }
     for progress in &recovered.finished {
-        let known = (3..).zip(["m3", "m4", "m5"]).any(|(number, id)| record(number, id).1.progress.as_ref() == Some(progress));
+        let known = (3..)
+            .zip(["m3", "m4", "m5"])
+            .any(|(number, id)| record(number, id).1.progress.as_ref() == Some(progress));
         assert!(known, "{progress:?} never ended");
     }
     if files["history"] == WHOLE["history"] {

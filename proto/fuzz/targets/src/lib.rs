@@ -2,15 +2,22 @@
 //!
 //! libFuzzer calls them (`proto/fuzz/fuzz_targets`, needs nightly), so do the runner of this package (stable) and the test that replays
 //! `proto/fuzz/seeds`. A finding's input is kept there.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failed expectation is a finding")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a failed expectation is a finding"
+)]
 
 pub mod damage;
+pub mod grpc;
 mod harness;
-mod sender;
 pub mod ids;
 pub mod journal;
 pub mod manifest;
+pub mod migration;
 pub mod mutate;
+mod sender;
 pub mod snapshot;
 pub mod staging;
 pub mod status;
@@ -18,7 +25,13 @@ pub mod status;
 pub use harness::panics;
 
 #[path = "../../../../proto-migration/tests/support/memory_target.rs"]
-#[allow(dead_code, missing_docs, missing_debug_implementations, unreachable_pub, reason = "shared with its tests")]
+#[allow(
+    dead_code,
+    missing_docs,
+    missing_debug_implementations,
+    unreachable_pub,
+    reason = "shared with its tests"
+)]
 mod memory_target;
 
 /// Something that is fuzzed.
@@ -33,11 +46,29 @@ pub struct Target {
 }
 
 /// All of them.
-pub const TARGETS: [Target; 6] = [
-    Target { name: "ids", about: "the parsers of identifiers, names and slots against their rules", run: ids::run },
+pub const TARGETS: [Target; 8] = [
+    Target { name: "grpc", about: "raw bytes as the body of every call of every service", run: grpc::run },
+    Target {
+        name: "ids",
+        about: "the parsers of identifiers, names and slots against their rules",
+        run: ids::run,
+    },
     Target { name: "journal", about: "damaged files of a migration journal", run: journal::run },
-    Target { name: "manifest", about: "headers and manifests, and where their names would lead", run: manifest::run },
-    Target { name: "snapshot", about: "sequences of frames to a snapshot's receiver, against a model", run: snapshot::run },
+    Target {
+        name: "manifest",
+        about: "headers and manifests, and where their names would lead",
+        run: manifest::run,
+    },
+    Target {
+        name: "migration",
+        about: "sequences of frames to a migration's target, against a model",
+        run: migration::run,
+    },
+    Target {
+        name: "snapshot",
+        about: "sequences of frames to a snapshot's receiver, against a model",
+        run: snapshot::run,
+    },
     Target { name: "staging", about: "damaged files of a snapshot store", run: staging::run },
     Target { name: "status", about: "error details of a peer", run: status::run },
 ];

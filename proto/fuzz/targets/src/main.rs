@@ -132,5 +132,8 @@ fn seeds(target: Target) -> anyhow::Result<Vec<Vec<u8>>> {
     let entries = std::fs::read_dir(&dir).with_context(|| format!("no seeds in {}", dir.display()))?;
     let mut files: Vec<_> = entries.map(|entry| entry.map(|entry| entry.path())).collect::<Result<_, _>>()?;
     files.sort();
-    files.iter().map(|file| std::fs::read(file).with_context(|| format!("cannot read {}", file.display()))).collect()
+    files
+        .iter()
+        .map(|file| std::fs::read(file).with_context(|| format!("cannot read {}", file.display())))
+        .collect()
 }

@@ -13,7 +13,9 @@ use proto_snapshot::receiver::SnapshotReceiver;
 use proto_snapshot::store::{FileSnapshotStore, FileStoreOptions, StoreError};
 use proto_snapshot::v1::split_snapshot_service_client::SplitSnapshotServiceClient;
 use proto_snapshot::v1::split_snapshot_service_server::SplitSnapshotServiceServer;
-use proto_snapshot::v1::transfer_split_snapshot_request::{Chunk, End, File, FileTotal, Frame, Header, Manifest};
+use proto_snapshot::v1::transfer_split_snapshot_request::{
+    Chunk, End, File, FileTotal, Frame, Header, Manifest,
+};
 use proto_snapshot::v1::transfer_split_snapshot_response::{Accepted, Extent, Frame as Answer};
 use proto_snapshot::v1::{
     GetTransferProgressRequest, TransferSplitSnapshotRequest, TransferSplitSnapshotResponse,

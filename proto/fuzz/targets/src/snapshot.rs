@@ -1,7 +1,8 @@
 //! Sequences of frames to a snapshot's receiver, against a model that knows for each frame whether it must be taken or refused, which bytes
 //! are there afterwards, and what lies on the disk in the end.
 //!
-//! Whatever was sent before, a sender that makes no mistake gets its snapshot installed, bit for bit, unless it was cancelled.
+//! Whatever was sent before, a sender that makes no mistake gets its snapshot installed, bit for bit, unless it was cancelled or wrong bytes
+//! were sent under its name.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -11,7 +12,9 @@ use bytes::Bytes;
 use proto_common::Error;
 use proto_common::checksum::crc64;
 use proto_snapshot::v1::CancelTransferRequest;
-use proto_snapshot::v1::transfer_split_snapshot_request::{Chunk, End, Frame, Header, Heartbeat, LaneHeader, Manifest};
+use proto_snapshot::v1::transfer_split_snapshot_request::{
+    Chunk, End, Frame, Header, Heartbeat, LaneHeader, Manifest,
+};
 
 use crate::harness::{block_on, directory, polite};
 use crate::sender::{CHUNK, Client, Snapshot, Stream, client, open, receiver};
@@ -82,7 +85,8 @@ pub fn run(data: &[u8]) {
         drop(connection);
         node.shutdown().await;
     });
-    let beside: Vec<_> = std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    let beside: Vec<_> =
+        std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(beside, ["store"], "something was written beside the store");
 }
 
@@ -91,14 +95,18 @@ fn snapshot(data: &mut Unstructured<'_>) -> arbitrary::Result<Snapshot> {
     let mut files = Vec::new();
     for (seed, name) in names.iter().take(data.int_in_range(1..=3)?).enumerate() {
         let len = data.int_in_range(0..=200_usize)?;
-        let content = (0..len).map(|at| u8::try_from((at * 31 + seed * 7 + at / 13) % 251).unwrap()).collect();
+        let content =
+            (0..len).map(|at| u8::try_from((at * 31 + seed * 7 + at / 13) % 251).unwrap()).collect();
         files.push(((*name).to_owned(), content));
     }
     Ok(Snapshot { id: "t", shard: "s2", index: 1, files })
 }
 
 fn all(snapshot: &Snapshot) -> BTreeSet<Byte> {
-    (0..).zip(&snapshot.files).flat_map(|(file, (_, content))| (0..content.len() as u64).map(move |at| (file, at))).collect()
+    (0..)
+        .zip(&snapshot.files)
+        .flat_map(|(file, (_, content))| (0..content.len() as u64).map(move |at| (file, at)))
+        .collect()
 }
 
 impl Model {
@@ -134,13 +142,19 @@ impl Model {
     fn refused(&mut self, error: &Error) {
         self.ended |= !error.is_retryable();
         // What does not add up as a whole is not kept in whole.
-        self.unsure |= matches!(error.reason(), "FILE_CHECKSUM_MISMATCH" | "TOTALS_MISMATCH" | "STAGED_DATA_DAMAGED");
+        self.unsure |=
+            matches!(error.reason(), "FILE_CHECKSUM_MISMATCH" | "TOTALS_MISMATCH" | "STAGED_DATA_DAMAGED");
     }
 
     /// Sends header and manifest, good ones or bad ones; gives the stream if it was accepted.
-    async fn opened(&mut self, data: &mut Unstructured<'_>, client: &Client) -> arbitrary::Result<Option<Stream>> {
+    async fn opened(
+        &mut self,
+        data: &mut Unstructured<'_>,
+        client: &Client,
+    ) -> arbitrary::Result<Option<Stream>> {
         let next = self.attempt == 0 || data.ratio(1_u8, 2)?;
-        let (attempt, generation) = if next { (self.attempt + 1, 1) } else { (self.attempt, self.generation + 1) };
+        let (attempt, generation) =
+            if next { (self.attempt + 1, 1) } else { (self.attempt, self.generation + 1) };
         let mut header = self.snapshot.header(attempt, generation);
         let mut manifest = self.snapshot.manifest();
         let expected = spoil(data, &mut header, &mut manifest)?;
@@ -197,7 +211,12 @@ impl Model {
         Ok(Some(stream))
     }
 
-    async fn frames(&mut self, data: &mut Unstructured<'_>, client: &Client, stream: &mut Stream) -> arbitrary::Result<Ending> {
+    async fn frames(
+        &mut self,
+        data: &mut Unstructured<'_>,
+        client: &Client,
+        stream: &mut Stream,
+    ) -> arbitrary::Result<Ending> {
         const UNEXPECTED: &[&str] = &["UNEXPECTED_FRAME"];
         for _ in 0..FRAMES {
             let kind = data.int_in_range(0..=23_u8)?;
@@ -232,8 +251,10 @@ impl Model {
                 13 => {
                     let files = u32::try_from(self.snapshot.files.len()).unwrap();
                     let file = data.int_in_range(0..=files)?;
-                    let size = self.snapshot.files.get(file as usize).map_or(0, |(_, content)| content.len() as u64);
-                    let offset = if data.arbitrary()? { size } else { u64::MAX - u64::from(data.arbitrary::<u8>()?) };
+                    let size =
+                        self.snapshot.files.get(file as usize).map_or(0, |(_, content)| content.len() as u64);
+                    let offset =
+                        if data.arbitrary()? { size } else { u64::MAX - u64::from(data.arbitrary::<u8>()?) };
                     stream.say(Frame::Chunk(bad_chunk(file, offset, 1))).await;
                     &["EXTENT_OUT_OF_BOUNDS"]
                 }
@@ -324,7 +345,11 @@ impl Model {
 
     fn check_disk(&self, store: &Path) {
         let current = store.join("installed/s2/t");
-        assert_eq!(current.exists(), self.installed, "in place without being installed, or the other way round");
+        assert_eq!(
+            current.exists(),
+            self.installed,
+            "in place without being installed, or the other way round"
+        );
         if self.installed {
             assert!(self.snapshot.is_installed_in(store));
         }
@@ -336,12 +361,17 @@ impl Model {
 
     /// A sender that makes no mistake.
     async fn finish(&mut self, client: &Client, store: &Path) {
-        let mut sent = self.snapshot.send(client).await;
-        if self.poisoned && !self.installed && !self.cancelled && sent.is_err() {
-            // The sender's word on a file differed from what was taken for it; that is missing now.
-            let error = sent.unwrap_err();
-            assert_eq!(polite(&error), "FILE_CHECKSUM_MISMATCH");
-            sent = self.snapshot.send(client).await;
+        let sent = self.snapshot.send(client).await;
+        if let Err(error) = &sent
+            && self.poisoned
+            && !self.cancelled
+        {
+            // Which of the bytes are wrong nobody can tell: the way out is what the message says.
+            assert_eq!(polite(error), "FILE_CHECKSUM_MISMATCH");
+            let request = CancelTransferRequest { transfer_id: "t".into(), ..Default::default() };
+            client.clone().cancel_transfer(request).await.unwrap();
+            self.cancelled = true;
+            return self.check_disk(store);
         }
         match sent {
             Ok(()) => {

@@ -29,7 +29,8 @@ pub fn run(data: &[u8]) {
     }
     // What is passed on fits into the trailers that every client takes, and comes back as it was, but for what was cut.
     let passed = Status::from(error.clone());
-    let trailers: usize = passed.clone().into_http::<()>().headers().iter().map(|(k, v)| k.as_str().len() + v.len()).sum();
+    let trailers: usize =
+        passed.clone().into_http::<()>().headers().iter().map(|(k, v)| k.as_str().len() + v.len()).sum();
     assert!(trailers <= 8 * 1024, "{trailers} bytes of trailers");
     let again = Error::from(passed);
     assert_eq!((again.code(), again.reason()), (error.code(), error.reason()));

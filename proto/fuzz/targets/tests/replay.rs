@@ -42,4 +42,4 @@ macro_rules! replays {
     };
 }
 
-replays! { ids journal manifest snapshot staging status }
+replays! { grpc ids journal manifest migration snapshot staging status }
