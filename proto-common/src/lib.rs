@@ -2,7 +2,7 @@
 //!
 //! | always there | with any of `client`, `server`, `channel`, `listen` | with one feature |
 //! |---|---|---|
-//! | [`v1`], [`ids`], [`slots`], [`fence`], [`error`], [`path`], [`peer`], [`guard`], [`clock`], [`text`] | `status`, `checksum`, `rate`, `retry`, `meter`, `registry` | `connect` (`client`), `dial` (`client` and `channel`), `access`, `durable` and `refusal` (`server`), `tuning` (`channel` or `listen`), `tls`, `codegen` |
+//! | [`v1`], [`ids`], [`slots`], [`fence`], [`error`], [`path`], [`peer`], [`guard`], [`clock`], [`text`] | `status`, `checksum`, `rate`, `retry`, `meter`, `refusals`, `registry` | `connect` (`client`), `dial` (`client` and `channel`), `access`, `durable` and `refusal` (`server`), `limits` and `listen` (`listen`), `tuning` (`channel` or `listen`), `tls`, `codegen` |
 
 #[cfg(feature = "server")]
 pub mod access;
@@ -21,6 +21,10 @@ pub mod error;
 pub mod fence;
 pub mod guard;
 pub mod ids;
+#[cfg(feature = "listen")]
+pub mod limits;
+#[cfg(feature = "listen")]
+pub mod listen;
 #[cfg(feature = "_rpc")]
 pub mod meter;
 pub mod path;
@@ -29,6 +33,8 @@ pub mod peer;
 pub mod rate;
 #[cfg(feature = "server")]
 pub mod refusal;
+#[cfg(feature = "_rpc")]
+pub mod refusals;
 #[cfg(feature = "_rpc")]
 pub mod registry;
 #[cfg(feature = "_rpc")]

@@ -30,8 +30,11 @@ const OMITTED: &str = "omitted_details";
 ///
 /// A message beyond 1 KiB is cut (`…`). Metadata and violations that would take the trailers beyond 8 KiB are left out, the later
 /// ones first, and the metadata `omitted_details` says how many.
+///
+/// It is [counted](crate::refusals) by its reason.
 impl From<Error> for Status {
     fn from(error: Error) -> Self {
+        crate::refusals::count(error.reason());
         let message = cut(error.message(), SENT_MESSAGE_LEN);
         let base64_budget = TRAILER_BUDGET.saturating_sub(percent_encoded_len(&message));
         // Base64 makes 4 bytes of 3.

@@ -5,6 +5,11 @@
 
 use std::time::Duration;
 
+#[cfg(feature = "listen")]
+use crate::limits::ConnectionLimits;
+#[cfg(feature = "listen")]
+use crate::listen::Limited;
+
 /// HTTP/2 flow-control window of one stream: 8 MiB.
 ///
 /// Holds the bandwidth-delay product of 10 Gbit/s at 6 ms. More only adds memory per stalled stream.
@@ -84,7 +89,24 @@ pub fn endpoint(address: &str) -> Result<tonic::transport::Endpoint, crate::Erro
 #[cfg(feature = "listen")]
 #[must_use]
 pub fn tune_server<L>(server: tonic::transport::Server<L>) -> tonic::transport::Server<L> {
+    tune_server_within(server, &ConnectionLimits::default())
+}
+
+/// [`tune_server`], with other limits than the default ones.
+///
+/// What `limits` say of a connection once it is open. h2 bounds the rest by itself: frames of one header block that goes on and on
+/// (CVE-2024-27316), and pings, settings and small frames, which it answers from a bounded queue and stops reading until that is sent.
+#[cfg(feature = "listen")]
+#[must_use]
+pub fn tune_server_within<L>(
+    server: tonic::transport::Server<L>,
+    limits: &ConnectionLimits,
+) -> tonic::transport::Server<L> {
     server
+        .max_concurrent_streams(limits.streams_per_connection)
+        .http2_max_header_list_size(limits.header_bytes)
+        .http2_max_pending_accept_reset_streams(Some(limits.pending_resets))
+        .http2_max_local_error_reset_streams(Some(limits.error_resets))
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_frame_size(FRAME_SIZE)
@@ -93,7 +115,7 @@ pub fn tune_server<L>(server: tonic::transport::Server<L>) -> tonic::transport::
         .tcp_nodelay(true)
 }
 
-/// The connections of `listener` for `serve_with_incoming`, without Nagle's delay.
+/// The connections of `listener` for `serve_with_incoming`, without Nagle's delay, within the default [`ConnectionLimits`].
 ///
 /// The server's own setting does not reach a listener that it did not open, and with Nagle's algorithm a small answer waits
 /// for the peer's delayed acknowledgement of the one before: 40 ms on Linux.
@@ -101,8 +123,18 @@ pub fn tune_server<L>(server: tonic::transport::Server<L>) -> tonic::transport::
 #[must_use]
 pub fn incoming(
     listener: impl Into<tonic::transport::server::TcpIncoming>,
-) -> tonic::transport::server::TcpIncoming {
-    listener.into().with_nodelay(Some(true))
+) -> Limited<tonic::transport::server::TcpIncoming> {
+    incoming_within(listener, ConnectionLimits::default())
+}
+
+/// [`incoming`], within other limits.
+#[cfg(feature = "listen")]
+#[must_use]
+pub fn incoming_within(
+    listener: impl Into<tonic::transport::server::TcpIncoming>,
+    limits: ConnectionLimits,
+) -> Limited<tonic::transport::server::TcpIncoming> {
+    Limited::new(listener.into().with_nodelay(Some(true)), limits)
 }
 
 #[cfg(all(test, feature = "channel"))]

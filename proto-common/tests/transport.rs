@@ -222,14 +222,22 @@ async fn nobody_listens() {
 
 #[tokio::test]
 async fn accepted_connections_do_not_wait_for_delayed_acknowledgements() {
-    async fn nodelay(mut incoming: tonic::transport::server::TcpIncoming) -> bool {
-        let address = incoming.local_addr().unwrap();
+    async fn nodelay<I>(
+        address: SocketAddr,
+        mut incoming: impl Stream<Item = std::io::Result<I>> + Unpin,
+        of: impl Fn(&I) -> &TcpStream,
+    ) -> bool {
         let (client, accepted) = tokio::join!(TcpStream::connect(address), incoming.next());
         client.unwrap();
-        accepted.unwrap().unwrap().nodelay().unwrap()
+        of(&accepted.unwrap().unwrap()).nodelay().unwrap()
     }
-    let listener = || TcpListener::bind("127.0.0.1:0");
+    let listener = async || {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        (listener.local_addr().unwrap(), listener)
+    };
     // The kernel's default, so that the other one says something.
-    assert!(!nodelay(listener().await.unwrap().into()).await);
-    assert!(nodelay(tuning::incoming(listener().await.unwrap())).await);
+    let (address, plain) = listener().await;
+    assert!(!nodelay(address, tonic::transport::server::TcpIncoming::from(plain), |stream| stream).await);
+    let (address, tuned) = listener().await;
+    assert!(nodelay(address, tuning::incoming(tuned), |limited| limited.get_ref()).await);
 }

@@ -1,0 +1,48 @@
+//! What a peer may take of a node before any service is asked: connections, streams, headers, resets.
+//!
+//! What a service takes of a peer is in the `Limits` of its crate. `docs` of the facade hold the table of all of them.
+
+use std::time::Duration;
+
+/// Limits of the connections of a node. Each default is safe for a node with 4 GiB of memory and 4096 file descriptors.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ConnectionLimits {
+    /// Open connections. Default 1024. One more is closed at once; counted as `TOO_MANY_CONNECTIONS`.
+    pub connections: usize,
+    /// Open connections from one address. Default 256: a few peers behind one address, with the lanes of their transfers. One more is closed
+    /// at once; counted as `TOO_MANY_CONNECTIONS_OF_PEER`.
+    pub connections_per_peer: usize,
+    /// Time for the first 24 bytes, which every HTTP/2 client sends first. Default 10 s. After that the connection is closed; counted as
+    /// `SLOW_PREFACE`.
+    pub preface: Duration,
+    /// Silence after which a connection is closed. Default 90 s, three times [`KEEPALIVE_INTERVAL`](crate::tuning::KEEPALIVE_INTERVAL): a live peer
+    /// answers pings. Counted as `IDLE_CONNECTION`.
+    pub idle: Duration,
+    /// Streams at once on one connection. Default 256: what watches a connection may have, and calls beside them. A client waits with
+    /// more; one that does not is told `REFUSED_STREAM`.
+    pub streams_per_connection: u32,
+    /// Headers of a request, in bytes, as HTTP/2 counts them. Default 16 KiB. More are answered with status 431, or end the connection.
+    pub header_bytes: u32,
+    /// Streams that a client has reset before they were looked at, per connection. Default 20. More end the connection with
+    /// `ENHANCE_YOUR_CALM`: the defence against rapid resets (CVE-2023-44487).
+    pub pending_resets: usize,
+    /// Streams that this side has reset because of the client's errors, per connection. Default 1024. More end the connection with
+    /// `ENHANCE_YOUR_CALM` (CVE-2025-8671).
+    pub error_resets: usize,
+}
+
+impl Default for ConnectionLimits {
+    fn default() -> Self {
+        Self {
+            connections: 1024,
+            connections_per_peer: 256,
+            preface: Duration::from_secs(10),
+            idle: Duration::from_secs(90),
+            streams_per_connection: 256,
+            header_bytes: 16 << 10,
+            pending_resets: 20,
+            error_resets: 1024,
+        }
+    }
+}
