@@ -192,8 +192,11 @@ async fn blocking(
     action: &'static str,
     work: impl FnOnce() -> io::Result<()> + Send + 'static,
 ) -> Result<(), Error> {
+    // The log has the rest: a peer has no use for what the system says, which may name paths.
     let failed = |error: io::Error| {
-        Reason::StorageFailed.error(format!("cannot {action}: {error}; it is tried again")).caused_by(error)
+        tracing::warn!(error = &error as &dyn std::error::Error, "cannot {action}");
+        let sentence = format!("cannot {action}: {}; it is tried again", error.kind());
+        Reason::StorageFailed.error(sentence).caused_by(error)
     };
     match tokio::task::spawn_blocking(work).await {
         Ok(done) => done.map_err(failed),
@@ -334,6 +337,22 @@ mod tests {
             let damaged = &recovered.damaged[0];
             assert_eq!((damaged.file.as_str(), damaged.slots), ("active/00100-00199.m1.task", Some(slots())));
             assert_eq!(fs::read(&path).unwrap(), content, "what is damaged stays for whoever looks");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_failure_names_no_path() {
+        let dir = tempfile::tempdir().unwrap();
+        let (journal, _) = Journal::open(dir.path(), 10).unwrap();
+        fs::remove_dir(dir.path().join("active")).unwrap();
+        fs::write(dir.path().join("active"), b"in the way").unwrap();
+        fs::remove_file(dir.path().join("history")).unwrap();
+        fs::create_dir(dir.path().join("history")).unwrap();
+        let saved = journal.save(&id("m1"), slots(), &record("m1", 1)).await.unwrap_err();
+        let finished = journal.finish(&id("m1"), slots(), &progress("m1", 1)).await.unwrap_err();
+        for error in [saved, finished] {
+            assert!(error.is(Reason::StorageFailed), "{error:?}");
+            assert!(!error.message().contains('/'), "{error}");
         }
     }
 

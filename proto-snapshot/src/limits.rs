@@ -9,8 +9,12 @@ pub struct Limits {
     /// Transfers with a connected sender at once. Default 256: at one receive budget for all of
     /// them, more senders make each slower, not the node larger.
     pub transfers: usize,
+    /// Of them, from one source node. Default 64, so that no node takes the places of all others.
+    pub transfers_per_peer: usize,
     /// Transfers with staged data, connected or not. Default 1024.
     pub staged: usize,
+    /// Of them, from one source node. Default 256.
+    pub staged_per_peer: usize,
     /// Streams of one transfer, control stream included. Default 8.
     pub lanes: u32,
     /// Payload of a chunk, in bytes. Default 1 MiB.
@@ -57,7 +61,9 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             transfers: 256,
+            transfers_per_peer: 64,
             staged: 1024,
+            staged_per_peer: 256,
             lanes: 8,
             chunk_bytes: 1 << 20,
             files: 131_072,

@@ -190,7 +190,7 @@ impl<S: SnapshotStore> SnapshotReceiverBuilder<S> {
         let inner = Arc::new(Inner {
             store,
             identity,
-            places: Admission::new(limits.transfers),
+            places: Admission::new(limits.transfers, limits.transfers_per_peer),
             manifests: Manifests::new(limits.manifest_memory_bytes),
             turns: Turns::default(),
             limits,

@@ -170,8 +170,7 @@ impl RecordLog {
 
     fn check(&self) -> io::Result<()> {
         if self.broken {
-            let path = self.path.display();
-            return Err(io::Error::other(format!("{path}: an earlier write failed; open the log again")));
+            return Err(io::Error::other("an earlier write to the log failed; open it again"));
         }
         Ok(())
     }

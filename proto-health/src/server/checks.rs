@@ -78,9 +78,10 @@ impl SyncedWrite {
         let took = began.elapsed();
         let latency = written.is_ok().then_some(took);
         *self.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(WriteProbe { latency });
-        let directory = self.path.parent().unwrap_or(&self.path).display();
+        // Which directory that is, the name of the check says as far as peers have to know; the log has it.
         if let Err(error) = written {
-            return CheckResult::unhealthy(format!("cannot write to {directory}: {error}"));
+            tracing::warn!(path = %self.path.display(), %error, "cannot write");
+            return CheckResult::unhealthy(format!("cannot write to the disk: {error}"));
         }
         let measurement = Measurement {
             value: ms(took),
@@ -89,7 +90,7 @@ impl SyncedWrite {
             unhealthy_at: self.unhealthy_at.map(ms),
             lower_is_worse: false,
         };
-        CheckResult::measured(measurement, format!("a synced write to {directory} took {:.0} ms", ms(took)))
+        CheckResult::measured(measurement, format!("a synced write took {:.0} ms", ms(took)))
     }
 }
 
@@ -128,11 +129,11 @@ pub fn space(path: &Path) -> io::Result<Space> {
 pub fn free_space(directory: &Path, degraded_at: f64, unhealthy_at: f64) -> Check {
     let directory = directory.to_owned();
     Check::blocking(move || {
-        let shown = directory.display();
         let Space { total, available } = match space(&directory) {
             Ok(space) => space,
             Err(error) => {
-                return CheckResult::undecided(format!("cannot ask for the space of {shown}: {error}"));
+                tracing::warn!(path = %directory.display(), %error, "cannot ask for the space");
+                return CheckResult::undecided(format!("cannot ask for the space of the disk: {error}"));
             }
         };
         #[allow(clippy::cast_precision_loss, reason = "a percentage")]
@@ -144,7 +145,7 @@ pub fn free_space(directory: &Path, degraded_at: f64, unhealthy_at: f64) -> Chec
             unhealthy_at: Some(unhealthy_at),
             lower_is_worse: true,
         };
-        let what = format!("{percent:.1} % of the disk of {shown} is free ({} MiB)", available >> 20);
+        let what = format!("{percent:.1} % of the disk is free ({} MiB)", available >> 20);
         CheckResult::measured(measurement, what)
     })
 }

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use proto_common::error::Error;
-use proto_common::ids::TransferId;
+use proto_common::ids::{NodeId, TransferId};
 use proto_common::v1::Priority;
 use tokio::time::Instant;
 
@@ -34,7 +34,10 @@ pub(super) struct Admission {
 #[derive(Debug)]
 struct Places {
     limit: usize,
+    limit_per_peer: usize,
     taken: usize,
+    /// By source node; those that have none are not in it.
+    by_peer: HashMap<NodeId, usize>,
     wishes: HashMap<TransferId, (Priority, Instant)>,
 }
 
@@ -42,28 +45,42 @@ struct Places {
 #[derive(Debug)]
 pub(super) struct Place {
     admission: Admission,
+    peer: NodeId,
 }
 
 impl Admission {
-    pub(super) fn new(limit: usize) -> Self {
-        Self { inner: Arc::new(Mutex::new(Places { limit, taken: 0, wishes: HashMap::new() })) }
+    pub(super) fn new(limit: usize, limit_per_peer: usize) -> Self {
+        let places =
+            Places { limit, limit_per_peer, taken: 0, by_peer: HashMap::new(), wishes: HashMap::new() };
+        Self { inner: Arc::new(Mutex::new(places)) }
     }
 
     fn lock(&self) -> MutexGuard<'_, Places> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A place for `id`, unless there is none or a more urgent one waits for it.
-    pub(super) fn enter(&self, id: &TransferId, priority: Priority) -> Result<Place, Error> {
+    /// A place for `id` of the node `peer`, unless there is none, a more urgent one waits for it, or the node has its share.
+    pub(super) fn enter(&self, id: &TransferId, peer: &NodeId, priority: Priority) -> Result<Place, Error> {
         let now = Instant::now();
         let mut places = self.lock();
         places.wishes.retain(|_, (_, at)| now.duration_since(*at) < WISH_LIFE);
+        // Without a wish: more places do not help it, and must not be kept for it.
+        let of_peer = places.by_peer.get(peer).copied().unwrap_or(0);
+        if of_peer >= places.limit_per_peer {
+            return Err(Reason::TooManyTransfers
+                .error(format!(
+                    "{of_peer} transfers come from node {peer} already, which is its share; try again"
+                ))
+                .metadata("limit_per_peer", places.limit_per_peer.to_string())
+                .retry_after(RETRY_AFTER));
+        }
         let ahead =
             places.wishes.iter().filter(|(other, (wish, _))| *other != id && *wish > priority).count();
         if places.taken + ahead < places.limit {
             places.wishes.remove(id);
             places.taken += 1;
-            return Ok(Place { admission: self.clone() });
+            *places.by_peer.entry(peer.clone()).or_default() += 1;
+            return Ok(Place { admission: self.clone(), peer: peer.clone() });
         }
         if places.wishes.len() < MAX_WISHES || places.wishes.contains_key(id) {
             places.wishes.insert(id.clone(), (priority, now));
@@ -82,6 +99,12 @@ impl Drop for Place {
     fn drop(&mut self) {
         let mut places = self.admission.lock();
         places.taken = places.taken.saturating_sub(1);
+        if let Some(of_peer) = places.by_peer.get_mut(&self.peer) {
+            *of_peer -= 1;
+            if *of_peer == 0 {
+                places.by_peer.remove(&self.peer);
+            }
+        }
     }
 }
 

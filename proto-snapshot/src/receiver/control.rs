@@ -90,8 +90,11 @@ impl<S: SnapshotStore> Inner<S> {
         let spec = &header.spec;
         // Before anything is read: a manifest can be large. A transfer that is connected has its place already.
         let connected = self.find(&spec.transfer_id).is_some_and(|incoming| incoming.has_control());
-        let mut place =
-            if connected { None } else { Some(self.places.enter(&spec.transfer_id, header.priority)?) };
+        let mut place = if connected {
+            None
+        } else {
+            Some(self.places.enter(&spec.transfer_id, &spec.source_node, header.priority)?)
+        };
         let shard = self.store.shard(&spec.target_shard).await?;
         if let Some(fence) = header.fence {
             fence.check(shard.fence, &spec.target_shard)?;
@@ -300,6 +303,10 @@ impl<S: SnapshotStore> Inner<S> {
             let slot = {
                 let mut slots = self.slots();
                 let known = slots.len();
+                let source = &header.spec.source_node;
+                let of_peer = |slot: &Arc<Slot<S::Staging>>| {
+                    slot.get().is_some_and(|incoming| incoming.plan.spec.source_node == *source)
+                };
                 match slots.get(id) {
                     Some(slot) => Arc::clone(slot),
                     None if known >= self.limits.staged => {
@@ -308,6 +315,16 @@ impl<S: SnapshotStore> Inner<S> {
                                 "{known} transfers are staged here; cancel some, or wait until they expire"
                             ))
                             .metadata("limit", self.limits.staged.to_string())
+                            .retry_after(std::time::Duration::from_secs(10)));
+                    }
+                    None if slots.values().filter(|slot| of_peer(slot)).count()
+                        >= self.limits.staged_per_peer =>
+                    {
+                        return Err(Reason::TooManyTransfers
+                            .error(format!(
+                                "the transfers of node {source} that are staged here are its share; cancel some, or wait until they expire"
+                            ))
+                            .metadata("limit_per_peer", self.limits.staged_per_peer.to_string())
                             .retry_after(std::time::Duration::from_secs(10)));
                     }
                     None => Arc::clone(slots.entry(id.clone()).or_insert_with(|| Slot::new(None))),
@@ -421,7 +438,7 @@ impl<S: SnapshotStore> Inner<S> {
         };
         let place = || match place.take() {
             Some(place) => Ok(place),
-            None => self.places.enter(&spec.transfer_id, header.priority),
+            None => self.places.enter(&spec.transfer_id, &spec.source_node, header.priority),
         };
         incoming.attach(header.claim, header.generation, header.fence, place).await.map(Attached::Writer)
     }

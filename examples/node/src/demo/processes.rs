@@ -130,6 +130,12 @@ impl NodeProcess {
             environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
     }
 
+    /// Of the process, while it runs.
+    #[must_use]
+    pub fn pid(&self) -> Option<u32> {
+        self.child.as_ref().and_then(Child::id)
+    }
+
     /// Its id.
     #[must_use]
     pub fn id(&self) -> &str {
