@@ -239,6 +239,12 @@ pub trait Staging: Send + Sync + std::fmt::Debug + 'static {
     /// The record of it is the caller's to `sync`.
     fn reuse(&self, file: u32) -> impl Future<Output = Result<Option<u64>, StoreError>> + Send;
 
+    /// Nobody writes for now: closes what is held open for that, as far as nothing is lost by it. A process may have many more areas than
+    /// open files. A store that holds nothing open may do nothing, as the default does.
+    fn rest(&self) -> impl Future<Output = Result<(), StoreError>> + Send {
+        std::future::ready(Ok(()))
+    }
+
     /// Everything is there, with these totals (one per file, in order): creates empty files, makes the whole durable and persists
     /// that it has to be installed.
     fn seal(&self, totals: &[FileTotal]) -> impl Future<Output = Result<(), StoreError>> + Send;

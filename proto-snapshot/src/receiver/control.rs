@@ -122,6 +122,9 @@ impl<S: SnapshotStore> Inner<S> {
             Ok(last) => self.await_outcome(&incoming, last, answers).await,
             Err(error) => {
                 self.interrupted(&incoming, &error);
+                if let Err(error) = incoming.staging.rest().await {
+                    tracing::warn!(transfer_id = %incoming.plan.spec.transfer_id, %error, "cannot rest");
+                }
                 Err(error)
             }
         }

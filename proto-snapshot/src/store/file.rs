@@ -312,7 +312,7 @@ impl Shared {
                 space,
                 dirs: HashSet::new(),
                 claim: Claim { attempt: 0, session: [0; 16] },
-                log,
+                log: Some(log),
                 durable: HashMap::new(),
                 last_activity: unix_ms(),
             };

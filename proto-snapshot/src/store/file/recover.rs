@@ -187,7 +187,8 @@ impl Shared {
             area,
             state,
             claim,
-            log,
+            // There may be many, and most are never gone on with.
+            log: None,
             durable,
         };
         Ok(FileStaging::open(self, parts)?)

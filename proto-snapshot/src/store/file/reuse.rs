@@ -29,6 +29,7 @@ impl Inner {
         if !self.shared.options.reuse_installed || size == 0 {
             return Ok(None);
         }
+        let _dir = self.dir()?;
         let index = &self.shared.index;
         for source in index.with_digest(&digest) {
             if let Some(copied) = self.copy_in(number, &source.path(), size, &digest)? {

@@ -34,8 +34,9 @@ pub(super) struct Inner {
     pub(super) serial: u64,
     pub(super) plan: TransferPlan,
     pub(super) area: Area,
-    /// The directory, open since before the first write, so that `syncfs` on it reports every failed write since.
-    pub(super) dir: File,
+    /// The directory, open from before the first write on, so that `syncfs` on it reports every failed write since. `None` while nobody
+    /// writes; see [`Inner::dir`].
+    dir: Mutex<Option<Arc<File>>>,
     pub(super) reservation: Reservation,
     pub(super) state: Mutex<State>,
     pub(super) records: Mutex<Records>,
@@ -75,7 +76,7 @@ pub(super) struct State {
 /// works on what it covers.
 #[derive(Debug)]
 pub(super) struct Records {
-    /// `None` after a failure; opened and rewritten by the next sync.
+    /// `None` after a failure and while nobody writes; opened and rewritten by the next sync.
     log: Option<RecordLog>,
     durable: HashMap<u32, Runs>,
     runs_written: u64,
@@ -90,7 +91,8 @@ pub(super) struct Parts {
     pub(super) space: Vec<FileSpace>,
     pub(super) dirs: HashSet<PathBuf>,
     pub(super) claim: Claim,
-    pub(super) log: RecordLog,
+    /// `None`: opened and rewritten by the first sync.
+    pub(super) log: Option<RecordLog>,
     pub(super) durable: HashMap<u32, Runs>,
     pub(super) last_activity: u64,
 }
@@ -98,7 +100,6 @@ pub(super) struct Parts {
 impl FileStaging {
     pub(super) fn open(shared: &Arc<Shared>, parts: Parts) -> Result<Self, StoreError> {
         let Parts { plan, area, reservation, state, space, dirs, claim, log, durable, last_activity } = parts;
-        let dir = File::open(&area.dir).map_err(|error| StoreError::io("open a staging area", error))?;
         let opened_records = all_records(&durable);
         let gate = match state {
             StagingState::Open => Gate::Open,
@@ -109,10 +110,10 @@ impl FileStaging {
             serial: shared.serials.fetch_add(1, Ordering::Relaxed),
             // A crash may have come before a directory was synced, and nothing tells; so the first sync takes them all.
             state: Mutex::new(State { dirty_dirs: dirs.clone(), dirs, space, ..State::default() }),
-            records: Mutex::new(Records { log: Some(log), durable, runs_written: 0 }),
+            records: Mutex::new(Records { log, durable, runs_written: 0 }),
             plan,
             area,
-            dir,
+            dir: Mutex::new(None),
             reservation,
             opened_state: state,
             opened_records,
@@ -231,6 +232,14 @@ impl Staging for FileStaging {
         .await
     }
 
+    async fn rest(&self) -> Result<(), StoreError> {
+        self.run("close a staging area", |inner| {
+            inner.rest();
+            Ok(())
+        })
+        .await
+    }
+
     async fn seal(&self, totals: &[FileTotal]) -> Result<(), StoreError> {
         let totals = totals.to_vec();
         self.run("seal a snapshot", move |inner| inner.seal(&totals)).await
@@ -279,6 +288,30 @@ impl Inner {
     /// Waits for all who use the area, also for those whose futures were dropped, and keeps others out.
     pub(super) fn exclusive(&self) -> RwLockWriteGuard<'_, Gate> {
         self.gate.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The directory, held open from before the first write to after the sync that covers it: an error in between is told to those who
+    /// had it open.
+    pub(super) fn dir(&self) -> Result<Arc<File>, StoreError> {
+        let mut dir = lock(&self.dir);
+        if let Some(dir) = &*dir {
+            return Ok(Arc::clone(dir));
+        }
+        let opened =
+            File::open(&self.area.dir).map_err(|error| StoreError::io("open a staging area", error))?;
+        Ok(Arc::clone(dir.insert(Arc::new(opened))))
+    }
+
+    /// Closes what it holds open, unless a sync still needs it.
+    fn rest(&self) {
+        let _nobody_writes = self.exclusive();
+        let mut records = lock(&self.records);
+        let state = self.lock_state();
+        if state.dirty.is_empty() && state.dirty_dirs.is_empty() {
+            records.log = None;
+            *lock(&self.dir) = None;
+            self.shared.handles.forget_area(self.serial);
+        }
     }
 
     pub(super) fn file(&self, number: u32) -> Result<&ManifestFile, StoreError> {

@@ -32,7 +32,7 @@ impl Inner {
         let result = if dirty.is_empty() && dirs.is_empty() {
             Ok(())
         } else if dirty.len() + dirs.len() >= MANY && syncfs_reports_errors() {
-            sync_file_system(&self.dir)
+            self.dir().map_err(io::Error::other).and_then(|dir| sync_file_system(&dir))
         } else {
             self.sync_each(&dirty, &dirs)
         };

@@ -73,6 +73,7 @@ pub(super) fn on_disk(size: u64) -> u64 {
 
 impl Inner {
     pub(super) fn write(&self, chunks: &[StagedChunk]) -> Result<(), StoreError> {
+        let _dir = self.dir()?;
         chunks.iter().try_for_each(|chunk| self.write_chunk(chunk))
     }
 

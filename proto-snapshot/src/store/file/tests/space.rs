@@ -231,3 +231,46 @@ async fn records_that_did_not_fit_are_written_later() {
     assert_eq!(recovered.damage, Vec::<String>::new());
     assert_eq!(recovered.staged.remove(0).records(), [chunk(&files, 0, 0, 400_000).1]);
 }
+
+/// Open descriptors of this process below `dir`.
+#[cfg(target_os = "linux")]
+fn open_below(dir: &std::path::Path) -> usize {
+    let open = std::fs::read_dir("/proc/self/fd").unwrap();
+    open.filter(|fd| std::fs::read_link(fd.as_ref().unwrap().path()).is_ok_and(|at| at.starts_with(dir)))
+        .count()
+}
+
+/// Many transfers may be staged, most of them with nobody who sends: they hold no file open, also after a restart.
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn what_rests_holds_no_file_open_and_goes_on() {
+    let files: Files = vec![("a".to_owned(), content(1, 5000)), ("b/c".to_owned(), content(2, 3000))];
+    let dir = tempfile::tempdir().unwrap();
+    let (store, _) = open(dir.path()).await;
+    let idle = open_below(dir.path());
+    let staging = store.stage(&plan("t", 1, &files)).await.unwrap();
+    let (one, record) = chunk(&files, 0, 0, 2000);
+    staging.write(vec![one]).await.unwrap();
+    assert!(open_below(dir.path()) > idle);
+    // What is not durable yet needs them.
+    staging.rest().await.unwrap();
+    assert!(open_below(dir.path()) > idle);
+    staging.sync(vec![record]).await.unwrap();
+    staging.rest().await.unwrap();
+    assert_eq!(open_below(dir.path()), idle);
+    let (two, record) = chunk(&files, 0, 2000, 1000);
+    staging.write(vec![two]).await.unwrap();
+    staging.sync(vec![record]).await.unwrap();
+    drop((staging, store));
+
+    let (_store, recovered) = open(dir.path()).await;
+    assert_eq!(open_below(dir.path()), idle);
+    let staging = &recovered.staged[0];
+    assert_eq!(staging.records().iter().map(|record| record.extent.len).sum::<u64>(), 3000);
+    let (rest, record) = chunk(&files, 0, 3000, 2000);
+    let (other, other_record) = chunk(&files, 1, 0, 3000);
+    staging.write(vec![rest, other]).await.unwrap();
+    staging.sync(vec![record, other_record]).await.unwrap();
+    install(staging, &files).await;
+    assert_eq!(tree(&dir.path().join("installed/shard-1/t")), as_tree(&files));
+}

@@ -1,0 +1,331 @@
+//! A client that knows the `.proto`s and means harm, against a real node, while another peer sends snapshots: it gets nowhere, the other one
+//! goes on, and what it made the node take is given back.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+#[allow(dead_code, unreachable_pub)]
+mod support;
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use node::demo::processes::NodeProcess;
+use proto::common::checksum::crc64;
+use proto::common::error::Error;
+use proto::common::ids::{NodeId, ShardId, TransferId};
+use proto::common::slots::SlotRange;
+use proto::common::v1::Priority;
+use proto::node::split_snapshot_service_client::SplitSnapshotServiceClient;
+use proto::node::transfer_split_snapshot_request::{Chunk, File, Frame, Header, LaneHeader, Manifest};
+use proto::node::transfer_split_snapshot_response::Frame as Answer;
+use proto::node::{
+    TransferSplitSnapshotRequest, TransferSplitSnapshotResponse, WatchTransferProgressRequest,
+};
+use proto::snapshot::sender::{SnapshotSender, SnapshotToSend};
+use proto::snapshot::source::FileSource;
+use proto::snapshot::spec::SnapshotPoint;
+use support::{call, client, start, until};
+use tokio::net::TcpStream;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Streaming;
+use tonic::transport::Channel;
+
+const MIB: usize = 1 << 20;
+
+async fn channel(node: &NodeProcess) -> Channel {
+    proto::common::tuning::endpoint(&node.addresses().grpc).unwrap().connect().await.unwrap()
+}
+
+fn header(id: &str, attempt: u64, session: u8, name: &str, size: u64) -> Header {
+    Header {
+        transfer_id: id.to_owned(),
+        source_shard_id: "s1".to_owned(),
+        target_shard_id: "evil".to_owned(),
+        source_node_id: "n9".to_owned(),
+        slots: Some(SlotRange::new(0, 1).unwrap().into()),
+        snapshot_index: 1,
+        snapshot_term: 1,
+        attempt,
+        session: vec![session; 16].into(),
+        generation: 1,
+        file_count: 1,
+        name_bytes: name.len() as u64,
+        total_bytes: Some(size),
+        ..Header::default()
+    }
+}
+
+fn manifest(name: &str, size: u64) -> Frame {
+    let file = File { name: name.to_owned(), size: Some(size), blake3: None };
+    Frame::Manifest(Manifest { files: vec![file], last: true })
+}
+
+struct Stream {
+    frames: mpsc::Sender<TransferSplitSnapshotRequest>,
+    answers: Streaming<TransferSplitSnapshotResponse>,
+}
+
+impl Stream {
+    async fn open(channel: &Channel, first: impl IntoIterator<Item = Frame>) -> Result<Self, Error> {
+        let (frames, requests) = mpsc::channel(64);
+        for frame in first {
+            frames.send(TransferSplitSnapshotRequest { frame: Some(frame) }).await.unwrap();
+        }
+        let mut client = SplitSnapshotServiceClient::new(channel.clone());
+        let answers = client.transfer_split_snapshot(ReceiverStream::new(requests)).await?.into_inner();
+        Ok(Self { frames, answers })
+    }
+
+    async fn say(&self, frame: Frame) {
+        let _ = self.frames.send(TransferSplitSnapshotRequest { frame: Some(frame) }).await;
+    }
+
+    async fn accepted(&mut self) -> Result<(), Error> {
+        let answer = self.answers.message().await?.unwrap().frame.unwrap();
+        assert!(matches!(answer, Answer::Accepted(_)), "{answer:?}");
+        Ok(())
+    }
+
+    async fn refusal(&mut self) -> Error {
+        loop {
+            match self.answers.message().await {
+                Ok(Some(_)) => {}
+                Ok(None) => panic!("an end without a refusal"),
+                Err(status) => return Error::from(status),
+            }
+        }
+    }
+}
+
+async fn refused(channel: &Channel, first: impl IntoIterator<Item = Frame>) -> Error {
+    match Stream::open(channel, first).await {
+        Ok(mut stream) => stream.refusal().await,
+        Err(error) => error,
+    }
+}
+
+/// Sends one snapshot as any peer does; how long it took.
+async fn send(node: &NodeProcess, file: &Path, number: u64) -> Duration {
+    let sender = SnapshotSender::new(proto::common::tuning::endpoint(&node.addresses().grpc).unwrap());
+    let snapshot = SnapshotToSend {
+        transfer_id: TransferId::new(format!("good-{number}")).unwrap(),
+        source_shard: ShardId::new("s1").unwrap(),
+        target_shard: ShardId::new("good").unwrap(),
+        source_node: NodeId::new("n2").unwrap(),
+        target_node: None,
+        slots: SlotRange::new(100, 200).unwrap(),
+        point: SnapshotPoint { term: 1, index: number },
+        fence: None,
+        priority: Priority::Split,
+    };
+    let began = Instant::now();
+    sender.send(snapshot, FileSource::new(file)).unwrap().join().await.unwrap();
+    began.elapsed()
+}
+
+/// Resident memory in bytes, open file descriptors, threads.
+fn usage(node: &NodeProcess) -> (usize, usize) {
+    let pid = node.pid().unwrap();
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
+    let kib: usize = line.split_whitespace().nth(1).unwrap().parse().unwrap();
+    (kib << 10, std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count())
+}
+
+/// Everything below `dir`, by name.
+fn names(dir: &Path) -> Vec<String> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        found.push(path.display().to_string());
+        if path.is_dir() {
+            found.extend(names(&path));
+        }
+    }
+    found.sort();
+    found
+}
+
+/// Names that would lead out of the staging directory, or that a careless store would take for another.
+async fn names_that_escape(channel: &Channel) {
+    let deep = "d/".repeat(600);
+    let long = "x".repeat(256);
+    for name in [
+        "../escaped",
+        "a/../../escaped",
+        "/tmp/escaped",
+        "//escaped",
+        "a//b",
+        ".",
+        "..",
+        "",
+        "a/",
+        "a\0b",
+        "a\\..\\b",
+        "a\nb",
+        deep.as_str(),
+        long.as_str(),
+        "\u{202e}a\u{7f}",
+    ] {
+        let error = refused(channel, [Frame::Header(header("esc", 1, 1, name, 4)), manifest(name, 4)]).await;
+        assert_eq!(error.reason(), "INVALID_FILE_NAME", "{name:?}: {error:?}");
+        assert!(!error.message().chars().any(char::is_control));
+    }
+    for id in ["../escaped", "/tmp/escaped", ".hidden", "..", "a/b", "a\0", ""] {
+        for field in 0..2 {
+            let mut header = header("esc", 1, 1, "a", 4);
+            *(if field == 0 { &mut header.transfer_id } else { &mut header.target_shard_id }) = id.to_owned();
+            let error = refused(channel, [Frame::Header(header)]).await;
+            assert_eq!(error.reason(), "INVALID_ID", "{id:?}: {error:?}");
+        }
+    }
+}
+
+/// Sizes and counts that would exhaust disk and memory if they were believed.
+async fn sizes_that_exhaust(channel: &Channel) {
+    let error =
+        refused(channel, [Frame::Header(header("big", 1, 1, "a", 1 << 60)), manifest("a", 1 << 60)]).await;
+    assert_eq!(error.reason(), "INSUFFICIENT_DISK", "{error:?}");
+    assert!(!error.message().contains('/'), "{error}");
+    for (files, names) in [(u64::MAX, 1), (1, u64::MAX)] {
+        let header = Header { file_count: files, name_bytes: names, ..header("big", 1, 1, "a", 4) };
+        let error = refused(channel, [Frame::Header(header)]).await;
+        assert_eq!(error.reason(), "MANIFEST_TOO_LARGE", "{error:?}");
+    }
+    let mut stream =
+        Stream::open(channel, [Frame::Header(header("big", 1, 1, "a", 64 << 20)), manifest("a", 64 << 20)])
+            .await
+            .unwrap();
+    stream.accepted().await.unwrap();
+    let payload = bytes::Bytes::from(vec![0; 5 * MIB]);
+    stream.say(Frame::Chunk(Chunk { file: 0, offset: 0, crc64nvme: crc64(&payload), payload })).await;
+    assert_eq!(stream.refusal().await.reason(), "CHUNK_TOO_LARGE");
+}
+
+/// Attempts that were replaced, and sessions that are somebody else's.
+async fn old_attempts(channel: &Channel) {
+    let open = |attempt, session| [Frame::Header(header("race", attempt, session, "a", 4)), manifest("a", 4)];
+    let mut first = Stream::open(channel, open(1, 1)).await.unwrap();
+    first.accepted().await.unwrap();
+    let mut second = Stream::open(channel, open(2, 2)).await.unwrap();
+    second.accepted().await.unwrap();
+    assert_eq!(first.refusal().await.reason(), "SUPERSEDED");
+    assert_eq!(refused(channel, open(1, 1)).await.reason(), "SUPERSEDED", "replayed");
+    assert_eq!(refused(channel, open(2, 9)).await.reason(), "SUPERSEDED", "with another session");
+    let lane = LaneHeader {
+        transfer_id: "race".into(),
+        attempt: 2,
+        session: vec![9; 16].into(),
+        lane: 1,
+        generation: 1,
+    };
+    let error = refused(channel, [Frame::LaneHeader(lane)]).await;
+    assert!(["NO_SUCH_ATTEMPT", "SUPERSEDED"].contains(&error.reason()), "{error:?}");
+    // A stream that is accepted and says nothing is in the way of nobody but itself: the next attempt takes over at once.
+    let mut third = Stream::open(channel, open(3, 3)).await.unwrap();
+    third.accepted().await.unwrap();
+    assert_eq!(second.refusal().await.reason(), "SUPERSEDED");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hostile_client_gets_nowhere() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("snapshot");
+    let content: Vec<u8> = (0..32 * MIB).map(|at| u8::try_from(at * 31 % 251).unwrap()).collect();
+    std::fs::write(&file, content).unwrap();
+    let nodes = directory.path().join("nodes");
+    std::fs::create_dir(&nodes).unwrap();
+    let node = start("n1", &nodes, "0-99").await;
+    let channel_of_evil = channel(&node).await;
+
+    let mut number = 0;
+    let mut rate = async || {
+        let mut fastest = Duration::MAX;
+        for _ in 0..3 {
+            number += 1;
+            fastest = fastest.min(send(&node, &file, number).await);
+        }
+        fastest
+    };
+    rate().await;
+    let alone = rate().await;
+    let before = usage(&node);
+    let outside = || {
+        let all = names(&nodes);
+        all.into_iter().filter(|name| !name.contains("/snapshots/")).collect::<Vec<_>>()
+    };
+    let there = outside();
+
+    names_that_escape(&channel_of_evil).await;
+    sizes_that_exhaust(&channel_of_evil).await;
+    old_attempts(&channel_of_evil).await;
+
+    // Places: as many as it can get, each with a header and no more.
+    let mut stalled = Vec::new();
+    let mut full = None;
+    for number in 0..80 {
+        let name = format!("stall-{number}");
+        let mut stream = match Stream::open(
+            &channel_of_evil,
+            [Frame::Header(header(&name, 1, 1, "a", 4)), manifest("a", 4)],
+        )
+        .await
+        {
+            Ok(stream) => stream,
+            Err(error) => {
+                full = Some(error);
+                break;
+            }
+        };
+        match stream.accepted().await {
+            Ok(()) => stalled.push(stream),
+            Err(error) => {
+                full = Some(error);
+                break;
+            }
+        }
+    }
+    let full = full.expect("places have an end");
+    // The slots that it asks for are its own transfers' in turn, or its share is used up.
+    assert!(["TOO_MANY_TRANSFERS", "RANGE_BUSY"].contains(&full.reason()), "{full:?}");
+    // Streams without a frame, connections without a byte, watches.
+    let mut idle = Vec::new();
+    for _ in 0..150 {
+        idle.push(tokio::time::timeout(Duration::from_millis(200), Stream::open(&channel_of_evil, [])).await);
+    }
+    let mut silent = Vec::new();
+    for _ in 0..400 {
+        silent.extend(TcpStream::connect(&node.addresses().grpc).await);
+    }
+    let mut watches = Vec::new();
+    for _ in 0..60 {
+        let request = WatchTransferProgressRequest { transfer_id: "stall-0".into(), ..Default::default() };
+        let mut client = SplitSnapshotServiceClient::new(channel_of_evil.clone());
+        watches.push(
+            tokio::time::timeout(Duration::from_millis(200), client.watch_transfer_progress(request)).await,
+        );
+    }
+    let taken = usage(&node);
+    drop(silent);
+    // Meanwhile, another peer's snapshots arrive, and clients are served.
+    let beside = rate().await;
+    let mut redis = client(&node).await;
+    assert_eq!(call(&mut redis, "PING").await, "PONG");
+
+    drop((stalled, idle, watches, channel_of_evil));
+    until("descriptors are given back", async || usage(&node).1 <= before.1 + 16).await;
+    // Resident memory follows with the allocator's own delay; what is not given back is what the peer could exhaust.
+    until("memory is given back", async || usage(&node).0 <= before.0 + 48 * MIB).await;
+    let after = usage(&node);
+    let mib = |bytes: usize| bytes / MIB;
+    println!("another peer's 32 MiB: {alone:?} alone, {beside:?} beside the hostile client");
+    println!("memory: {} MiB before, {} while, {} after", mib(before.0), mib(taken.0), mib(after.0));
+    println!("file descriptors: {} before, {} while, {} after", before.1, taken.1, after.1);
+    assert_eq!(outside(), there, "something was written outside of the snapshots");
+    let escaped = names(directory.path()).into_iter().find(|name| name.contains("escaped"));
+    assert_eq!(escaped, None);
+    assert!(!Path::new("/tmp/escaped").exists());
+    let log = std::fs::read_to_string(node.log()).unwrap();
+    assert!(!log.contains("panicked"), "{log}");
+}
