@@ -1,6 +1,6 @@
 //! What a peer may take of a node before any service is asked: connections, streams, headers, resets.
 //!
-//! What a service takes of a peer is in the `Limits` of its crate. `docs` of the facade hold the table of all of them.
+//! What a service takes of a peer is in the `Limits` of its crate; `docs/limits.md` in the repository has the table of all of them.
 
 use std::time::Duration;
 

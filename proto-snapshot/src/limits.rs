@@ -31,7 +31,7 @@ pub struct Limits {
     /// Size of a snapshot, in bytes. Default 2^63 - 1.
     pub snapshot_bytes: u64,
     /// Payload bytes on their way from the sockets to the store, over all transfers; shared out as
-    /// credit. Each stream gets at least one chunk. Default 128 MiB.
+    /// credit, in equal parts to the source nodes that send. Each stream gets at least one chunk. Default 128 MiB.
     pub receive_budget_bytes: u64,
     /// Credit of one stream at most, in bytes. Default 8 MiB: what fills a 10 Gbit/s link at 5 ms, and
     /// the size of the HTTP/2 stream window.

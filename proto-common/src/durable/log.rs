@@ -170,7 +170,7 @@ impl RecordLog {
 
     fn check(&self) -> io::Result<()> {
         if self.broken {
-            return Err(io::Error::other("an earlier write to the log failed; open it again"));
+            return Err(io::Error::other("an earlier write failed; open the log again"));
         }
         Ok(())
     }

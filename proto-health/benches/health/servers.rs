@@ -3,7 +3,9 @@
 use std::io::{BufRead as _, Write as _};
 use std::net::SocketAddr;
 
-use proto_common::tuning::{incoming, tune_server};
+use proto_common::limits::ConnectionLimits;
+use proto_common::listen::Limited;
+use proto_common::tuning::{incoming_within, tune_server};
 use proto_common::v1::NodeIdentity;
 use proto_health::HealthRegistry;
 use proto_health::server::Component;
@@ -15,10 +17,13 @@ use tonic::transport::server::TcpIncoming;
 /// The service that is asked for and changed.
 pub(crate) const SERVICE: &str = "store";
 
-async fn listen() -> (TcpIncoming, SocketAddr) {
+async fn listen() -> (Limited<TcpIncoming>, SocketAddr) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    (incoming(listener), address)
+    // As many connections from one address as there are watchers to measure.
+    let mut limits = ConnectionLimits::default();
+    (limits.connections, limits.connections_per_peer) = (usize::MAX, usize::MAX);
+    (incoming_within(listener, limits), address)
 }
 
 /// Our server. The returned function changes the status of [`SERVICE`].

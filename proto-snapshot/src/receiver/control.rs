@@ -166,7 +166,7 @@ impl<S: SnapshotStore> Inner<S> {
             let ledger = incoming.ledger();
             (ledger.missing(), ledger.durable_bytes(), ledger.reused_bytes())
         };
-        let budget = self.budget.join();
+        let budget = self.budget.join(&incoming.plan.spec.source_node);
         let credit = Session::<S::Staging>::first_credit(&budget, &self.limits);
         let max_lanes = self.max_lanes(incoming, header.lanes);
         incoming.grant_lanes(max_lanes);
@@ -215,7 +215,7 @@ impl<S: SnapshotStore> Inner<S> {
             let ledger = incoming.ledger();
             (ledger.missing(), ledger.durable_bytes())
         };
-        let budget = self.budget.join();
+        let budget = self.budget.join(&incoming.plan.spec.source_node);
         let credit = Session::<S::Staging>::first_credit(&budget, &self.limits);
         let terms = Accepted { max_lanes: incoming.max_lanes(), durable_bytes, ..self.terms(credit) };
         accept(answers, terms, missing, &mut permit.stop.clone()).await?;

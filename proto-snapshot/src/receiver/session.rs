@@ -3,12 +3,14 @@
 //! The session reads frames, checks and claims them, and hands them to a writer task, so that the socket is read while the store
 //! writes. It ends in a fixed order: the writer finishes what it has, then the right to write is given up.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use proto_common::checksum::crc64;
 use proto_common::error::Error;
+use proto_common::ids::NodeId;
 use tokio::sync::mpsc::error::SendTimeoutError;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
@@ -76,32 +78,55 @@ impl Answers {
     }
 }
 
-/// Shares the receive budget among the streams that are open.
+/// Shares the receive budget: first among the nodes that send, then among the streams of each. So whoever opens many gets no more of
+/// it, and leaves the others theirs, whether it uses them or not.
 #[derive(Debug, Default)]
 pub(super) struct Budget {
-    streams: AtomicUsize,
+    /// Open streams by source node.
+    streams: Mutex<HashMap<NodeId, u64>>,
 }
 
 impl Budget {
-    pub(super) fn grant(&self, limits: &Limits) -> u64 {
-        let streams = self.streams.load(Ordering::Relaxed).max(1) as u64;
-        let share = limits.receive_budget_bytes / streams;
+    fn grant(&self, peer: &NodeId, limits: &Limits) -> u64 {
+        let streams = self.streams();
+        let of_peer = streams.get(peer).copied().unwrap_or(0).max(1);
+        let peers = (streams.len() as u64).max(1);
+        let share = limits.receive_budget_bytes / peers / of_peer;
         share.min(limits.stream_credit_bytes).max(u64::from(limits.chunk_bytes))
     }
 
-    pub(super) fn join(self: &Arc<Self>) -> BudgetShare {
-        self.streams.fetch_add(1, Ordering::Relaxed);
-        BudgetShare(Arc::clone(self))
+    pub(super) fn join(self: &Arc<Self>, peer: &NodeId) -> BudgetShare {
+        *self.streams().entry(peer.clone()).or_default() += 1;
+        BudgetShare { budget: Arc::clone(self), peer: peer.clone() }
+    }
+
+    fn streams(&self) -> MutexGuard<'_, HashMap<NodeId, u64>> {
+        self.streams.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// A stream that counts; until dropped.
 #[derive(Debug)]
-pub(super) struct BudgetShare(Arc<Budget>);
+pub(super) struct BudgetShare {
+    budget: Arc<Budget>,
+    peer: NodeId,
+}
+
+impl BudgetShare {
+    fn grant(&self, limits: &Limits) -> u64 {
+        self.budget.grant(&self.peer, limits)
+    }
+}
 
 impl Drop for BudgetShare {
     fn drop(&mut self) {
-        self.0.streams.fetch_sub(1, Ordering::Relaxed);
+        let mut streams = self.budget.streams();
+        if let Some(of_peer) = streams.get_mut(&self.peer) {
+            *of_peer -= 1;
+            if *of_peer == 0 {
+                streams.remove(&self.peer);
+            }
+        }
     }
 }
 
@@ -153,7 +178,7 @@ struct Written {
 impl<A: Staging> Session<'_, A> {
     /// Credit that is given before the first `Ack`.
     pub(super) fn first_credit(budget: &BudgetShare, limits: &Limits) -> u64 {
-        budget.0.grant(limits)
+        budget.grant(limits)
     }
 
     /// Takes chunks until `End` (whose totals it returns, with the last `Ack`) or, on a lane, until the sender half-closes.
@@ -301,7 +326,7 @@ impl<A: Staging> Session<'_, A> {
         Ack {
             received_bytes: received,
             durable_bytes: incoming.ledger().durable_bytes(),
-            credit_limit: received.saturating_add(self.budget.0.grant(self.limits)).max(credit),
+            credit_limit: received.saturating_add(self.budget.grant(self.limits)).max(credit),
             phase: TransferPhase::Transferring.into(),
         }
     }
@@ -394,5 +419,27 @@ impl Totals {
             ));
         }
         Ok(true)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_opens_many_streams_gets_no_more_of_the_budget() {
+        let limits = Limits { receive_budget_bytes: 16 << 20, ..Limits::default() };
+        let (greedy, modest) = (NodeId::new("n9").unwrap(), NodeId::new("n1").unwrap());
+        let budget = Arc::new(Budget::default());
+        let one = budget.join(&modest);
+        assert_eq!(one.grant(&limits), limits.stream_credit_bytes, "alone");
+        let many: Vec<_> = (0..100).map(|_| budget.join(&greedy)).collect();
+        assert_eq!(one.grant(&limits), 8 << 20, "half of it");
+        assert_eq!(many[0].grant(&limits), u64::from(limits.chunk_bytes), "a chunk at least");
+        drop(many);
+        let _lane = budget.join(&modest);
+        assert_eq!(one.grant(&limits), 8 << 20);
+        drop(one);
+        assert_eq!(budget.streams().len(), 1);
     }
 }
