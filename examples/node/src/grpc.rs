@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use proto::common::access::Guarded;
+use proto::common::limits::ConnectionLimits;
+use proto::common::listen::Limited;
 use proto::common::tls::{Tls, TlsIncoming, TlsLimits};
 use proto::common::tuning::{incoming, tune_server};
 use proto::health::HealthRegistry;
@@ -99,7 +101,8 @@ pub async fn serve(
     let serving = async move {
         match tls {
             Some(tls) => {
-                let incoming = TlsIncoming::new(listener, tls, TlsLimits::default());
+                let accepted = TlsIncoming::new(listener, tls, TlsLimits::default());
+                let incoming = Limited::new(accepted, ConnectionLimits::default());
                 server.serve_with_incoming_shutdown(incoming, stopped).await
             }
             None => server.serve_with_incoming_shutdown(incoming(listener), stopped).await,

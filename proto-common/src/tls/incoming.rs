@@ -166,6 +166,13 @@ impl Connected for TlsConnection {
     }
 }
 
+#[cfg(feature = "listen")]
+impl crate::listen::RemoteIp for TlsConnection {
+    fn remote_ip(&self) -> Option<IpAddr> {
+        self.peer.address().map(|address| address.ip())
+    }
+}
+
 impl AsyncRead for TlsConnection {
     fn poll_read(
         mut self: Pin<&mut Self>,
