@@ -5,8 +5,10 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use proto_common::Error;
+use proto_common::access::Guarded;
 use proto_common::checksum::crc64;
 use proto_common::ids::NodeId;
+use proto_common::refusal::WithDetails;
 use proto_common::slots::SlotRange;
 use proto_snapshot::limits::Limits;
 use proto_snapshot::receiver::SnapshotReceiver;
@@ -30,7 +32,8 @@ use crate::harness::polite;
 pub(crate) const CHUNK: usize = 64;
 
 type Receiver = SnapshotReceiver<FileSnapshotStore>;
-pub(crate) type Client = SplitSnapshotServiceClient<SplitSnapshotServiceServer<Receiver>>;
+pub(crate) type Client =
+    SplitSnapshotServiceClient<Guarded<WithDetails<SplitSnapshotServiceServer<Receiver>>>>;
 
 pub(crate) fn open(dir: &Path) -> Result<FileSnapshotStore, StoreError> {
     let mut options = FileStoreOptions::default();
@@ -45,9 +48,9 @@ pub(crate) async fn receiver(store: FileSnapshotStore) -> Receiver {
     SnapshotReceiver::builder(&NodeId::new("n2").unwrap(), store).limits(limits).start().await.unwrap()
 }
 
-/// The service without what stands in front of it, so that a request needs no bytes of HTTP/2.
+/// The service in this process: requests reach it as they do behind a connection.
 pub(crate) fn client(receiver: &Receiver) -> Client {
-    SplitSnapshotServiceClient::new(SplitSnapshotServiceServer::new(receiver.clone()))
+    SplitSnapshotServiceClient::new(receiver.clone().into_service())
 }
 
 /// What is sent: an ID, a version and contents by name.
