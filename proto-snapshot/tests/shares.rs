@@ -69,7 +69,7 @@ async fn a_node_that_takes_all_it_gets_leaves_the_others_their_places() {
     let before = count_of("TOO_MANY_TRANSFERS");
     let refused = Stalled::open(&server, "n9", "x3").await.err().expect("more than its share");
     assert!(refused.is(Reason::TooManyTransfers) && refused.is_retryable(), "{refused:?}");
-    assert_eq!(refused.get("limit_per_peer"), Some("2"));
+    assert_eq!((refused.get("limit"), refused.get("peer")), (Some("2"), Some("n9")));
     assert!(count_of("TOO_MANY_TRANSFERS") > before);
     // Another node, at once and to its end.
     let endpoint = proto_common::tuning::endpoint(&server.uri()).unwrap();
@@ -91,7 +91,7 @@ async fn a_node_that_takes_all_it_gets_leaves_the_others_their_places() {
     let refused = async {
         loop {
             let refused = Stalled::open(&server, "n9", "x4").await.err().expect("three are staged");
-            if refused.get("limit_per_peer") == Some("3") {
+            if refused.get("limit") == Some("3") {
                 return refused;
             }
         }

@@ -71,7 +71,8 @@ impl Admission {
                 .error(format!(
                     "{of_peer} transfers come from node {peer} already, which is its share; try again"
                 ))
-                .metadata("limit_per_peer", places.limit_per_peer.to_string())
+                .metadata("limit", places.limit_per_peer.to_string())
+                .metadata("peer", peer.as_str())
                 .retry_after(RETRY_AFTER));
         }
         let ahead =

@@ -327,7 +327,8 @@ impl<S: SnapshotStore> Inner<S> {
                             .error(format!(
                                 "the transfers of node {source} that are staged here are its share; cancel some, or wait until they expire"
                             ))
-                            .metadata("limit_per_peer", self.limits.staged_per_peer.to_string())
+                            .metadata("limit", self.limits.staged_per_peer.to_string())
+                            .metadata("peer", source.as_str())
                             .retry_after(std::time::Duration::from_secs(10)));
                     }
                     None => Arc::clone(slots.entry(id.clone()).or_insert_with(|| Slot::new(None))),
