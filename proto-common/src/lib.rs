@@ -2,10 +2,12 @@
 //!
 //! | always there | with any of `client`, `server`, `channel`, `listen` | with one feature |
 //! |---|---|---|
-//! | [`v1`], [`ids`], [`slots`], [`fence`], [`error`], [`path`], [`peer`], [`guard`], [`clock`], [`text`] | `status`, `checksum`, `rate`, `retry`, `meter`, `refusals`, `registry` | `connect` (`client`), `dial` (`client` and `channel`), `access`, `durable` and `refusal` (`server`), `limits` and `listen` (`listen`), `tuning` (`channel` or `listen`), `tls`, `codegen` |
+//! | [`v1`], [`ids`], [`slots`], [`fence`], [`error`], [`path`], [`peer`], [`guard`], [`clock`], [`text`] | `status`, `bulk`, `checksum`, `rate`, `retry`, `meter`, `refusals`, `registry` | `connect` (`client`), `dial` (`client` and `channel`), `access`, `durable` and `refusal` (`server`), `limits` and `listen` (`listen`), `tuning` (`channel` or `listen`), `tls`, `codegen` |
 
 #[cfg(feature = "server")]
 pub mod access;
+#[cfg(feature = "_rpc")]
+pub mod bulk;
 #[cfg(feature = "_rpc")]
 pub mod checksum;
 pub mod clock;

@@ -1,0 +1,229 @@
+//! From the data frames of an HTTP body to messages.
+
+use std::marker::PhantomData;
+
+use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
+use prost::DecodeError;
+use prost::encoding::{WireType, decode_key, decode_varint, encode_key, encode_varint};
+use tonic::Status;
+
+use super::payload::{Payload, Reader};
+use super::{BulkMessage, PREFIX, payload_tag};
+
+/// Data frames below this size are copied together: 16 KiB, the frame size that every peer may use.
+///
+/// It bounds the books: a peer that sends one byte per frame costs a buffer and an entry of 32 bytes for every 16 KiB, not for every byte. And it bounds
+/// what a piece keeps alive: a small one would hold on to the whole read buffer of the connection, which is 64 KiB.
+const COPIED: usize = 16 << 10;
+
+/// What takes the place of a payload while prost decodes the rest of its message.
+const TOKEN: u8 = 1;
+
+/// Why there is no next message.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BulkError {
+    /// The next message is longer than is taken. Nothing of it was read.
+    #[error("a message of {len} bytes is longer than {limit}")]
+    TooLarge {
+        /// Its length, as declared.
+        len: u64,
+        /// The limit.
+        limit: usize,
+    },
+    /// The next message is compressed, although the headers of the call name no encoding.
+    #[error("a message is compressed, and the call names no encoding")]
+    Compressed,
+    /// The flag before the next message is none that gRPC knows.
+    #[error("a message has the flag {0}; 0 and 1 are known")]
+    Flag(u8),
+    /// It is no message of its type.
+    #[error("a message could not be decoded")]
+    Malformed(#[source] DecodeError),
+    /// The stream ended within a message, or broke.
+    #[error("the stream broke")]
+    Broken(#[source] Status),
+}
+
+/// A message, and its payload beside it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Received<M> {
+    /// The message with its payload taken out.
+    pub message: M,
+    /// The payload; empty if the message has none.
+    pub payload: Payload,
+}
+
+/// Makes messages of the data frames of an HTTP body.
+///
+/// Holds at most one message and one data frame, if [`next`](Self::next) is called until it has none before more is pushed. What it makes of the bytes is
+/// what prost makes of them, but that the payload is not copied.
+#[derive(Debug)]
+pub struct Decoder<M> {
+    frames: Reader,
+    /// Small data frames, behind all others.
+    small: BytesMut,
+    /// Length of the message whose prefix was read.
+    message: Option<usize>,
+    limit: usize,
+    _message: PhantomData<fn() -> M>,
+}
+
+impl<M: BulkMessage> Decoder<M> {
+    /// For messages of at most `limit` bytes.
+    #[must_use]
+    pub fn new(limit: usize) -> Self {
+        Self {
+            frames: Reader::default(),
+            small: BytesMut::new(),
+            message: None,
+            limit,
+            _message: PhantomData,
+        }
+    }
+
+    /// Takes a data frame.
+    pub fn push(&mut self, data: Bytes) {
+        if data.len() < COPIED {
+            self.small.extend_from_slice(&data);
+            if self.small.len() >= COPIED {
+                self.gather();
+            }
+        } else {
+            self.gather();
+            self.frames.push(data);
+        }
+    }
+
+    /// The next message, if all of it is there.
+    ///
+    /// # Errors
+    ///
+    /// After one, what follows in the stream has no meaning.
+    pub fn next(&mut self) -> Result<Option<Received<M>>, BulkError> {
+        let len = match self.message {
+            Some(len) => len,
+            None => {
+                if self.buffered() < PREFIX {
+                    return Ok(None);
+                }
+                self.gather();
+                let flag = self.frames.get_u8();
+                let declared = self.frames.get_u32();
+                match flag {
+                    0 => {}
+                    1 => return Err(BulkError::Compressed),
+                    flag => return Err(BulkError::Flag(flag)),
+                }
+                let len = usize::try_from(declared).ok().filter(|len| *len <= self.limit);
+                let too_large = BulkError::TooLarge { len: declared.into(), limit: self.limit };
+                *self.message.insert(len.ok_or(too_large)?)
+            }
+        };
+        if self.buffered() < len {
+            return Ok(None);
+        }
+        self.gather();
+        self.message = None;
+        decode(self.frames.split_to(len)).map(Some).map_err(BulkError::Malformed)
+    }
+
+    /// Whether a message has begun that is not complete.
+    #[must_use]
+    pub fn is_within_message(&self) -> bool {
+        self.message.is_some() || self.buffered() > 0
+    }
+
+    fn buffered(&self) -> usize {
+        self.frames.remaining() + self.small.len()
+    }
+
+    /// Puts the small data frames where the others are.
+    fn gather(&mut self) {
+        self.frames.push(self.small.split().freeze());
+    }
+}
+
+/// Decodes one message.
+fn decode<M: BulkMessage>(message: Payload) -> Result<Received<M>, DecodeError> {
+    let mut small = BytesMut::new();
+    let Some(payload) = lift::<M>(message.clone().reader(), &mut small) else {
+        // A message with groups, which nobody sends and prost skips, or one that is broken: prost says how.
+        let mut message = M::decode(message.into_bytes())?;
+        let payload = message.payload_mut().map(std::mem::take).unwrap_or_default();
+        return Ok(Received { message, payload: payload.into() });
+    };
+    let mut message = M::decode(small.freeze())?;
+    let token = message.payload_mut().map(std::mem::take).unwrap_or_default();
+    Ok(Received { message, payload: if token.is_empty() { Payload::default() } else { payload } })
+}
+
+/// Copies `message` to `small`, but for the payloads: each leaves a token there, and the last one that is not empty is returned. `None` if there
+/// is something else than fields whose ends show.
+///
+/// The last one is enough. Where fields repeat, prost merges a frame into one of the same kind before it, and drops one of another kind, so a
+/// payload that lasts is followed by no other; whether it lasts is what the token tells.
+fn lift<M: BulkMessage>(mut message: Reader, small: &mut BytesMut) -> Option<Payload> {
+    let mut payload = Payload::default();
+    while message.has_remaining() {
+        let (tag, wire_type) = decode_key(&mut message).ok()?;
+        let frame = payload_tag::<M>(tag).filter(|_| wire_type == WireType::LengthDelimited);
+        let Some(payload_tag) = frame else {
+            copy_field(tag, wire_type, &mut message, small)?;
+            continue;
+        };
+        let mut frame = delimited(&mut message)?.reader();
+        let mut kept = BytesMut::new();
+        while frame.has_remaining() {
+            let (tag, wire_type) = decode_key(&mut frame).ok()?;
+            if tag != payload_tag || wire_type != WireType::LengthDelimited {
+                copy_field(tag, wire_type, &mut frame, &mut kept)?;
+                continue;
+            }
+            let bytes = delimited(&mut frame)?;
+            encode_key(tag, wire_type, &mut kept);
+            if bytes.is_empty() {
+                kept.put_u8(0);
+            } else {
+                kept.put_slice(&[1, TOKEN]);
+                payload = bytes;
+            }
+        }
+        encode_key(tag, wire_type, small);
+        encode_varint(kept.len() as u64, small);
+        small.extend_from_slice(&kept);
+    }
+    Some(payload)
+}
+
+/// Copies the field whose key was read. `None` for a group, whose end only shows by reading it, and for one that is cut short.
+fn copy_field(tag: u32, wire_type: WireType, from: &mut Reader, to: &mut BytesMut) -> Option<()> {
+    let value = match wire_type {
+        WireType::Varint => {
+            let value = decode_varint(from).ok()?;
+            encode_key(tag, wire_type, to);
+            encode_varint(value, to);
+            return Some(());
+        }
+        WireType::LengthDelimited => delimited(from)?,
+        WireType::SixtyFourBit => take(from, 8)?,
+        WireType::ThirtyTwoBit => take(from, 4)?,
+        WireType::StartGroup | WireType::EndGroup => return None,
+    };
+    encode_key(tag, wire_type, to);
+    if wire_type == WireType::LengthDelimited {
+        encode_varint(value.len() as u64, to);
+    }
+    value.slices().iter().for_each(|slice| to.extend_from_slice(slice));
+    Some(())
+}
+
+/// The bytes behind their length.
+fn delimited(from: &mut Reader) -> Option<Payload> {
+    let len = decode_varint(from).ok()?;
+    take(from, usize::try_from(len).ok()?)
+}
+
+fn take(from: &mut Reader, len: usize) -> Option<Payload> {
+    (len <= from.remaining()).then(|| from.split_to(len))
+}

@@ -1,0 +1,94 @@
+//! The body of a request whose payloads are not copied, and the client that sends it.
+
+use std::pin::Pin;
+use std::sync::{Mutex, PoisonError};
+use std::task::{Context, Poll};
+
+use bytes::Bytes;
+use http_body::Frame;
+use tokio::sync::mpsc;
+use tonic::Status;
+use tonic::body::Body;
+use tonic::client::GrpcService;
+use tonic::codegen::{Service, http};
+
+use super::{BulkMessage, encode};
+
+/// The body of a request: the messages of a channel, each in one data frame or, if it has a payload, in two.
+///
+/// HTTP/2 cuts the payload into frames as large as the peer takes, and hands each to the socket together with its nine bytes of header. What waits is bounded by the
+/// channel, one message here, and what the connection buffers for sending. A message that is too long ends the call.
+#[derive(Debug)]
+pub struct Outgoing<M> {
+    messages: mpsc::Receiver<M>,
+    payload: Option<Bytes>,
+    limit: usize,
+}
+
+impl<M: BulkMessage> Outgoing<M> {
+    /// Sends `messages` of at most `limit` bytes each, until all senders are dropped.
+    #[must_use]
+    pub fn new(messages: mpsc::Receiver<M>, limit: usize) -> Self {
+        Self { messages, payload: None, limit }
+    }
+}
+
+impl<M: BulkMessage> http_body::Body for Outgoing<M> {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        if let Some(payload) = self.payload.take() {
+            return Poll::Ready(Some(Ok(Frame::data(payload))));
+        }
+        self.messages.poll_recv(cx).map(|message| {
+            let parts = match encode(message?, self.limit) {
+                Ok(parts) => parts,
+                Err(error) => {
+                    self.messages.close();
+                    return Some(Err(Status::out_of_range(error.to_string())));
+                }
+            };
+            self.payload = Some(parts.payload).filter(|payload| !payload.is_empty());
+            Some(Ok(Frame::data(parts.head)))
+        })
+    }
+}
+
+/// A channel whose next call sends another body than the one that it is given.
+///
+/// A generated client on top of it makes the call as it makes any other, for which it is given an empty stream; so path, headers, the answers
+/// and the status are all tonic's. For one call: a second one sends what it is given.
+#[derive(Debug)]
+pub struct WithBody<T> {
+    channel: T,
+    body: Mutex<Option<Body>>,
+}
+
+impl<T> WithBody<T> {
+    /// `channel`, whose next call sends `body`.
+    pub fn new<M: BulkMessage + Send>(channel: T, body: Outgoing<M>) -> Self {
+        Self { channel, body: Mutex::new(Some(Body::new(body))) }
+    }
+}
+
+impl<T: GrpcService<Body>> Service<http::Request<Body>> for WithBody<T> {
+    type Response = http::Response<T::ResponseBody>;
+    type Error = T::Error;
+    type Future = T::Future;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), T::Error>> {
+        self.channel.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: http::Request<Body>) -> T::Future {
+        let body = self.body.get_mut().unwrap_or_else(PoisonError::into_inner).take();
+        self.channel.call(match body {
+            Some(body) => request.map(|_| body),
+            None => request,
+        })
+    }
+}
