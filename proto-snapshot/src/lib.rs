@@ -1,5 +1,7 @@
 #![doc = include_str!("../README.md")]
 
+#[cfg(any(feature = "client", feature = "server"))]
+mod bulk;
 #[cfg(feature = "_rpc")]
 pub mod extent;
 #[cfg(feature = "server")]

@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use proto_common::access::{Access, Guarded};
+use proto_common::bulk::WithRawBody;
 use proto_common::clock::{millis, now_unix_ms};
 use proto_common::error::Error;
 use proto_common::ids::{NodeId, ShardId, TransferId};
@@ -44,6 +45,9 @@ use crate::store::{SnapshotStore, Staging, StagingState, StoreError};
 use crate::transfers::{HistorySink, Transfers};
 use crate::v1::split_snapshot_service_server::SplitSnapshotServiceServer;
 use crate::v1::{TransferPhase, TransferProgress};
+
+/// The method whose chunks are not copied.
+const TRANSFER: &str = "/node.snapshot.v1.SplitSnapshotService/TransferSplitSnapshot";
 
 /// How often stale staging is looked for; at most a quarter of its age.
 const COLLECT_INTERVAL: Duration = Duration::from_secs(60);
@@ -224,14 +228,16 @@ impl<S: SnapshotStore> SnapshotReceiver<S> {
         }
     }
 
-    /// The service, to be added to a tonic server.
+    /// The service, to be added to a tonic server. Chunks reach the store in the pieces in which they came from the network, which a
+    /// [`SplitSnapshotServiceServer`] alone would copy together.
     #[must_use]
-    pub fn into_service(self) -> Guarded<WithDetails<SplitSnapshotServiceServer<Self>>> {
+    pub fn into_service(self) -> Guarded<WithDetails<WithRawBody<SplitSnapshotServiceServer<Self>>>> {
         let access = self.inner.access.clone();
         let service = SplitSnapshotServiceServer::new(self)
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
-        Guarded::new(WithDetails::new(service, handshake::refused), access)
+        let service = WithDetails::new(WithRawBody::new(service, TRANSFER), handshake::refused);
+        Guarded::new(service, access)
     }
 
     /// All transfers of the node; for its senders to report to.

@@ -16,7 +16,7 @@ use std::future::Future;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use bytes::Bytes;
+use proto_common::bulk::Payload;
 use proto_common::error::Error;
 use proto_common::fence::Fence;
 use proto_common::ids::{ShardId, TransferId};
@@ -118,8 +118,8 @@ pub struct StagedChunk {
     pub file: u32,
     /// Offset of the first byte.
     pub offset: u64,
-    /// The bytes.
-    pub payload: Bytes,
+    /// The bytes, in the pieces in which they came: write them with one vectored write, as they are.
+    pub payload: Payload,
 }
 
 /// A snapshot in its final place.

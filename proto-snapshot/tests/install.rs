@@ -62,7 +62,7 @@ async fn leave_after(steps: usize, dir: &Path) {
     let store = FileSnapshotStore::open(dir, FileStoreOptions::default()).unwrap();
     store.recover().await.unwrap();
     let staging = store.stage(&plan).await.unwrap();
-    let payload = Bytes::from_static(CONTENT);
+    let payload = Bytes::from_static(CONTENT).into();
     staging.write(vec![StagedChunk { file: 0, offset: 0, payload }]).await.unwrap();
     let extent = Extent { file: 0, offset: 0, len: CONTENT.len() as u64 };
     staging.sync(vec![ExtentRecord { extent, crc: crc64(CONTENT) }]).await.unwrap();

@@ -1,7 +1,7 @@
 //! The body of a request whose payloads are not copied, and the client that sends it.
 
 use std::pin::Pin;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
@@ -61,17 +61,17 @@ impl<M: BulkMessage> http_body::Body for Outgoing<M> {
 /// A channel whose next call sends another body than the one that it is given.
 ///
 /// A generated client on top of it makes the call as it makes any other, for which it is given an empty stream; so path, headers, the answers
-/// and the status are all tonic's. For one call: a second one sends what it is given.
-#[derive(Debug)]
+/// and the status are all tonic's. For one call, of it or of a clone: a second one sends what it is given.
+#[derive(Debug, Clone)]
 pub struct WithBody<T> {
     channel: T,
-    body: Mutex<Option<Body>>,
+    body: Arc<Mutex<Option<Body>>>,
 }
 
 impl<T> WithBody<T> {
     /// `channel`, whose next call sends `body`.
     pub fn new<M: BulkMessage + Send>(channel: T, body: Outgoing<M>) -> Self {
-        Self { channel, body: Mutex::new(Some(Body::new(body))) }
+        Self { channel, body: Arc::new(Mutex::new(Some(Body::new(body)))) }
     }
 }
 
@@ -85,7 +85,7 @@ impl<T: GrpcService<Body>> Service<http::Request<Body>> for WithBody<T> {
     }
 
     fn call(&mut self, request: http::Request<Body>) -> T::Future {
-        let body = self.body.get_mut().unwrap_or_else(PoisonError::into_inner).take();
+        let body = self.body.lock().unwrap_or_else(PoisonError::into_inner).take();
         self.channel.call(match body {
             Some(body) => request.map(|_| body),
             None => request,

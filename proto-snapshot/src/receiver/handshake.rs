@@ -2,12 +2,13 @@
 
 use std::time::Duration;
 
-use proto_common::error::{Code, Error};
+use proto_common::bulk::{BulkError, Incoming, Payload, Received};
+use proto_common::error::Error;
 use proto_common::fence::Fence;
 use proto_common::ids::{NodeId, TransferId};
 use proto_common::refusal::Refusal;
 use proto_common::v1::Priority;
-use tonic::Streaming;
+use tonic::{Request, Streaming};
 
 use crate::limits::{Limits, MAX_MESSAGE_BYTES};
 use crate::reason::Reason;
@@ -24,7 +25,7 @@ const MAX_FEATURES: usize = 64;
 
 /// The frames of one stream, with the time that the peer has for each.
 pub(super) struct Frames {
-    stream: Streaming<TransferSplitSnapshotRequest>,
+    messages: Incoming<TransferSplitSnapshotRequest>,
 }
 
 /// A header whose every field was checked.
@@ -52,36 +53,36 @@ pub(super) struct CheckedLane {
 }
 
 impl Frames {
-    pub(super) fn new(stream: Streaming<TransferSplitSnapshotRequest>) -> Self {
-        Self { stream }
+    pub(super) fn new(request: Request<Streaming<TransferSplitSnapshotRequest>>) -> Self {
+        Self { messages: Incoming::new(request, MAX_MESSAGE_BYTES) }
     }
 
-    /// The next frame; `None` at the end of the stream. Cancel safe.
-    pub(super) async fn next(&mut self) -> Result<Option<Frame>, Error> {
-        match self.stream.message().await {
-            Ok(None) => Ok(None),
-            Ok(Some(TransferSplitSnapshotRequest { frame: Some(frame) })) => Ok(Some(frame)),
-            Ok(Some(TransferSplitSnapshotRequest { frame: None })) => Err(Reason::UnknownFrame
+    /// The next frame, with its payload beside it; `None` at the end of the stream. Cancel safe.
+    pub(super) async fn next(&mut self) -> Result<Option<(Frame, Payload)>, Error> {
+        let Some(Received { message, payload }) = self.messages.next().await.map_err(broken)? else {
+            return Ok(None);
+        };
+        match message.frame {
+            Some(frame) => Ok(Some((frame, payload))),
+            None => Err(Reason::UnknownFrame
                 .field("frame", "is not set, or of a kind that this version does not know")),
-            // tonic's refusal of a large message, which carries no details.
-            Err(status) if status.code() == tonic::Code::OutOfRange => Err(refused(Refusal::TooLarge)),
-            Err(status) => {
-                let error = Error::from(status);
-                // A peer that is gone and a peer that sends garbage both end the stream; only the latter hears of it.
-                let garbage = ["decode", "compressed-flag", "compression flag"];
-                let garbage = garbage.iter().any(|part| error.message().contains(part));
-                Err(if error.code() == Code::Internal && garbage {
-                    refused(Refusal::Undecodable).caused_by(error)
-                } else {
-                    ended_early().caused_by(error)
-                })
-            }
         }
     }
 
-    /// The next frame, within `limit`.
+    /// The next frame, within `limit`, of those that have no payload.
     pub(super) async fn next_within(&mut self, limit: Duration) -> Result<Option<Frame>, Error> {
-        tokio::time::timeout(limit, self.next()).await.map_err(|_| idle(limit))?
+        let next = tokio::time::timeout(limit, self.next()).await.map_err(|_| idle(limit))??;
+        Ok(next.map(|(frame, _)| frame))
+    }
+}
+
+/// A peer that is gone and a peer that sends garbage both end the stream; only the latter hears of it.
+fn broken(error: BulkError) -> Error {
+    match error {
+        BulkError::TooLarge { .. } => refused(Refusal::TooLarge),
+        BulkError::Compressed => refused(Refusal::Compressed { encoding: "unnamed".to_owned() }),
+        BulkError::Malformed(_) | BulkError::Flag(_) => refused(Refusal::Undecodable).caused_by(error),
+        error => ended_early().caused_by(error),
     }
 }
 

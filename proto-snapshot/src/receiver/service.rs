@@ -49,7 +49,7 @@ impl<S: SnapshotStore> SplitSnapshotService for SnapshotReceiver<S> {
         }
         let caller = Caller::of(request.extensions())?;
         let (sender, answers) = mpsc::channel(ANSWERS);
-        let frames = Frames::new(request.into_inner());
+        let frames = Frames::new(request);
         // Not in the handler: its future is dropped when the peer disconnects, and writers must end in order.
         self.inner.tasks.spawn(Arc::clone(&self.inner).serve(
             frames,

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use proto_common::checksum::crc64;
+use proto_common::bulk::Payload;
 use proto_common::error::Error;
 use proto_common::ids::NodeId;
 use tokio::sync::mpsc::error::SendTimeoutError;
@@ -264,24 +264,24 @@ impl<A: Staging> Session<'_, A> {
                 frame = self.frames.next(), if in_hand.is_none() => {
                     deadline = Instant::now() + self.limits.idle;
                     match frame? {
-                        Some(Frame::Chunk(chunk)) if !totals.begun() => {
-                            let bytes = chunk.payload.len() as u64;
+                        Some((Frame::Chunk(chunk), payload)) if !totals.begun() => {
+                            let bytes = payload.len() as u64;
                             if taken.saturating_add(bytes) > *credit {
                                 return Err(Reason::CreditExceeded.field(
                                     "chunk.payload",
                                     format!("{taken} bytes were sent, {bytes} more exceed the credit of {credit}"),
                                 ));
                             }
-                            *in_hand = Some(self.check(incoming, chunk)?);
+                            *in_hand = Some(self.check(incoming, &chunk, payload)?);
                             taken += bytes;
                         }
-                        Some(Frame::Heartbeat(_)) => {}
-                        Some(Frame::End(end)) if self.control => {
+                        Some((Frame::Heartbeat(_), _)) => {}
+                        Some((Frame::End(end), _)) if self.control => {
                             if totals.add(end, incoming)? {
                                 return Ok(Some(totals.files));
                             }
                         }
-                        Some(other) => {
+                        Some((other, _)) => {
                             let expected = if self.control { "a chunk or the end" } else { "a chunk" };
                             return Err(unexpected(&other, expected));
                         }
@@ -295,8 +295,13 @@ impl<A: Staging> Session<'_, A> {
     }
 
     /// Checks a chunk and claims its bytes.
-    fn check(&self, incoming: &Incoming<A>, chunk: Chunk) -> Result<(StagedChunk, u64), Error> {
-        let Chunk { file, offset, crc64nvme, payload } = chunk;
+    fn check(
+        &self,
+        incoming: &Incoming<A>,
+        chunk: &Chunk,
+        payload: Payload,
+    ) -> Result<(StagedChunk, u64), Error> {
+        let Chunk { file, offset, crc64nvme, payload: _ } = *chunk;
         let at =
             |error: Error| error.metadata("file", file.to_string()).metadata("offset", offset.to_string());
         if payload.is_empty() {
@@ -308,7 +313,7 @@ impl<A: Staging> Session<'_, A> {
                 format!("has {} bytes, Accepted allows {}", payload.len(), self.limits.chunk_bytes),
             )));
         }
-        let actual = crc64(&payload);
+        let actual = payload.crc64();
         if actual != crc64nvme {
             return Err(at(Reason::ChunkChecksumMismatch.field(
                 "chunk.crc64nvme",

@@ -4,10 +4,10 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use proto_common::bulk::{Outgoing, WithBody};
 use proto_common::connect::GrpcChannel;
 use proto_common::error::Error;
 use tokio::sync::{mpsc, watch};
-use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 
 use super::missing::{Missing, Span};
@@ -40,10 +40,10 @@ pub(super) struct Outbound {
 }
 
 impl Outbound {
-    /// An outbound half and the stream to call with.
-    pub(super) fn new() -> (Self, ReceiverStream<TransferSplitSnapshotRequest>) {
-        let (frames, stream) = mpsc::channel(QUEUE);
-        (Self { frames }, ReceiverStream::new(stream))
+    /// An outbound half and the body to call with.
+    pub(super) fn new() -> (Self, Outgoing<TransferSplitSnapshotRequest>) {
+        let (frames, queue) = mpsc::channel(QUEUE);
+        (Self { frames }, Outgoing::new(queue, MAX_MESSAGE_BYTES))
     }
 
     pub(super) async fn send(&self, frame: Frame) -> Result<(), Error> {
@@ -140,13 +140,14 @@ pub(super) struct Opened {
 /// has read what it waits for, so the frames must be sent meanwhile. `on_sign` is told of acknowledgements.
 pub(super) async fn open<T: GrpcChannel>(
     channel: T,
-    frames: ReceiverStream<TransferSplitSnapshotRequest>,
+    frames: Outgoing<TransferSplitSnapshotRequest>,
     manifest: &Manifest,
     quiet: &Quiet,
     on_sign: impl Fn(),
 ) -> Result<Opened, Error> {
-    let mut client = client(channel);
-    let answers = quiet.bound("an answer", client.transfer_split_snapshot(frames)).await??.into_inner();
+    let mut client = client(WithBody::new(channel, frames));
+    let answering = client.transfer_split_snapshot(tokio_stream::empty());
+    let answers = quiet.bound("an answer", answering).await??.into_inner();
     let mut inbound = Inbound { answers, idle: FIRST_IDLE };
     let (accepted, missing) = inbound.accepted(manifest, quiet, on_sign).await?;
     Ok(Opened { inbound, accepted, missing })

@@ -250,7 +250,7 @@ impl Staging for MemoryStaging {
         sleep(SYNC).await;
         self.area("data sync", |area| {
             for StagedChunk { file, offset, payload } in std::mem::take(&mut area.unsynced) {
-                area.files[file as usize].insert(offset, payload);
+                area.files[file as usize].insert(offset, payload.into_bytes());
             }
         });
         sleep(SYNC).await;

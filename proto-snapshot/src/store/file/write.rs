@@ -1,11 +1,12 @@
 //! Writing chunks, and reading them back.
 
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, IoSlice};
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::sync::Arc;
 
+use proto_common::bulk::Payload;
 use proto_common::checksum::Crc64Hasher;
 
 use crate::extent::Extent;
@@ -23,6 +24,9 @@ const GROWTH: u64 = 64 << 20;
 
 /// What a file takes on the disk is a multiple of this, on all common file systems.
 const BLOCK: u64 = 4096;
+
+/// Pieces that one call writes at most: `IOV_MAX` of Linux and of the BSDs.
+const MAX_PIECES: usize = 1024;
 
 /// Reading for checksums and copies.
 pub(super) const READ_LEN: usize = 1 << 20;
@@ -88,7 +92,7 @@ impl Inner {
             self.grow(*number, end)?;
         }
         let handle = self.open_file(*number)?;
-        let written = handle.write_all_at(payload, *offset).map_err(|error| StoreError::io("write", error));
+        let written = write_all_at(&handle, payload, *offset).map_err(|error| StoreError::io("write", error));
         // After the write: a sync that begins before this does not have to cover it, one that begins later finds it here.
         let mut state = self.lock_state();
         state.dirty.entry(*number).or_default().push((*offset, len));
@@ -250,6 +254,25 @@ impl FileSpace {
         self.remaining -= used;
         used
     }
+}
+
+/// Writes all pieces from `offset` on, with as few calls as the system allows.
+fn write_all_at(file: &File, payload: &Payload, mut offset: u64) -> io::Result<()> {
+    let mut all: Vec<IoSlice<'_>> = payload.io_slices().collect();
+    let mut rest = all.as_mut_slice();
+    while !rest.is_empty() {
+        let now = &rest[..rest.len().min(MAX_PIECES)];
+        match rustix::io::pwritev(file, now, offset) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(written) => {
+                IoSlice::advance_slices(&mut rest, written);
+                offset = offset.saturating_add(u64::try_from(written).unwrap_or(u64::MAX));
+            }
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
 }
 
 /// The parts of `lost` that `offset..end` of file `number` does not cover.

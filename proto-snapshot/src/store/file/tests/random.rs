@@ -344,7 +344,7 @@ async fn what_is_read_back_is_in_pieces_of_64_mib() {
     plan.manifest = crate::spec::Manifest::new(vec![file]).unwrap();
     let staging = store.stage(&plan).await.unwrap();
     let last = bytes::Bytes::from_static(b"x");
-    let chunk = crate::store::StagedChunk { file: 0, offset: 130 * MIB - 1, payload: last };
+    let chunk = crate::store::StagedChunk { file: 0, offset: 130 * MIB - 1, payload: last.into() };
     staging.write(vec![chunk]).await.unwrap();
     for at in 0..130 {
         let extent = Extent { file: 0, offset: at * MIB, len: MIB };

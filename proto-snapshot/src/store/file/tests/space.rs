@@ -118,7 +118,7 @@ async fn a_file_of_unknown_size_reserves_as_it_grows() {
     let at = |offset: usize, len: usize| StagedChunk {
         file: 0,
         offset: offset as u64,
-        payload: Bytes::copy_from_slice(&bytes[offset..offset + len]),
+        payload: Bytes::copy_from_slice(&bytes[offset..offset + len]).into(),
     };
     staging.write(vec![at(0, 60_000)]).await.unwrap();
     let error = staging.write(vec![at(60_000, 60_000)]).await.unwrap_err();

@@ -70,7 +70,7 @@ pub(crate) fn chunk(files: &Files, file: u32, offset: usize, len: usize) -> (Sta
     let payload = Bytes::copy_from_slice(&files[file as usize].1[offset..offset + len]);
     let extent = Extent { file, offset: offset as u64, len: len as u64 };
     let record = ExtentRecord { extent, crc: crc64(&payload) };
-    (StagedChunk { file, offset: offset as u64, payload }, record)
+    (StagedChunk { file, offset: offset as u64, payload: payload.into() }, record)
 }
 
 pub(crate) fn totals(files: &Files) -> Vec<FileTotal> {
