@@ -3,7 +3,7 @@
 //! Policy of this border: a batch is checked as a whole before any of it is applied, and an error names the
 //! entry and the field. Inside, an entry is either an image or a tombstone; nothing else can be expressed.
 
-use bytes::Bytes;
+use bytes::{Buf, Bytes};
 use prost::Message as _;
 use proto_common::error::Error;
 use proto_common::slots::{SlotRange, slot_of};
@@ -69,13 +69,13 @@ pub fn encode(entries: Vec<Entry>) -> Bytes {
 }
 
 /// Decodes a payload whose checksum is right and checks every entry of it. Keys and values share the payload's
-/// memory.
+/// memory, where that is [`Bytes`], or where they lie in one piece of a [`Payload`](proto_common::bulk::Payload).
 ///
 /// # Errors
 ///
 /// `MALFORMED_BATCH`, `INVALID_FIELD`, `KEY_OUTSIDE_RANGE` (metadata `slot`) or `ENTRY_TOO_LARGE`, naming the entry
 /// below `path`.
-pub fn decode(payload: Bytes, declared: u32, slots: SlotRange, path: &str) -> Result<Vec<Entry>, Error> {
+pub fn decode(payload: impl Buf, declared: u32, slots: SlotRange, path: &str) -> Result<Vec<Entry>, Error> {
     let decoded = wire::Entries::decode(payload).map_err(|error| {
         let sentence =
             format!("{path}.payload does not decode as Entries: {error}; nothing of the batch is applied");
@@ -144,7 +144,7 @@ mod tests {
 
     fn one(entry: wire::Entry, slots: SlotRange) -> Result<Vec<Entry>, Error> {
         let payload = wire::Entries { entries: vec![entry] }.encode_to_vec();
-        decode(payload.into(), 1, slots, "bulk")
+        decode(&payload[..], 1, slots, "bulk")
     }
 
     #[test]
@@ -207,7 +207,7 @@ mod tests {
 
         #[test]
         fn no_bytes_panic(payload in any::<Vec<u8>>(), declared in any::<u32>()) {
-            let _ = decode(payload.into(), declared, SlotRange::FULL, "bulk");
+            let _ = decode(&payload[..], declared, SlotRange::FULL, "bulk");
         }
     }
 }

@@ -1,6 +1,8 @@
 #![doc = include_str!("../README.md")]
 
 #[cfg(feature = "server")]
+mod bulk;
+#[cfg(feature = "server")]
 pub mod decisions;
 #[cfg(feature = "_rpc")]
 pub mod digest;

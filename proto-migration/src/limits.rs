@@ -10,6 +10,12 @@ use crate::{Reason, v1};
 /// Largest message of this service beside its payload: what `migration.proto` calls 1 MiB.
 pub const MESSAGE_OVERHEAD: usize = 1 << 20;
 
+/// Largest message where batches have at most `batch_bytes` of payload.
+#[cfg(feature = "server")]
+pub(crate) fn largest_message(batch_bytes: u32) -> usize {
+    usize::try_from(batch_bytes).unwrap_or(usize::MAX).saturating_add(MESSAGE_OVERHEAD)
+}
+
 /// Bounds of a batch's payload that a target may declare.
 pub const BATCH_BYTES: std::ops::RangeInclusive<u32> = (64 << 10)..=(64 << 20);
 

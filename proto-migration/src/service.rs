@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use futures::Stream;
 use proto_common::access::{Access, Caller, Guarded};
+use proto_common::bulk::WithRawBody;
 use proto_common::error::{CommonReason, Error};
 use proto_common::fence::Fence;
 use proto_common::ids::MigrationId;
@@ -14,7 +15,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::limits::{Limits, MESSAGE_OVERHEAD};
+use crate::limits::{Limits, largest_message};
 use crate::migrations::Migrations;
 use crate::progress::REASON_BYTES;
 use crate::v1::migration_service_server::{self, MigrationServiceServer};
@@ -31,7 +32,10 @@ use crate::{Reason, v1};
 pub(crate) type Answers = ReceiverStream<Result<TransferMigrationDataResponse, Status>>;
 
 /// The service as it is added to a tonic server: tonic's own refusals have details, too.
-pub type MigrationService = Guarded<WithDetails<MigrationServiceServer<MigrationNode>>>;
+pub type MigrationService = Guarded<WithDetails<WithRawBody<MigrationServiceServer<MigrationNode>>>>;
+
+/// The method whose batches are not copied.
+const TRANSFER: &str = "/node.migration.v1.MigrationService/TransferMigrationData";
 
 /// An operator's decision, checked.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -68,7 +72,7 @@ pub(crate) trait TargetCalls: Send + Sync + 'static {
     /// Serves one data stream in a task of its own.
     fn transfer(
         &self,
-        frames: Streaming<TransferMigrationDataRequest>,
+        request: Request<Streaming<TransferMigrationDataRequest>>,
         caller: Caller,
     ) -> Result<Answers, Error>;
     async fn cancel(
@@ -120,13 +124,12 @@ impl MigrationNode {
     /// The service, to be added to a tonic server.
     #[must_use]
     pub fn into_service(self) -> MigrationService {
-        let batch = usize::try_from(self.limits.batch_bytes).unwrap_or(usize::MAX);
-        let largest = batch.saturating_add(MESSAGE_OVERHEAD);
+        let largest = largest_message(self.limits.batch_bytes);
         let access = self.access.clone();
         let service = MigrationServiceServer::new(self)
             .max_decoding_message_size(largest)
             .max_encoding_message_size(largest);
-        Guarded::new(WithDetails::new(service, refused), access)
+        Guarded::new(WithDetails::new(WithRawBody::new(service, TRANSFER), refused), access)
     }
 
     fn source(&self) -> Result<&Arc<dyn SourceCalls>, Error> {
@@ -178,7 +181,7 @@ impl migration_service_server::MigrationService for MigrationNode {
         request: Request<Streaming<TransferMigrationDataRequest>>,
     ) -> Result<Response<Self::TransferMigrationDataStream>, Status> {
         let caller = Caller::of(request.extensions())?;
-        Ok(Response::new(self.target()?.transfer(request.into_inner(), caller)?))
+        Ok(Response::new(self.target()?.transfer(request, caller)?))
     }
 
     async fn complete_migration(
@@ -291,7 +294,7 @@ fn may(caller: &Caller, spec: Option<&v1::MigrationSpec>) -> Result<(), Error> {
 }
 
 /// What tonic refuses before a handler sees it.
-fn refused(refusal: Refusal) -> Error {
+pub(crate) fn refused(refusal: Refusal) -> Error {
     match refusal {
         Refusal::TooLarge => Reason::BatchTooLarge
             .error("a message is larger than Accepted.max_batch_bytes and 1 MiB allow; send smaller batches"),

@@ -1,9 +1,9 @@
 //! What is made here against what prost makes, for whatever can be on the wire.
 
 use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
+use proptest::prelude::*;
 use prost::Message as _;
 use prost::encoding::{WireType, encode_key, encode_varint};
-use proptest::prelude::*;
 
 use super::*;
 
@@ -55,11 +55,7 @@ fn prefixed(message: &[u8]) -> Vec<u8> {
 }
 
 /// What a decoder makes of a stream that comes in data frames of these lengths, over and over, and whether it ended between two messages.
-fn receive(
-    stream: &[u8],
-    cuts: &[usize],
-    limit: usize,
-) -> (Vec<Received<Request>>, Result<bool, BulkError>) {
+fn receive(stream: &[u8], cuts: &[usize], limit: usize) -> (Vec<Received<Request>>, Result<bool, BulkError>) {
     let mut decoder = Decoder::new(limit);
     let mut received = Vec::new();
     let mut rest = Bytes::copy_from_slice(stream);

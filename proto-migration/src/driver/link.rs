@@ -2,15 +2,15 @@
 
 use std::time::Duration;
 
+use proto_common::bulk::{Outgoing, WithBody};
 use proto_common::connect::GrpcChannel;
 use proto_common::error::Error;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{sleep, timeout};
-use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::Reason;
-use crate::limits::{BATCH_BYTES, MESSAGE_OVERHEAD};
+use crate::limits::{BATCH_BYTES, MESSAGE_OVERHEAD, largest_message};
 use crate::v1::TransferMigrationDataRequest;
 use crate::v1::migration_service_client::MigrationServiceClient;
 use crate::v1::transfer_migration_data_request::{Frame, Header};
@@ -82,12 +82,11 @@ impl Link {
         let first = TransferMigrationDataRequest { frame: Some(Frame::Header(header)) };
         out.try_send(first).map_err(|_| broken())?;
         // The target decides how large a batch may be; our own limit is the protocol's.
-        let largest = usize::try_from(*BATCH_BYTES.end()).unwrap_or(usize::MAX) + MESSAGE_OVERHEAD;
-        let mut client = MigrationServiceClient::new(channel)
-            .max_decoding_message_size(MESSAGE_OVERHEAD * 2)
-            .max_encoding_message_size(largest);
+        let body = Outgoing::new(frames, largest_message(*BATCH_BYTES.end()));
+        let mut client = MigrationServiceClient::new(WithBody::new(channel, body))
+            .max_decoding_message_size(MESSAGE_OVERHEAD * 2);
         let opening = async {
-            let mut answers = client.transfer_migration_data(ReceiverStream::new(frames)).await?.into_inner();
+            let mut answers = client.transfer_migration_data(tokio_stream::empty()).await?.into_inner();
             match answers.message().await?.and_then(|answer| answer.frame) {
                 Some(Answer::Accepted(accepted)) => Ok((accepted, answers)),
                 Some(_) => {

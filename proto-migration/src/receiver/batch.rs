@@ -1,7 +1,7 @@
 //! One batch of rows or changes: everything that is checked before any of it is applied.
 
 use bytes::Bytes;
-use proto_common::checksum::crc64;
+use proto_common::bulk::Payload;
 use proto_common::error::Error;
 use proto_common::slots::{SlotRange, slot_of};
 
@@ -62,23 +62,24 @@ impl Checker {
     }
 
     /// Takes rows; `credit` is what the source was told last.
-    pub(super) fn bulk(&mut self, bulk: Bulk, credit: u64) -> Result<Batch, Error> {
+    pub(super) fn bulk(&mut self, bulk: Bulk, payload: Payload, credit: u64) -> Result<Batch, Error> {
         if self.copied {
             return Err(unexpected(&Frame::Bulk(bulk), "no rows: the copy is complete"));
         }
-        let Bulk { number, entry_count, cursor, last, crc64nvme, payload } = bulk;
+        let Bulk { number, entry_count, cursor, last, crc64nvme, payload: _ } = bulk;
         if cursor.len() > MAX_CURSOR_BYTES {
             let problem = format!("has {} bytes; the limit is {MAX_CURSOR_BYTES}", cursor.len());
             return Err(Reason::InvalidField.field("bulk.cursor", problem));
         }
-        let entries = self.open("bulk", number, entry_count, crc64nvme, &payload, credit)?;
+        let bytes = payload.len() as u64;
+        let entries = self.open("bulk", number, entry_count, crc64nvme, payload, credit)?;
         self.copied = last;
-        Ok(self.take(number, &payload, entries, Moves::Copy { cursor, last }))
+        Ok(self.take(number, bytes, entries, Moves::Copy { cursor, last }))
     }
 
     /// Takes changes.
-    pub(super) fn delta(&mut self, delta: Delta, credit: u64) -> Result<Batch, Error> {
-        let Delta { number, entry_count, prev_seq, through_seq, crc64nvme, payload } = delta;
+    pub(super) fn delta(&mut self, delta: &Delta, payload: Payload, credit: u64) -> Result<Batch, Error> {
+        let Delta { number, entry_count, prev_seq, through_seq, crc64nvme, payload: _ } = *delta;
         if number == self.number + 1 && prev_seq != self.watermark {
             let problem = format!("is {prev_seq}, the watermark is {}", self.watermark);
             return Err(Reason::DeltaGap
@@ -89,7 +90,8 @@ impl Checker {
             let problem = format!("is {through_seq}, lower than prev_seq {prev_seq}");
             return Err(Reason::InvalidField.field("delta.through_seq", problem));
         }
-        let entries = self.open("delta", number, entry_count, crc64nvme, &payload, credit)?;
+        let bytes = payload.len() as u64;
+        let entries = self.open("delta", number, entry_count, crc64nvme, payload, credit)?;
         // A part of a transaction leaves the watermark where it is.
         let newest = if through_seq == prev_seq { u64::MAX } else { through_seq };
         let mut before = prev_seq.saturating_add(1);
@@ -106,7 +108,7 @@ impl Checker {
             before = entry.seq;
         }
         self.watermark = through_seq;
-        Ok(self.take(number, &payload, entries, Moves::Watermark(through_seq)))
+        Ok(self.take(number, bytes, entries, Moves::Watermark(through_seq)))
     }
 
     fn open(
@@ -115,7 +117,7 @@ impl Checker {
         number: u64,
         entry_count: u32,
         declared_crc: u64,
-        payload: &Bytes,
+        payload: Payload,
         credit: u64,
     ) -> Result<Vec<Entry>, Error> {
         let field = |field: &str| format!("{path}.{field}");
@@ -136,13 +138,13 @@ impl Checker {
                 format!("has {} bytes; {} were sent and the credit is {credit}", payload.len(), self.taken);
             return Err(Reason::CreditExceeded.field(&field("payload"), problem));
         }
-        let actual = crc64(payload);
+        let actual = payload.crc64();
         if actual != declared_crc {
             let problem =
                 format!("is {declared_crc:#018x}, the payload has {actual:#018x}; nothing of it was stored");
             return Err(Reason::BatchChecksumMismatch.field(&field("crc64nvme"), problem));
         }
-        let entries = decode(payload.clone(), entry_count, self.slots, path)?;
+        let entries = decode(payload.reader(), entry_count, self.slots, path)?;
         let largest = u64::from(self.batch_bytes).saturating_sub(ENTRY_OVERHEAD as u64);
         if let Some((index, entry)) = entries.iter().enumerate().find(|(_, entry)| entry.bytes() > largest) {
             let problem = format!("has {} bytes of key and value; the limit is {largest}", entry.bytes());
@@ -154,8 +156,7 @@ impl Checker {
         Ok(entries)
     }
 
-    fn take(&mut self, number: u64, payload: &Bytes, entries: Vec<Entry>, moves: Moves) -> Batch {
-        let payload = payload.len() as u64;
+    fn take(&mut self, number: u64, payload: u64, entries: Vec<Entry>, moves: Moves) -> Batch {
         self.number = number;
         self.taken += payload;
         self.largest = self.largest.max(payload);

@@ -11,7 +11,7 @@ use proto_common::text::hex;
 use proto_common::v1::Direction;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::Streaming;
+use tonic::{Request, Streaming};
 
 use super::Inner;
 use super::applier::already_committed;
@@ -34,7 +34,7 @@ pub(super) struct Calls<T: MigrationTarget>(pub(super) Arc<Inner<T>>);
 impl<T: MigrationTarget> TargetCalls for Calls<T> {
     fn transfer(
         &self,
-        frames: Streaming<TransferMigrationDataRequest>,
+        request: Request<Streaming<TransferMigrationDataRequest>>,
         caller: Caller,
     ) -> Result<service::Answers, Error> {
         let inner = &self.0;
@@ -44,7 +44,8 @@ impl<T: MigrationTarget> TargetCalls for Calls<T> {
         let (sender, answers) = mpsc::channel(ANSWERS);
         let answer = Answers { sender, patience: inner.idle() };
         // Not in the handler: its future is dropped when the peer disconnects, and what has begun must end in order.
-        inner.tasks.spawn(Arc::clone(inner).serve(Frames::new(frames), caller, answer));
+        let frames = Frames::new(request, inner.limits.batch_bytes);
+        inner.tasks.spawn(Arc::clone(inner).serve(frames, caller, answer));
         Ok(ReceiverStream::new(answers))
     }
 

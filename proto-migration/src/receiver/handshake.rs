@@ -4,14 +4,18 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use proto_common::access::Caller;
+use proto_common::bulk::{BulkError, Incoming, Payload, Received};
 use proto_common::error::{Code, Error};
 use proto_common::fence::Fence;
 use proto_common::ids::{MigrationId, NodeId};
+use proto_common::refusal::Refusal;
 use proto_common::text::{hex, printable};
 use proto_common::v1::{NodeIdentity, Priority};
-use tonic::Streaming;
+use tonic::{Request, Streaming};
 
 use crate::Reason;
+use crate::limits::largest_message;
+use crate::service::refused;
 use crate::spec::MigrationSpec;
 use crate::v1::TransferMigrationDataRequest;
 use crate::v1::transfer_migration_data_request::{Frame, Header, Purpose};
@@ -29,41 +33,36 @@ pub(super) const FIRST_FRAME: Duration = Duration::from_secs(30);
 
 /// The frames of one stream.
 pub(super) struct Frames {
-    stream: Streaming<TransferMigrationDataRequest>,
+    messages: Incoming<TransferMigrationDataRequest>,
 }
 
 impl Frames {
-    pub(super) fn new(stream: Streaming<TransferMigrationDataRequest>) -> Self {
-        Self { stream }
+    /// Of a request whose batches have at most `batch_bytes` of payload.
+    pub(super) fn new(request: Request<Streaming<TransferMigrationDataRequest>>, batch_bytes: u32) -> Self {
+        Self { messages: Incoming::new(request, largest_message(batch_bytes)) }
     }
 
-    /// The next frame; an end of the stream is an error, since only an end frame ends it well. Cancel safe.
-    pub(super) async fn next(&mut self) -> Result<Frame, Error> {
-        match self.stream.message().await {
-            Ok(None) => Err(ended_early()),
-            Ok(Some(TransferMigrationDataRequest { frame: Some(frame) })) => Ok(frame),
-            Ok(Some(TransferMigrationDataRequest { frame: None })) => Err(Reason::UnknownFrame
+    /// The next frame, with its payload beside it; an end of the stream is an error, since only an end frame ends it well. Cancel safe.
+    pub(super) async fn next(&mut self) -> Result<(Frame, Payload), Error> {
+        let next = self.messages.next().await.map_err(|error| match error {
+            BulkError::TooLarge { .. } => refused(Refusal::TooLarge),
+            BulkError::Compressed => refused(Refusal::Compressed { encoding: "unnamed".to_owned() }),
+            BulkError::Malformed(_) | BulkError::Flag(_) => refused(Refusal::Undecodable).caused_by(error),
+            error => ended_early().caused_by(error),
+        });
+        let Received { message, payload } = next?.ok_or_else(ended_early)?;
+        match message.frame {
+            Some(frame) => Ok((frame, payload)),
+            None => Err(Reason::UnknownFrame
                 .field("frame", "is not set, or of a kind that this version does not know")),
-            // tonic's refusal of a large message, which carries no details.
-            Err(status) if status.code() == tonic::Code::OutOfRange => Err(Reason::BatchTooLarge.error(
-                "a message is larger than Accepted.max_batch_bytes and 1 MiB; nothing of it is applied",
-            )),
-            Err(status) => {
-                let error = Error::from(status);
-                Err(if error.code() == Code::Internal && error.message().contains("decode") {
-                    Reason::UnknownFrame.error("a message could not be decoded").caused_by(error)
-                } else {
-                    ended_early().caused_by(error)
-                })
-            }
         }
     }
 
     /// The header, which comes first and in time.
     pub(super) async fn header(&mut self) -> Result<Header, Error> {
         match tokio::time::timeout(FIRST_FRAME, self.next()).await.map_err(|_| idle(FIRST_FRAME))?? {
-            Frame::Header(header) => Ok(header),
-            other => Err(unexpected(&other, "the header")),
+            (Frame::Header(header), _) => Ok(header),
+            (other, _) => Err(unexpected(&other, "the header")),
         }
     }
 }

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use proto_common::access::Caller;
+use proto_common::bulk::Payload;
 use proto_common::clock::millis;
 use proto_common::error::Error;
 use proto_common::text::printable;
@@ -141,7 +142,7 @@ impl<T: MigrationTarget> Inner<T> {
                 frame = tokio::time::timeout(idle_after, frames.next()) => frame.map_err(|_| idle(idle_after))??,
                 () = self.stopping.cancelled() => return Err(shutting_down()),
             };
-            match frame {
+            match frame.0 {
                 Frame::Heartbeat(_) => {
                     let ack = Ack { credit_limit: accepted.credit_limit, ..Ack::default() };
                     answers.offer(Answer::Ack(ack));
@@ -304,7 +305,8 @@ impl<T: MigrationTarget> Reader<'_, T> {
                 }
                 frame = frames.next(), if in_hand.is_none() && self.phase != Phase::Ending => {
                     deadline = Instant::now() + idle_after;
-                    *in_hand = self.take(frame?)?;
+                    let (frame, payload) = frame?;
+                    *in_hand = self.take(frame, payload)?;
                 }
                 () = tokio::time::sleep_until(deadline), if in_hand.is_none() && self.phase != Phase::Ending => {
                     return Err(idle(idle_after));
@@ -314,7 +316,7 @@ impl<T: MigrationTarget> Reader<'_, T> {
     }
 
     /// Checks a frame; what it asks for is returned.
-    fn take(&mut self, frame: Frame) -> Result<Option<Work>, Error> {
+    fn take(&mut self, frame: Frame, payload: Payload) -> Result<Option<Work>, Error> {
         let done = self.flow.done();
         if self.phase == Phase::Frozen && done.refused == self.freeze {
             self.phase = Phase::Data;
@@ -331,12 +333,12 @@ impl<T: MigrationTarget> Reader<'_, T> {
                 Ok(None)
             }
             Frame::Bulk(bulk) if self.phase == Phase::Data => {
-                let batch = self.checker.bulk(bulk, self.credit)?;
+                let batch = self.checker.bulk(bulk, payload, self.credit)?;
                 self.measure(done);
                 Ok(Some(Work::Batch(batch)))
             }
             Frame::Delta(delta) if self.phase == Phase::Data => {
-                let batch = self.checker.delta(delta, self.credit)?;
+                let batch = self.checker.delta(&delta, payload, self.credit)?;
                 self.measure(done);
                 Ok(Some(Work::Batch(batch)))
             }
