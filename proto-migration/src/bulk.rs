@@ -59,7 +59,7 @@ mod tests {
 
             let mut decoder = Decoder::<TransferMigrationDataRequest>::new(1 << 20);
             decoder.push(wire.into());
-            let mut received = decoder.next().unwrap().unwrap();
+            let mut received = decoder.next_message().unwrap().unwrap();
             assert_eq!(received.payload.is_empty(), !is_batch);
             if let Some(field) = received.message.payload_mut() {
                 *field = received.payload.into_bytes();

@@ -54,7 +54,7 @@ mod tests {
 
             let mut decoder = Decoder::<TransferSplitSnapshotRequest>::new(MAX_MESSAGE_BYTES);
             decoder.push(wire.into());
-            let mut received = decoder.next().unwrap().unwrap();
+            let mut received = decoder.next_message().unwrap().unwrap();
             if let Some(field) = received.message.payload_mut() {
                 assert!(field.is_empty());
                 *field = received.payload.into_bytes();

@@ -56,7 +56,7 @@ pub struct Received<M> {
 
 /// Makes messages of the data frames of an HTTP body.
 ///
-/// Holds at most one message and one data frame, if [`next`](Self::next) is called until it has none before more is pushed. What it makes of the bytes is
+/// Holds at most one message and one data frame, if [`next_message`](Self::next_message) is called until it has none before more is pushed. What it makes of the bytes is
 /// what prost makes of them, but that the payload is not copied.
 #[derive(Debug)]
 pub struct Decoder<M> {
@@ -100,7 +100,7 @@ impl<M: BulkMessage> Decoder<M> {
     /// # Errors
     ///
     /// After one, what follows in the stream has no meaning.
-    pub fn next(&mut self) -> Result<Option<Received<M>>, BulkError> {
+    pub fn next_message(&mut self) -> Result<Option<Received<M>>, BulkError> {
         let len = match self.message {
             Some(len) => len,
             None => {

@@ -106,7 +106,7 @@ impl<M: BulkMessage> Incoming<M> {
             From::Decoded(stream) => return poll_decoded(stream, cx),
         };
         loop {
-            if let Some(received) = decoder.next()? {
+            if let Some(received) = decoder.next_message()? {
                 return Poll::Ready(Ok(Some(received)));
             }
             match ready!(Pin::new(&mut *body).poll_frame(cx)) {

@@ -61,7 +61,7 @@ fn receive(stream: &[u8], cuts: &[usize], limit: usize) -> (Vec<Received<Request
     let mut rest = Bytes::copy_from_slice(stream);
     for cut in cuts.iter().cycle() {
         loop {
-            match decoder.next() {
+            match decoder.next_message() {
                 Ok(Some(message)) => received.push(message),
                 Ok(None) => break,
                 Err(error) => return (received, Err(error)),
@@ -275,7 +275,7 @@ fn large_data_frames_are_not_copied_and_small_ones_leave_few_pieces() {
     decoder.push(head.clone());
     let pieces: Vec<Bytes> = (0..16).map(|at| payload.slice(at << 16..(at + 1) << 16)).collect();
     pieces.iter().for_each(|piece| decoder.push(piece.clone()));
-    let received = decoder.next().unwrap().unwrap();
+    let received = decoder.next_message().unwrap().unwrap();
     let at = |pieces: &[Bytes]| pieces.iter().map(|piece| piece.as_ptr()).collect::<Vec<_>>();
     assert_eq!(at(received.payload.slices()), at(&pieces));
 
