@@ -18,7 +18,8 @@ use arrow_flight::{
 };
 use bytes::Bytes;
 use futures::stream::{self, BoxStream};
-use proto_common::checksum::crc64;
+use crc_fast::crc64_nvme as crc64;
+use tonic::transport::{Endpoint, Server};
 use tonic::{Request, Response, Status, Streaming};
 
 use payload::Payload;
@@ -113,7 +114,7 @@ async fn main() {
             let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
             let address = listener.local_addr().expect("it is bound");
             let incoming = tonic::transport::server::TcpIncoming::from(listener);
-            let server = tonic::transport::Server::builder().add_service(FlightServiceServer::new(Receiver));
+            let server = Server::builder().add_service(FlightServiceServer::new(Receiver));
             tokio::spawn(server.serve_with_incoming(incoming));
             let report = tokio::task::spawn_blocking(move || report_when_asked(address));
             report.await.expect("it is asked");
@@ -127,7 +128,8 @@ async fn send(side: &Side, address: &str) -> Sent {
     let descriptor = FlightDescriptor::new_path(vec!["snapshot".to_owned()]);
     let before = Before::now();
     let began = Instant::now();
-    let mut client = FlightServiceClient::connect(format!("http://{address}")).await.expect("it connects");
+    let endpoint = Endpoint::from_shared(format!("http://{address}")).expect("it is an address");
+    let mut client = FlightServiceClient::new(endpoint.connect().await.expect("it connects"));
     let mut descriptor = Some(descriptor);
     let data = payload.pieces(side.bytes, side.chunk).map(move |piece| FlightData {
         flight_descriptor: descriptor.take(),
