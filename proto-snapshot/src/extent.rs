@@ -1,8 +1,8 @@
 //! Runs of bytes of one file, with the checksum of each, and what is missing between them.
 
-use std::collections::BTreeMap;
-
 use proto_common::checksum::combine;
+
+use crate::runs::RunMap;
 
 /// A run of bytes of one file of a snapshot. `len` is at least 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -36,7 +36,7 @@ pub struct ExtentRecord {
 /// checksums combined, so a file that arrived in order is one run however many chunks it took.
 #[derive(Debug, Clone, Default)]
 pub struct FileExtents {
-    runs: BTreeMap<u64, Run>,
+    runs: RunMap<Run>,
     bytes: u64,
 }
 
@@ -71,14 +71,14 @@ impl FileExtents {
         let end = offset.saturating_add(len);
         let mut start = offset;
         let mut run = Run { len, crc };
-        if let Some((&before, &found)) = self.runs.range(..offset).next_back()
+        if let Some((before, found)) = self.runs.before(offset)
             && before + found.len == offset
         {
-            self.runs.remove(&before);
+            self.runs.remove(before);
             start = before;
             run = found.then(run);
         }
-        if let Some(after) = self.runs.remove(&end) {
+        if let Some(after) = self.runs.remove(end) {
             run = run.then(after);
         }
         self.runs.insert(start, run);
@@ -90,7 +90,7 @@ impl FileExtents {
     #[must_use]
     pub fn overlap(&self, offset: u64, len: u64) -> Option<Overlap> {
         let end = offset.saturating_add(len);
-        let (&start, run) = self.runs.range(..end).next_back()?;
+        let (start, run) = self.runs.before(end)?;
         (start + run.len > offset).then_some(Overlap { offset: start, len: run.len })
     }
 
@@ -109,12 +109,12 @@ impl FileExtents {
     /// One past the last byte that is there.
     #[must_use]
     pub fn end(&self) -> u64 {
-        self.runs.last_key_value().map_or(0, |(start, run)| start + run.len)
+        self.runs.before(u64::MAX).map_or(0, |(start, run)| start + run.len)
     }
 
     /// `(offset, length, checksum)` of each run, in order.
     pub fn runs(&self) -> impl Iterator<Item = (u64, u64, u64)> + '_ {
-        self.runs.iter().map(|(&offset, run)| (offset, run.len, run.crc))
+        self.runs.iter().map(|(offset, run)| (offset, run.len, run.crc))
     }
 
     /// The gaps below `size`, as `(offset, length)`, in order.
@@ -122,7 +122,7 @@ impl FileExtents {
     pub fn gaps(&self, size: u64) -> Vec<(u64, u64)> {
         let mut gaps = Vec::new();
         let mut at = 0;
-        for (&start, run) in self.runs.range(..size) {
+        for (start, run) in self.runs.iter().take_while(|(start, _)| *start < size) {
             if start > at {
                 gaps.push((at, start - at));
             }
@@ -138,9 +138,9 @@ impl FileExtents {
     #[must_use]
     pub fn whole(&self, size: u64) -> Option<u64> {
         if size == 0 {
-            return self.runs.is_empty().then_some(0);
+            return (self.runs.len() == 0).then_some(0);
         }
-        let (&start, run) = self.runs.first_key_value()?;
+        let (start, run) = self.runs.iter().next()?;
         (self.runs.len() == 1 && start == 0 && run.len == size).then_some(run.crc)
     }
 }

@@ -11,6 +11,8 @@ pub mod limits;
 pub mod reason;
 #[cfg(feature = "server")]
 pub mod receiver;
+#[cfg(feature = "_rpc")]
+mod runs;
 #[cfg(feature = "client")]
 pub mod sender;
 #[cfg(feature = "client")]

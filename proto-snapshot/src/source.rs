@@ -10,6 +10,7 @@ use proto_common::error::{Code, Error};
 
 use crate::spec::ManifestFile;
 
+mod ahead;
 mod dir;
 mod disk;
 mod file;

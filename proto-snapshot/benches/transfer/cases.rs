@@ -180,7 +180,7 @@ pub fn resume(options: &Options, report: &mut Report, dir: &Path) {
 fn resume_once(side: &Side, position: u64) -> f64 {
     let mut receiver = Process::part(&["side"], side);
     let sender = Side { address: Some(receiver.line()), path: None, ..side.clone() };
-    let mut first = Process::part(&["part", &position.to_string()], &sender);
+    let mut first = Process::part(&["begin", &position.to_string()], &sender);
     assert_eq!(first.line(), "durable");
     drop(first);
     let (receiver, sender) = if side.path.is_some() {

@@ -104,7 +104,7 @@ enum Part {
     #[command(hide = true)]
     Side { side: String },
     #[command(hide = true)]
-    Part { position: u64, side: String },
+    Begin { position: u64, side: String },
     #[command(hide = true)]
     Resume { position: u64, side: String },
     #[command(hide = true)]
@@ -142,7 +142,7 @@ async fn main() {
         }
         Some(Part::Table { json }) => print!("{}", read(json).table()),
         Some(Part::Side { side: text }) => peers::play(side(text)).await,
-        Some(Part::Part { position, side: text }) => {
+        Some(Part::Begin { position, side: text }) => {
             let side = side(text);
             let address = side.address.clone().expect("the receiver listens");
             peers::ours::send_a_part(&side, &address, *position).await;

@@ -28,6 +28,7 @@ pub struct MemorySource {
     /// Gives no byte from this position on, counted over all files.
     stop_at: u64,
     watched: Arc<Watched>,
+    given: Arc<AtomicU64>,
 }
 
 /// When the first byte from a position on was asked for.
@@ -46,7 +47,12 @@ impl Watched {
 impl MemorySource {
     pub fn new(payload: Payload, bytes: u64, files: u64) -> Self {
         let watched = Arc::new(Watched { from: u64::MAX, first: Mutex::new(None) });
-        Self { payload, bytes, files: files.max(1), stop_at: u64::MAX, watched }
+        Self { payload, bytes, files: files.max(1), stop_at: u64::MAX, watched, given: Arc::default() }
+    }
+
+    /// Bytes that were read of it.
+    pub fn given(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.given)
     }
 
     pub fn stop_at(self, position: u64) -> Self {
@@ -87,10 +93,11 @@ impl SnapshotSource for MemorySource {
         if from >= self.watched.from {
             self.watched.first.lock().unwrap().get_or_insert_with(Instant::now);
         }
-        let payload = self.payload.clone();
+        let (payload, given) = (self.payload.clone(), self.given());
         let pieces = (0..(end - from).div_ceil(piece as u64)).map(move |number| from + number * piece as u64);
         let pieces = stream::iter(pieces).then(move |at| {
             let piece = payload.at(at, piece.min((end - at) as usize));
+            given.fetch_add(piece.len() as u64, Ordering::Relaxed);
             async move {
                 if at + piece.len() as u64 > stop_at {
                     std::future::pending::<()>().await;

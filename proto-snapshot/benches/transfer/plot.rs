@@ -7,9 +7,12 @@ const HEIGHT: f64 = 220.0;
 const LEFT: f64 = 50.0;
 const TOP: f64 = 40.0;
 
+/// What stands below a point.
+type Label = fn(&Row) -> String;
+
 /// Rate against chunk size, files and lanes, side by side on one scale.
 pub fn svg(report: &Report) -> String {
-    let sweeps: [(&str, &str, fn(&Row) -> String); 3] = [
+    let sweeps: [(&str, &str, Label); 3] = [
         ("sweep of the chunk size", "chunk, KiB", |row| (row.chunk >> 10).to_string()),
         ("sweep of the files", "files", |row| row.files.to_string()),
         ("sweep of the lanes", "lanes", |row| row.lanes.to_string()),
@@ -31,7 +34,7 @@ pub fn svg(report: &Report) -> String {
     svg + "</svg>\n"
 }
 
-fn panel(left: f64, axis: &str, top: f64, rows: &[&Row], label: fn(&Row) -> String) -> String {
+fn panel(left: f64, axis: &str, top: f64, rows: &[&Row], label: Label) -> String {
     let (right, bottom) = (left + WIDTH - 40.0, TOP + HEIGHT);
     let mut svg = String::new();
     let mut tick = 0.0;

@@ -51,7 +51,7 @@ pub struct CrowdRow {
     pub seconds: f64,
     pub sender: Usage,
     pub receiver: Usage,
-    /// Bytes of each when the first had ended.
+    /// Bytes of the last and the first of them when half of all had been sent, or all of one.
     pub slowest: u64,
     pub fastest: u64,
 }

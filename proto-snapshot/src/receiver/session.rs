@@ -29,8 +29,8 @@ use crate::v1::{TransferPhase, TransferSplitSnapshotResponse};
 
 /// Chunks between the socket and the writer; their bytes are bounded by credit.
 const QUEUE: usize = 64;
-/// Chunks that the writer takes at once.
-const BATCH: usize = 16;
+/// Chunks that the writer takes at once: all that wait. Small files would else cost a change of threads each.
+const BATCH: usize = QUEUE;
 
 /// The answers of one stream.
 #[derive(Debug, Clone)]

@@ -5,9 +5,11 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
+use futures::StreamExt as _;
 use proto_common::path::FileName;
 use proto_common::text::printable;
 
+use super::ahead::Ahead;
 use super::disk::{Entry, Identity, Listing, lock, off_thread, read};
 use super::{Description, PieceStream, SnapshotSource, SourceError};
 
@@ -25,12 +27,13 @@ const SHOWN: usize = 256;
 pub struct DirectorySource {
     root: PathBuf,
     listing: Mutex<Option<Arc<Listing>>>,
+    ahead: Ahead,
 }
 
 impl DirectorySource {
     /// The files below `root`. Nothing is read yet.
     pub fn new(root: impl Into<PathBuf>) -> Self {
-        Self { root: root.into(), listing: Mutex::new(None) }
+        Self { root: root.into(), listing: Mutex::new(None), ahead: Ahead::default() }
     }
 }
 
@@ -43,6 +46,7 @@ impl SnapshotSource for DirectorySource {
             Ok((listing, description))
         })
         .await?;
+        self.ahead.forget();
         *lock(&self.listing) = Some(Arc::new(listing));
         Ok(description)
     }
@@ -55,6 +59,13 @@ impl SnapshotSource for DirectorySource {
         piece: usize,
     ) -> Result<PieceStream, SourceError> {
         let listing = lock(&self.listing).clone();
+        if offset == 0
+            && let Some(listing) = &listing
+            && let Some(small) = self.ahead.read(listing, file, len, piece).await
+        {
+            let bytes = small?;
+            return Ok(futures::stream::once(async { Ok(bytes) }).boxed());
+        }
         read(listing, file, offset, len, piece).await
     }
 }

@@ -136,6 +136,18 @@ impl Entry {
         Ok(buffer.into())
     }
 
+    /// Opens the file for `len` bytes at `offset`.
+    pub(super) fn read_whole(&self, offset: u64, len: usize) -> Result<Bytes, SourceError> {
+        let file = self.open()?;
+        let bytes = self.read_at(&file, offset, len)?;
+        self.check(&file)?;
+        Ok(bytes)
+    }
+
+    pub(super) fn size(&self) -> u64 {
+        self.identity.size
+    }
+
     fn digest(&self, stop: &Stop) -> Result<[u8; 32], SourceError> {
         let file = self.open()?;
         sequential(&file);
@@ -160,6 +172,10 @@ fn next(at: u64, end: u64, piece: usize) -> usize {
 }
 
 impl Listing {
+    pub(super) fn get(&self, file: u32) -> Option<&Entry> {
+        self.entries.get(usize::try_from(file).ok()?)
+    }
+
     /// `entries` in the order of their numbers.
     pub(super) fn new(entries: Vec<Entry>) -> Self {
         Self { entries }
@@ -222,13 +238,7 @@ pub(super) async fn read(
     if let Ok(len) = usize::try_from(end - offset)
         && len <= piece
     {
-        let bytes = off_thread(move |_| {
-            let file = entry.open()?;
-            let bytes = entry.read_at(&file, offset, len)?;
-            entry.check(&file)?;
-            Ok(bytes)
-        })
-        .await?;
+        let bytes = off_thread(move |_| entry.read_whole(offset, len)).await?;
         return Ok(futures::stream::once(async { Ok(bytes) }).boxed());
     }
     let (entry, opened) = off_thread(move |_| {

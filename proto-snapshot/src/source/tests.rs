@@ -371,3 +371,43 @@ async fn a_stream_that_fails_or_ends_early_says_so() {
     });
     assert!(read(&closed, 0, 0, None, 3).await.is_err());
 }
+
+#[tokio::test]
+async fn small_files_in_order_are_read_ahead_and_still_checked() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |number: usize| dir.path().join(format!("{number:04}"));
+    // Every seventh is empty and never asked for, one is large.
+    let len = |number: usize| match number {
+        150 => 200_000,
+        number if number % 7 == 0 => 0,
+        number => 100 + number,
+    };
+    for number in 0..300 {
+        fs::write(at(number), bytes(len(number))).unwrap();
+    }
+    let source = DirectorySource::new(dir.path());
+    source.describe(false).await.unwrap();
+    let asked: Vec<usize> = (0..300).filter(|number| len(*number) > 0).collect();
+    for number in asked.iter().copied().filter(|number| *number < 280) {
+        let file = u32::try_from(number).unwrap();
+        let found = read(&source, file, 0, Some(len(number) as u64), 1 << 20).await.unwrap();
+        assert_eq!(found.concat(), bytes(len(number)), "file {number}");
+        if number == 10 {
+            // What comes after it is in memory, as it was when it was described.
+            fs::remove_file(at(11)).unwrap();
+        }
+        if number == 151 {
+            // Not yet: no batch goes beyond a large file.
+            fs::write(at(299), "other").unwrap();
+        }
+    }
+    let mut last = Ok(Vec::new());
+    for number in asked.iter().copied().filter(|number| *number >= 280) {
+        last = read(&source, number as u32, 0, None, 1 << 20).await;
+        assert_eq!(last.is_ok(), number != 299, "file {number}");
+    }
+    assert!(matches!(last, Err(SourceError::Changed { .. })), "{last:?}");
+    // By itself, out of order.
+    assert_eq!(read(&source, 20, 0, None, 1 << 20).await.unwrap().concat(), bytes(120));
+    assert!(matches!(read(&source, 11, 0, None, 1 << 20).await, Err(SourceError::Changed { .. })));
+}

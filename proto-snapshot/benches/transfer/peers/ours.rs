@@ -1,6 +1,7 @@
 //! What is measured: sender and receiver of this crate, as a user gets them.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use proto_common::ids::{NodeId, ShardId, TransferId};
@@ -116,7 +117,7 @@ pub async fn resume(side: &Side, address: &str, position: u64) -> Duration {
 #[derive(Debug, serde::Serialize, serde::Deserialize)]
 pub struct Crowd {
     pub sent: Sent,
-    /// Bytes of each that had been sent when the first of them had ended.
+    /// Bytes of each that had been handed to the connection when half of all had, or all of one.
     pub bytes: Vec<u64>,
 }
 
@@ -126,19 +127,21 @@ pub async fn crowd(side: &Side, address: &str, transfers: usize) -> Crowd {
     let before = Before::now();
     let began = Instant::now();
     let sender = Arc::new(SnapshotSender::connect(address).unwrap());
-    let handles: Vec<_> = (0..transfers)
+    let (handles, given): (Vec<_>, Vec<_>) = (0..transfers)
         .map(|number| {
             let source = MemorySource::new(payload.clone(), side.bytes, side.files);
-            sender.send(snapshot(&format!("t{number}")), source).unwrap()
+            let given = source.given();
+            (sender.send(snapshot(&format!("t{number}")), source).unwrap(), given)
         })
-        .collect();
+        .unzip();
+    // When half of all has moved, or one has ended.
     let bytes = loop {
-        let sent: Vec<u64> =
-            handles.iter().map(|handle| handle.progress().map_or(0, |shown| shown.wire_bytes)).collect();
-        if handles.iter().any(|handle| handle.progress().is_some_and(|shown| shown.is_finished())) {
+        let sent: Vec<u64> = given.iter().map(|given| given.load(Ordering::Relaxed)).collect();
+        let half = sent.iter().sum::<u64>() >= side.bytes / 2 * transfers as u64;
+        if half || sent.iter().any(|sent| *sent >= side.bytes) {
             break sent;
         }
-        tokio::time::sleep(Duration::from_millis(20)).await;
+        tokio::time::sleep(Duration::from_millis(1)).await;
     };
     for mut handle in handles {
         handle.join().await.unwrap();

@@ -1,8 +1,8 @@
 //! The durable runs of one staged file.
 
-use std::collections::BTreeMap;
-
 use proto_common::checksum::combine;
+
+use crate::runs::RunMap;
 
 /// Neighbours are merged up to this length, in bytes. The checksum of a run can only be checked as a whole: a single bad byte costs
 /// no more than this. One TiB in order is 16384 runs.
@@ -11,7 +11,7 @@ pub(super) const MAX_MERGED: u64 = 64 << 20;
 /// Disjoint runs of bytes with their checksums.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Runs {
-    runs: BTreeMap<u64, Run>,
+    runs: RunMap<Run>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -27,16 +27,16 @@ impl Runs {
             return false;
         }
         let (mut offset, mut run) = (offset, Run { len, crc });
-        if let Some((&before, &found)) = self.runs.range(..offset).next_back()
+        if let Some((before, found)) = self.runs.before(offset)
             && before + found.len == offset
             && let Some(merged) = found.then(run)
         {
-            self.runs.remove(&before);
+            self.runs.remove(before);
             (offset, run) = (before, merged);
         }
         let end = offset.saturating_add(run.len);
-        if let Some(merged) = self.runs.get(&end).and_then(|after| run.then(*after)) {
-            self.runs.remove(&end);
+        if let Some(merged) = self.runs.get(end).and_then(|after| run.then(after)) {
+            self.runs.remove(end);
             run = merged;
         }
         self.runs.insert(offset, run);
@@ -46,16 +46,16 @@ impl Runs {
     /// Whether any of these bytes is there.
     pub(super) fn overlaps(&self, offset: u64, len: u64) -> bool {
         let end = offset.saturating_add(len);
-        self.runs.range(..end).next_back().is_some_and(|(start, run)| start + run.len > offset)
+        self.runs.before(end).is_some_and(|(start, run)| start + run.len > offset)
     }
 
     pub(super) fn remove(&mut self, offset: u64) {
-        self.runs.remove(&offset);
+        self.runs.remove(offset);
     }
 
     /// Offset, length and checksum of each, in order.
     pub(super) fn iter(&self) -> impl Iterator<Item = (u64, u64, u64)> + '_ {
-        self.runs.iter().map(|(&offset, run)| (offset, run.len, run.crc))
+        self.runs.iter().map(|(offset, run)| (offset, run.len, run.crc))
     }
 
     pub(super) fn len(&self) -> usize {

@@ -133,34 +133,41 @@ impl Inner {
         }
         let file = self.file(number)?;
         let path = self.area.tree.join(file.name.as_str());
-        let failed = |error| StoreError::io("open a staged file", error);
-        let handle = match OpenOptions::new().read(true).write(true).open(&path) {
-            Ok(handle) => handle,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                let parent = path.parent().unwrap_or(&self.area.tree);
-                self.make_dirs(&mut state, parent)?;
-                let handle = OpenOptions::new()
-                    .read(true)
-                    .write(true)
-                    .create(true)
-                    .truncate(false)
-                    .open(&path)
-                    .map_err(failed)?;
-                state.dirty_dirs.insert(parent.to_owned());
-                match self.preallocate(&mut state, number, file, &handle) {
-                    Ok(()) => handle,
-                    Err(error) => {
-                        // So that the next attempt allocates, too.
-                        let _ = std::fs::remove_file(&path);
-                        return Err(error);
-                    }
+        // Most often it is new, and one call makes it.
+        let handle = match self.make_file(&mut state, &path)? {
+            Some(handle) => {
+                if let Err(error) = self.preallocate(&mut state, number, file, &handle) {
+                    // So that the next attempt allocates, too.
+                    let _ = std::fs::remove_file(&path);
+                    return Err(error);
                 }
+                handle
             }
-            Err(error) => return Err(failed(error)),
+            None => OpenOptions::new()
+                .read(true)
+                .write(true)
+                .open(&path)
+                .map_err(|error| StoreError::io("open a staged file", error))?,
         };
         let handle = Arc::new(handle);
         self.shared.handles.put(self.serial, number, &handle);
         Ok(handle)
+    }
+
+    /// Makes the file at `path`; `None` if it is there.
+    fn make_file(&self, state: &mut State, path: &Path) -> Result<Option<File>, StoreError> {
+        let parent = path.parent().unwrap_or(&self.area.tree);
+        self.make_dirs(state, parent)?;
+        match OpenOptions::new().read(true).write(true).create_new(true).open(path) {
+            Ok(handle) => {
+                if !state.dirty_dirs.contains(parent) {
+                    state.dirty_dirs.insert(parent.to_owned());
+                }
+                Ok(Some(handle))
+            }
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(None),
+            Err(error) => Err(StoreError::io("open a staged file", error)),
+        }
     }
 
     /// Makes `dir`, which is the tree or lies below it, and what is above it.

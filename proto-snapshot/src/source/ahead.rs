@@ -1,0 +1,133 @@
+//! Reading small files before they are asked for.
+//!
+//! A read on another thread costs two changes of threads, which is several times what reading 4 KiB takes. Whoever asks for one small file
+//! after the other, in the order of their numbers, gets them from batches that are read at once, the next batch while the last one is
+//! being sent.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex};
+
+use bytes::Bytes;
+use tokio::task::JoinHandle;
+
+use super::SourceError;
+use super::disk::{Listing, lock};
+
+/// A file up to this length is small.
+const SMALL: u64 = 64 << 10;
+/// Files of a batch at most.
+const BATCH: usize = 64;
+/// Bytes of a batch at most, beside the first file. Two batches of each reader are in memory.
+const BATCH_BYTES: u64 = 512 << 10;
+/// Readers that are told apart: the streams that a receiver allows, and one that reads for checksums only.
+const READERS: usize = 9;
+
+type Batch = Vec<(u32, Result<Bytes, SourceError>)>;
+
+/// Who reads where.
+#[derive(Debug, Default)]
+pub(super) struct Ahead {
+    readers: Mutex<VecDeque<Reader>>,
+}
+
+/// One that goes through the files in order.
+#[derive(Debug, Default)]
+struct Reader {
+    /// The file that it is expected to ask for next.
+    next: u32,
+    /// Those from there on.
+    ready: VecDeque<(u32, Result<Bytes, SourceError>)>,
+    /// Those that follow. Ends by itself, after a batch.
+    coming: Option<JoinHandle<Batch>>,
+}
+
+impl Ahead {
+    /// What was read is no longer what the files are.
+    pub(super) fn forget(&self) {
+        lock(&self.readers).clear();
+    }
+
+    /// The whole of `file`, if it is small, `len` is its length and the one before it was asked for last; `None` where it has to be read by
+    /// itself. Dropping the future forgets what was read ahead.
+    pub(super) async fn read(
+        &self,
+        listing: &Arc<Listing>,
+        file: u32,
+        len: Option<u64>,
+        piece: usize,
+    ) -> Option<Result<Bytes, SourceError>> {
+        let size = listing.get(file)?.size();
+        let fits = usize::try_from(size).is_ok_and(|size| size <= piece);
+        if size == 0 || size > SMALL || !fits || len.is_some_and(|len| len != size) {
+            return None;
+        }
+        let mut reader = {
+            let mut readers = lock(&self.readers);
+            let known = readers.iter().position(|reader| reader.next == file);
+            match known.and_then(|at| readers.remove(at)) {
+                Some(reader) => reader,
+                None => {
+                    readers.truncate(READERS - 1);
+                    readers.push_front(Reader { next: following(listing, file)?, ..Reader::default() });
+                    return None;
+                }
+            }
+        };
+        if reader.ready.is_empty() {
+            let coming = reader.coming.take().unwrap_or_else(|| start(listing, file));
+            // One that panicked has read nothing.
+            reader.ready = coming.await.unwrap_or_default().into();
+            if let Some(&(last, _)) = reader.ready.back() {
+                reader.coming = last.checked_add(1).map(|next| start(listing, next));
+            }
+        }
+        let (number, bytes) = reader.ready.pop_front()?;
+        // Empty files are passed over: nobody asks for them.
+        if number != file {
+            return None;
+        }
+        reader.next = match reader.ready.front() {
+            Some(&(next, _)) => next,
+            None => following(listing, file)?,
+        };
+        lock(&self.readers).push_front(reader);
+        Some(bytes)
+    }
+}
+
+/// The next file after `file` that has bytes.
+fn following(listing: &Listing, file: u32) -> Option<u32> {
+    (file.checked_add(1)?..)
+        .map_while(|next| Some((next, listing.get(next)?.size())))
+        .find(|(_, size)| *size > 0)
+        .map(|(next, _)| next)
+}
+
+/// Reads a batch of small files from number `from` on; it ends before the first that is not small, or after one that failed.
+fn start(listing: &Arc<Listing>, from: u32) -> JoinHandle<Batch> {
+    let listing = Arc::clone(listing);
+    tokio::task::spawn_blocking(move || {
+        let mut batch = Batch::new();
+        let mut bytes = 0;
+        for number in from.. {
+            let Some(entry) = listing.get(number) else { break };
+            let size = entry.size();
+            if size == 0 {
+                continue;
+            }
+            bytes += size;
+            let full = batch.len() == BATCH || (bytes > BATCH_BYTES && !batch.is_empty());
+            let Ok(len) = usize::try_from(size) else { break };
+            if size > SMALL || full {
+                break;
+            }
+            let read = entry.read_whole(0, len);
+            let failed = read.is_err();
+            batch.push((number, read));
+            if failed {
+                break;
+            }
+        }
+        batch
+    })
+}
