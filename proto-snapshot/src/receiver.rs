@@ -49,6 +49,10 @@ use crate::v1::{TransferPhase, TransferProgress};
 /// The method whose chunks are not copied.
 const TRANSFER: &str = "/node.snapshot.v1.SplitSnapshotService/TransferSplitSnapshot";
 
+/// The service of a [`SnapshotReceiver`], as it is added to a tonic server.
+pub type ReceiverService<S> =
+    Guarded<WithDetails<WithRawBody<SplitSnapshotServiceServer<SnapshotReceiver<S>>>>>;
+
 /// How often stale staging is looked for; at most a quarter of its age.
 const COLLECT_INTERVAL: Duration = Duration::from_secs(60);
 
@@ -231,7 +235,7 @@ impl<S: SnapshotStore> SnapshotReceiver<S> {
     /// The service, to be added to a tonic server. Chunks reach the store in the pieces in which they came from the network, which a
     /// [`SplitSnapshotServiceServer`] alone would copy together.
     #[must_use]
-    pub fn into_service(self) -> Guarded<WithDetails<WithRawBody<SplitSnapshotServiceServer<Self>>>> {
+    pub fn into_service(self) -> ReceiverService<S> {
         let access = self.inner.access.clone();
         let service = SplitSnapshotServiceServer::new(self)
             .max_decoding_message_size(MAX_MESSAGE_BYTES)

@@ -5,7 +5,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use proto_common::access::Caller;
 use proto_common::bulk::{BulkError, Incoming, Payload, Received};
-use proto_common::error::{Code, Error};
+use proto_common::error::Error;
 use proto_common::fence::Fence;
 use proto_common::ids::{MigrationId, NodeId};
 use proto_common::refusal::Refusal;

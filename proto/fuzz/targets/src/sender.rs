@@ -5,16 +5,13 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use proto_common::Error;
-use proto_common::access::Guarded;
 use proto_common::checksum::crc64;
 use proto_common::ids::NodeId;
-use proto_common::refusal::WithDetails;
 use proto_common::slots::SlotRange;
 use proto_snapshot::limits::Limits;
-use proto_snapshot::receiver::SnapshotReceiver;
+use proto_snapshot::receiver::{ReceiverService, SnapshotReceiver};
 use proto_snapshot::store::{FileSnapshotStore, FileStoreOptions, StoreError};
 use proto_snapshot::v1::split_snapshot_service_client::SplitSnapshotServiceClient;
-use proto_snapshot::v1::split_snapshot_service_server::SplitSnapshotServiceServer;
 use proto_snapshot::v1::transfer_split_snapshot_request::{
     Chunk, End, File, FileTotal, Frame, Header, Manifest,
 };
@@ -32,8 +29,7 @@ use crate::harness::polite;
 pub(crate) const CHUNK: usize = 64;
 
 type Receiver = SnapshotReceiver<FileSnapshotStore>;
-pub(crate) type Client =
-    SplitSnapshotServiceClient<Guarded<WithDetails<SplitSnapshotServiceServer<Receiver>>>>;
+pub(crate) type Client = SplitSnapshotServiceClient<ReceiverService<FileSnapshotStore>>;
 
 pub(crate) fn open(dir: &Path) -> Result<FileSnapshotStore, StoreError> {
     let mut options = FileStoreOptions::default();
