@@ -1,12 +1,13 @@
 //! Writers at a fixed rate: what is due is sent, whatever became of what was sent before.
 
 use std::collections::VecDeque;
-use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use hdrhistogram::Histogram;
 use proto_common::slots::slot_of;
+use serde::Serialize;
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::TcpStream;
 use tokio::sync::{Notify, mpsc};
@@ -19,59 +20,38 @@ const CONNECTIONS: u64 = 16;
 /// Writes are sent in groups, this often.
 const TICK: Duration = Duration::from_millis(1);
 
-/// Latencies of one group of writes.
-#[derive(Default, Clone)]
-struct Latencies {
-    micros: Vec<u32>,
-}
-
 /// What was measured since the last look.
+#[derive(Serialize)]
 pub(crate) struct Measured {
-    moving: Latencies,
-    staying: Latencies,
-    time: Duration,
+    pub(crate) moving: Writes,
+    pub(crate) staying: Writes,
 }
 
-impl Measured {
-    pub(crate) fn moving_rate(&self) -> u64 {
-        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss)]
-        let rate = (self.moving.micros.len() as f64 / self.time.as_secs_f64()) as u64;
-        rate
-    }
-
-    pub(crate) fn moving_p99_ms(&self) -> f64 {
-        self.moving.p99_ms()
-    }
-
-    pub(crate) fn staying_p99_ms(&self) -> f64 {
-        self.staying.p99_ms()
-    }
+/// One group of writes that were acknowledged.
+#[derive(Serialize)]
+pub(crate) struct Writes {
+    pub(crate) per_s: f64,
+    pub(crate) p50_ms: f64,
+    pub(crate) p99_ms: f64,
 }
 
-impl Latencies {
-    fn p99_ms(&self) -> f64 {
-        let mut micros = self.micros.clone();
-        micros.sort_unstable();
-        let index = micros.len().saturating_sub(1) * 99 / 100;
-        f64::from(micros.get(index).copied().unwrap_or(0)) / 1000.0
+impl Writes {
+    fn new(micros: &Histogram<u64>, time: Duration) -> Self {
+        #[allow(clippy::cast_precision_loss)]
+        let millis = |quantile| micros.value_at_quantile(quantile) as f64 / 1000.0;
+        #[allow(clippy::cast_precision_loss)]
+        let per_s = micros.len() as f64 / time.as_secs_f64();
+        Self { per_s, p50_ms: millis(0.5), p99_ms: millis(0.99) }
     }
 }
 
-impl fmt::Display for Measured {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{{\"moving_per_s\":{},\"moving_p99_ms\":{:.3},\"staying_p99_ms\":{:.3}}}",
-            self.moving_rate(),
-            self.moving_p99_ms(),
-            self.staying_p99_ms()
-        )
-    }
+fn histogram() -> Histogram<u64> {
+    Histogram::new(3).expect("three digits")
 }
 
-#[derive(Default)]
 struct Shared {
-    measured: Mutex<(Latencies, Latencies)>,
+    /// Microseconds, of writes to the moving slots and to others.
+    measured: Mutex<[Histogram<u64>; 2]>,
     stop: AtomicBool,
     stopped: Notify,
 }
@@ -93,7 +73,8 @@ struct Due {
 impl Load {
     /// `moving` writes per second to keys of the moving slots, `staying` to others.
     pub(crate) fn start(nodes: [&Node; 2], slots: (u16, u16), keys: u64, moving: u64, staying: u64) -> Self {
-        let shared: Arc<Shared> = Arc::default();
+        let measured = Mutex::new([histogram(), histogram()]);
+        let shared = Arc::new(Shared { measured, stop: AtomicBool::new(false), stopped: Notify::new() });
         let mut tasks = JoinSet::new();
         let addresses = nodes.map(|node| node.resp.clone());
         let in_range = |key: &u64| (slots.0..slots.1).contains(&slot_of(name(*key).as_bytes()));
@@ -112,8 +93,10 @@ impl Load {
     pub(crate) fn take(&self) -> Measured {
         let now = Instant::now();
         let since = std::mem::replace(&mut *self.since.lock().unwrap(), now);
-        let (moving, staying) = std::mem::take(&mut *self.shared.measured.lock().unwrap());
-        Measured { moving, staying, time: now - since }
+        let fresh = [histogram(), histogram()];
+        let measured = std::mem::replace(&mut *self.shared.measured.lock().unwrap(), fresh);
+        let [moving, staying] = measured.map(|micros| Writes::new(&micros, now - since));
+        Measured { moving, staying }
     }
 
     pub(crate) async fn stop(mut self) {
@@ -155,10 +138,9 @@ async fn write(
                 }
                 let due = sent.lock().unwrap().pop_front().expect("an answer to a write");
                 if line.starts_with(b"+OK") {
-                    let micros = u32::try_from(due.at.elapsed().as_micros()).unwrap_or(u32::MAX);
+                    let micros = u64::try_from(due.at.elapsed().as_micros()).unwrap_or(u64::MAX);
                     let mut measured = shared.measured.lock().unwrap();
-                    let latencies = if moving { &mut measured.0 } else { &mut measured.1 };
-                    latencies.micros.push(micros);
+                    measured[usize::from(!moving)].saturating_record(micros);
                 } else {
                     let text = String::from_utf8_lossy(&line);
                     let later = text.starts_with("-MOVED")

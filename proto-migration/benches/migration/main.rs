@@ -1,24 +1,26 @@
 //! What a migration costs clients: whether it converges under a load, how long it freezes, and what writers notice.
+//! `cargo bench -p proto-migration -- --help`.
 //!
-//!   cargo bench -p proto-migration [-- --quick] [--dir DIR] [--json FILE]
-//!
-//! Two processes of the example node, built for release, with their data in DIR (default: a memory file system where there is one, so
-//! that the disk is not what is measured). For each offered load of writes to the moving slots there is a time without a migration and
-//! one in which the slots go there and back, again and again; a few writes to other slots go on beside. Latency is counted
-//! from the moment at which a write was due, so that a stall is not hidden by the writes that it held back. Load, nodes and
+//! Two processes of the example node, built for release. For each offered load of writes to the moving slots there is a time without a
+//! migration and one in which the slots go there and back, again and again; a few writes to other slots go on beside. Latency is
+//! counted from the moment at which a write was due, so that a stall is not hidden by the writes that it held back. Load, nodes and
 //! measuring share the machine: ratios within one run mean more than numbers.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a benchmark that cannot run ends")]
 
+mod disk;
 mod load;
 mod nodes;
+mod report;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use clap::Parser;
 use load::{Load, Measured};
 use nodes::Node;
-use proto_migration::v1::{FreezeOutcome, MigrationProgress};
+use proto_migration::v1::{FreezeAttempt, FreezeOutcome, MigrationProgress};
+use report::{Report, Row};
 
 /// The slots that move: half of them.
 const MOVING: (u16, u16) = (0, 8192);
@@ -26,154 +28,137 @@ const MOVING: (u16, u16) = (0, 8192);
 const KEYS: u64 = 100_000;
 /// Writes per second to slots that stay.
 const BESIDE: u64 = 2_000;
+/// What is offered first when saturation is looked for, and by how much more next, in percent.
+const FIRST: u64 = 20_000;
+const MORE: u64 = 130;
+/// Less than this share of what was offered is saturation, in percent.
+const KEPT_UP: u64 = 95;
 
+/// Measures migrations of 100,000 keys between two nodes under a load of writes.
+#[derive(Debug, Parser)]
+#[command(bin_name = "cargo bench -p proto-migration --")]
 struct Options {
+    /// Seconds instead of minutes: whether everything works, not how fast
+    #[arg(long)]
     quick: bool,
+    /// Writes per second that are offered to the moving slots, separated by commas [default: 10000,30000,60000; 2000 with --quick]
+    #[arg(long, value_delimiter = ',')]
+    loads: Vec<u64>,
+    /// Look for the load at which the nodes are saturated, and measure at half of it and at more than all of it, too
+    #[arg(long)]
+    saturation: bool,
+    /// Migrations per load [default: 30; 2 with --quick]
+    #[arg(long)]
+    migrations: Option<usize>,
+    /// Directory for the nodes' data: a memory file system, so that the disk is not what is measured, or the disk that is
+    #[arg(long, default_value = "/dev/shm")]
     dir: PathBuf,
+    /// Where to write the results as JSON
+    #[arg(long)]
     json: Option<PathBuf>,
-}
-
-/// One line of the table.
-struct Row {
-    offered: u64,
-    alone: Measured,
-    migrating: Measured,
-    freezes: Vec<u64>,
-    migrations: usize,
-    given_up: usize,
-    not_converging: usize,
+    /// Given by `cargo bench`.
+    #[arg(long, hide = true)]
+    bench: bool,
 }
 
 #[tokio::main]
 async fn main() {
-    let options = options();
-    let (loads, migrations, time) = if options.quick {
-        (vec![2_000], 2, Duration::from_secs(1))
-    } else {
-        (vec![10_000, 30_000, 60_000], 30, Duration::from_secs(5))
-    };
+    let mut options = Options::parse();
+    if options.loads.is_empty() {
+        options.loads = if options.quick { vec![2_000] } else { vec![10_000, 30_000, 60_000] };
+    }
+    let (migrations, time) = if options.quick { (2, 1) } else { (30, 5) };
+    let (migrations, time) = (options.migrations.unwrap_or(migrations), Duration::from_secs(time));
     let program = nodes::build();
-    println!("two nodes with their data in {}; {KEYS} keys", options.dir.display());
-    let mut rows = Vec::new();
-    for offered in loads {
-        rows.push(measure(&program, &options, offered, migrations, time).await);
-        print(&rows);
+    let mut report = Report::new(KEYS, disk::fsync(&options.dir));
+    let mut loads: Vec<_> = options.loads.iter().map(|&offered| (offered.to_string(), offered)).collect();
+    if options.saturation {
+        let most = saturation(&program, &options.dir, time / 2).await;
+        report.saturation = Some(most);
+        loads.push(("half".to_owned(), most / 2));
+        loads.push(("all".to_owned(), most * 110 / 100));
+    }
+    for (name, offered) in loads {
+        report.rows.push(measure(&program, &options.dir, name, offered, migrations, time).await);
+        println!("\n{report}");
     }
     if let Some(path) = &options.json {
-        std::fs::write(path, json(&rows)).expect("the JSON file is written");
+        let json = serde_json::to_string_pretty(&report).expect("a report is JSON");
+        std::fs::write(path, json).expect("the JSON file is written");
     }
 }
 
-fn options() -> Options {
-    let memory = PathBuf::from("/dev/shm");
-    let mut options = Options {
-        quick: false,
-        dir: if memory.is_dir() { memory } else { std::env::temp_dir() },
-        json: None,
-    };
-    let mut words = std::env::args().skip(1);
-    while let Some(word) = words.next() {
-        match word.as_str() {
-            "--quick" => options.quick = true,
-            "--dir" => options.dir = words.next().expect("--dir DIR").into(),
-            "--json" => options.json = Some(words.next().expect("--json FILE").into()),
-            // What `cargo bench` passes to every harness.
-            "--bench" => {}
-            other => panic!("{other}: not known; there are --quick, --dir DIR, --json FILE"),
+/// Two nodes, of which the first one has all keys.
+async fn start(program: &Path, dir: &Path) -> (Node, Node) {
+    let one = Node::start(program, dir, "n1", "0-16383").await;
+    let two = Node::start(program, dir, "n2", "none").await;
+    load::fill(&one, KEYS).await;
+    (one, two)
+}
+
+/// Waits until connections, caches and the first writes of each key are not what is measured, then measures for `time`.
+async fn alone(load: &Load, time: Duration) -> Measured {
+    tokio::time::sleep(time / 2).await;
+    load.take();
+    tokio::time::sleep(time).await;
+    load.take()
+}
+
+/// The most writes per second to the moving slots that a node acknowledges, whatever is offered.
+async fn saturation(program: &Path, dir: &Path, time: Duration) -> u64 {
+    let dir = tempfile::tempdir_in(dir).unwrap();
+    let (one, two) = start(program, dir.path()).await;
+    let (mut offered, mut most) = (FIRST, 0);
+    loop {
+        let load = Load::start([&one, &two], MOVING, KEYS, offered, BESIDE);
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a rate")]
+        let done = alone(&load, time).await.moving.per_s as u64;
+        load.stop().await;
+        most = most.max(done);
+        if done * 100 < offered * KEPT_UP {
+            return most;
         }
+        offered = offered * MORE / 100;
     }
-    options
 }
 
 async fn measure(
-    program: &std::path::Path,
-    options: &Options,
+    program: &Path,
+    dir: &Path,
+    load: String,
     offered: u64,
     migrations: usize,
     time: Duration,
 ) -> Row {
-    let dir = tempfile::tempdir_in(&options.dir).unwrap();
-    let one = Node::start(program, dir.path(), "n1", "0-16383").await;
-    let two = Node::start(program, dir.path(), "n2", "none").await;
-    load::fill(&one, KEYS).await;
-    let load = Load::start([&one, &two], MOVING, KEYS, offered, BESIDE);
-    // Connections, caches and the first writes of each key are not what is measured.
-    tokio::time::sleep(time / 2).await;
-    load.take();
-    tokio::time::sleep(time).await;
-    let alone = load.take();
-    let mut freezes = Vec::new();
-    let (mut given_up, mut not_converging) = (0, 0);
+    let dir = tempfile::tempdir_in(dir).unwrap();
+    let (one, two) = start(program, dir.path()).await;
+    let writers = Load::start([&one, &two], MOVING, KEYS, offered, BESIDE);
+    let alone = alone(&writers, time).await;
+    let mut row = Row::new(load, offered, alone);
     let mut ends = [&one, &two];
+    let mut migrating = Duration::ZERO;
     for number in 0..migrations {
+        let began = Instant::now();
         let done: MigrationProgress = nodes::migrate(ends, &format!("m{number}"), MOVING).await;
-        let outcome =
-            |freeze: &&proto_migration::v1::FreezeAttempt| freeze.outcome() == FreezeOutcome::Committed;
-        freezes.extend(done.freezes.iter().filter(outcome).filter_map(|freeze| freeze.freeze_ms));
-        given_up += done.freezes.iter().filter(|freeze| !outcome(freeze)).count();
-        not_converging += usize::from(done.writers_slowed_ms > 0);
+        migrating += began.elapsed();
+        let committed = |freeze: &&FreezeAttempt| freeze.outcome() == FreezeOutcome::Committed;
+        row.freezes_ms.extend(done.freezes.iter().filter(committed).filter_map(|freeze| freeze.freeze_ms));
+        row.given_up += done.freezes.iter().filter(|freeze| !committed(freeze)).count();
+        row.slowed += usize::from(done.writers_slowed_ms > 0);
         ends.reverse();
     }
-    let migrating = load.take();
-    load.stop().await;
-    freezes.sort_unstable();
-    Row { offered, alone, migrating, freezes, migrations, given_up, not_converging }
+    row.migrating = Some(writers.take());
+    row.mean_migration_s = migrating.as_secs_f64() / f64::from(u32::try_from(migrations.max(1)).unwrap());
+    row.migrations = migrations;
+    row.freezes_ms.sort_unstable();
+    // What was moved away is deleted in the background.
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    row.after = Some(self::alone(&writers, time).await);
+    writers.stop().await;
+    row
 }
 
-fn quantile(sorted: &[u64], q: f64) -> u64 {
-    if sorted.is_empty() {
-        return 0;
-    }
-    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss)]
-    let index = ((sorted.len() as f64 * q).ceil() as usize).clamp(1, sorted.len());
-    sorted[index - 1]
-}
-
-fn print(rows: &[Row]) {
-    println!();
-    println!(
-        "  offered/s | writes to moving slots, /s     | p99 ms         | other slots p99 | freeze ms      | slowed"
-    );
-    println!(
-        "            | alone   migrating  ratio       | alone   migr.  | alone   migr.   | p50  p99  more |"
-    );
-    for row in rows {
-        #[allow(clippy::cast_precision_loss)]
-        let ratio = row.migrating.moving_rate() as f64 / row.alone.moving_rate().max(1) as f64;
-        println!(
-            "  {:>9} | {:>7} {:>9}   {:>5.2}       | {:>6.1} {:>6.1}  | {:>6.1} {:>6.1}   | {:>3}  {:>3}  {:>4} | {}/{}",
-            row.offered,
-            row.alone.moving_rate(),
-            row.migrating.moving_rate(),
-            ratio,
-            row.alone.moving_p99_ms(),
-            row.migrating.moving_p99_ms(),
-            row.alone.staying_p99_ms(),
-            row.migrating.staying_p99_ms(),
-            quantile(&row.freezes, 0.5),
-            quantile(&row.freezes, 0.99),
-            row.given_up,
-            row.not_converging,
-            row.migrations,
-        );
-    }
-    println!("  (more: freezes that were given up and tried again; slowed: migrations that slowed writers)");
-}
-
-fn json(rows: &[Row]) -> String {
-    let rows: Vec<String> = rows
-        .iter()
-        .map(|row| {
-            format!(
-                "{{\"offered\":{},\"alone\":{},\"migrating\":{},\"freezes_ms\":{:?},\"given_up\":{},\"slowed\":{},\"migrations\":{}}}",
-                row.offered, row.alone, row.migrating, row.freezes, row.given_up, row.not_converging, row.migrations
-            )
-        })
-        .collect();
-    format!("[{}]\n", rows.join(",\n "))
-}
-
-/// Waits until something holds, at most a minute.
+/// Waits until something holds, at most two minutes.
 pub(crate) async fn until<T>(what: &str, mut look: impl AsyncFnMut() -> Option<T>) -> T {
     let began = Instant::now();
     loop {

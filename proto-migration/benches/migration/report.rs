@@ -1,0 +1,129 @@
+//! What was measured, as a table and as JSON.
+
+use std::fmt;
+
+use comfy_table::presets;
+use comfy_table::{CellAlignment, Table};
+use serde::Serialize;
+
+use crate::disk::Fsync;
+use crate::load::Measured;
+
+#[derive(Serialize)]
+pub(crate) struct Report {
+    pub(crate) cores: usize,
+    pub(crate) keys: u64,
+    pub(crate) fsync: Fsync,
+    /// Writes per second to the moving slots.
+    pub(crate) saturation: Option<u64>,
+    pub(crate) rows: Vec<Row>,
+}
+
+/// One load.
+#[derive(Serialize)]
+pub(crate) struct Row {
+    pub(crate) load: String,
+    pub(crate) offered: u64,
+    pub(crate) alone: Measured,
+    pub(crate) migrating: Option<Measured>,
+    pub(crate) after: Option<Measured>,
+    pub(crate) migrations: usize,
+    pub(crate) mean_migration_s: f64,
+    /// Of those that led to a commit, ascending.
+    pub(crate) freezes_ms: Vec<u64>,
+    /// Freezes that were given up and tried again.
+    pub(crate) given_up: usize,
+    /// Migrations that slowed writers.
+    pub(crate) slowed: usize,
+}
+
+impl Report {
+    pub(crate) fn new(keys: u64, fsync: Fsync) -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Self { cores, keys, fsync, saturation: None, rows: Vec::new() }
+    }
+}
+
+impl Row {
+    pub(crate) fn new(load: String, offered: u64, alone: Measured) -> Self {
+        Self {
+            load,
+            offered,
+            alone,
+            migrating: None,
+            after: None,
+            migrations: 0,
+            mean_migration_s: 0.0,
+            freezes_ms: Vec::new(),
+            given_up: 0,
+            slowed: 0,
+        }
+    }
+
+    fn freeze_ms(&self, percent: usize) -> u64 {
+        let index = (self.freezes_ms.len() * percent).div_ceil(100).saturating_sub(1);
+        self.freezes_ms.get(index).copied().unwrap_or(0)
+    }
+
+    fn cells(&self) -> Vec<String> {
+        let (migrating, after) =
+            (self.migrating.as_ref().unwrap_or(&self.alone), self.after.as_ref().unwrap_or(&self.alone));
+        let three = |of: fn(&Measured) -> f64| {
+            format!("{:.1} {:.1} {:.1}", of(&self.alone), of(migrating), of(after))
+        };
+        let ratio = |of: fn(&Measured) -> f64| format!("{:.2}", of(migrating) / of(&self.alone).max(1.0));
+        let load = if self.load == self.offered.to_string() {
+            self.load.clone()
+        } else {
+            format!("{} ({})", self.offered, self.load)
+        };
+        vec![
+            load,
+            format!("{:.0}", self.alone.moving.per_s),
+            ratio(|measured| measured.moving.per_s),
+            ratio(|measured| measured.staying.per_s),
+            three(|measured| measured.moving.p99_ms),
+            three(|measured| measured.staying.p99_ms),
+            format!("{} {}", self.freeze_ms(50), self.freeze_ms(99)),
+            format!("{:.1}", self.mean_migration_s),
+            format!("{}/{} {}", self.slowed, self.migrations, self.given_up),
+        ]
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Fsync { p50_ms, p99_ms } = self.fsync;
+        writeln!(
+            f,
+            "{} cores, {} keys; fsync p50 {p50_ms:.2} ms, p99 {p99_ms:.2} ms",
+            self.cores, self.keys
+        )?;
+        if let Some(saturation) = self.saturation {
+            writeln!(f, "a node is saturated by {saturation} writes/s to the moving slots")?;
+        }
+        let mut table = Table::new();
+        table.load_style(presets::ASCII_MARKDOWN);
+        table.set_header([
+            "offered/s",
+            "acked/s",
+            "moving ×",
+            "others ×",
+            "moving p99 ms",
+            "others p99 ms",
+            "freeze ms",
+            "migration s",
+            "slowed",
+        ]);
+        table.add_rows(self.rows.iter().map(Row::cells));
+        for column in table.column_iter_mut() {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+        writeln!(f, "{table}")?;
+        writeln!(
+            f,
+            "acked: without a migration; ×: writes/s while slots move, relative to that; p99: before, during and after the migrations; \
+             freeze: p50 and p99; slowed: migrations that slowed writers, of how many, and freezes that were given up"
+        )
+    }
+}
