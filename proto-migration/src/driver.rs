@@ -277,6 +277,7 @@ impl<S: MigrationSource, D: Dial> Inner<S, D> {
         Ok(Task {
             inner: Arc::clone(self),
             rate: RateLimiter::with_rate(limits.bytes_per_second),
+            wished_rate: None,
             id,
             spec,
             limits,

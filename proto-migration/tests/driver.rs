@@ -5,6 +5,7 @@
 
 mod support;
 
+use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -17,8 +18,8 @@ use proto_migration::hold::HoldMode;
 use proto_migration::journal::Journal;
 use proto_migration::v1::migration_service_client::MigrationServiceClient;
 use proto_migration::v1::{
-    self, FreezeOutcome, MigrationDecision, MigrationGate, MigrationLimits, MigrationState,
-    StartMigrationRequest,
+    self, FreezeOutcome, MigrationDecision, MigrationGate, MigrationLimits, MigrationProgress,
+    MigrationState, StartMigrationRequest,
 };
 use support::memory_source::{Answer, Faults, MemorySource};
 use support::memory_target::Fault;
@@ -328,4 +329,24 @@ async fn writers_that_outrun_the_target_are_slowed_and_told_so_and_it_ends_all_t
     assert!(done.source_throttled_ms > 0, "{done:?}");
     assert!(writer.await.unwrap() < Duration::from_secs(20));
     assert_eq!(pair.source.delay(), Duration::ZERO);
+}
+
+#[tokio::test]
+async fn what_the_target_wishes_limits_the_rate_whatever_a_caller_allows() {
+    let mut pair = Pair::start().await;
+    pair.target_down().await;
+    pair.target_limits.bytes_per_second = NonZeroU64::new(4 << 20);
+    pair.target_up(2).await;
+    for n in 0..100 {
+        pair.source.write(format!("key{n}").as_bytes(), Some(&[b'x'; 64 << 10])).await;
+    }
+    pair.begin(|_| {}).await.unwrap();
+    let throttled = |than: u64| move |progress: &MigrationProgress| progress.source_throttled_ms > than;
+    let before = pair.until("it waits for the target's rate", throttled(0)).await;
+    let rate = Some(1 << 40);
+    let limits = MigrationLimits { max_bytes_per_second: rate, ..MigrationLimits::default() };
+    pair.begin(|request| request.limits = Some(limits)).await.unwrap();
+    let more = before.source_throttled_ms + 300;
+    let after = pair.until("it goes on waiting", throttled(more)).await;
+    assert_eq!(after.limits.unwrap().max_bytes_per_second, rate);
 }

@@ -38,7 +38,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
                 progress.limits = Some(limits.into());
                 progress.set_priority(priority);
                 progress.target_address = address;
-                self.rate.set_rate(limits.bytes_per_second);
+                self.limit_rate();
                 let saved = self.save().await;
                 (reply, Ok(()), saved)
             }

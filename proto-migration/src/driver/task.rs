@@ -3,6 +3,7 @@
 //! A task owns its record. Every transition is saved before it is acted on, except the way into and out of FREEZING: a source that
 //! restarts holds no writes of a freeze.
 
+use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -63,6 +64,8 @@ pub(super) struct Task<S: MigrationSource, D: Dial> {
     /// Keeps others off the slots until the migration has ended.
     pub(super) range: Option<RangeHold>,
     pub(super) rate: RateLimiter,
+    /// What the target of the last stream asked for, in bytes per second.
+    pub(super) wished_rate: Option<NonZeroU64>,
     pub(super) meter: Meter,
     pub(super) backoff: BackoffState,
     /// No freeze before this.

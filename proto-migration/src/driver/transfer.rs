@@ -1,5 +1,6 @@
 //! The stream that moves data: rows and changes at the same time, until the lag allows to cut over.
 
+use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -83,9 +84,8 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
             return Err(unexpected("the target goes on with another copy than that of the header").into());
         }
         self.go_on_with_log(resume.through_seq).await?;
-        let theirs = accepted.max_bytes_per_second.and_then(std::num::NonZeroU64::new);
-        let rate = [self.limits.bytes_per_second, theirs].into_iter().flatten().min();
-        self.rate.set_rate(rate);
+        self.wished_rate = accepted.max_bytes_per_second.and_then(NonZeroU64::new);
+        self.limit_rate();
         let progress = self.change();
         progress.durable_seq = progress.durable_seq.max(resume.through_seq);
         let task = progress.task();
@@ -251,6 +251,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         let before = running.before;
         let slowed = self.inner.source.writers_slowed_ms(&self.id);
         self.show_lag(log, age);
+        let copying = self.state() == MigrationState::Copying;
         let progress = self.record.progress.get_or_insert_default();
         progress.wire_bytes = before.wire_bytes + sent.bytes;
         progress.delta_entries = before.changes + sent.changes;
@@ -270,7 +271,17 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         // Estimates are never lower than what is there.
         task.items_total = task.items_total.map(|total| total.max(task.items_done));
         task.bytes_total = task.bytes_total.map(|total| total.max(task.bytes_done));
-        self.meter.measure(now.into_std(), task);
+        if copying {
+            self.meter.measure(now.into_std(), task);
+        } else {
+            (task.bytes_per_second, task.eta_ms) = (None, None);
+        }
+    }
+
+    /// The lower one of the caller's limit and the target's wish is kept.
+    pub(super) fn limit_rate(&self) {
+        let rate = [self.limits.bytes_per_second, self.wished_rate].into_iter().flatten().min();
+        self.rate.set_rate(rate);
     }
 
     pub(super) fn heartbeat(&self) -> Heartbeat {

@@ -37,6 +37,8 @@ pub struct Pair {
     pub dir: tempfile::TempDir,
     pub source: MemorySource,
     pub target: MemoryTarget,
+    /// Of the receiver, when it comes up.
+    pub target_limits: Limits,
     /// What dialling reaches; `None`: nothing.
     pub reachable: Arc<Mutex<Option<Service>>>,
     pub receiver: Option<MigrationReceiver<MemoryTarget>>,
@@ -54,6 +56,7 @@ impl Pair {
             dir,
             source,
             target: MemoryTarget::default(),
+            target_limits: Limits::default(),
             reachable,
             receiver: None,
             stop_driver: Some(stop_driver),
@@ -66,6 +69,7 @@ impl Pair {
     pub async fn target_up(&mut self, store: u8) {
         let (journal, _) = Journal::open(self.dir.path().join("target"), 10).unwrap();
         let receiver = MigrationReceiver::builder(identity("n2", store), self.target.clone(), journal)
+            .limits(self.target_limits.clone())
             .start()
             .await
             .unwrap();
