@@ -4,7 +4,7 @@ mod args;
 mod document;
 mod plan;
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::time::{Duration, Instant};
 
 use futures::StreamExt as _;
@@ -158,6 +158,7 @@ async fn carry_out(
     let bars = MultiProgress::with_draw_target(indicatif::ProgressDrawTarget::stdout_with_hz(10));
     let output = &RefCell::new(output);
     let bars = &bars;
+    let going = &Cell::new(0_usize);
     let joining = running.into_iter().map(|migration| (Some(migration), None));
     let starting = moves.into_iter().map(|one| (None, Some(one)));
     let mut work = futures::stream::iter(joining.chain(starting))
@@ -167,11 +168,23 @@ async fn carry_out(
                 (None, Some(one)) => begin(command, node_id, &one).await?,
                 (None, None) => return Ok(()),
             };
-            finish(command, migration, bars, output).await
+            going.set(going.get() + 1);
+            let finished = finish(command, migration, bars, output).await;
+            going.set(going.get() - 1);
+            finished
         })
         .buffer_unordered(command.parallel);
     while let Some(done) = work.next().await {
-        done.map_err(|failure| failure.resume(again()))?;
+        if let Err(failure) = done {
+            let mut output = output.borrow_mut();
+            if going.get() > 0 && !output.json() {
+                let (others, at) = (going.get(), &command.address);
+                output.line(&format!(
+                    "{others} other migrations go on; see them with: nodectl migrate list --at {at} --active"
+                ));
+            }
+            return Err(failure.resume(again()));
+        }
     }
     Ok(())
 }

@@ -53,6 +53,9 @@ struct Options {
     /// Directory for the nodes' data: a memory file system, so that the disk is not what is measured, or the disk that is
     #[arg(long, default_value = "/dev/shm")]
     dir: PathBuf,
+    /// The program of the node, e.g. to compare two of them [default: built for release]
+    #[arg(long)]
+    node: Option<PathBuf>,
     /// Where to write the results as JSON
     #[arg(long)]
     json: Option<PathBuf>,
@@ -69,7 +72,7 @@ async fn main() {
     }
     let (migrations, time) = if options.quick { (2, 1) } else { (30, 5) };
     let (migrations, time) = (options.migrations.unwrap_or(migrations), Duration::from_secs(time));
-    let program = nodes::build();
+    let program = options.node.clone().unwrap_or_else(nodes::build);
     let mut report = Report::new(KEYS, disk::fsync(&options.dir));
     let mut loads: Vec<_> = options.loads.iter().map(|&offered| (offered.to_string(), offered)).collect();
     if options.saturation {
