@@ -125,6 +125,27 @@ async fn a_freeze_that_takes_too_long_is_given_up_and_tried_again() {
 }
 
 #[tokio::test]
+async fn a_freeze_that_ends_before_the_target_is_asked_is_none_to_the_target() {
+    let pair = Pair::start().await;
+    pair.fill(100).await;
+    pair.source.set_faults(Faults { slow_drain: Duration::from_secs(60), ..Faults::default() });
+    pair.begin(|request| {
+        request.limits = Some(MigrationLimits { freeze_timeout_ms: Some(50), ..MigrationLimits::default() });
+    })
+    .await
+    .unwrap();
+    let frozen = pair.until("a freeze timed out", |progress| {
+        progress.freezes.iter().any(|freeze| freeze.outcome() == FreezeOutcome::TimedOut)
+    });
+    let frozen = frozen.await;
+    let first = &frozen.freezes[0];
+    assert!(first.final_seq == 0 && first.drain_ms == 0, "the target was not asked to prepare: {first:?}");
+    pair.source.set_faults(Faults::default());
+    let done = pair.reaches(MigrationState::Completed).await;
+    assert_eq!(done.attempt, frozen.attempt, "{done:?}");
+}
+
+#[tokio::test]
 async fn a_target_that_nobody_reaches_fails_it_in_time() {
     let pair = Pair::start().await;
     pair.fill(10).await;

@@ -47,13 +47,15 @@ impl From<Error> for GivenUp {
     }
 }
 
-/// What the way to `Prepared` took.
+/// The way to `Prepared`: what it took, and how far it went.
 #[derive(Default)]
-struct Times {
+struct Way {
     drained: Duration,
     flushed: Duration,
     prepared: Duration,
     final_seq: u64,
+    /// The target was asked to prepare, and has to be told when it is not wanted any more.
+    asked: bool,
 }
 
 impl<S: MigrationSource, D: Dial> Task<S, D> {
@@ -73,23 +75,27 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         }
         self.show();
 
-        let mut times = Times::default();
-        let prepared = self.prepare(running, number, began, deadline, &mut times).await;
+        let mut way = Way::default();
+        let prepared = self.prepare(running, number, began, deadline, &mut way).await;
         if let Some(freeze) = self.change().freezes.last_mut() {
-            freeze.drain_ms = millis(times.drained);
-            freeze.flush_ms = millis(times.flushed);
-            freeze.prepare_ms = millis(times.prepared);
-            freeze.final_seq = times.final_seq;
+            freeze.drain_ms = millis(way.drained);
+            freeze.flush_ms = millis(way.flushed);
+            freeze.prepare_ms = millis(way.prepared);
+            freeze.final_seq = way.final_seq;
         }
         let writes = match prepared? {
             Ok(hold) => hold,
             Err(given_up) => {
-                return self.give_up_freeze(running, number, given_up).await.map(|()| false);
+                let release = way.asked.then_some(Release { freeze: number });
+                return self.give_up_freeze(running, release, given_up).await.map(|()| false);
             }
         };
         match self.commit(running, number, writes, deadline).await? {
             Ok(()) => Ok(true),
-            Err(given_up) => self.give_up_freeze(running, number, given_up).await.map(|()| false),
+            Err(given_up) => {
+                let release = Some(Release { freeze: number });
+                self.give_up_freeze(running, release, given_up).await.map(|()| false)
+            }
         }
     }
 
@@ -111,7 +117,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         number: u64,
         began: Instant,
         deadline: Instant,
-        times: &mut Times,
+        way: &mut Way,
     ) -> Result<Result<Hold, GivenUp>, Halt> {
         let (source, id, slots) = (Arc::clone(&self.inner.source), self.id.clone(), self.spec.slots);
         let new_slot_epoch = self.new_slot_epoch();
@@ -120,7 +126,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         let Running { link, out, wish, sent, log, .. } = running;
         let steps = async {
             let hold = source.hold(slots, HoldMode::Writes).await?;
-            times.drained = began.elapsed();
+            way.drained = began.elapsed();
             let goal = log.borrow().head_seq;
             wish.send_replace(Wish::Flush(goal));
             let final_seq = sent
@@ -128,11 +134,12 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
                 .await
                 .map_err(|_| super::link::broken())?
                 .watermark;
-            times.final_seq = final_seq;
+            way.final_seq = final_seq;
             let digests = source.digests(&id).await?;
             let prepare = prepare_frame(number, final_seq, new_slot_epoch, digests);
             out.send(Frame::Prepare(prepare)).await?;
-            times.flushed = began.elapsed().saturating_sub(times.drained);
+            way.asked = true;
+            way.flushed = began.elapsed().saturating_sub(way.drained);
             loop {
                 match link.next().await? {
                     Said::Prepared(prepared) if prepared.freeze == number => {
@@ -155,7 +162,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
                     }
                 }
             }
-            times.prepared = began.elapsed().saturating_sub(times.drained + times.flushed);
+            way.prepared = began.elapsed().saturating_sub(way.drained + way.flushed);
             Ok(hold)
         };
         let mut steps = std::pin::pin!(timeout_at(deadline, steps));
@@ -248,11 +255,11 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         }
     }
 
-    /// Writes go on. The target is told, and the next try comes later.
+    /// Writes go on. The target is told if it has to be, and the next try comes later.
     async fn give_up_freeze(
         &mut self,
         running: &mut Running,
-        number: u64,
+        release: Option<Release>,
         given_up: GivenUp,
     ) -> Result<(), Halt> {
         self.open_gate();
@@ -290,7 +297,9 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         self.freeze_after = Instant::now() + wait;
         match then {
             None => {
-                running.out.send(Frame::Release(Release { freeze: number })).await?;
+                if let Some(release) = release {
+                    running.out.send(Frame::Release(release)).await?;
+                }
                 Ok(())
             }
             Some(Ok(error)) => Err(Halt::Failed(error)),

@@ -62,6 +62,8 @@ pub struct Faults {
     pub lose_log: bool,
     /// A page takes this long.
     pub slow_pages: Duration,
+    /// Writes that are on their way end this long after a hold.
+    pub slow_drain: Duration,
 }
 
 struct Log {
@@ -386,6 +388,8 @@ impl MigrationSource for MemorySource {
             state.holds.push((id, slots, mode, Arc::clone(&held)));
             MemoryHold { shared: Arc::clone(&self.shared), id, held }
         };
+        let drain = self.shared.lock().faults.slow_drain;
+        tokio::time::sleep(drain).await;
         loop {
             let changed = self.shared.changed.notified();
             tokio::pin!(changed);
