@@ -1,4 +1,4 @@
-//! Writers at a fixed rate: what is due is sent, whatever became of what was sent before.
+//! Writers at a fixed rate, which send what is due, whatever became of what was sent before; and writers as fast as they are answered.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,13 +10,16 @@ use proto_common::slots::slot_of;
 use serde::Serialize;
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::TcpStream;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, Semaphore, mpsc};
 use tokio::task::JoinSet;
+use tokio::time::MissedTickBehavior;
 
 use crate::nodes::Node;
 
-/// Connections to each node.
+/// Connections to each node of writers at a fixed rate.
 const CONNECTIONS: u64 = 16;
+/// The same of writers to slots that stay.
+const BESIDE_CONNECTIONS: u64 = 2;
 /// Writes are sent in groups, this often.
 const TICK: Duration = Duration::from_millis(1);
 
@@ -56,6 +59,25 @@ struct Shared {
     stopped: Notify,
 }
 
+/// How much is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Offer {
+    /// So many writes per second, in groups.
+    Rate(u64),
+    /// As fast as they are answered, with so many unanswered on each of so many connections.
+    Closed { connections: u64, unanswered: usize },
+}
+
+impl Offer {
+    /// What one of all connections writes, and how many there are.
+    fn shared(self, connections: u64) -> (Self, u64) {
+        match self {
+            Self::Rate(rate) => (Self::Rate(rate / connections), connections),
+            Self::Closed { connections, .. } => (self, connections),
+        }
+    }
+}
+
 /// Writers that run.
 pub(crate) struct Load {
     shared: Arc<Shared>,
@@ -71,19 +93,26 @@ struct Due {
 }
 
 impl Load {
-    /// `moving` writes per second to keys of the moving slots, `staying` to others.
-    pub(crate) fn start(nodes: [&Node; 2], slots: (u16, u16), keys: u64, moving: u64, staying: u64) -> Self {
+    /// Writes `moving` to keys of the moving slots, and `staying` per second to others.
+    pub(crate) fn start(
+        nodes: [&Node; 2],
+        slots: (u16, u16),
+        keys: u64,
+        moving: Offer,
+        staying: u64,
+    ) -> Self {
         let measured = Mutex::new([histogram(), histogram()]);
         let shared = Arc::new(Shared { measured, stop: AtomicBool::new(false), stopped: Notify::new() });
         let mut tasks = JoinSet::new();
         let addresses = nodes.map(|node| node.resp.clone());
         let in_range = |key: &u64| (slots.0..slots.1).contains(&slot_of(name(*key).as_bytes()));
-        for (of_moving, rate, connections) in [(true, moving, CONNECTIONS), (false, staying, 2)] {
+        let offers =
+            [(true, moving.shared(CONNECTIONS)), (false, Offer::Rate(staying).shared(BESIDE_CONNECTIONS))];
+        for (of_moving, (offer, connections)) in offers {
             let keys: Arc<[u64]> = (0..keys).filter(|key| in_range(key) == of_moving).collect();
             for writer in 0..connections {
-                let rate = rate / connections;
                 let (keys, shared, addresses) = (Arc::clone(&keys), Arc::clone(&shared), addresses.clone());
-                tasks.spawn(async move { write(addresses, &keys, writer, rate, of_moving, &shared).await });
+                tasks.spawn(async move { write(addresses, &keys, writer, offer, of_moving, &shared).await });
             }
         }
         Self { shared, since: Mutex::new(Instant::now()), tasks }
@@ -113,12 +142,17 @@ async fn write(
     addresses: [String; 2],
     keys: &[u64],
     writer: u64,
-    rate: u64,
+    offer: Offer,
     moving: bool,
     shared: &Arc<Shared>,
 ) {
     // Answers go back to the sender of the writes: what was redirected is sent again to the other node.
     let (again, mut redirected) = mpsc::channel(65_536);
+    let unanswered = match offer {
+        Offer::Rate(_) => Semaphore::MAX_PERMITS / 2,
+        Offer::Closed { unanswered, .. } => unanswered,
+    };
+    let places = Arc::new(Semaphore::new(unanswered));
     let mut outputs = Vec::new();
     let mut readers = JoinSet::new();
     for (node, address) in addresses.iter().enumerate() {
@@ -127,7 +161,7 @@ async fn write(
         let (read, output) = stream.into_split();
         let sent: Arc<Mutex<VecDeque<Due>>> = Arc::default();
         outputs.push((output, Arc::clone(&sent)));
-        let (shared, again) = (Arc::clone(shared), again.clone());
+        let (shared, again, places) = (Arc::clone(shared), again.clone(), Arc::clone(&places));
         readers.spawn(async move {
             let mut lines = BufReader::with_capacity(64 << 10, read);
             let mut line = Vec::new();
@@ -141,6 +175,8 @@ async fn write(
                     let micros = u64::try_from(due.at.elapsed().as_micros()).unwrap_or(u64::MAX);
                     let mut measured = shared.measured.lock().unwrap();
                     measured[usize::from(!moving)].saturating_record(micros);
+                    drop(measured);
+                    places.add_permits(1);
                 } else {
                     let text = String::from_utf8_lossy(&line);
                     let later = text.starts_with("-MOVED")
@@ -159,20 +195,37 @@ async fn write(
     let began = Instant::now();
     let (mut count, mut buffer) = (0_u64, Vec::new());
     let mut tick = tokio::time::interval(TICK);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     while !shared.stop.load(Ordering::SeqCst) {
-        tick.tick().await;
         let mut batch = Vec::new();
+        let due = |count: u64, at| {
+            let index = (count * 7919 + writer * 104_729) % keys.len() as u64;
+            Due { key: keys[usize::try_from(index).unwrap()], at }
+        };
+        if let Offer::Rate(rate) = offer {
+            tick.tick().await;
+            let elapsed = began.elapsed().as_micros();
+            let target = u64::try_from(elapsed * u128::from(rate) / 1_000_000).unwrap_or(u64::MAX);
+            while count < target {
+                batch.push(due(count, began + Duration::from_micros(count * 1_000_000 / rate.max(1))));
+                count += 1;
+            }
+        } else {
+            // The tick lets it look for redirected writes, and for its end.
+            let mut free = tokio::select! {
+                place = places.acquire() => Some(place.unwrap()),
+                _ = tick.tick() => None,
+            };
+            while let Some(place) = free {
+                place.forget();
+                batch.push(due(count, Instant::now()));
+                count += 1;
+                free = places.try_acquire().ok();
+            }
+        }
         while let Ok((due, moved_to)) = redirected.try_recv() {
             batch.push(due);
             owner = moved_to.unwrap_or(owner);
-        }
-        let elapsed = began.elapsed().as_micros();
-        let target = u64::try_from(elapsed * u128::from(rate) / 1_000_000).unwrap_or(u64::MAX);
-        while count < target {
-            let key = keys[usize::try_from((count * 7919 + writer * 104_729) % keys.len() as u64).unwrap()];
-            let at = began + Duration::from_micros(count * 1_000_000 / rate.max(1));
-            batch.push(Due { key, at });
-            count += 1;
         }
         if batch.is_empty() {
             continue;

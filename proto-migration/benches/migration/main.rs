@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use clap::Parser;
-use load::{Load, Measured};
+use load::{Load, Measured, Offer};
 use nodes::Node;
 use proto_migration::v1::{FreezeAttempt, FreezeOutcome, MigrationProgress};
 use report::{Report, Row};
@@ -28,11 +28,10 @@ const MOVING: (u16, u16) = (0, 8192);
 const KEYS: u64 = 100_000;
 /// Writes per second to slots that stay.
 const BESIDE: u64 = 2_000;
-/// What is offered first when saturation is looked for, and by how much more next, in percent.
-const FIRST: u64 = 20_000;
-const MORE: u64 = 130;
-/// Less than this share of what was offered is saturation, in percent.
-const KEPT_UP: u64 = 95;
+/// What saturates a node: as many connections as `redis-benchmark` has by default, with a write on its way on each.
+const SATURATION: Offer = Offer::Closed { connections: 50, unanswered: 1 };
+/// More than a node can take: the same in pipelines.
+const FLOOD: Offer = Offer::Closed { connections: 50, unanswered: 32 };
 
 /// Measures migrations of 100,000 keys between two nodes under a load of writes.
 #[derive(Debug, Parser)]
@@ -44,7 +43,7 @@ struct Options {
     /// Writes per second that are offered to the moving slots, separated by commas [default: 10000,30000,60000; 2000 with --quick]
     #[arg(long, value_delimiter = ',')]
     loads: Vec<u64>,
-    /// Look for the load at which the nodes are saturated, and measure at half of it and at more than all of it, too
+    /// Look for the load that saturates a node, and measure at half of it, at all of it and at more, too
     #[arg(long)]
     saturation: bool,
     /// Migrations per load [default: 30; 2 with --quick]
@@ -74,12 +73,14 @@ async fn main() {
     let (migrations, time) = (options.migrations.unwrap_or(migrations), Duration::from_secs(time));
     let program = options.node.clone().unwrap_or_else(nodes::build);
     let mut report = Report::new(KEYS, disk::fsync(&options.dir));
-    let mut loads: Vec<_> = options.loads.iter().map(|&offered| (offered.to_string(), offered)).collect();
+    let mut loads: Vec<_> =
+        options.loads.iter().map(|&offered| (offered.to_string(), Offer::Rate(offered))).collect();
     if options.saturation {
-        let most = saturation(&program, &options.dir, time / 2).await;
+        let most = saturation(&program, &options.dir, time).await;
         report.saturation = Some(most);
-        loads.push(("half".to_owned(), most / 2));
-        loads.push(("all".to_owned(), most * 110 / 100));
+        loads.push((format!("half: {}", most / 2), Offer::Rate(most / 2)));
+        loads.push(("all: 50 connections".to_owned(), SATURATION));
+        loads.push(("flood: pipelines of 32".to_owned(), FLOOD));
     }
     for (name, offered) in loads {
         report.rows.push(measure(&program, &options.dir, name, offered, migrations, time).await);
@@ -107,29 +108,23 @@ async fn alone(load: &Load, time: Duration) -> Measured {
     load.take()
 }
 
-/// The most writes per second to the moving slots that a node acknowledges, whatever is offered.
+/// The writes per second to the moving slots that a node acknowledges when they saturate it.
 async fn saturation(program: &Path, dir: &Path, time: Duration) -> u64 {
     let dir = tempfile::tempdir_in(dir).unwrap();
     let (one, two) = start(program, dir.path()).await;
-    let (mut offered, mut most) = (FIRST, 0);
-    loop {
-        let load = Load::start([&one, &two], MOVING, KEYS, offered, BESIDE);
-        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a rate")]
-        let done = alone(&load, time).await.moving.per_s as u64;
-        load.stop().await;
-        most = most.max(done);
-        if done * 100 < offered * KEPT_UP {
-            return most;
-        }
-        offered = offered * MORE / 100;
-    }
+    let load = Load::start([&one, &two], MOVING, KEYS, SATURATION, BESIDE);
+    let measured = alone(&load, time).await;
+    load.stop().await;
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a rate")]
+    let most = measured.moving.per_s as u64;
+    most
 }
 
 async fn measure(
     program: &Path,
     dir: &Path,
     load: String,
-    offered: u64,
+    offered: Offer,
     migrations: usize,
     time: Duration,
 ) -> Row {
@@ -137,7 +132,7 @@ async fn measure(
     let (one, two) = start(program, dir.path()).await;
     let writers = Load::start([&one, &two], MOVING, KEYS, offered, BESIDE);
     let alone = alone(&writers, time).await;
-    let mut row = Row::new(load, offered, alone);
+    let mut row = Row::new(load, alone);
     let mut ends = [&one, &two];
     let mut migrating = Duration::ZERO;
     for number in 0..migrations {

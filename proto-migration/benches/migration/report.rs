@@ -23,7 +23,6 @@ pub(crate) struct Report {
 #[derive(Serialize)]
 pub(crate) struct Row {
     pub(crate) load: String,
-    pub(crate) offered: u64,
     pub(crate) alone: Measured,
     pub(crate) migrating: Option<Measured>,
     pub(crate) after: Option<Measured>,
@@ -45,10 +44,9 @@ impl Report {
 }
 
 impl Row {
-    pub(crate) fn new(load: String, offered: u64, alone: Measured) -> Self {
+    pub(crate) fn new(load: String, alone: Measured) -> Self {
         Self {
             load,
-            offered,
             alone,
             migrating: None,
             after: None,
@@ -72,13 +70,8 @@ impl Row {
             format!("{:.1} {:.1} {:.1}", of(&self.alone), of(migrating), of(after))
         };
         let ratio = |of: fn(&Measured) -> f64| format!("{:.2}", of(migrating) / of(&self.alone).max(1.0));
-        let load = if self.load == self.offered.to_string() {
-            self.load.clone()
-        } else {
-            format!("{} ({})", self.offered, self.load)
-        };
         vec![
-            load,
+            self.load.clone(),
             format!("{:.0}", self.alone.moving.per_s),
             ratio(|measured| measured.moving.per_s),
             ratio(|measured| measured.staying.per_s),
@@ -105,7 +98,7 @@ impl fmt::Display for Report {
         let mut table = Table::new();
         table.load_style(presets::ASCII_MARKDOWN);
         table.set_header([
-            "offered/s",
+            "offered, /s",
             "acked/s",
             "moving ×",
             "others ×",
