@@ -1,11 +1,14 @@
 #!/usr/bin/env python3
-"""A standard Redis Cluster client writes while slots move there and back and nodes are killed.
+"""Standard Redis Cluster clients write while slots move there and back: redis-py while nodes are killed, and redis-benchmark.
 
 Usage: cluster_migration.py PATH-OF-NODE [ROUNDS]
 
 redis-py's RedisCluster, unmodified, with its own retries. Several threads count their keys up; in each round half of the slots moves
 to the other node, and one of the two is killed at a random moment and comes back within two seconds. In the end every
 acknowledged write is there, no value ever went back, and no operation failed for longer than five seconds.
+
+redis-benchmark --cluster runs to its end while slots move; it stops at the first error that is no redirection. SKIP_CLIENTS=redis-benchmark
+leaves it out.
 """
 
 import os
@@ -139,34 +142,83 @@ class Writers:
         assert not self.failures, self.failures[0]
 
 
-def move(number, source, target, rng):
-    migration = f"m{number}"
+def begin(migration, source, target, slots):
     spec = pb.MigrationSpec(
         source_shard_id="s1", target_shard_id="s2", target_node_id=target.name, auto_complete=True)
-    spec.slots.start, spec.slots.end = MOVING
+    spec.slots.start, spec.slots.end = slots
     request = pb.StartMigrationRequest(migration_id=migration, spec=spec, target_address=target.grpc)
     source.stub().StartMigration(request, timeout=10)
+
+
+def end(migration, source, target):
+    """Waits until it is completed at both ends; returns what the source shows."""
+    until = time.monotonic() + PATIENCE
+    while True:
+        ends = source.state(migration, 2), target.state(migration, 1)
+        if [end[0] for end in ends] == ["COMPLETED"] * 2:
+            return ends[0][1]
+        assert time.monotonic() < until, f"{migration} does not end: {ends}"
+        assert not {"FAILED", "CANCELLED", "NEEDS_OPERATOR"} & {end[0] for end in ends}, ends
+        time.sleep(0.05)
+
+
+def move(number, source, target, rng):
+    migration = f"m{number}"
+    begin(migration, source, target, MOVING)
     time.sleep(rng.uniform(0, 0.4))
     victim = rng.choice([source, target])
     states = source.state(migration, 2)[0], target.state(migration, 1)[0]
     victim.kill()
     time.sleep(rng.uniform(0, 1))
     victim.start()
-    until = time.monotonic() + PATIENCE
-    while True:
-        ends = source.state(migration, 2), target.state(migration, 1)
-        if [end[0] for end in ends] == ["COMPLETED"] * 2:
-            break
-        assert time.monotonic() < until, f"{migration} does not end: {ends}"
-        assert not {"FAILED", "CANCELLED", "NEEDS_OPERATOR"} & {end[0] for end in ends}, ends
-        time.sleep(0.05)
-    progress = ends[0][1]
+    progress = end(migration, source, target)
     print(f"{migration}: {source.name} -> {target.name}, {victim.name} killed in {states}, "
           f"{progress.attempt} streams, longest freeze {progress.max_freeze_ms} ms", flush=True)
 
 
+def benchmark(program):
+    """redis-benchmark takes no cluster of one node, so each node keeps some slots."""
+    with tempfile.TemporaryDirectory() as directory:
+        two = Node(program, directory, "n2", "8192-16383").start()
+        one = Node(program, directory, "n1", "0-8191")
+        one.peer = two
+        one.start()
+        two.stop()
+        two.peer = one
+        two.start()
+        try:
+            cluster = redis.RedisCluster("127.0.0.1", one.port)
+            until = time.monotonic() + 30
+            while {node.port for node in cluster.get_primaries()} != {one.port, two.port}:
+                assert time.monotonic() < until, "the nodes do not know each other's slots"
+                cluster.nodes_manager.initialize()
+            command = ["redis-benchmark", "-p", str(one.port), "--cluster", "-t", "set", "-r", "20000", "-c", "8",
+                       "-n", "100000", "-q"]
+            running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            nodes, moves = [one, two], 0
+            while moves < 4 or running.poll() is None:
+                begin(f"b{moves}", *nodes, (0, 4096))
+                end(f"b{moves}", *nodes)
+                during = running.poll() is None
+                nodes.reverse()
+                moves += 1
+                if moves == 4:
+                    assert during, "the benchmark ended before the slots had moved four times"
+            out, _ = running.communicate(timeout=300)
+        finally:
+            for node in (one, two):
+                node.stop()
+        assert running.returncode == 0 and "requests per second" in out and "rror" not in out, out
+        assert "slots configuration changed" in out, f"it was redirected: {out}"
+        print(f"redis-benchmark ran through {moves} migrations", flush=True)
+
+
 def main():
     program, rounds = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 6
+    if "redis-benchmark" in os.environ.get("SKIP_CLIENTS", "").split(","):
+        print("SKIPPED benchmark: SKIP_CLIENTS names redis-benchmark", flush=True)
+    else:
+        benchmark(program)
     rng = random.Random(os.environ.get("SEED") or time.time())
     with tempfile.TemporaryDirectory() as directory:
         one = Node(program, directory, "n1", "0-16383").start()
