@@ -196,7 +196,7 @@ def benchmark(program):
                        "-n", "100000", "-q"]
             running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             nodes, moves = [one, two], 0
-            while moves < 4 or running.poll() is None:
+            while moves < 4 or running.poll() is None and moves < 20:
                 begin(f"b{moves}", *nodes, (0, 4096))
                 end(f"b{moves}", *nodes)
                 during = running.poll() is None
