@@ -4,8 +4,9 @@ use std::io::Write as _;
 use std::path::Path;
 use std::time::Instant;
 
-use hdrhistogram::Histogram;
 use serde::Serialize;
+
+use crate::load::histogram;
 
 /// Writes that are kept one after the other.
 const SYNCS: usize = 300;
@@ -20,7 +21,7 @@ pub(crate) struct Fsync {
 
 pub(crate) fn fsync(dir: &Path) -> Fsync {
     let mut file = tempfile::tempfile_in(dir).expect("a file in --dir");
-    let mut micros = Histogram::<u64>::new(3).unwrap();
+    let mut micros = histogram();
     for _ in 0..SYNCS {
         file.write_all(&PAGE).unwrap();
         let began = Instant::now();

@@ -48,8 +48,9 @@ impl Writes {
     }
 }
 
-fn histogram() -> Histogram<u64> {
-    Histogram::new(3).expect("three digits")
+/// Of microseconds, up to two minutes.
+pub(crate) fn histogram() -> Histogram<u64> {
+    Histogram::new_with_max(120_000_000, 3).expect("a range and three digits")
 }
 
 struct Shared {
