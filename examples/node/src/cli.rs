@@ -117,6 +117,10 @@ pub struct ServeArgs {
     /// Disk space that migrations to this node leave free, in MiB; a source that needs it waits.
     #[arg(long, value_name = "MIB", default_value_t = 64)]
     reserve_mib: u64,
+    /// Start without reading the whole database first: fast where it is large, and a damaged page is found late or never.
+    /// After a crash it is read anyhow.
+    #[arg(long)]
+    skip_verify: bool,
     /// The largest request that is taken, in MiB.
     #[arg(long, value_name = "MIB", default_value_t = 64, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..=512))]
     max_request_mib: usize,
@@ -193,6 +197,7 @@ impl From<ServeArgs> for ServeOptions {
             peer,
             cache_mib,
             reserve_mib,
+            skip_verify,
             max_request_mib,
             max_clients,
             tls_ca,
@@ -214,6 +219,7 @@ impl From<ServeArgs> for ServeOptions {
             store: StoreOptions {
                 cache_bytes: cache_mib.saturating_mul(1 << 20),
                 reserve_bytes: reserve_mib.saturating_mul(1 << 20),
+                verify: !skip_verify,
             },
             limits: Limits { request_bytes: max_request_mib.saturating_mul(1 << 20), ..Limits::default() },
             max_clients,

@@ -37,6 +37,18 @@ pub enum StoreError {
     /// Stored bytes are not what this program writes.
     #[error("damaged data: {0}")]
     Damaged(String),
+    /// The database file is not what was written, or not there any more.
+    #[error(
+        "the database {} is damaged: {what}; restore it, or keep it aside and start the node anew, with --slots none and another --data; \
+         its migrations then wait for an operator",
+        path.display()
+    )]
+    DamagedFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        what: String,
+    },
     /// The slots are not this node's, or a newer owner is known.
     #[error("{0}")]
     Refused(String),

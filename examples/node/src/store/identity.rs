@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
-use redb::{Database, ReadableTable as _, WriteTransaction};
+use redb::{Database, ReadableDatabase as _, WriteTransaction};
 
 use super::generations::{self, Generations};
-use super::ownership::{Claim, Ownership, adopt_all, load};
+use super::ownership::{self, Claim, Ownership};
 use super::{StoreError, counters, tables};
 use crate::common::{NodeId, SlotRange};
 
@@ -42,73 +42,67 @@ pub struct Identity {
 /// The epoch of the slots that a directory is made with.
 const FIRST_EPOCH: u64 = 1;
 
-pub(super) fn load_or_init(
-    database: &Database,
-    directory: &Path,
-    init: &Init,
-) -> Result<Identity, StoreError> {
+/// Reads who the node of `directory` is, and compares it with what was asked for.
+pub(super) fn load(database: &Database, directory: &Path, init: &Init) -> Result<Identity, StoreError> {
     let mismatch = |what: String| StoreError::Mismatch { path: directory.to_path_buf(), what };
-    let txn = database.begin_write()?;
-    let identity = {
-        let mut meta = txn.open_table(tables::META)?;
-        let stored = |key: &str| -> Result<Option<Vec<u8>>, StoreError> {
-            Ok(meta.get(key)?.map(|value| value.value().to_vec()))
-        };
-        match stored(KEY_FORMAT)? {
-            Some(format) => {
-                if format != FORMAT.to_be_bytes() {
-                    let found = format
-                        .try_into()
-                        .map_or_else(|_| "unknown".into(), |n| u64::from_be_bytes(n).to_string());
-                    return Err(mismatch(format!(
-                        "its format is {found}, and this program reads format {FORMAT}; use the version that made it, or another \
-                         --data"
-                    )));
-                }
-                let node = stored(KEY_NODE)?.unwrap_or_default();
-                if node != init.node.as_str().as_bytes() {
-                    return Err(mismatch(format!(
-                        "belongs to node {}, not to {}; use its --id, or another --data",
-                        String::from_utf8_lossy(&node),
-                        init.node
-                    )));
-                }
-                let ownership = load(&txn.open_table(tables::OWNERSHIP)?)?;
-                if let Some(wanted) = &init.slots {
-                    let initial = stored(KEY_SLOTS)?.unwrap_or_default();
-                    let present: Vec<_> = ownership.ranges_of(&init.node).collect();
-                    let (wanted, present) = (show(wanted), show(&present));
-                    if wanted.as_bytes() != initial && wanted != present {
-                        return Err(mismatch(format!(
-                            "was made with --slots {} and owns {present} now; --slots {wanted} contradicts both. Slots of an existing \
-                             directory change only by moving them: leave the flag out",
-                            String::from_utf8_lossy(&initial)
-                        )));
-                    }
-                }
-                let store_id = stored(KEY_STORE)?
-                    .and_then(|bytes| bytes.try_into().ok())
-                    .ok_or_else(|| StoreError::Damaged("the store has no identity".into()))?;
-                Identity { node: init.node.clone(), store_id, ownership, fresh: false }
-            }
-            None => {
-                let store_id: [u8; 16] = rand::random();
-                let slots = init.slots.clone().unwrap_or_default();
-                let own =
-                    slots.iter().map(|&range| Claim { range, owner: init.node.clone(), epoch: FIRST_EPOCH });
-                let claims: Vec<_> = own.chain(init.others.iter().cloned()).collect();
-                make_tables(&txn)?;
-                meta.insert(KEY_FORMAT, FORMAT.to_be_bytes().as_slice())?;
-                meta.insert(KEY_NODE, init.node.as_str().as_bytes())?;
-                meta.insert(KEY_STORE, store_id.as_slice())?;
-                meta.insert(KEY_SLOTS, show(&slots).as_bytes())?;
-                let ownership = adopt_all(&txn, &claims)?;
-                Identity { node: init.node.clone(), store_id, ownership, fresh: true }
-            }
-        }
+    let txn = database.begin_read()?;
+    let meta = txn.open_table(tables::META)?;
+    let stored = |key: &str| -> Result<Option<Vec<u8>>, StoreError> {
+        Ok(meta.get(key)?.map(|value| value.value().to_vec()))
     };
+    let format = stored(KEY_FORMAT)?.ok_or_else(|| StoreError::Damaged("it has no format".into()))?;
+    if format != FORMAT.to_be_bytes() {
+        let found =
+            format.try_into().map_or_else(|_| "unknown".into(), |n| u64::from_be_bytes(n).to_string());
+        return Err(mismatch(format!(
+            "its format is {found}, and this program reads format {FORMAT}; use the version that made it, or another --data"
+        )));
+    }
+    let node = stored(KEY_NODE)?.unwrap_or_default();
+    if node != init.node.as_str().as_bytes() {
+        return Err(mismatch(format!(
+            "belongs to node {}, not to {}; use its --id, or another --data",
+            String::from_utf8_lossy(&node),
+            init.node
+        )));
+    }
+    let ownership = ownership::load(&txn.open_table(tables::OWNERSHIP)?)?;
+    if let Some(wanted) = &init.slots {
+        let initial = stored(KEY_SLOTS)?.unwrap_or_default();
+        let present: Vec<_> = ownership.ranges_of(&init.node).collect();
+        let (wanted, present) = (show(wanted), show(&present));
+        if wanted.as_bytes() != initial && wanted != present {
+            return Err(mismatch(format!(
+                "was made with --slots {} and owns {present} now; --slots {wanted} contradicts both. Slots of an existing \
+                 directory change only by moving them: leave the flag out",
+                String::from_utf8_lossy(&initial)
+            )));
+        }
+    }
+    let store_id = stored(KEY_STORE)?
+        .and_then(|bytes| bytes.try_into().ok())
+        .ok_or_else(|| StoreError::Damaged("it has no identity".into()))?;
+    Ok(Identity { node: init.node.clone(), store_id, ownership, fresh: false })
+}
+
+/// Makes a database that of `init`, in one transaction.
+pub(super) fn init(database: &Database, init: &Init) -> Result<(), StoreError> {
+    let txn = database.begin_write()?;
+    let store_id: [u8; 16] = rand::random();
+    let slots = init.slots.clone().unwrap_or_default();
+    let own = slots.iter().map(|&range| Claim { range, owner: init.node.clone(), epoch: FIRST_EPOCH });
+    let claims: Vec<_> = own.chain(init.others.iter().cloned()).collect();
+    make_tables(&txn)?;
+    {
+        let mut meta = txn.open_table(tables::META)?;
+        meta.insert(KEY_FORMAT, FORMAT.to_be_bytes().as_slice())?;
+        meta.insert(KEY_NODE, init.node.as_str().as_bytes())?;
+        meta.insert(KEY_STORE, store_id.as_slice())?;
+        meta.insert(KEY_SLOTS, show(&slots).as_bytes())?;
+    }
+    ownership::adopt_all(&txn, &claims)?;
     txn.commit()?;
-    Ok(identity)
+    Ok(())
 }
 
 /// Every table exists from the start, so that readers need not care.

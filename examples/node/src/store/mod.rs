@@ -5,7 +5,7 @@
 //!
 //! | modules | hold |
 //! |---|---|
-//! | `tables`, `identity`, `counters`, `fences`, `ownership`, `splits` | what lies in the database |
+//! | `open`, `tables`, `identity`, `counters`, `fences`, `ownership`, `splits` | what lies in the database |
 //! | `writer`, `txn`, `ops`, `apply`, `shared` | write transactions, and what memory learns of them |
 //! | `read`, `visible`, `generations` | reading, and which rows are visible |
 //! | `sweep`, `space` | deleting in the background, room on the disk |
@@ -24,6 +24,7 @@ mod handover;
 mod identity;
 mod leases;
 mod log;
+mod open;
 mod ops;
 mod ownership;
 mod read;
@@ -48,7 +49,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use redb::{Database, DatabaseError, ReadableDatabase as _};
+use redb::ReadableDatabase as _;
 use shared::Shared;
 
 pub(crate) use apply::parse_integer;
@@ -65,8 +66,6 @@ use crate::common::{NodeId, SlotRange};
 use crate::gate::Permits;
 use writer::Writer;
 
-const DATABASE_FILE: &str = "node.redb";
-
 /// What a store needs to know besides its directory.
 #[derive(Debug, Clone)]
 pub struct StoreOptions {
@@ -74,12 +73,14 @@ pub struct StoreOptions {
     pub cache_bytes: usize,
     /// What migrations to this node leave free on the disk for its clients, in bytes.
     pub reserve_bytes: u64,
+    /// Reads the whole file at the start and compares each page with its checksum. After a crash that is done anyhow.
+    pub verify: bool,
 }
 
 impl Default for StoreOptions {
-    /// 256 MiB of cache, 64 MiB in reserve.
+    /// 256 MiB of cache, 64 MiB in reserve, verified.
     fn default() -> Self {
-        Self { cache_bytes: 256 << 20, reserve_bytes: 64 << 20 }
+        Self { cache_bytes: 256 << 20, reserve_bytes: 64 << 20, verify: true }
     }
 }
 
@@ -102,11 +103,11 @@ struct Inner {
 }
 
 impl Store {
-    /// Opens or makes the database in `directory`. Blocks: after a crash redb verifies the whole file.
+    /// Opens or makes the database in `directory`. Blocks: the whole file is verified.
     ///
     /// # Errors
     ///
-    /// [`StoreError::InUse`] when another process has it open, [`StoreError::Mismatch`] when it belongs to
+    /// [`StoreError::DamagedFile`] when it is not what was written; [`StoreError::InUse`] when another process has it open, [`StoreError::Mismatch`] when it belongs to
     /// another node or was made for other slots than `init` says.
     pub fn open(
         directory: &Path,
@@ -115,18 +116,9 @@ impl Store {
     ) -> Result<(Self, Identity), StoreError> {
         std::fs::create_dir_all(directory)
             .map_err(|source| StoreError::io(format!("cannot make {}", directory.display()), source))?;
-        let file = directory.join(DATABASE_FILE);
-        let mut builder = Database::builder();
-        builder.set_cache_size(options.cache_bytes);
-        builder.set_repair_callback(|session| {
-            tracing::info!(progress = session.progress(), "the database was not closed; verifying it");
-        });
-        let database = builder.create(&file).map_err(|error| match error {
-            DatabaseError::DatabaseAlreadyOpen => StoreError::InUse { path: directory.to_path_buf() },
-            error => StoreError::io(format!("cannot open {}", file.display()), std::io::Error::other(error)),
-        })?;
-        let identity = identity::load_or_init(&database, directory, init)?;
-        let shared = Arc::new(Shared::load(database)?);
+        let file = directory.join(open::DATABASE_FILE);
+        let (database, identity) = open::open(directory, init, options)?;
+        let shared = Arc::new(open::load(directory, || Shared::load(database))?);
         let (writer, thread) = Writer::start(Arc::clone(&shared))?;
         let inner = Inner {
             directory: directory.to_path_buf(),
