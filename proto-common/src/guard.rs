@@ -26,6 +26,7 @@ struct Entry {
     number: u64,
     range: SlotRange,
     owner: Arc<str>,
+    quarantined: bool,
 }
 
 impl RangeGuard {
@@ -39,8 +40,8 @@ impl RangeGuard {
     ///
     /// # Errors
     ///
-    /// `RANGE_BUSY` if somebody else, or the same owner, holds a slot of it; metadata `holder` and `held_slots`. `SHUTTING_DOWN`
-    /// (retryable) after [`close`](Self::close).
+    /// `RANGE_BUSY` if somebody else, or the same owner, holds a slot of it; `SLOTS_QUARANTINED` if a slot of it is
+    /// [quarantined](Self::quarantine); metadata `holder` and `held_slots`. `SHUTTING_DOWN` (retryable) after [`close`](Self::close).
     pub fn try_acquire(&self, range: SlotRange, owner: &str) -> Result<RangeHold, Error> {
         let mut held = lock(&self.held);
         if held.closed {
@@ -49,7 +50,17 @@ impl RangeGuard {
             );
             return Err(Error::new(CommonReason::ShuttingDown, message));
         }
-        if let Some(other) = held.holds.iter().find(|other| other.range.overlaps(range)) {
+        let overlapping = || held.holds.iter().filter(|other| other.range.overlaps(range));
+        if let Some(damage) = overlapping().find(|other| other.quarantined) {
+            let message = format!(
+                "slots {range} cannot be moved: {} are quarantined because of {}; an operator has to look at it",
+                damage.range, damage.owner
+            );
+            return Err(Error::new(CommonReason::SlotsQuarantined, message)
+                .metadata("holder", &*damage.owner)
+                .metadata("held_slots", damage.range.to_string()));
+        }
+        if let Some(other) = overlapping().next() {
             let message = format!(
                 "slots {range} cannot be moved now: {} holds {}; wait until it ends, or cancel it",
                 other.owner, other.range
@@ -58,11 +69,21 @@ impl RangeGuard {
                 .metadata("holder", &*other.owner)
                 .metadata("held_slots", other.range.to_string()));
         }
+        Ok(self.hold(&mut held, range, owner, false))
+    }
+
+    /// Keeps everybody off `range`, whoever holds slots of it already, until the hold is dropped: what is known of them cannot be trusted.
+    /// `why` is a text for people and logs that names the damaged file or record.
+    pub fn quarantine(&self, range: SlotRange, why: &str) -> RangeHold {
+        self.hold(&mut lock(&self.held), range, why, true)
+    }
+
+    fn hold(&self, held: &mut Held, range: SlotRange, owner: &str, quarantined: bool) -> RangeHold {
         let number = held.next;
         held.next += 1;
         let owner: Arc<str> = owner.into();
-        held.holds.push(Entry { number, range, owner: Arc::clone(&owner) });
-        Ok(RangeHold { guard: self.clone(), number, range, owner })
+        held.holds.push(Entry { number, range, owner: Arc::clone(&owner), quarantined });
+        RangeHold { guard: self.clone(), number, range, owner }
     }
 
     /// Hands out nothing any more: the node is about to stop. Holds that are there stay.
@@ -135,6 +156,22 @@ mod tests {
         let refused = guard.try_acquire(SlotRange::new(7, 9).unwrap(), "b").unwrap_err();
         assert!(refused.is(CommonReason::ShuttingDown) && refused.is_retryable(), "{refused:?}");
         assert_eq!(guard.holder(hold.range()).as_deref(), Some("a"));
+    }
+
+    #[test]
+    fn a_quarantine_keeps_everybody_off_beside_whoever_is_there() {
+        let guard = RangeGuard::new();
+        let _there = guard.try_acquire(range(0, 10), "transfer t1").unwrap();
+        let first = guard.quarantine(range(5, 20), "the damaged record a");
+        let second = guard.quarantine(range(19, 30), "the damaged record b");
+        for (slots, file) in [(range(0, 6), "a"), (range(15, 16), "a"), (range(29, 40), "b")] {
+            let refused = guard.try_acquire(slots, "migration m1").unwrap_err();
+            assert!(refused.is(CommonReason::SlotsQuarantined) && !refused.is_retryable(), "{refused:?}");
+            assert_eq!(refused.get("holder"), Some(format!("the damaged record {file}").as_str()));
+        }
+        assert!(guard.try_acquire(range(0, 5), "x").unwrap_err().is(CommonReason::RangeBusy));
+        drop((first, second));
+        let _free = guard.try_acquire(range(10, 30), "migration m1").unwrap();
     }
 
     #[test]

@@ -155,8 +155,8 @@ impl<S: MigrationSource, D: Dial> MigrationDriverBuilder<S, D> {
     /// Takes up what an earlier process left, and starts. When it returns, the slots of every undecided migration are held: let clients
     /// in after that.
     ///
-    /// Slots of a damaged record are held as long as this process lives, since they may have been handed over: their requests get what
-    /// the store answers to those that waited too long. The same goes for a record that is whole but overlaps a damaged one. The rest of
+    /// Slots of a damaged record are [quarantined](MigrationSource::quarantine) as long as this process lives, since they may have been
+    /// handed over, and calls that want to move them get `SLOTS_QUARANTINED`. The same goes for a record that is whole but overlaps a damaged one. The rest of
     /// the node serves.
     ///
     /// # Errors
@@ -257,6 +257,9 @@ impl<S: MigrationSource, D: Dial> Inner<S, D> {
     fn acquire(&self, id: &MigrationId, spec: &MigrationSpec) -> Result<RangeHold, Error> {
         let held = self.guard.try_acquire(spec.slots, &format!("migration {id}"));
         held.map_err(|error| {
+            if !error.is(CommonReason::RangeBusy) {
+                return error;
+            }
             let refused = Reason::RangeBusy.error(error.message());
             refused.metadata("holder", error.get("holder").unwrap_or_default())
         })

@@ -63,6 +63,8 @@ proto_common::reasons! {
         NotSlotOwner "NOT_SLOT_OWNER" FailedPrecondition,
         /// Another transfer or migration holds slots of the range; metadata `holder`.
         RangeBusy "RANGE_BUSY" Aborted retry,
+        /// A damaged record says nothing that can be trusted of slots of the range; metadata `holder` names it.
+        SlotsQuarantined "SLOTS_QUARANTINED" FailedPrecondition,
         /// No free place for one more migration.
         TooManyMigrations "TOO_MANY_MIGRATIONS" ResourceExhausted retry,
         /// No free place for one more watcher.

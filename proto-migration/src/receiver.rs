@@ -8,7 +8,7 @@
 //! | how does it end? | `receiver/outcome.rs`, asked for by the source or by `receiver/control.rs` |
 //! | what survives a crash? | `receiver/record.rs`, kept by the [`MigrationTarget`] with the rows |
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -97,8 +97,8 @@ struct Inner<T: MigrationTarget> {
     decisions: Option<Arc<dyn Decisions>>,
     places: Places,
     slots: Mutex<HashMap<MigrationId, Arc<Slot>>>,
-    /// Those whose record cannot be read.
-    untrusted: HashSet<MigrationId>,
+    /// Those whose record cannot be read, and their slots, as long as this lives.
+    untrusted: HashMap<MigrationId, Option<RangeHold>>,
     tasks: TaskTracker,
     stopping: CancellationToken,
     draining: AtomicBool,
@@ -135,7 +135,8 @@ impl<T: MigrationTarget> MigrationReceiverBuilder<T> {
 
     /// Recovers what an earlier process left, holds what it had prepared, and starts.
     ///
-    /// A record that cannot be read is reported to the log and left as it is; streams of its migration are refused.
+    /// A record that cannot be read is reported to the log and left as it is; streams of its migration, and whoever wants to move the slots
+    /// that are staged for it, are refused with `SLOTS_QUARANTINED`.
     ///
     /// # Errors
     ///
@@ -153,7 +154,7 @@ impl<T: MigrationTarget> MigrationReceiverBuilder<T> {
             return Err(Reason::InvalidField.field("limits.batch_bytes", problem));
         }
         let stored = incoming::guarded(async { target.load().await }).await?;
-        let (known, untrusted) = recovery::read(stored);
+        let (known, untrusted) = recovery::read(stored, &guard);
         let inner = Arc::new(Inner {
             target: Arc::new(target),
             identity,

@@ -211,6 +211,18 @@ pub trait MigrationSource: Send + Sync + 'static {
     /// `STORAGE_FAILED`, and nothing is held.
     fn hold(&self, slots: SlotRange, mode: HoldMode) -> impl Future<Output = Result<Hold, Error>> + Send;
 
+    /// Serves no request for `slots` as long as the result lives: a damaged record leaves open whether they were handed over. `why` names
+    /// it, without paths, for what clients are told. By default they are held, and get what those get that have waited for too long;
+    /// better is to refuse them at once and say why.
+    ///
+    /// # Errors
+    ///
+    /// `STORAGE_FAILED`, and the slots would be served: the driver does not start.
+    fn quarantine(&self, slots: SlotRange, why: &str) -> impl Future<Output = Result<Hold, Error>> + Send {
+        let _ = why;
+        self.hold(slots, HoldMode::All)
+    }
+
     /// Waits until [`digests`](Self::digests) of `id` takes no scan, such as after a restart. Called when all rows were read, before
     /// writes are held.
     ///

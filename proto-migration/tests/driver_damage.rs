@@ -34,7 +34,7 @@ async fn quarantined(dir: &tempfile::TempDir, file: &str, how: &str) {
     assert_eq!(source.write(b"free", Some(b"1")).await, Answer::Done, "{how}");
     assert_eq!(source.held(), Some(HoldMode::All), "{how}");
     let error = Error::from(client.clone().start_migration(Pair::request("m7")).await.unwrap_err());
-    assert!(error.is(Reason::RangeBusy), "{how}: {error:?}");
+    assert!(error.is(Reason::SlotsQuarantined), "{how}: {error:?}");
     assert!(error.get("holder").unwrap().contains(file.strip_prefix("source/").unwrap()), "{how}: {error:?}");
     let slots = SlotRange::new(slot_of(b"free"), slot_of(b"free") + 1).unwrap();
     let mut other = Pair::request("m8");

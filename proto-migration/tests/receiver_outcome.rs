@@ -166,7 +166,7 @@ async fn a_record_that_cannot_be_read_is_left_alone() {
     let id = MigrationId::new("m1").unwrap();
     node.target.disk().records.insert(id.clone(), Bytes::from_static(b"\xff"));
     let node = node.crash().await;
-    assert_eq!(node.refused(header(1)).await.reason(), "STORAGE_FAILED");
+    assert_eq!(node.refused(header(1)).await.reason(), "SLOTS_QUARANTINED");
     assert_eq!(node.target.disk().records[&id], Bytes::from_static(b"\xff"));
 }
 

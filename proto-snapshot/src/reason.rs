@@ -71,6 +71,8 @@ proto_common::reasons! {
         NoSuchAttempt "NO_SUCH_ATTEMPT" FailedPrecondition retry,
         /// Slots of the range are held by another task.
         RangeBusy "RANGE_BUSY" Aborted retry,
+        /// A damaged record says nothing that can be trusted of slots of the range; metadata `holder` names it.
+        SlotsQuarantined "SLOTS_QUARANTINED" FailedPrecondition,
         /// No free place for one more transfer.
         TooManyTransfers "TOO_MANY_TRANSFERS" ResourceExhausted retry,
         /// The snapshot does not fit on the disk.

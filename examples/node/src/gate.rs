@@ -36,6 +36,8 @@ pub enum HoldMode {
     Writes,
     /// Reads and writes wait.
     All,
+    /// Neither is served, and neither waits: nobody knows whether this node may serve them. See [`Gate::quarantine`].
+    Refused,
 }
 
 /// What the gate says to a request.
@@ -49,6 +51,8 @@ pub enum Verdict {
     Moved,
     /// Nobody owns the slot.
     Unowned,
+    /// What is known of the slot is [damaged](Gate::quarantined).
+    Quarantined,
 }
 
 /// Why a request does not wait any longer.
@@ -105,11 +109,13 @@ struct Entry {
     patience: Option<Duration>,
     /// Requests that have waited for it.
     waited: Arc<AtomicU64>,
+    /// Of slots that are refused.
+    why: Option<Arc<str>>,
 }
 
 impl Entry {
     fn stops(&self, slot: u16, access: Access) -> bool {
-        self.range.contains(slot) && (self.mode == HoldMode::All || access == Access::Write)
+        self.range.contains(slot) && (self.mode >= HoldMode::All || access == Access::Write)
     }
 }
 
@@ -269,11 +275,42 @@ impl Gate {
         mode: HoldMode,
         patience: Option<Duration>,
     ) -> GateHold {
+        self.add(range, mode, patience, None)
+    }
+
+    /// Refuses all requests to slots of `range` that this node owns, until the result is dropped, and says `why`. Where another node owns
+    /// them, requests go there as ever.
+    pub fn quarantine(&self, range: SlotRange, why: &str) -> GateHold {
+        self.add(range, HoldMode::Refused, None, Some(why.into()))
+    }
+
+    /// Why the slot is quarantined, if it is.
+    #[must_use]
+    pub fn quarantined(&self, slot: u16) -> Option<Arc<str>> {
+        let state = self.shared.read();
+        let mut holds = state.holds.iter().filter(|hold| hold.range.contains(slot));
+        holds.find_map(|hold| hold.why.clone())
+    }
+
+    /// All slots that are quarantined, and why.
+    #[must_use]
+    pub fn quarantines(&self) -> Vec<(SlotRange, Arc<str>)> {
+        let state = self.shared.read();
+        state.holds.iter().filter_map(|hold| Some((hold.range, hold.why.clone()?))).collect()
+    }
+
+    fn add(
+        &self,
+        range: SlotRange,
+        mode: HoldMode,
+        patience: Option<Duration>,
+        why: Option<Arc<str>>,
+    ) -> GateHold {
         let waited = Arc::default();
         let mut state = self.shared.write();
         let id = state.next_hold;
         state.next_hold += 1;
-        state.holds.push(Entry { id, range, mode, patience, waited: Arc::clone(&waited) });
+        state.holds.push(Entry { id, range, mode, patience, waited: Arc::clone(&waited), why });
         state.spread();
         GateHold { shared: Arc::clone(&self.shared), id, range, mode, waited }
     }
@@ -314,6 +351,7 @@ impl State {
             _ => {}
         }
         match self.owners[slot] {
+            Owner::Me if self.held[slot] == Some(HoldMode::Refused) => Verdict::Quarantined,
             Owner::Me => Verdict::Pass,
             Owner::Other => Verdict::Moved,
             Owner::Nobody => Verdict::Unowned,

@@ -66,6 +66,8 @@ reasons! {
     Superseded "SUPERSEDED" FailedPrecondition,
     /// Another task holds slots of the range.
     RangeBusy "RANGE_BUSY" Aborted,
+    /// What is known of slots of the range is damaged; an operator has to look at it.
+    SlotsQuarantined "SLOTS_QUARANTINED" FailedPrecondition,
     /// Nothing arrived for longer than the idle timeout.
     IdleTimeout "IDLE_TIMEOUT" DeadlineExceeded,
     /// There is nothing under that name.

@@ -48,12 +48,13 @@ impl<S: MigrationSource, D: Dial> Inner<S, D> {
     /// Holds the slots of a record that cannot be trusted, as long as this process lives.
     async fn quarantine(&self, damaged: &DamagedFile) -> Result<(), Error> {
         let DamagedFile { file, slots, problem } = damaged;
-        tracing::error!(file, problem, ?slots, "the journal is damaged");
+        let shown = slots.map_or_else(|| "unknown".to_owned(), |slots| slots.to_string());
+        tracing::error!(file, problem, slots = shown, "the journal is damaged");
         let Some(slots) = *slots else { return Ok(()) };
-        let hold = self.source.hold(slots, HoldMode::All).await?;
-        // Where another damaged record has some of them, all are kept from whoever wants to move them anyhow.
-        let range = self.guard.try_acquire(slots, &format!("the damaged record {file}")).ok();
-        lock(&self.held).push((hold, range));
+        let why = format!("the damaged record {file}");
+        let hold = self.source.quarantine(slots, &why).await?;
+        let range = self.guard.quarantine(slots, &why);
+        lock(&self.held).push((hold, Some(range)));
         Ok(())
     }
 

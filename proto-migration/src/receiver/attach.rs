@@ -184,11 +184,13 @@ impl<T: MigrationTarget> Inner<T> {
         state: &mut Option<Incoming>,
         header: &CheckedHeader,
     ) -> Result<Attached, Error> {
-        if self.untrusted.contains(&slot.id) {
-            return Err(Reason::StorageFailed.error(format!(
-                "the record of migration {} at this node cannot be read; an operator has to look at it",
-                slot.id
-            )));
+        if self.untrusted.contains_key(&slot.id) {
+            return Err(Reason::SlotsQuarantined
+                .error(format!(
+                    "the record of migration {} at this node cannot be read; an operator has to look at it",
+                    slot.id
+                ))
+                .metadata("holder", format!("the damaged record of migration {}", slot.id)));
         }
         if let Ok(ended) = self.migrations.get(Some(Direction::In), &slot.id)
             && matches!(ended.state(), MigrationState::Completed | MigrationState::Cancelled)

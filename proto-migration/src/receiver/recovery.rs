@@ -1,11 +1,13 @@
 //! What an earlier process left, what a panic left, and what nobody comes back for.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use proto_common::error::Error;
+use proto_common::guard::{RangeGuard, RangeHold};
 use proto_common::ids::MigrationId;
+use proto_common::slots::SlotRange;
 use proto_common::v1::Direction;
 
 use super::Inner;
@@ -18,19 +20,28 @@ use crate::v1::MigrationState;
 /// How often records that nobody needs are looked for, at least.
 const COLLECT_INTERVAL: Duration = Duration::from_secs(60);
 
-/// Reads records; those that cannot be read are left alone.
-pub(super) fn read(stored: Vec<StoredMigration>) -> (Vec<Incoming>, HashSet<MigrationId>) {
-    let (mut known, mut untrusted) = (Vec::new(), HashSet::new());
-    for StoredMigration { id, record, staged } in stored {
+/// Reads records; those that cannot be read are left alone, and nobody gets their slots.
+pub(super) fn read(
+    stored: Vec<StoredMigration>,
+    guard: &RangeGuard,
+) -> (Vec<Incoming>, HashMap<MigrationId, Option<RangeHold>>) {
+    let (mut known, mut untrusted) = (Vec::new(), HashMap::new());
+    for StoredMigration { id, record, staged, slots } in stored {
         match Record::decode(&id, record) {
             Ok(record) => known.push(Incoming::new(record, staged)),
             Err(problem) => {
-                tracing::error!(migration_id = %id, problem, "the record of a migration cannot be trusted; left as it is");
-                untrusted.insert(id);
+                tracing::error!(migration_id = %id, problem, slots = shown(slots), "the record of a migration cannot be trusted; left as it is");
+                let why = format!("the damaged record of migration {id}");
+                untrusted.insert(id, slots.map(|slots| guard.quarantine(slots, &why)));
             }
         }
     }
     (known, untrusted)
+}
+
+/// Slots as an operator writes them.
+fn shown(slots: Option<SlotRange>) -> String {
+    slots.map_or_else(|| "none".to_owned(), |slots| slots.to_string())
 }
 
 impl<T: MigrationTarget> Inner<T> {

@@ -124,6 +124,7 @@ impl MigrationTarget for MemoryTarget {
                     id: id.clone(),
                     record: record.clone(),
                     staged: staged(id),
+                    slots: None,
                 })
                 .collect())
         })

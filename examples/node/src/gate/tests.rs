@@ -64,6 +64,28 @@ async fn reads_drain_only_for_a_hold_on_all() {
 }
 
 #[tokio::test]
+async fn quarantined_slots_are_refused_at_once_unless_another_node_owns_them() {
+    let gate = gate(1);
+    let hold = gate.hold(range("0-99"), HoldMode::Writes).await;
+    let quarantine = gate.quarantine(range("50-99"), "the damaged record a");
+    for access in [Access::Read, Access::Write] {
+        assert_eq!(gate.verdict(60, access), Verdict::Quarantined);
+        assert_eq!(gate.permits(access).enter(60), Verdict::Quarantined);
+        assert_eq!(gate.wait(60, access).await, Ok(Verdict::Quarantined));
+    }
+    assert_eq!(gate.quarantined(60).as_deref(), Some("the damaged record a"));
+    assert_eq!((gate.quarantined(49), gate.verdict(49, Access::Read)), (None, Verdict::Pass));
+    assert_eq!(gate.quarantines(), [(range("50-99"), "the damaged record a".into())]);
+    let mut ownership = Ownership::clone(&gate.ownership());
+    ownership.adopt(&Claim { range: range("50-59"), owner: NodeId::new("n2").unwrap(), epoch: 2 });
+    gate.set_ownership(ownership);
+    assert_eq!(gate.verdict(55, Access::Read), Verdict::Moved);
+    drop(hold);
+    drop(quarantine);
+    assert_eq!((gate.quarantined(60), gate.verdict(60, Access::Write)), (None, Verdict::Pass));
+}
+
+#[tokio::test]
 async fn a_dropped_hold_in_waiting_is_released() {
     let gate = gate(1);
     let mut permits = gate.permits(Access::Write);

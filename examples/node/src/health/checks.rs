@@ -10,6 +10,7 @@ use proto::node::HealthProbe::{Readiness, Startup};
 use proto::node::TransferPhase;
 use proto::snapshot::transfers::Transfers;
 
+use crate::gate::Gate;
 use crate::node::Node;
 
 /// A disk that needs longer than this for 4 KiB is as good as gone.
@@ -40,6 +41,9 @@ pub(super) fn add(
     let space = free_space(node.store().directory(), degraded, unhealthy);
     registry.check(component("space")?.critical(), default(), space)?;
 
+    let quarantined = quarantined(node.gate().clone());
+    registry.check(component("quarantine")?, Schedule { failure_threshold: 1, ..default() }, quarantined)?;
+
     let node = node.clone();
     let database = Check::new(move || {
         let node = node.clone();
@@ -65,6 +69,27 @@ pub(super) fn add(
     let failures = recent_failures("transfers", window, count, move |since| failed(&registered, since));
     registry.check(component("transfers")?, Schedule { failure_threshold: 1, ..default() }, failures)?;
     Ok(())
+}
+
+/// Slots that are not served because a damaged record leaves open whose they are. The others are: the node is degraded, not down.
+fn quarantined(gate: Gate) -> Check {
+    Check::new(move || {
+        let all = gate.quarantines();
+        async move {
+            match all.first() {
+                None => CheckResult::healthy(),
+                Some((slots, why)) => {
+                    let more = match all.len() {
+                        1 => String::new(),
+                        all => format!(", and {} more", all - 1),
+                    };
+                    CheckResult::degraded(format!(
+                        "slots {slots} are not served because of {why}{more}; stop the node, and repair or remove it"
+                    ))
+                }
+            }
+        }
+    })
 }
 
 /// Transfers that have failed since then.

@@ -134,6 +134,12 @@ impl MigrationSource for NodeSource {
         Ok(Box::new(NodeHold { hold, _expiry: Some(expiry) }))
     }
 
+    async fn quarantine(&self, slots: SlotRange, why: &str) -> Result<Hold, Error> {
+        let expiry = self.node.store().pause_expiry(slots);
+        let hold = self.node.gate().quarantine(slots, why);
+        Ok(Box::new(NodeHold { hold, _expiry: Some(expiry) }))
+    }
+
     async fn prepare_digests(&self, id: &MigrationId) -> Result<(), Error> {
         self.node.store().prepare_digests(id).await.map_err(failed)
     }

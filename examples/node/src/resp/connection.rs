@@ -196,7 +196,7 @@ impl Connection {
             };
             match verdict {
                 Verdict::Pass => return Ok(true),
-                Verdict::Moved | Verdict::Unowned => {
+                Verdict::Moved | Verdict::Unowned | Verdict::Quarantined => {
                     self.finish_run().await?;
                     let reply = self.redirect(slot);
                     self.reply(reply);
@@ -259,6 +259,9 @@ impl Connection {
         match ownership.of(slot).map(|claim| &claim.owner) {
             // Became this node's between the gate's answer and now.
             Some(owner) if owner == node.id() => {
+                if let Some(why) = node.gate().quarantined(slot) {
+                    return Reply::error(format!("CLUSTERDOWN slot {slot} is quarantined because of {why}"));
+                }
                 Reply::error("TRYAGAIN the slot changed hands this moment; try again")
             }
             Some(owner) => match node.addresses(owner) {

@@ -75,8 +75,12 @@ impl Store {
                 let (id, row) = entry?;
                 let id = MigrationId::new(id.value())
                     .map_err(|error| StoreError::Damaged(format!("a row of table migrations: {error}")))?;
-                let Stored { staged, record, .. } = Stored::decode(row.value());
-                all.push(StoredMigration { id, record, staged });
+                let Stored { generation, start, end, staged, record } = Stored::decode(row.value());
+                let slots = (generation != 0).then(|| SlotRange::new(start, end));
+                let slots = slots.transpose().map_err(|error| {
+                    StoreError::Damaged(format!("a row of table migrations: {id}: {error}"))
+                })?;
+                all.push(StoredMigration { id, record, staged, slots });
             }
             Ok(all)
         })

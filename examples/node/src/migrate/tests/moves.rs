@@ -257,7 +257,7 @@ async fn a_migration_under_load_loses_nothing() {
                         Verdict::Held => {
                             node.gate().wait(slot_of(key.as_bytes()), Access::Write).await.unwrap();
                         }
-                        Verdict::Moved | Verdict::Unowned => return acknowledged,
+                        Verdict::Moved | Verdict::Unowned | Verdict::Quarantined => return acknowledged,
                     }
                 }
             })
