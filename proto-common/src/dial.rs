@@ -1,12 +1,17 @@
 //! Connections to nodes, in plaintext or by TLS, in one way for all who dial.
 
+use std::task::{Context, Poll};
 use std::time::Duration;
 
+use tonic::body::Body;
+use tonic::codegen::http::HeaderValue;
+use tonic::codegen::{Service, http};
 use tonic::transport::{Channel, Endpoint};
 
+use crate::access::CLUSTER_METADATA;
 use crate::connect::Connect;
 use crate::error::{CommonReason, Error};
-use crate::ids::NodeId;
+use crate::ids::{ClusterId, NodeId};
 use crate::tuning::{CONNECT_TIMEOUT, endpoint};
 
 /// How this process connects to nodes. Cheap to clone.
@@ -14,6 +19,7 @@ use crate::tuning::{CONNECT_TIMEOUT, endpoint};
 pub struct Dialer {
     #[cfg(feature = "tls")]
     tls: Option<crate::tls::Tls>,
+    cluster: Option<HeaderValue>,
 }
 
 impl Dialer {
@@ -27,7 +33,16 @@ impl Dialer {
     #[cfg(feature = "tls")]
     #[must_use]
     pub fn tls(tls: crate::tls::Tls) -> Self {
-        Self { tls: Some(tls) }
+        Self { tls: Some(tls), cluster: None }
+    }
+
+    /// Names the cluster that is meant in each call, as [`CLUSTER_METADATA`]; `None` is the one without a name. A node of another one
+    /// refuses the call before it does anything, also in plaintext. Without this, calls name none.
+    #[must_use]
+    pub fn in_cluster(mut self, cluster: Option<&ClusterId>) -> Self {
+        // An ID has no character that metadata cannot have.
+        self.cluster = HeaderValue::from_str(cluster.map_or("", ClusterId::as_str)).ok();
+        self
     }
 
     /// Whether it connects by TLS.
@@ -72,6 +87,7 @@ impl Dialer {
                 endpoint,
                 tls: Some((tls.clone(), expected.cloned())),
                 limit: CONNECT_TIMEOUT,
+                cluster: self.cluster.clone(),
             });
         }
         let _ = expected;
@@ -80,6 +96,7 @@ impl Dialer {
             #[cfg(feature = "tls")]
             tls: None,
             limit: CONNECT_TIMEOUT,
+            cluster: self.cluster.clone(),
         })
     }
 }
@@ -91,6 +108,7 @@ pub struct Dial {
     #[cfg(feature = "tls")]
     tls: Option<(crate::tls::Tls, Option<NodeId>)>,
     limit: Duration,
+    cluster: Option<HeaderValue>,
 }
 
 impl Dial {
@@ -103,33 +121,62 @@ impl Dial {
 
     /// A channel that connects when it is first used, and again when the connection broke.
     #[must_use]
-    pub fn connect_lazy(&self) -> Channel {
+    pub fn connect_lazy(&self) -> NodeChannel {
         let endpoint = self.endpoint.clone().connect_timeout(self.limit);
         #[cfg(feature = "tls")]
         if let Some((tls, expected)) = &self.tls {
             let connector = crate::tls::connect::TlsConnector::new(tls.clone(), expected.clone(), self.limit);
-            return endpoint.connect_with_connector_lazy(connector);
+            return self.named(endpoint.connect_with_connector_lazy(connector));
         }
-        endpoint.connect_lazy()
+        self.named(endpoint.connect_lazy())
+    }
+
+    fn named(&self, channel: Channel) -> NodeChannel {
+        NodeChannel { channel, cluster: self.cluster.clone() }
+    }
+}
+
+/// A connection to a node, whose calls name the cluster that is [meant](Dialer::in_cluster). Cheap to clone; clones share it.
+#[derive(Debug, Clone)]
+pub struct NodeChannel {
+    channel: Channel,
+    cluster: Option<HeaderValue>,
+}
+
+impl Service<http::Request<Body>> for NodeChannel {
+    type Response = <Channel as Service<http::Request<Body>>>::Response;
+    type Error = <Channel as Service<http::Request<Body>>>::Error;
+    type Future = <Channel as Service<http::Request<Body>>>::Future;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        Service::poll_ready(&mut self.channel, cx)
+    }
+
+    fn call(&mut self, mut request: http::Request<Body>) -> Self::Future {
+        if let Some(cluster) = &self.cluster {
+            request.headers_mut().insert(CLUSTER_METADATA, cluster.clone());
+        }
+        Service::call(&mut self.channel, request)
     }
 }
 
 /// A new connection each time.
 impl Connect for Dial {
-    type Channel = Channel;
+    type Channel = NodeChannel;
 
-    async fn connect(&self) -> Result<Channel, Error> {
+    async fn connect(&self) -> Result<NodeChannel, Error> {
         let endpoint = self.endpoint.clone().connect_timeout(self.limit);
         #[cfg(feature = "tls")]
         if let Some((tls, expected)) = &self.tls {
             let connector = crate::tls::connect::TlsConnector::new(tls.clone(), expected.clone(), self.limit);
-            return endpoint.connect_with_connector(connector).await.map_err(|error| {
+            let channel = endpoint.connect_with_connector(connector).await;
+            return channel.map(|channel| self.named(channel)).map_err(|error| {
                 crate::status::own_error(&error).unwrap_or_else(|| {
                     let message = format!("cannot connect: {}", crate::connect::deepest(&error));
                     Error::new(CommonReason::Unavailable, message).caused_by(error)
                 })
             });
         }
-        Connect::connect(&endpoint).await
+        Connect::connect(&endpoint).await.map(|channel| self.named(channel))
     }
 }

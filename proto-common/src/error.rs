@@ -163,6 +163,14 @@ impl Error {
         self.0.retry_after
     }
 
+    /// Whether new certificates help, which nodes take without a restart: one of the two has expired, or is signed by a CA that the other
+    /// side does not trust (yet, or any more). No call succeeds before, so it is not [retryable](Self::is_retryable); what was under way
+    /// already had better wait for them than fail.
+    #[must_use]
+    pub fn is_renewable(&self) -> bool {
+        self.is(CommonReason::CertificateExpired) || self.is(CommonReason::UnknownCa)
+    }
+
     /// Whether the same call may succeed later without anybody changing anything.
     ///
     /// True if there is a [hint](Self::retry_after_hint), if the code is `UNAVAILABLE`, `ABORTED` or

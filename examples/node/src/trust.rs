@@ -83,7 +83,8 @@ impl Trust {
     /// How other nodes are called.
     #[must_use]
     pub fn dialer(&self) -> Dialer {
-        self.tls.clone().map_or_else(Dialer::plaintext, Dialer::tls)
+        let dialer = self.tls.clone().map_or_else(Dialer::plaintext, Dialer::tls);
+        dialer.in_cluster(self.cluster.as_ref())
     }
 
     /// Who may call: with TLS by role, in plaintext everybody.

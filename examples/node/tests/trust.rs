@@ -16,7 +16,7 @@ use node::demo::processes::NodeProcess;
 use node::store::NodeAddresses;
 use prost::Message as _;
 use proto::common::connect::Connect as _;
-use proto::common::dial::Dialer;
+use proto::common::dial::{Dialer, NodeChannel};
 use proto::common::error::{CommonReason, Error};
 use proto::common::tls::{Tls, TlsPem};
 use proto::node::migration_service_client::MigrationServiceClient;
@@ -26,19 +26,23 @@ use proto::node::transfer_split_snapshot_request::{
     Frame as SnapshotFrame, Header as SnapshotHeader, LaneHeader,
 };
 use proto::node::{
-    CancelTransferRequest, Direction, GetMigrationProgressRequest, ListTransfersRequest, MigrationSpec,
-    MigrationState, NodeIdentity, SlotRange, StartMigrationRequest, TransferMigrationDataRequest,
-    TransferPhase, TransferSplitSnapshotRequest,
+    CancelTransferRequest, Direction, GetMigrationProgressRequest, ListTransfersRequest, MigrationLimits,
+    MigrationSpec, MigrationState, NodeIdentity, SlotRange, StartMigrationRequest,
+    TransferMigrationDataRequest, TransferPhase, TransferSplitSnapshotRequest,
 };
 use support::{call, client, load, program, until};
-use tonic::transport::Channel;
 
 /// Certificates of a node in `directory/<id>`, signed by `ca`, which trusts all of `trusted`. Whole at every moment for who reads
 /// them one after the other, except between two of the three: then the node keeps what it has.
 fn write(directory: &Path, id: &str, ca: &Ca, trusted: &[&Ca]) {
+    issue(directory, id, ca, trusted, &Issue::node(id));
+}
+
+/// The same with a certificate that says `issue`.
+fn issue(directory: &Path, id: &str, ca: &Ca, trusted: &[&Ca], issue: &Issue) {
     let directory = directory.join(format!("tls-{id}"));
     std::fs::create_dir_all(&directory).unwrap();
-    let (certificate, key) = ca.issue(&Issue::node(id));
+    let (certificate, key) = ca.issue(issue);
     let bundle: String = trusted.iter().map(|ca| ca.pem()).collect();
     for (name, text) in [("ca.crt", bundle), ("node.crt", certificate), ("node.key", key)] {
         let fresh = directory.join(format!("{name}.new"));
@@ -62,7 +66,7 @@ fn tls(ca: &Ca, trusted: &[&Ca], uri: &str) -> Tls {
     Tls::from_pem(TlsPem { ca: bundle.into(), certificate: certificate.into(), key: key.into() }).unwrap()
 }
 
-async fn connect(tls: Tls, node: &NodeProcess) -> Result<Channel, Error> {
+async fn connect(tls: Tls, node: &NodeProcess) -> Result<NodeChannel, Error> {
     Dialer::tls(tls).to(&node.addresses().grpc, Some(&node.id().parse().unwrap()))?.connect().await
 }
 
@@ -126,7 +130,7 @@ fn methods() -> Vec<(String, String)> {
 }
 
 /// What comes of calling a method with an empty message.
-async fn poke(channel: Channel, path: &str) -> Result<(), Error> {
+async fn poke(channel: NodeChannel, path: &str) -> Result<(), Error> {
     let mut grpc = tonic::client::Grpc::new(channel);
     grpc.ready().await.unwrap();
     let one = tonic::Request::new(futures::stream::iter([()]));
@@ -444,4 +448,90 @@ async fn what_is_wrong_with_the_flags_is_said() {
         assert!(!ended.status.success() && stderr.contains(named), "{flags:?}: {stderr}");
         assert!(!dir.path().join("data").exists(), "nothing was made");
     }
+}
+
+#[tokio::test]
+async fn a_migration_waits_for_a_certificate_that_has_expired_to_be_renewed() {
+    let (dir, ca) = (tempfile::tempdir().unwrap(), Ca::new("one"));
+    let expires = certificates::now() + 15;
+    issue(dir.path(), "n1", &ca, &[&ca], &Issue { not_after: expires, ..Issue::node("n1") });
+    write(dir.path(), "n2", &ca, &[&ca]);
+    let n1 = start(dir.path(), "n1", "0-16383").await;
+    let mut n2 = start(dir.path(), "n2", "none").await;
+    load(&n1, 2000).await;
+    // A client does not compare its own certificate with the clock, and n1's has to be valid for this connection only while it is made.
+    let operator = tls(&ca, &[&ca], "operator://c1/alice");
+    let mut at_n1 = MigrationServiceClient::new(connect(operator.clone(), &n1).await.unwrap());
+    let order = StartMigrationRequest {
+        migration_id: "m".to_owned(),
+        spec: Some(MigrationSpec {
+            slots: Some(SlotRange { start: 8192, end: 16384 }),
+            source_shard_id: "s1".to_owned(),
+            target_shard_id: "s2".to_owned(),
+            source_node_id: "n1".to_owned(),
+            target_node_id: "n2".to_owned(),
+            auto_complete: true,
+            value_format: String::new(),
+        }),
+        target_address: n2.addresses().grpc.clone(),
+        limits: Some(MigrationLimits { max_bytes_per_second: Some(4 << 10), ..MigrationLimits::default() }),
+        ..StartMigrationRequest::default()
+    };
+    at_n1.start_migration(order.clone()).await.unwrap();
+    let mut shown = async || {
+        let request =
+            GetMigrationProgressRequest { migration_id: "m".to_owned(), direction: Direction::Out.into() };
+        at_n1.get_migration_progress(request).await.unwrap().into_inner().migration.unwrap()
+    };
+    until("it copies", async || shown().await.state() == MigrationState::Copying).await;
+    until("the certificate of n1 has expired", async || certificates::now() > expires).await;
+    // What is open goes on; the next connection is refused.
+    assert_eq!(shown().await.state(), MigrationState::Copying);
+    n2.kill().await.unwrap();
+    n2.restart().await.unwrap();
+    until("the source is told", async || {
+        let error = shown().await.progress.unwrap().error;
+        error.is_some_and(|error| error.reason == "CERTIFICATE_EXPIRED")
+    })
+    .await;
+    assert_eq!(shown().await.state(), MigrationState::Copying, "it waits");
+
+    write(dir.path(), "n1", &ca, &[&ca]);
+    let request = StartMigrationRequest { limits: None, ..order };
+    until("n1 can be reached again", async || {
+        let Ok(channel) = connect(operator.clone(), &n1).await else { return false };
+        // The same order, without the limit on its rate.
+        MigrationServiceClient::new(channel).start_migration(request.clone()).await.is_ok()
+    })
+    .await;
+    until("it is COMPLETED", async || shown().await.state() == MigrationState::Completed).await;
+}
+
+#[tokio::test]
+async fn every_method_refuses_calls_for_another_cluster_in_plaintext() {
+    let dir = tempfile::tempdir().unwrap();
+    let n1 = NodeProcess::start_with(&program(), "n1", dir.path(), "0-16383", &["--cluster", "c1"]).await;
+    let n1 = n1.unwrap();
+    let in_cluster = async |cluster: Option<&str>| {
+        let cluster = cluster.map(|name| name.parse().unwrap());
+        let dialer = Dialer::plaintext().in_cluster(cluster.as_ref());
+        dialer.to(&n1.addresses().grpc, None).unwrap().connect().await.unwrap()
+    };
+    let (ours, theirs, nameless) =
+        (in_cluster(Some("c1")).await, in_cluster(Some("c2")).await, in_cluster(None).await);
+    let is_refused =
+        |outcome: Result<(), Error>| outcome.is_err_and(|error| error.is(CommonReason::WrongCluster));
+    for (path, _) in methods() {
+        assert!(is_refused(poke(theirs.clone(), &path).await), "{path}");
+        assert!(is_refused(poke(nameless.clone(), &path).await), "{path}");
+        assert!(!is_refused(poke(ours.clone(), &path).await), "{path}");
+    }
+    // Nodes name theirs, also where no message does.
+    let n2 =
+        NodeProcess::start_with(&program(), "n2", dir.path(), "none", &["--cluster", "c2"]).await.unwrap();
+    load(&n1, 10).await;
+    let NodeAddresses { grpc, resp } = n2.addresses();
+    let begun = call(&mut client(&n1).await, &format!("SPLIT 8192 n2 {grpc} {resp}")).await;
+    assert!(begun.contains("the call is meant for cluster \"c1\", this node is of \"c2\""), "{begun}");
+    assert_eq!(call(&mut client(&n1).await, "SET foo 1").await, "OK", "the slots are n1's as before");
 }

@@ -2,16 +2,16 @@
 
 use std::time::Duration;
 
+use proto::common::dial::NodeChannel;
 use proto::common::error::{Code, CommonReason, Error};
 use proto::node::split_snapshot_service_client::SplitSnapshotServiceClient;
 use proto::snapshot::limits::MAX_MESSAGE_BYTES;
 use tonic::Status;
-use tonic::transport::Channel;
 
 use crate::address::Address;
 
 /// A client over a connection of its own.
-pub(crate) type Client = SplitSnapshotServiceClient<Channel>;
+pub(crate) type Client = SplitSnapshotServiceClient<NodeChannel>;
 
 /// Connects to `address` and asks its snapshot service, within `limit`.
 pub(crate) async fn ask<T>(
@@ -29,7 +29,7 @@ pub(crate) async fn ask<T>(
 pub(crate) async fn ask_over<T>(
     address: &Address,
     limit: Duration,
-    question: impl AsyncFnOnce(Channel) -> Result<T, Status>,
+    question: impl AsyncFnOnce(NodeChannel) -> Result<T, Status>,
 ) -> Result<T, Error> {
     let asked = async {
         let channel = address.dial(None)?.connect_timeout(limit);

@@ -5,13 +5,12 @@ use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
 use proto::common::connect::Connect;
-use proto::common::dial::Dial;
+use proto::common::dial::{Dial, NodeChannel};
 use proto::common::error::Error;
 use proto::common::ids::TransferId;
 use proto::common::retry::Backoff;
 use proto::node::{Direction, TransferPhase};
 use proto::snapshot::transfers::Transfers;
-use tonic::transport::Channel;
 
 use crate::args::Patience;
 
@@ -72,9 +71,9 @@ impl Dialer {
 }
 
 impl Connect for Dialer {
-    type Channel = Channel;
+    type Channel = NodeChannel;
 
-    async fn connect(&self) -> Result<Channel, Error> {
+    async fn connect(&self) -> Result<NodeChannel, Error> {
         let since = Instant::now();
         let mut backoff = pauses().start();
         loop {

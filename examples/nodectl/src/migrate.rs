@@ -12,6 +12,7 @@ pub(crate) mod watch;
 use std::time::Duration;
 
 use proto::common::clock::millis;
+use proto::common::dial::NodeChannel;
 use proto::common::error::{Code, Error};
 use proto::node::migration_service_client::MigrationServiceClient;
 use proto::node::{
@@ -19,7 +20,6 @@ use proto::node::{
     MigrationProgress, MigrationState,
 };
 use tonic::Status;
-use tonic::transport::Channel;
 
 use self::args::{Cancel, Complete, List, Migrate, One};
 use self::document::{MigrationDocument, MigrationListDocument};
@@ -37,7 +37,7 @@ pub(crate) use self::live::Live;
 const PAGE: u32 = 100;
 
 /// A client over a connection of its own.
-type Client = MigrationServiceClient<Channel>;
+type Client = MigrationServiceClient<NodeChannel>;
 
 pub(crate) async fn run(command: Migrate, output: &mut Output, signals: &mut Signals) -> Result<(), Failure> {
     let unheard = |what: &str, id: &str, at: &Address| {

@@ -3,7 +3,7 @@
 use std::sync::OnceLock;
 
 use proto::common::dial::Dialer;
-use proto::common::ids::NodeId;
+use proto::common::ids::{ClusterId, NodeId};
 
 use crate::failure::Failure;
 
@@ -19,9 +19,13 @@ struct Trust {
 /// Set once, before anything is connected.
 static TRUST: OnceLock<Trust> = OnceLock::new();
 
-/// The certificates of the command line.
+/// The cluster and the certificates of the command line.
 #[derive(Debug, Default, clap::Args)]
 pub(crate) struct TlsArgs {
+    /// The cluster that you mean; nodes of another one refuse. With TLS it is the one of your certificate
+    #[arg(long, global = true, value_name = "ID", display_order = 1000)]
+    cluster: Option<ClusterId>,
+
     /// TLS: certificates of the CAs that sign the nodes' certificates (PEM). With --tls-cert and --tls-key
     #[cfg(feature = "tls")]
     #[arg(long, global = true, value_name = "FILE", display_order = 1001)]
@@ -51,12 +55,12 @@ pub(crate) fn set(args: TlsArgs) -> Result<(), Failure> {
 fn load(args: TlsArgs) -> Result<Option<Trust>, Failure> {
     use proto::common::tls::{Tls, TlsFiles};
 
-    let TlsArgs { tls_ca, tls_cert, tls_key } = args;
+    let TlsArgs { cluster, tls_ca, tls_cert, tls_key } = args;
     let flags = [("--tls-ca", &tls_ca), ("--tls-cert", &tls_cert), ("--tls-key", &tls_key)];
     let missing: Vec<&str> = flags.iter().filter(|(_, file)| file.is_none()).map(|(flag, _)| *flag).collect();
     let files = match (tls_ca, tls_cert, tls_key) {
         (Some(ca), Some(certificate), Some(key)) => TlsFiles { ca, certificate, key },
-        (None, None, None) => return Ok(None),
+        (None, None, None) => return Ok(plaintext(cluster)),
         _ => {
             let message = format!(
                 "TLS takes --tls-ca, --tls-cert and --tls-key together; {} missing",
@@ -69,14 +73,23 @@ fn load(args: TlsArgs) -> Result<Option<Trust>, Failure> {
         }
     };
     let tls = Tls::from_files(files).map_err(|error| Failure::usage(error.to_string()))?;
-    let name = Some(tls.identity().id);
-    Ok(Some(Trust { dialer: Dialer::tls(tls), name }))
+    let identity = tls.identity();
+    if let Some(cluster) = cluster.filter(|cluster| identity.cluster.as_ref() != Some(cluster)) {
+        let message = format!("--tls-cert is that of {identity}, --cluster is {cluster}");
+        return Err(Failure::usage(message));
+    }
+    let dialer = Dialer::tls(tls).in_cluster(identity.cluster.as_ref());
+    Ok(Some(Trust { dialer, name: Some(identity.id) }))
+}
+
+fn plaintext(cluster: Option<ClusterId>) -> Option<Trust> {
+    cluster.map(|cluster| Trust { dialer: Dialer::plaintext().in_cluster(Some(&cluster)), name: None })
 }
 
 #[cfg(not(feature = "tls"))]
 #[allow(clippy::unnecessary_wraps, reason = "with TLS it can fail")]
-fn load(_args: TlsArgs) -> Result<Option<Trust>, Failure> {
-    Ok(None)
+fn load(args: TlsArgs) -> Result<Option<Trust>, Failure> {
+    Ok(plaintext(args.cluster))
 }
 
 /// How nodes are connected to.

@@ -5,13 +5,13 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use proto_common::access::Caller;
+use proto_common::dial::NodeChannel;
 use proto_common::error::Error;
 use proto_common::v1::NodeIdentity;
 use tonic::body::Body;
 use tonic::codegen::http;
 use tonic::codegen::http::uri::PathAndQuery;
 use tonic::server::NamedService;
-use tonic::transport::Channel;
 use tonic::{Request, Response, Status};
 use tonic_prost::ProstCodec;
 
@@ -51,12 +51,16 @@ impl tonic::codegen::Service<http::Request<Body>> for Echo {
 }
 
 /// Calls that method.
-pub(crate) async fn call(channel: Channel, method: &str) -> Result<String, Error> {
+pub(crate) async fn call(channel: NodeChannel, method: &str) -> Result<String, Error> {
     call_of(channel, method, None).await
 }
 
 /// Calls that method, in the cluster that is meant.
-pub(crate) async fn call_of(channel: Channel, method: &str, cluster: Option<&str>) -> Result<String, Error> {
+pub(crate) async fn call_of(
+    channel: NodeChannel,
+    method: &str,
+    cluster: Option<&str>,
+) -> Result<String, Error> {
     let mut client = tonic::client::Grpc::new(channel);
     client.ready().await.map_err(|error| Error::from(Status::from_error(error.into())))?;
     let path = PathAndQuery::try_from(format!("/{}/{method}", Echo::NAME)).unwrap();

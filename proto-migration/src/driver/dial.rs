@@ -55,7 +55,7 @@ impl Dial for TcpDial {
 /// In plaintext or by TLS; by TLS whoever answers has to be that node.
 #[cfg(feature = "channel")]
 impl Dial for proto_common::dial::Dialer {
-    type Channel = tonic::transport::Channel;
+    type Channel = proto_common::dial::NodeChannel;
 
     async fn dial(&self, node: &NodeId, address: &str) -> Result<Self::Channel, Error> {
         proto_common::connect::Connect::connect(&self.to(address, Some(node))?).await

@@ -429,7 +429,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
                 );
                 self.fail(&Reason::TargetUnreachable.error(text)).await
             }
-            _ if error.is_retryable() => {
+            _ if error.is_retryable() || (known && error.is_renewable()) => {
                 let wait = self.wait_after(&error);
                 self.change().task().error = Some(kept(&error));
                 self.show();

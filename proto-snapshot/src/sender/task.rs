@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use proto_common::connect::Connect;
-use proto_common::error::Error;
+use proto_common::error::{CommonReason, Error};
 use proto_common::rate::RateLimiter;
 use proto_common::registry::Tracker;
 use proto_common::retry::BackoffState;
@@ -221,7 +221,11 @@ impl<C: Connect, S: SnapshotSource> Task<C, S> {
     async fn pause(&self, backoff: &mut BackoffState, error: Error) -> Result<(), Error> {
         self.shown.failed(&error);
         let failing = self.shared.patience.failed();
-        let Some(pause) = backoff.next(&error) else { return Err(error) };
+        // What is there already is worth waiting for whoever renews certificates.
+        let waits = error.is_renewable() && self.shown.progress_mark() > 0;
+        let judged =
+            if waits { Error::new(CommonReason::Unavailable, error.message()) } else { error.clone() };
+        let Some(pause) = backoff.next(&judged) else { return Err(error) };
         if self.sender.options.give_up_after.is_some_and(|patience| failing > patience) {
             tracing::warn!(transfer_id = %self.snapshot.transfer_id, ?failing, "giving up");
             return Err(error);

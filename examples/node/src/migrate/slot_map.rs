@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use proto::common::dial::NodeChannel;
 use proto::common::error::Error;
 use proto::common::slots::SlotRange;
 use proto::migration::driver::Dial;
@@ -11,7 +12,6 @@ use proto::node::{GetNodeStatusRequest, NodeStatus, NodeStatusSection, SlotOwner
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
-use tonic::transport::Channel;
 
 use crate::common::NodeId;
 use crate::node::Node;
@@ -65,7 +65,7 @@ pub(crate) async fn follow(node: Node, stop: CancellationToken) {
 
 struct Asked {
     address: String,
-    channel: Option<Channel>,
+    channel: Option<NodeChannel>,
     /// Of the map that was learned last.
     revision: Option<(u64, u64)>,
 }
@@ -86,7 +86,7 @@ struct Told {
 }
 
 /// The status of a node, with its slot map unless that is the one of `revision`.
-async fn ask(channel: Channel, me: &NodeId, revision: Option<(u64, u64)>) -> Result<Told, Error> {
+async fn ask(channel: NodeChannel, me: &NodeId, revision: Option<(u64, u64)>) -> Result<Told, Error> {
     let mut client = HealthServiceClient::new(channel);
     let request = |sections: Vec<NodeStatusSection>, page_token| GetNodeStatusRequest {
         sections: sections.into_iter().map(i32::from).collect(),
@@ -183,10 +183,10 @@ impl<D> LearningDial<D> {
     }
 }
 
-impl<D: Dial<Channel = Channel>> Dial for LearningDial<D> {
-    type Channel = Channel;
+impl<D: Dial<Channel = NodeChannel>> Dial for LearningDial<D> {
+    type Channel = NodeChannel;
 
-    async fn dial(&self, node: &NodeId, address: &str) -> Result<Channel, Error> {
+    async fn dial(&self, node: &NodeId, address: &str) -> Result<NodeChannel, Error> {
         let channel = self.dial.dial(node, address).await?;
         let known = self.node.addresses(node);
         if known.is_none_or(|known| known.resp.is_empty() || known.grpc != address)

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use proto::common::connect::Connect as _;
-use proto::common::dial::{Dial, Dialer};
+use proto::common::dial::{Dial, Dialer, NodeChannel};
 use proto::common::error::Error;
 use proto::common::retry::Backoff;
 use proto::common::text::{hex, printable};
@@ -12,7 +12,6 @@ use proto::node::{
     CancelTransferRequest, Direction, GetTransferProgressRequest, NodeIdentity, TransferPhase,
 };
 use proto::snapshot::Reason;
-use tonic::transport::Channel;
 
 use crate::common::NodeId;
 
@@ -160,7 +159,7 @@ pub(super) async fn cancel(target: &Target, transfer: &str) -> Result<(), Error>
     Ok(())
 }
 
-async fn connect(target: &Target) -> Result<SplitSnapshotServiceClient<Channel>, Error> {
+async fn connect(target: &Target) -> Result<SplitSnapshotServiceClient<NodeChannel>, Error> {
     let channel = target.dial()?.connect().await?;
     Ok(SplitSnapshotServiceClient::new(channel))
 }
