@@ -24,7 +24,7 @@ pub use roles::{READS, RoleTable};
 
 use crate::error::{CommonReason, Error};
 use crate::ids::{ClusterId, NodeId, ShardId};
-use crate::peer::{Peer, Role};
+use crate::peer::{Peer, PeerIdentity, Role};
 use crate::slots::SlotRange;
 use crate::text::printable;
 use crate::v1;
@@ -65,6 +65,12 @@ pub trait Authorizer: Send + Sync + 'static {
     ///
     /// Why not: [`CommonReason::Unauthenticated`] or [`CommonReason::PermissionDenied`].
     fn authorize(&self, call: &Call<'_>) -> Result<(), Error>;
+
+    /// The role that a certificate's owner has here: what decides whose tasks it may [touch](Caller::is_party). Default: the
+    /// certificate's.
+    fn role(&self, identity: &PeerIdentity) -> Role {
+        identity.role
+    }
 }
 
 /// Everybody may do everything. For plaintext on loopback, where there is nobody to tell apart.
@@ -194,15 +200,18 @@ impl Caller {
         }
     }
 
-    /// Holds the caller of a call about `task` against the node at its other end. Whoever is no node may touch all that its
-    /// role allows.
+    /// Holds the caller of a call about `task` against the node at its other end. Whoever has another [role](Authorizer::role) than that of
+    /// a node may touch all that it allows.
     ///
     /// # Errors
     ///
     /// `PERMISSION_DENIED`.
     pub fn is_party(&self, task: &str, other_end: &str) -> Result<(), Error> {
         match self.peer.identity() {
-            Some(identity) if identity.role == Role::Node && identity.id.as_str() != other_end => {
+            Some(identity)
+                if self.access.authorizer.role(identity) == Role::Node
+                    && identity.id.as_str() != other_end =>
+            {
                 let message =
                     format!("{task} is not one of {identity}; only its own nodes and operators may touch it");
                 Err(Error::new(CommonReason::PermissionDenied, message)

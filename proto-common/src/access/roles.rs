@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use super::{Authorizer, Call, unauthenticated};
 use crate::error::{CommonReason, Error};
 use crate::ids::NodeId;
-use crate::peer::Role;
+use crate::peer::{PeerIdentity, Role};
 
 /// Methods that change nothing, as `SERVICE/METHOD`; every role may call them. A method that is in no list is refused to all.
 pub const READS: &[&str] = &[
@@ -79,7 +79,7 @@ impl RoleTable {
 impl Authorizer for RoleTable {
     fn authorize(&self, call: &Call<'_>) -> Result<(), Error> {
         let identity = call.peer.identity().ok_or_else(unauthenticated)?;
-        let role = self.role(&identity.id, identity.role);
+        let role = Authorizer::role(self, identity);
         let more = match role {
             Role::Node => NODE,
             Role::Operator => OPERATOR,
@@ -93,5 +93,39 @@ impl Authorizer for RoleTable {
         Err(Error::new(CommonReason::PermissionDenied, message)
             .metadata("method", call.method)
             .metadata("role", role.scheme()))
+    }
+
+    fn role(&self, identity: &PeerIdentity) -> Role {
+        Self::role(self, &identity.id, identity.role)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::access::{Access, Caller};
+    use crate::peer::Peer;
+
+    #[test]
+    fn an_assigned_role_decides_whose_tasks_may_be_touched() {
+        let identity: PeerIdentity = "node://c1/backup".parse().unwrap();
+        let caller = |table: RoleTable| Caller {
+            peer: Peer::certified(Some(identity.clone()), None),
+            access: Access::new(identity.cluster.clone(), table),
+            service: "node.snapshot.v1.SplitSnapshotService",
+            method: Arc::from("CancelTransfer"),
+        };
+        let refused = caller(RoleTable::new()).is_party("transfer t1", "n1").unwrap_err();
+        assert!(refused.is(CommonReason::PermissionDenied), "{refused:?}");
+        caller(RoleTable::new()).is_party("transfer t1", "backup").unwrap();
+        let operator = RoleTable::new().assign(identity.id.clone(), Role::Operator);
+        caller(operator).is_party("transfer t1", "n1").unwrap();
+        // The other way round, too: an operator's certificate that is a node's here touches its own alone.
+        let demoted = RoleTable::new().assign("alice".parse().unwrap(), Role::Node);
+        let alice: PeerIdentity = "operator://c1/alice".parse().unwrap();
+        let caller = Caller { peer: Peer::certified(Some(alice), None), ..caller(demoted) };
+        assert!(caller.is_party("transfer t1", "n1").is_err());
     }
 }
