@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::task::{AbortHandle, JoinSet};
+use tokio::task::{AbortHandle, Id, JoinSet};
 use tokio::time::{Sleep, sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
@@ -39,6 +39,15 @@ impl Default for TlsLimits {
     }
 }
 
+/// A handshake under way.
+#[derive(Debug)]
+struct Handshake {
+    /// Counts up with each connection.
+    number: u64,
+    address: SocketAddr,
+    abort: AbortHandle,
+}
+
 /// Connections whose handshake is done, for tonic's `serve_with_incoming`. Each is made with the certificate that is current
 /// when it is accepted.
 ///
@@ -48,8 +57,8 @@ pub struct TlsIncoming {
     listener: TcpListener,
     tls: Tls,
     limits: TlsLimits,
-    handshakes: JoinSet<(u64, Result<TlsConnection, io::Error>)>,
-    pending: HashMap<u64, (SocketAddr, AbortHandle)>,
+    handshakes: JoinSet<Result<TlsConnection, io::Error>>,
+    pending: HashMap<Id, Handshake>,
     next: u64,
     pause: Option<Pin<Box<Sleep>>>,
 }
@@ -76,7 +85,7 @@ impl TlsIncoming {
         let acceptor = TlsAcceptor::from(std::sync::Arc::clone(&self.tls.current().server));
         let (number, limit) = (self.next, self.limits.handshake);
         self.next += 1;
-        let handshake = self.handshakes.spawn(async move {
+        let abort = self.handshakes.spawn(async move {
             let done = async {
                 stream.set_nodelay(true)?;
                 let stream = acceptor.accept(stream).await?;
@@ -84,32 +93,27 @@ impl TlsIncoming {
                 let identity = certificates.first().and_then(certificate::identity);
                 Ok(TlsConnection { peer: Peer::certified(identity, Some(address)), stream })
             };
-            let done = timeout(limit, done).await;
-            (
-                number,
-                done.unwrap_or_else(|_| {
-                    Err(io::Error::new(io::ErrorKind::TimedOut, "the handshake took too long"))
-                }),
-            )
+            timeout(limit, done).await.unwrap_or_else(|_| {
+                Err(io::Error::new(io::ErrorKind::TimedOut, "the handshake took too long"))
+            })
         });
-        self.pending.insert(number, (address, handshake));
+        self.pending.insert(abort.id(), Handshake { number, address, abort });
     }
 
     /// Ends the oldest handshake of the address that has most.
     fn end_one(&mut self) {
-        let mut counts: HashMap<IpAddr, (usize, u64)> = HashMap::new();
-        for (number, (address, _)) in &self.pending {
-            let (count, oldest) = counts.entry(address.ip()).or_insert((0, *number));
+        let mut counts: HashMap<IpAddr, (usize, u64, Id)> = HashMap::new();
+        for (&id, &Handshake { number, address, .. }) in &self.pending {
+            let (count, oldest, of) = counts.entry(address.ip()).or_insert((0, number, id));
             *count += 1;
-            *oldest = (*oldest).min(*number);
+            if number < *oldest {
+                (*oldest, *of) = (number, id);
+            }
         }
-        let Some((_, oldest)) =
-            counts.into_values().max_by_key(|(count, oldest)| (*count, u64::MAX - oldest))
-        else {
-            return;
-        };
-        if let Some((address, handshake)) = self.pending.remove(&oldest) {
-            handshake.abort();
+        let most = counts.into_values().max_by_key(|(count, oldest, _)| (*count, u64::MAX - oldest));
+        let Some((_, _, oldest)) = most else { return };
+        if let Some(Handshake { address, abort, .. }) = self.pending.remove(&oldest) {
+            abort.abort();
             tracing::debug!(peer = %address, "too many TLS handshakes at once; this one is ended");
         }
     }
@@ -120,9 +124,9 @@ impl Stream for TlsIncoming {
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         loop {
-            match self.handshakes.poll_join_next(cx) {
-                Poll::Ready(Some(Ok((number, done)))) => {
-                    let address = self.pending.remove(&number).map(|(address, _)| address);
+            match self.handshakes.poll_join_next_with_id(cx) {
+                Poll::Ready(Some(Ok((id, done)))) => {
+                    let address = self.pending.remove(&id).map(|ended| ended.address);
                     match (done, address) {
                         (Ok(connection), _) => return Poll::Ready(Some(Ok(connection))),
                         (Err(error), Some(address)) => {
@@ -132,8 +136,13 @@ impl Stream for TlsIncoming {
                     }
                     continue;
                 }
-                // Ended by us.
-                Poll::Ready(Some(Err(_))) => continue,
+                // Ended by us, or it panicked: it gives its place back either way.
+                Poll::Ready(Some(Err(error))) => {
+                    if let Some(ended) = self.pending.remove(&error.id()) {
+                        tracing::error!(peer = %ended.address, %error, "a TLS handshake panicked");
+                    }
+                    continue;
+                }
                 Poll::Ready(None) | Poll::Pending => {}
             }
             if let Some(pause) = &mut self.pause {
@@ -206,5 +215,36 @@ impl AsyncWrite for TlsConnection {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+#[path = "../../tests/support/certificates.rs"]
+#[allow(dead_code, clippy::unwrap_used, reason = "of tests, of which each takes a part")]
+mod certificates;
+
+#[cfg(test)]
+mod tests {
+    use tokio_stream::StreamExt as _;
+
+    use super::certificates::{Ca, Issue};
+    use super::*;
+    use crate::tls::TlsPem;
+
+    #[tokio::test]
+    async fn a_handshake_that_panics_gives_its_place_back() {
+        let ca = Ca::new("one");
+        let (certificate, key) = ca.issue(&Issue::node("n1"));
+        let pem = TlsPem { ca: ca.pem().into(), certificate: certificate.into(), key: key.into() };
+        let tls = Tls::from_pem(pem).unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let mut incoming = TlsIncoming::new(listener, tls, TlsLimits::default());
+        let abort = incoming.handshakes.spawn(async { panic!("as a test asks") });
+        incoming.pending.insert(abort.id(), Handshake { number: 0, address, abort });
+        while !incoming.pending.is_empty() {
+            let next = tokio::time::timeout(Duration::from_millis(10), incoming.next()).await;
+            assert!(next.is_err(), "nobody connects");
+        }
     }
 }
