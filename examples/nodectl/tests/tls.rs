@@ -74,6 +74,21 @@ async fn new_certificates_work_and_are_never_overwritten() {
     assert!(again.stderr.contains("ca.crt is there already"), "{again:?}");
     assert_eq!(std::fs::read(certs.join("ca.key")).unwrap(), before);
 
+    // One more node of the same CA and cluster.
+    let add = format!("certs add --dir {} --nodes n3", certs.display());
+    let added = nodectl(&add).await;
+    assert!(added.code == Some(0) && added.stdout.contains("n3.key"), "{added:?}");
+    let mode = std::fs::metadata(certs.join("n3.key")).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    assert_eq!(Tls::from_files(files(&certs, "n3")).unwrap().identity().to_string(), "node://test/n3");
+    let third = serve(&certs, "n3").await;
+    let asked = nodectl(&format!("status {third} {}", flags(&certs, "observer"))).await;
+    assert!(asked.code == Some(0) && asked.stdout.contains("n3"), "{asked:?}");
+    let again = nodectl(&add).await;
+    assert!(again.code == Some(2) && again.stderr.contains("n3.crt is there already"), "{again:?}");
+    let nothing = nodectl(&format!("certs add --dir {} --nodes n4", dir.path().display())).await;
+    assert!(nothing.code == Some(2) && nothing.stderr.contains("ca.crt"), "{nothing:?}");
+
     let address = serve(&certs, "n1").await;
     let asked = nodectl(&format!("status {address} {}", flags(&certs, "observer"))).await;
     assert!(asked.code == Some(0) && asked.stdout.contains("n1"), "{asked:?}");
