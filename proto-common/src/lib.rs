@@ -2,7 +2,7 @@
 //!
 //! | always there | with any of `client`, `server`, `channel`, `listen` | with one feature |
 //! |---|---|---|
-//! | [`v1`], [`ids`], [`slots`], [`fence`], [`error`], [`path`], [`peer`], [`guard`], [`clock`], [`text`] | `status`, `bulk`, `checksum`, `rate`, `retry`, `meter`, `refusals`, `registry` | `connect` (`client`), `dial` (`client` and `channel`), `access`, `durable` and `refusal` (`server`), `limits` and `listen` (`listen`), `tuning` (`channel` or `listen`), `tls`, `codegen` |
+//! | [`v1`], [`ids`], [`slots`], [`fence`], [`error`], [`path`], [`peer`], [`guard`], [`clock`], [`text`] | `status`, `bulk`, `checksum`, `rate`, `retry`, `meter`, `pace`, `refusals`, `registry` | `connect` (`client`), `dial` (`client` and `channel`), `access`, `durable` and `refusal` (`server`), `limits` and `listen` (`listen`), `tuning` (`channel` or `listen`), `tls`, `codegen` |
 
 #[cfg(feature = "server")]
 pub mod access;
@@ -29,6 +29,8 @@ pub mod limits;
 pub mod listen;
 #[cfg(feature = "_rpc")]
 pub mod meter;
+#[cfg(feature = "_rpc")]
+pub mod pace;
 pub mod path;
 pub mod peer;
 #[cfg(feature = "_rpc")]

@@ -27,6 +27,8 @@ pub struct Limits {
     pub outgoing: usize,
     /// Migrations that come to the node at the same time. Default 4.
     pub incoming: usize,
+    /// Of them, from one source node. Default 3, so that no node takes the places of all others.
+    pub incoming_per_peer: usize,
     /// Payload of a batch that is taken, in bytes. Default 16 MiB.
     pub batch_bytes: u32,
     /// Payload of a batch that is sent, in bytes, unless one entry is larger. Default 256 KiB: far more than a round trip costs on
@@ -41,6 +43,11 @@ pub struct Limits {
     pub bytes_per_second: Option<NonZeroU64>,
     /// Silence after which a stream is given up. Default 30 s; 3 s or more.
     pub idle: Duration,
+    /// Payload bytes that the stream of a migration has to bring within [`slowest_time`](Self::slowest_time), until all rows were copied.
+    /// After that, it may wait for as long as its operator wants. Default 64 KiB.
+    pub slowest_bytes: u64,
+    /// Time within which these have to come. Default 10 min.
+    pub slowest_time: Duration,
     /// How long the record of a migration that was cancelled, or of which nothing is staged, is kept at the target after its last stream.
     /// Default 1 h.
     pub record_kept: Duration,
@@ -55,12 +62,15 @@ impl Default for Limits {
         Self {
             outgoing: 4,
             incoming: 4,
+            incoming_per_peer: 3,
             batch_bytes: 16 << 20,
             sent_batch_bytes: 256 << 10,
             credit_bytes: 32 << 20,
             apply_bytes: 1 << 20,
             bytes_per_second: None,
             idle: Duration::from_secs(30),
+            slowest_bytes: 64 << 10,
+            slowest_time: Duration::from_secs(600),
             record_kept: Duration::from_secs(3600),
             history: 1000,
             watchers: 1024,

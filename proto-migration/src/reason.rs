@@ -107,6 +107,8 @@ proto_common::reasons! {
         PermissionDenied "PERMISSION_DENIED" PermissionDenied,
         /// Nothing arrived for the idle timeout.
         IdleTimeout "IDLE_TIMEOUT" DeadlineExceeded retry,
+        /// Fewer bytes than the slowest accepted rate, before all rows were copied.
+        TooSlow "TOO_SLOW" DeadlineExceeded retry,
         /// The stream was closed without an end frame.
         StreamEndedEarly "STREAM_ENDED_EARLY" Aborted retry,
         /// Reading or writing the store failed.

@@ -162,7 +162,7 @@ impl<T: MigrationTarget> MigrationReceiverBuilder<T> {
             journal,
             guard,
             decisions,
-            places: Places::new(limits.incoming),
+            places: Places::new(limits.incoming, limits.incoming_per_peer),
             limits,
             slots: Mutex::default(),
             untrusted,

@@ -40,6 +40,12 @@ pub struct Limits {
     pub bytes_per_second: Option<std::num::NonZeroU64>,
     /// Silence after which a stream is given up. Default 30 s.
     pub idle: Duration,
+    /// Payload bytes that a transfer has to bring within [`slowest_time`](Self::slowest_time) to keep its place, over all its streams.
+    /// Default 64 KiB: a thousandth of what a slow link carries.
+    pub slowest_bytes: u64,
+    /// Time within which these have to come. A sender to which nothing is missing has, beside that, as long as it takes to
+    /// read its snapshot at 16 MiB/s. Default 10 min.
+    pub slowest_time: Duration,
     /// Time that a sender has for its header, and for each page of its manifest; for the whole manifest it has ten
     /// times that. Default 30 s.
     pub first_frame: Duration,
@@ -75,6 +81,8 @@ impl Default for Limits {
             stream_credit_bytes: 8 << 20,
             bytes_per_second: None,
             idle: Duration::from_secs(30),
+            slowest_bytes: 64 << 10,
+            slowest_time: Duration::from_secs(600),
             first_frame: Duration::from_secs(30),
             unsynced_bytes: 64 << 20,
             unsynced_time: Duration::from_millis(500),

@@ -87,6 +87,8 @@ proto_common::reasons! {
         InstallRefused "INSTALL_REFUSED" FailedPrecondition,
         /// Nothing arrived for the idle timeout.
         IdleTimeout "IDLE_TIMEOUT" DeadlineExceeded retry,
+        /// Fewer bytes than the slowest accepted rate.
+        TooSlow "TOO_SLOW" DeadlineExceeded retry,
         /// No such transfer.
         TransferNotFound "TRANSFER_NOT_FOUND" NotFound,
         /// Reading or writing the staging area failed.

@@ -207,7 +207,7 @@ impl<T: MigrationTarget> Inner<T> {
         if self.draining.load(Ordering::Acquire) {
             return Err(shutting_down());
         }
-        let place = self.places.enter(&slot.id, header.priority)?;
+        let place = self.places.enter(&slot.id, &header.spec.source_node, header.priority)?;
         let range = self.range(&slot.id, header.spec.slots)?;
         self.admit(header, 0).await?;
         let mut progress = MigrationProgress {

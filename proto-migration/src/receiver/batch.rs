@@ -44,7 +44,8 @@ pub(super) struct Checker {
     pub(super) taken: u64,
     /// Largest payload that was taken.
     pub(super) largest: u64,
-    copied: bool,
+    /// All rows have come.
+    pub(super) copied: bool,
     watermark: u64,
 }
 

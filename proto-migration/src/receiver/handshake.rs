@@ -78,6 +78,13 @@ pub(super) fn idle(limit: Duration) -> Error {
         .error(format!("nothing arrived for {limit:?}; what is durable stays, open the next stream to go on"))
 }
 
+/// Next to nothing came for long, with rows missing.
+pub(super) fn too_slow(expected: &str) -> Error {
+    Reason::TooSlow.error(format!(
+        "the stream has brought less than {expected}, with rows missing; what is durable stays, open the next stream to go on"
+    ))
+}
+
 /// A frame of a known kind at the wrong time.
 pub(super) fn unexpected(frame: &Frame, expected: &str) -> Error {
     let name = match frame {

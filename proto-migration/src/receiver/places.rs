@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use proto_common::error::Error;
-use proto_common::ids::MigrationId;
+use proto_common::ids::{MigrationId, NodeId};
 use proto_common::v1::Priority;
 
 use crate::Reason;
@@ -21,22 +21,29 @@ const MAX_WAITING: usize = 1024;
 #[derive(Debug, Clone)]
 pub(super) struct Places {
     limit: usize,
+    /// Of one source node.
+    share: usize,
     shared: Arc<Mutex<Shared>>,
 }
 
 #[derive(Debug, Default)]
 struct Shared {
     taken: usize,
+    /// Of them, by source node.
+    of_peer: HashMap<NodeId, usize>,
     waiting: HashMap<MigrationId, (Priority, Instant)>,
 }
 
 /// A place, until dropped.
 #[derive(Debug)]
-pub(super) struct Place(Places);
+pub(super) struct Place {
+    places: Places,
+    source: NodeId,
+}
 
 impl Places {
-    pub(super) fn new(limit: usize) -> Self {
-        Self { limit, shared: Arc::default() }
+    pub(super) fn new(limit: usize, share: usize) -> Self {
+        Self { limit, share, shared: Arc::default() }
     }
 
     fn shared(&self) -> MutexGuard<'_, Shared> {
@@ -44,23 +51,41 @@ impl Places {
     }
 
     /// Takes a place for one that is there already, whether one is free or not.
-    pub(super) fn take(&self) -> Place {
-        self.shared().taken += 1;
-        Place(self.clone())
+    pub(super) fn take(&self, source: &NodeId) -> Place {
+        self.place(&mut self.shared(), source)
+    }
+
+    fn place(&self, shared: &mut Shared, source: &NodeId) -> Place {
+        shared.taken += 1;
+        *shared.of_peer.entry(source.clone()).or_default() += 1;
+        Place { places: self.clone(), source: source.clone() }
     }
 
     /// Takes a free place, unless those that are free are kept for others of a higher priority that were refused a short time ago.
-    pub(super) fn enter(&self, id: &MigrationId, priority: Priority) -> Result<Place, Error> {
+    pub(super) fn enter(
+        &self,
+        id: &MigrationId,
+        source: &NodeId,
+        priority: Priority,
+    ) -> Result<Place, Error> {
         let now = Instant::now();
         let mut shared = self.shared();
         shared.waiting.retain(|_, (_, since)| now.saturating_duration_since(*since) < REMEMBERED);
+        let of_peer = shared.of_peer.get(source).copied().unwrap_or(0);
+        if of_peer >= self.share {
+            return Err(Reason::TooManyMigrations
+                .error(format!(
+                    "no place is free for migration {id}: the {of_peer} that node {source} has are its share; it is tried again"
+                ))
+                .metadata("limit", self.share.to_string())
+                .metadata("peer", source.as_str())
+                .retry_after(COME_BACK));
+        }
         let free = self.limit.saturating_sub(shared.taken);
         let first = shared.waiting.iter().filter(|(other, (wanted, _))| *other != id && *wanted > priority);
         if first.count() < free {
             shared.waiting.remove(id);
-            shared.taken += 1;
-            drop(shared);
-            return Ok(Place(self.clone()));
+            return Ok(self.place(&mut shared, source));
         }
         if shared.waiting.len() < MAX_WAITING {
             shared.waiting.insert(id.clone(), (priority, now));
@@ -77,8 +102,14 @@ impl Places {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let mut shared = self.0.shared();
+        let mut shared = self.places.shared();
         shared.taken = shared.taken.saturating_sub(1);
+        if let Some(of_peer) = shared.of_peer.get_mut(&self.source) {
+            *of_peer -= 1;
+            if *of_peer == 0 {
+                shared.of_peer.remove(&self.source);
+            }
+        }
     }
 }
 
@@ -88,16 +119,36 @@ mod tests {
 
     #[test]
     fn a_free_place_is_kept_for_whoever_needs_it_more() {
-        let places = Places::new(1);
+        let places = Places::new(1, 2);
+        let n1 = NodeId::new("n1").unwrap();
         let id = |text| MigrationId::new(text).unwrap();
-        let first = places.enter(&id("a"), Priority::Rebalance).unwrap();
-        let refused = places.enter(&id("b"), Priority::Recovery).unwrap_err();
+        let first = places.enter(&id("a"), &n1, Priority::Rebalance).unwrap();
+        let refused = places.enter(&id("b"), &n1, Priority::Recovery).unwrap_err();
         assert_eq!(refused.reason(), "TOO_MANY_MIGRATIONS");
         assert!(refused.is_retryable());
         drop(first);
-        assert!(places.enter(&id("c"), Priority::Rebalance).is_err());
-        let second = places.enter(&id("b"), Priority::Recovery).unwrap();
+        assert!(places.enter(&id("c"), &n1, Priority::Rebalance).is_err());
+        let second = places.enter(&id("b"), &n1, Priority::Recovery).unwrap();
         drop(second);
-        assert!(places.enter(&id("c"), Priority::Rebalance).is_ok());
+        assert!(places.enter(&id("c"), &n1, Priority::Rebalance).is_ok());
+    }
+
+    #[test]
+    fn a_node_gets_its_share_and_leaves_the_rest_to_others() {
+        let places = Places::new(3, 2);
+        let node = |text: &str| NodeId::new(text).unwrap();
+        let enter = |id: &str, source: &str| {
+            places.enter(&MigrationId::new(id).unwrap(), &node(source), Priority::Rebalance)
+        };
+        let first = enter("a", "n1").unwrap();
+        // One that was there before the start counts, too.
+        let _second = places.take(&node("n1"));
+        let refused = enter("c", "n1").unwrap_err();
+        assert_eq!((refused.get("limit"), refused.get("peer")), (Some("2"), Some("n1")));
+        // A refusal of its share keeps no place from others.
+        let _third = enter("d", "n2").unwrap();
+        drop(first);
+        let _fourth = enter("c", "n1").unwrap();
+        assert_eq!(enter("e", "n3").unwrap_err().get("limit"), Some("3"));
     }
 }

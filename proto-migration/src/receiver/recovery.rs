@@ -104,7 +104,7 @@ impl<T: MigrationTarget> Inner<T> {
             incoming.hold = None;
         }
         if incoming.place.is_none() {
-            incoming.place = Some(self.places.take());
+            incoming.place = Some(self.places.take(&incoming.record.spec.source_node));
         }
         if incoming.range.is_none() {
             match self.range(id, slots) {

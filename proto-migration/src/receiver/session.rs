@@ -10,6 +10,7 @@ use proto_common::access::Caller;
 use proto_common::bulk::Payload;
 use proto_common::clock::millis;
 use proto_common::error::Error;
+use proto_common::pace::Pace;
 use proto_common::text::printable;
 use tokio::sync::mpsc::error::SendTimeoutError;
 use tokio::sync::{mpsc, watch};
@@ -20,11 +21,12 @@ use super::Inner;
 use super::applier::{Applier, Done, Flow, Wanted, Work};
 use super::attach::{Attached, estimates};
 use super::batch::Checker;
-use super::handshake::{CheckedHeader, Frames, ended_early, idle, unexpected};
+use super::handshake::{CheckedHeader, Frames, ended_early, idle, too_slow, unexpected};
 use super::incoming::{Permit, Stop};
 use super::record::PreparedAt;
 use crate::Reason;
 use crate::digest::from_wire;
+use crate::limits::Limits;
 use crate::progress::REASON_BYTES;
 use crate::service::shutting_down;
 use crate::target::MigrationTarget;
@@ -279,6 +281,8 @@ impl<T: MigrationTarget> Reader<'_, T> {
             () = told(&mut stop) => return Err(ended_early()),
         }
         let mut deadline = Instant::now() + idle_after;
+        let Limits { slowest_bytes, slowest_time, bytes_per_second, .. } = self.inner.limits;
+        let mut pace = Pace::new(slowest_bytes, slowest_time, bytes_per_second, 0);
         let mut ack_at: Option<Instant> = None;
         let mut last_ack = Instant::now() - ACK_INTERVAL;
         loop {
@@ -310,6 +314,15 @@ impl<T: MigrationTarget> Reader<'_, T> {
                 }
                 () = tokio::time::sleep_until(deadline), if in_hand.is_none() && self.phase != Phase::Ending => {
                     return Err(idle(idle_after));
+                }
+                () = tokio::time::sleep_until(pace.due()), if self.phase == Phase::Data && !self.checker.copied => {
+                    // What is in hand, or queued, waits for the store, and a source without credit does, too.
+                    let waiting = in_hand.is_some() || queue.capacity() < queue.max_capacity();
+                    if waiting || self.starved.is_some() {
+                        pace.restart(self.checker.taken);
+                    } else if !pace.is_kept(self.checker.taken) {
+                        return Err(too_slow(&pace.expected()));
+                    }
                 }
             }
         }

@@ -114,6 +114,13 @@ pub(super) fn idle(limit: Duration) -> Error {
     ))
 }
 
+/// Next to nothing came for long.
+pub(super) fn too_slow(expected: &str) -> Error {
+    Reason::TooSlow.error(format!(
+        "the transfer has brought less than {expected}, so others get its place; what arrived is kept, open the stream again to go on"
+    ))
+}
+
 /// A frame of a known kind at the wrong time.
 pub(super) fn unexpected(frame: &Frame, expected: &str) -> Error {
     let name = match frame {

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use proto_common::clock::now_unix_ms;
 use proto_common::error::Error;
@@ -411,6 +412,20 @@ impl<A: Staging> Incoming<A> {
 
     pub(super) fn changed(&self) {
         self.changes.send_modify(|count| *count = count.wrapping_add(1));
+    }
+
+    /// Bytes that streams have brought.
+    pub(super) fn wire_bytes(&self) -> u64 {
+        self.wire_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Whether a sender may still be reading its snapshot for the totals, `since` the stream began: nothing else is missing.
+    pub(super) fn is_reading(&self, since: Duration) -> bool {
+        /// The slowest disk that a sender is thought to have, in bytes per second.
+        const READ_RATE: u64 = 16 << 20;
+        let total = self.plan.manifest.total_bytes();
+        total.is_some_and(|total| since < Duration::from_secs(total / READ_RATE))
+            && self.ledger().missing().is_empty()
     }
 
     /// Counts bytes that a stream brought and the store took.

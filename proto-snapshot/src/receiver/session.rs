@@ -11,12 +11,13 @@ use std::time::Duration;
 use proto_common::bulk::Payload;
 use proto_common::error::Error;
 use proto_common::ids::NodeId;
+use proto_common::pace::Pace;
 use tokio::sync::mpsc::error::SendTimeoutError;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tonic::Status;
 
-use super::handshake::{Frames, ended_early, idle, unexpected};
+use super::handshake::{Frames, ended_early, idle, too_slow, unexpected};
 use super::incoming::{Incoming, StreamPermit};
 use crate::extent::{Extent, ExtentRecord};
 use crate::limits::{Limits, PAGE_BYTES};
@@ -224,7 +225,10 @@ impl<A: Staging> Session<'_, A> {
         let mut alive = tokio::time::interval(self.limits.idle / 3);
         alive.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut deadline = Instant::now() + self.limits.idle;
+        let Limits { slowest_bytes, slowest_time, bytes_per_second, .. } = *self.limits;
+        let mut pace = Pace::new(slowest_bytes, slowest_time, bytes_per_second, incoming.wire_bytes());
         let mut taken = 0_u64;
+        let began = Instant::now();
         let mut totals = Totals::default();
         let mut last_ack = Ack::default();
         loop {
@@ -290,6 +294,15 @@ impl<A: Staging> Session<'_, A> {
                     }
                 }
                 () = tokio::time::sleep_until(deadline), if in_hand.is_none() => return Err(idle(self.limits.idle)),
+                () = tokio::time::sleep_until(pace.due()), if self.control => {
+                    // What is in hand, or queued, waits for the store, not for the sender.
+                    let waiting = in_hand.is_some() || queue.capacity() < queue.max_capacity();
+                    if waiting || incoming.is_reading(began.elapsed()) {
+                        pace.restart(incoming.wire_bytes());
+                    } else if !pace.is_kept(incoming.wire_bytes()) {
+                        return Err(too_slow(&pace.expected()));
+                    }
+                }
             }
         }
     }
