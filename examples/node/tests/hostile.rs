@@ -1,40 +1,51 @@
 //! A client that knows the `.proto`s and means harm, against a real node, while another peer sends snapshots: it gets nowhere, the other one
-//! goes on, and what it made the node take is given back.
+//! goes on, and what it made the node take is given back. In plaintext, and with a valid certificate of a node.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+#[path = "../../../proto-common/tests/support/certificates.rs"]
+#[allow(dead_code, reason = "not every test needs all of it")]
+mod certificates;
 #[allow(dead_code, unreachable_pub)]
 mod support;
 
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use certificates::{Ca, Issue};
 use node::demo::processes::NodeProcess;
 use proto::common::checksum::crc64;
+use proto::common::connect::Connect as _;
+use proto::common::dial::{Dialer, NodeChannel};
 use proto::common::error::Error;
 use proto::common::ids::{NodeId, ShardId, TransferId};
 use proto::common::slots::SlotRange;
+use proto::common::tls::{Tls, TlsPem};
 use proto::common::v1::Priority;
+use proto::node::migration_service_client::MigrationServiceClient;
 use proto::node::split_snapshot_service_client::SplitSnapshotServiceClient;
 use proto::node::transfer_split_snapshot_request::{Chunk, File, Frame, Header, LaneHeader, Manifest};
 use proto::node::transfer_split_snapshot_response::Frame as Answer;
 use proto::node::{
-    TransferSplitSnapshotRequest, TransferSplitSnapshotResponse, WatchTransferProgressRequest,
+    MigrationSpec, NodeIdentity, TransferMigrationDataRequest, TransferSplitSnapshotRequest,
+    TransferSplitSnapshotResponse, WatchTransferProgressRequest,
+    transfer_migration_data_request as migration, transfer_migration_data_response as migration_answer,
 };
 use proto::snapshot::sender::{SnapshotSender, SnapshotToSend};
 use proto::snapshot::source::FileSource;
 use proto::snapshot::spec::SnapshotPoint;
-use support::{call, client, start, until};
+use support::{call, client, program, until};
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
-use tonic::transport::Channel;
 
 const MIB: usize = 1 << 20;
+/// The name of the hostile one.
+const EVIL: &str = "n9";
 
-async fn channel(node: &NodeProcess) -> Channel {
-    proto::common::tuning::endpoint(&node.addresses().grpc).unwrap().connect().await.unwrap()
+async fn channel(node: &NodeProcess, dialer: &Dialer) -> NodeChannel {
+    dialer.to(&node.addresses().grpc, None).unwrap().connect().await.unwrap()
 }
 
 fn header(id: &str, attempt: u64, session: u8, name: &str, size: u64) -> Header {
@@ -42,7 +53,7 @@ fn header(id: &str, attempt: u64, session: u8, name: &str, size: u64) -> Header 
         transfer_id: id.to_owned(),
         source_shard_id: "s1".to_owned(),
         target_shard_id: "evil".to_owned(),
-        source_node_id: "n9".to_owned(),
+        source_node_id: EVIL.to_owned(),
         slots: Some(SlotRange::new(0, 1).unwrap().into()),
         snapshot_index: 1,
         snapshot_term: 1,
@@ -67,7 +78,7 @@ struct Stream {
 }
 
 impl Stream {
-    async fn open(channel: &Channel, first: impl IntoIterator<Item = Frame>) -> Result<Self, Error> {
+    async fn open(channel: &NodeChannel, first: impl IntoIterator<Item = Frame>) -> Result<Self, Error> {
         let (frames, requests) = mpsc::channel(64);
         for frame in first {
             frames.send(TransferSplitSnapshotRequest { frame: Some(frame) }).await.unwrap();
@@ -98,7 +109,7 @@ impl Stream {
     }
 }
 
-async fn refused(channel: &Channel, first: impl IntoIterator<Item = Frame>) -> Error {
+async fn refused(channel: &NodeChannel, first: impl IntoIterator<Item = Frame>) -> Error {
     match Stream::open(channel, first).await {
         Ok(mut stream) => stream.refusal().await,
         Err(error) => error,
@@ -106,8 +117,8 @@ async fn refused(channel: &Channel, first: impl IntoIterator<Item = Frame>) -> E
 }
 
 /// Sends one snapshot as any peer does; how long it took.
-async fn send(node: &NodeProcess, file: &Path, number: u64) -> Duration {
-    let sender = SnapshotSender::new(proto::common::tuning::endpoint(&node.addresses().grpc).unwrap());
+async fn send(node: &NodeProcess, dialer: &Dialer, file: &Path, number: u64) -> Duration {
+    let sender = SnapshotSender::new(dialer.to(&node.addresses().grpc, None).unwrap());
     let snapshot = SnapshotToSend {
         transfer_id: TransferId::new(format!("good-{number}")).unwrap(),
         source_shard: ShardId::new("s1").unwrap(),
@@ -124,7 +135,7 @@ async fn send(node: &NodeProcess, file: &Path, number: u64) -> Duration {
     began.elapsed()
 }
 
-/// Resident memory in bytes, open file descriptors, threads.
+/// Resident memory in bytes, open file descriptors.
 fn usage(node: &NodeProcess) -> (usize, usize) {
     let pid = node.pid().unwrap();
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
@@ -148,7 +159,7 @@ fn names(dir: &Path) -> Vec<String> {
 }
 
 /// Names that would lead out of the staging directory, or that a careless store would take for another.
-async fn names_that_escape(channel: &Channel) {
+async fn names_that_escape(channel: &NodeChannel) {
     let deep = "d/".repeat(600);
     let long = "x".repeat(256);
     for name in [
@@ -183,7 +194,7 @@ async fn names_that_escape(channel: &Channel) {
 }
 
 /// Sizes and counts that would exhaust disk and memory if they were believed.
-async fn sizes_that_exhaust(channel: &Channel) {
+async fn sizes_that_exhaust(channel: &NodeChannel, round: u64) {
     let error =
         refused(channel, [Frame::Header(header("big", 1, 1, "a", 1 << 60)), manifest("a", 1 << 60)]).await;
     assert_eq!(error.reason(), "INSUFFICIENT_DISK", "{error:?}");
@@ -193,10 +204,8 @@ async fn sizes_that_exhaust(channel: &Channel) {
         let error = refused(channel, [Frame::Header(header)]).await;
         assert_eq!(error.reason(), "MANIFEST_TOO_LARGE", "{error:?}");
     }
-    let mut stream =
-        Stream::open(channel, [Frame::Header(header("big", 1, 1, "a", 64 << 20)), manifest("a", 64 << 20)])
-            .await
-            .unwrap();
+    let first = [Frame::Header(header("large", round + 1, 1, "a", 64 << 20)), manifest("a", 64 << 20)];
+    let mut stream = Stream::open(channel, first).await.unwrap();
     stream.accepted().await.unwrap();
     let payload = bytes::Bytes::from(vec![0; 5 * MIB]);
     stream.say(Frame::Chunk(Chunk { file: 0, offset: 0, crc64nvme: crc64(&payload), payload })).await;
@@ -204,8 +213,11 @@ async fn sizes_that_exhaust(channel: &Channel) {
 }
 
 /// Attempts that were replaced, and sessions that are somebody else's.
-async fn old_attempts(channel: &Channel) {
-    let open = |attempt, session| [Frame::Header(header("race", attempt, session, "a", 4)), manifest("a", 4)];
+async fn old_attempts(channel: &NodeChannel, round: u64) {
+    let before = 3 * round;
+    let open = |attempt, session| {
+        [Frame::Header(header("race", before + attempt, session, "a", 4)), manifest("a", 4)]
+    };
     let mut first = Stream::open(channel, open(1, 1)).await.unwrap();
     first.accepted().await.unwrap();
     let mut second = Stream::open(channel, open(2, 2)).await.unwrap();
@@ -214,8 +226,8 @@ async fn old_attempts(channel: &Channel) {
     assert_eq!(refused(channel, open(1, 1)).await.reason(), "SUPERSEDED", "replayed");
     assert_eq!(refused(channel, open(2, 9)).await.reason(), "SUPERSEDED", "with another session");
     let lane = LaneHeader {
-        transfer_id: "race".into(),
-        attempt: 2,
+        transfer_id: "race".to_owned(),
+        attempt: before + 2,
         session: vec![9; 16].into(),
         lane: 1,
         generation: 1,
@@ -228,58 +240,74 @@ async fn old_attempts(channel: &Channel) {
     assert_eq!(second.refusal().await.reason(), "SUPERSEDED");
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_hostile_client_gets_nowhere() {
-    let directory = tempfile::tempdir().unwrap();
-    let file = directory.path().join("snapshot");
-    let content: Vec<u8> = (0..32 * MIB).map(|at| u8::try_from(at * 31 % 251).unwrap()).collect();
-    std::fs::write(&file, content).unwrap();
-    let nodes = directory.path().join("nodes");
-    std::fs::create_dir(&nodes).unwrap();
-    let node = start("n1", &nodes, "0-99").await;
-    let channel_of_evil = channel(&node).await;
-
-    let mut number = 0;
-    let mut rate = async || {
-        let mut fastest = Duration::MAX;
-        for _ in 0..3 {
-            number += 1;
-            fastest = fastest.min(send(&node, &file, number).await);
+/// Streams of migrations to the node, which it keeps open: as many as it gets, and how the next one is refused.
+async fn migrations(channel: &NodeChannel, round: u64) -> (Vec<impl Sized + use<>>, Error) {
+    let mut open = Vec::new();
+    for number in 0..8_u16 {
+        let header = migration::Header {
+            migration_id: format!("evil-{number}"),
+            spec: Some(MigrationSpec {
+                slots: Some(SlotRange::new(300 + number, 301 + number).unwrap().into()),
+                source_shard_id: "s1".to_owned(),
+                target_shard_id: "s2".to_owned(),
+                source_node_id: EVIL.to_owned(),
+                target_node_id: "n1".to_owned(),
+                ..MigrationSpec::default()
+            }),
+            purpose: migration::Purpose::Transfer.into(),
+            source: Some(NodeIdentity {
+                node_id: EVIL.to_owned(),
+                store_id: vec![1; 16].into(),
+                cluster_id: String::new(),
+                ..NodeIdentity::default()
+            }),
+            attempt: round + 1,
+            session: vec![7; 16].into(),
+            copy: 1,
+            ..migration::Header::default()
+        };
+        let (frames, requests) = mpsc::channel(4);
+        let first = TransferMigrationDataRequest { frame: Some(migration::Frame::Header(header)) };
+        frames.send(first).await.unwrap();
+        let mut client = MigrationServiceClient::new(channel.clone());
+        let answers = client.transfer_migration_data(ReceiverStream::new(requests)).await.unwrap();
+        let mut answers = answers.into_inner();
+        match answers.message().await.map_err(Error::from) {
+            Ok(answer) => {
+                let frame = answer.unwrap().frame;
+                assert!(matches!(frame, Some(migration_answer::Frame::Accepted(_))), "{frame:?}");
+                open.push((frames, answers));
+            }
+            Err(error) => return (open, error),
         }
-        fastest
-    };
-    rate().await;
-    let alone = rate().await;
-    let before = usage(&node);
-    let outside = || {
-        let all = names(&nodes);
-        all.into_iter().filter(|name| !name.contains("/snapshots/")).collect::<Vec<_>>()
-    };
-    let there = outside();
+    }
+    panic!("it got {} places for migrations", open.len());
+}
 
-    names_that_escape(&channel_of_evil).await;
-    sizes_that_exhaust(&channel_of_evil).await;
-    old_attempts(&channel_of_evil).await;
+/// What the hostile client holds while others work.
+struct Attack {
+    held: Vec<Box<dyn std::any::Any>>,
+}
+
+/// Everything that it knows, once. In each round it takes up its own transfers with the next attempts.
+async fn attack(node: &NodeProcess, evil: &Dialer, round: u64) -> Attack {
+    let channel = channel(node, evil).await;
+    names_that_escape(&channel).await;
+    sizes_that_exhaust(&channel, round).await;
+    old_attempts(&channel, round).await;
 
     // Places: as many as it can get, each with a header and no more.
     let mut stalled = Vec::new();
     let mut full = None;
     for number in 0..80 {
         let name = format!("stall-{number}");
-        let mut stream = match Stream::open(
-            &channel_of_evil,
-            [Frame::Header(header(&name, 1, 1, "a", 4)), manifest("a", 4)],
-        )
-        .await
-        {
-            Ok(stream) => stream,
-            Err(error) => {
-                full = Some(error);
-                break;
-            }
+        let first = [Frame::Header(header(&name, round + 1, 1, "a", 4)), manifest("a", 4)];
+        let opened = match Stream::open(&channel, first).await {
+            Ok(mut stream) => stream.accepted().await.map(|()| stream),
+            Err(error) => Err(error),
         };
-        match stream.accepted().await {
-            Ok(()) => stalled.push(stream),
+        match opened {
+            Ok(stream) => stalled.push(stream),
             Err(error) => {
                 full = Some(error);
                 break;
@@ -287,12 +315,13 @@ async fn a_hostile_client_gets_nowhere() {
         }
     }
     let full = full.expect("places have an end");
-    // The slots that it asks for are its own transfers' in turn, or its share is used up.
-    assert!(["TOO_MANY_TRANSFERS", "RANGE_BUSY"].contains(&full.reason()), "{full:?}");
+    assert_eq!((full.reason(), full.get("peer")), ("TOO_MANY_TRANSFERS", Some(EVIL)), "{full:?}");
+    let (migrations, full) = migrations(&channel, round).await;
+    assert_eq!((full.reason(), full.get("peer")), ("TOO_MANY_MIGRATIONS", Some(EVIL)), "{full:?}");
     // Streams without a frame, connections without a byte, watches.
     let mut idle = Vec::new();
     for _ in 0..150 {
-        idle.push(tokio::time::timeout(Duration::from_millis(200), Stream::open(&channel_of_evil, [])).await);
+        idle.push(tokio::time::timeout(Duration::from_millis(200), Stream::open(&channel, [])).await);
     }
     let mut silent = Vec::new();
     for _ in 0..400 {
@@ -300,32 +329,116 @@ async fn a_hostile_client_gets_nowhere() {
     }
     let mut watches = Vec::new();
     for _ in 0..60 {
-        let request = WatchTransferProgressRequest { transfer_id: "stall-0".into(), ..Default::default() };
-        let mut client = SplitSnapshotServiceClient::new(channel_of_evil.clone());
-        watches.push(
-            tokio::time::timeout(Duration::from_millis(200), client.watch_transfer_progress(request)).await,
-        );
+        let transfer_id = "stall-0".to_owned();
+        let request = WatchTransferProgressRequest { transfer_id, ..Default::default() };
+        let mut client = SplitSnapshotServiceClient::new(channel.clone());
+        let watch = client.watch_transfer_progress(request);
+        watches.push(tokio::time::timeout(Duration::from_millis(200), watch).await);
     }
-    let taken = usage(&node);
-    drop(silent);
-    // Meanwhile, another peer's snapshots arrive, and clients are served.
-    let beside = rate().await;
-    let mut redis = client(&node).await;
-    assert_eq!(call(&mut redis, "PING").await, "PONG");
+    let held: Vec<Box<dyn std::any::Any>> =
+        vec![Box::new((stalled, migrations)), Box::new(idle), Box::new(silent), Box::new((watches, channel))];
+    Attack { held }
+}
 
-    drop((stalled, idle, watches, channel_of_evil));
-    until("descriptors are given back", async || usage(&node).1 <= before.1 + 16).await;
-    // Resident memory follows with the allocator's own delay; what is not given back is what the peer could exhaust.
-    until("memory is given back", async || usage(&node).0 <= before.0 + 48 * MIB).await;
-    let after = usage(&node);
+/// A node, its data below `directory`, and what the hostile client, and an honest one called n2, connect with.
+async fn hostile(node: NodeProcess, nodes: &Path, evil: Dialer, good: Dialer) {
+    const ROUNDS: u64 = 5;
+    let directory = nodes.parent().unwrap();
+    let file = directory.join("snapshot");
+    let content: Vec<u8> = (0..32 * MIB).map(|at| u8::try_from(at * 31 % 251).unwrap()).collect();
+    std::fs::write(&file, content).unwrap();
+
+    let mut number = 0;
+    let mut rate = async || {
+        let mut fastest = Duration::MAX;
+        for _ in 0..3 {
+            number += 1;
+            fastest = fastest.min(send(&node, &good, &file, number).await);
+        }
+        fastest
+    };
+    rate().await;
+    let alone = rate().await;
+    let before = usage(&node);
+    let outside = || {
+        let all = names(nodes);
+        all.into_iter().filter(|name| !name.contains("/snapshots/")).collect::<Vec<_>>()
+    };
+    let there = outside();
+
     let mib = |bytes: usize| bytes / MIB;
-    println!("another peer's 32 MiB: {alone:?} alone, {beside:?} beside the hostile client");
-    println!("memory: {} MiB before, {} while, {} after", mib(before.0), mib(taken.0), mib(after.0));
-    println!("file descriptors: {} before, {} while, {} after", before.1, taken.1, after.1);
+    let mut after = Vec::new();
+    for round in 0..ROUNDS {
+        let attack = attack(&node, &evil, round).await;
+        let taken = usage(&node);
+        // Meanwhile, another peer's snapshots arrive, and clients are served.
+        let beside = rate().await;
+        assert_eq!(call(&mut client(&node).await, "PING").await, "PONG");
+        println!("another peer's 32 MiB: {alone:?} alone, {beside:?} beside the hostile client");
+        assert_eq!(attack.held.len(), 4);
+        drop(attack);
+        until("descriptors are given back", async || usage(&node).1 <= before.1 + 16).await;
+        // Its size when it has settled, since what is given back is given back a little later.
+        let mut settled = usize::MAX;
+        for _ in 0..20 {
+            settled = settled.min(usage(&node).0);
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        println!("memory: {} MiB before, {} while, {} after", mib(before.0), mib(taken.0), mib(settled));
+        println!("file descriptors: {} before, {} while, {} after", before.1, taken.1, usage(&node).1);
+        after.push(settled);
+    }
+    // The first attacks grow the allocator's arenas, which stay. What grew with each further one is what a peer could exhaust.
+    let growth = after[after.len() - 1].saturating_sub(after[1]);
+    assert!(growth <= 3 * MIB, "{} MiB in the last attacks: {after:?}", mib(growth));
+    assert!(after[0] <= before.0 + 48 * MIB, "{after:?}");
     assert_eq!(outside(), there, "something was written outside of the snapshots");
-    let escaped = names(directory.path()).into_iter().find(|name| name.contains("escaped"));
+    let escaped = names(directory).into_iter().find(|name| name.contains("escaped"));
     assert_eq!(escaped, None);
     assert!(!Path::new("/tmp/escaped").exists());
     let log = std::fs::read_to_string(node.log()).unwrap();
     assert!(!log.contains("panicked"), "{log}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hostile_client_gets_nowhere() {
+    let directory = tempfile::tempdir().unwrap();
+    let nodes = directory.path().join("nodes");
+    std::fs::create_dir(&nodes).unwrap();
+    let node = support::start("n1", &nodes, "0-99").await;
+    hostile(node, &nodes, Dialer::plaintext(), Dialer::plaintext()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hostile_node_with_a_valid_certificate_gets_no_further() {
+    let directory = tempfile::tempdir().unwrap();
+    let nodes = directory.path().join("nodes");
+    std::fs::create_dir(&nodes).unwrap();
+    let ca = Ca::new("one");
+    // In the cluster without a name, so that the same headers fit.
+    let issue = |id: &str| ca.issue(&Issue { uri: None, dns: Some(id.to_owned()), ..Issue::node(id) });
+    let (certificate, key) = issue("n1");
+    let mut arguments = Vec::new();
+    let files = [
+        ("--tls-ca", "ca.crt", ca.pem()),
+        ("--tls-cert", "n1.crt", certificate),
+        ("--tls-key", "n1.key", key),
+    ];
+    for (flag, name, text) in files {
+        let path = directory.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        arguments.extend([flag.to_owned(), path.display().to_string()]);
+    }
+    let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
+    let node = NodeProcess::start_with(&program(), "n1", &nodes, "0-99", &arguments).await.unwrap();
+    let dialer = |id: &str| {
+        let (certificate, key) = issue(id);
+        let pem = TlsPem { ca: ca.pem().into(), certificate: certificate.into(), key: key.into() };
+        Dialer::tls(Tls::from_pem(pem).unwrap())
+    };
+    // In another's name it gets nothing at all.
+    let as_other = Header { source_node_id: "n2".to_owned(), ..header("stolen", 1, 1, "a", 4) };
+    let refused = refused(&channel(&node, &dialer(EVIL)).await, [Frame::Header(as_other)]).await;
+    assert_eq!(refused.reason(), "PERMISSION_DENIED", "{refused:?}");
+    hostile(node, &nodes, dialer(EVIL), dialer("n2")).await;
 }
