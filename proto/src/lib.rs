@@ -5,6 +5,7 @@
 //! - [`node`] has all messages, clients and servers of all enabled services, flat.
 //! - [`common`], `snapshot`, `migration` and `health` are the crates behind it: the same messages, and the
 //!   runtimes and building blocks beside them.
+//! - `limits` has all that a node bounds, in one value, and `refusals` counts what was refused, by reason, for your metrics.
 //!
 //! # A server
 //!
@@ -60,7 +61,12 @@
 //!
 //! Without any of them there are messages and border types, and neither tonic nor tokio.
 
+#[cfg(any(feature = "server", feature = "listen"))]
+pub mod limits;
+
 pub use proto_common as common;
+#[cfg(any(feature = "client", feature = "server", feature = "channel", feature = "listen"))]
+pub use proto_common::refusals;
 #[cfg(feature = "health")]
 pub use proto_health as health;
 #[cfg(feature = "migration")]

@@ -4,11 +4,11 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use proto::common::access::Guarded;
-use proto::common::limits::ConnectionLimits;
 use proto::common::listen::Limited;
-use proto::common::tls::{Tls, TlsIncoming, TlsLimits};
-use proto::common::tuning::{incoming, tune_server};
+use proto::common::tls::{Tls, TlsIncoming};
+use proto::common::tuning::{incoming_within, tune_server_within};
 use proto::health::HealthRegistry;
+use proto::limits::Limits;
 use proto::node::NodeIdentity;
 use proto::snapshot::hook::InstallHook;
 use proto::snapshot::store::FileStoreOptions;
@@ -44,6 +44,7 @@ pub async fn receiver(
     node: &Node,
     hook: impl InstallHook,
     draining: CancellationToken,
+    limits: proto::snapshot::limits::Limits,
 ) -> anyhow::Result<SnapshotReceiver<FileSnapshotStore>> {
     let directory = node.store().directory().join("snapshots");
     let store =
@@ -51,6 +52,7 @@ pub async fn receiver(
     let store = store.await?.context("cannot open the directory of snapshots")?;
     SnapshotReceiver::builder(node.id(), store)
         .identity(identity(node))
+        .limits(limits)
         .access(node.trust().access())
         .hook(WhileUp::new(hook, draining))
         .start()
@@ -93,19 +95,23 @@ pub async fn serve(
     listener: TcpListener,
     tls: Option<Tls>,
     services: Routes,
+    limits: Limits,
     stop: CancellationToken,
     grace: Duration,
 ) -> anyhow::Result<()> {
-    let server = tune_server(Server::builder()).add_routes(services);
+    let server = tune_server_within(Server::builder(), &limits.connections).add_routes(services);
     let stopped = stop.clone().cancelled_owned();
     let serving = async move {
         match tls {
             Some(tls) => {
-                let accepted = TlsIncoming::new(listener, tls, TlsLimits::default());
-                let incoming = Limited::new(accepted, ConnectionLimits::default());
+                let accepted = TlsIncoming::new(listener, tls, limits.handshakes);
+                let incoming = Limited::new(accepted, limits.connections);
                 server.serve_with_incoming_shutdown(incoming, stopped).await
             }
-            None => server.serve_with_incoming_shutdown(incoming(listener), stopped).await,
+            None => {
+                let incoming = incoming_within(listener, limits.connections);
+                server.serve_with_incoming_shutdown(incoming, stopped).await
+            }
         }
     };
     tokio::pin!(serving);

@@ -16,6 +16,7 @@ use std::sync::Arc;
 
 use anyhow::Context as _;
 use proto::health::client::MonitorOptions;
+use proto::health::limits::Limits;
 use proto::health::server::checks::SyncedWrite;
 use proto::health::server::machine::{Disk, Machine};
 use proto::health::{HealthRegistry, PeerMonitor};
@@ -49,6 +50,7 @@ impl Health {
         transfers: &Transfers,
         splits: &Splits,
         migrations: Arc<dyn Migrations>,
+        limits: Limits,
     ) -> anyhow::Result<Self> {
         let monitor = PeerMonitor::start(node.id().clone(), MonitorOptions::default());
         let directory = node.store().directory().to_owned();
@@ -58,6 +60,7 @@ impl Health {
         let facts = facts::Facts::new(node, tasks.clone(), &monitor);
         let registry = HealthRegistry::builder(identity(node))
             .access(node.trust().access())
+            .limits(limits)
             .facts(facts)
             .machine(machine)
             .build();

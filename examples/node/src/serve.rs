@@ -161,16 +161,18 @@ pub async fn serve_with<H: InstallHook>(
     nodes.insert(options.id.clone(), addresses.clone());
     node.put_nodes(nodes).await?;
 
+    let limits = proto::limits::Limits::default();
     let guard = RangeGuard::new();
     let draining = CancellationToken::new();
     let hook = hook(SplitHook::new(node.clone(), guard.clone()));
-    let receiver = grpc::receiver(&node, hook, draining.clone()).await?;
+    let receiver = grpc::receiver(&node, hook, draining.clone(), limits.snapshot.clone()).await?;
     let stop_tasks = stop.child_token();
     let splits = Splits::new(node.clone(), receiver.transfers(), guard.clone(), stop_tasks.clone())?;
     // Holds their slots: before anybody is served.
     splits.resume()?;
-    let migrating = Migrating::start(&node, guard.clone(), options.migrate).await?;
-    let health = Health::start(&node, &receiver.transfers(), &splits, migrate::told(&migrating))?;
+    let migrating = Migrating::start(&node, guard.clone(), options.migrate, limits.migration.clone()).await?;
+    let told = migrate::told(&migrating);
+    let health = Health::start(&node, &receiver.transfers(), &splits, told, limits.health.clone())?;
     let services = grpc::services(&node, receiver.clone(), &migrating, health.registry())?;
     let connections = CONNECTIONS.min(options.grace / 4);
     let resp =
@@ -183,7 +185,14 @@ pub async fn serve_with<H: InstallHook>(
             Ok(())
         }
     });
-    serving.spawn(grpc::serve(grpc, node.trust().tls().cloned(), services, stop.clone(), connections));
+    serving.spawn(grpc::serve(
+        grpc,
+        node.trust().tls().cloned(),
+        services,
+        limits,
+        stop.clone(),
+        connections,
+    ));
     serving.spawn({
         let (store, stop) = (node.store().clone(), stop.clone());
         async move {

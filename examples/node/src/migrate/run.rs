@@ -33,8 +33,12 @@ impl Migrating {
     /// # Errors
     ///
     /// The journal or the database cannot be read.
-    pub async fn start(node: &Node, guard: RangeGuard, options: MigrateOptions) -> anyhow::Result<Self> {
-        let mut limits = Limits::default();
+    pub async fn start(
+        node: &Node,
+        guard: RangeGuard,
+        options: MigrateOptions,
+        mut limits: Limits,
+    ) -> anyhow::Result<Self> {
         limits.idle = options.idle;
         let (directory, history) = (node.store().directory().join("migrations"), limits.history);
         let opening = tokio::task::spawn_blocking(move || Journal::open(directory, history));
