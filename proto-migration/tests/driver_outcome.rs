@@ -260,7 +260,7 @@ async fn slots_of_a_damaged_record_are_held_and_the_rest_is_served() {
     assert!(!write.is_finished());
     let error = client.clone().start_migration(Pair::request("m1")).await.unwrap_err();
     let error = Error::from(error);
-    assert_eq!(error.reason(), Reason::RangeBusy.error("").reason());
+    assert_eq!(error.reason(), Reason::SlotsQuarantined.error("").reason());
     assert!(error.get("holder").unwrap().contains("m9.task"), "{error:?}");
     write.abort();
 }

@@ -138,7 +138,7 @@ fn a_file_that_is_no_database_is_named_and_left_alone() {
     let file = dir.path().join("node.redb");
     std::fs::write(&file, b"something else").unwrap();
     let error = refused(&["--id", "n1", "--data", dir.path().to_str().unwrap()]);
-    assert!(error.contains(&format!("cannot open {}", file.display())), "{error}");
+    assert!(error.contains(&format!("the database {} is damaged", file.display())), "{error}");
     assert_eq!(std::fs::read(&file).unwrap(), b"something else");
 }
 

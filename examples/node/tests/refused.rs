@@ -159,18 +159,35 @@ async fn more_migrations_than_a_node_takes_wait_or_are_refused() {
     for n in 0..4 {
         begin(&pair.n1, small(&format!("m{n}"), &pair.n2, 8192 + 10 * n, 10)).await.unwrap();
     }
-    for n in 0..4 {
-        reaches(&pair.n1, &format!("m{n}"), Direction::Out, MigrationState::Ready).await;
-    }
+    // Three are the share of one source; the fourth waits for one of them to end.
+    let mut ready = Vec::new();
+    until("three of them have a place", async || {
+        ready.clear();
+        for n in 0..4 {
+            let id = format!("m{n}");
+            if state(&pair.n1, &id, Direction::Out).await == MigrationState::Ready {
+                ready.push(id);
+            }
+        }
+        ready.len() == 3
+    })
+    .await;
+    let waits = (0..4).map(|n| format!("m{n}")).find(|id| !ready.contains(id)).unwrap();
+    refuses(&pair.n1, &waits, "TOO_MANY_MIGRATIONS").await;
     let refused = begin(&pair.n1, small("m4", &pair.n2, 9000, 10)).await.unwrap_err();
     assert_eq!(refused.reason(), "TOO_MANY_MIGRATIONS", "{refused:?}");
     assert!(refused.is_retryable());
-    // The target has no more places either: who asks there waits.
+    // The last place is for another one. Then the target has no more: who asks there waits.
     begin(&n3, small("m5", &pair.n2, 0, 10)).await.unwrap();
-    refuses(&n3, "m5", "TOO_MANY_MIGRATIONS").await;
-    assert_eq!(state(&n3, "m5", Direction::Out).await, MigrationState::Pending);
-    cancel(&pair.n1, "m0").await.unwrap();
     reaches(&n3, "m5", Direction::Out, MigrationState::Ready).await;
+    begin(&n3, small("m6", &pair.n2, 10, 10)).await.unwrap();
+    refuses(&n3, "m6", "TOO_MANY_MIGRATIONS").await;
+    assert_eq!(state(&n3, "m6", Direction::Out).await, MigrationState::Pending);
+    for ended in &ready[..2] {
+        cancel(&pair.n1, ended).await.unwrap();
+    }
+    reaches(&n3, "m6", Direction::Out, MigrationState::Ready).await;
+    reaches(&pair.n1, &waits, Direction::Out, MigrationState::Ready).await;
 }
 
 #[tokio::test]

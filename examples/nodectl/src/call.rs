@@ -9,6 +9,7 @@ use proto::snapshot::limits::MAX_MESSAGE_BYTES;
 use tonic::Status;
 
 use crate::address::Address;
+use crate::trust;
 
 /// A client over a connection of its own.
 pub(crate) type Client = SplitSnapshotServiceClient<NodeChannel>;
@@ -40,7 +41,18 @@ pub(crate) async fn ask_over<T>(
         let message = format!("no answer from {address} within {}", humantime::format_duration(limit));
         Err(Error::with_code(Code::DeadlineExceeded, "NO_ANSWER", message))
     });
-    asked.map_err(|error| located(error, address))
+    asked.map_err(|error| located(broken(error), address))
+}
+
+/// A connection that broke in the middle, in words. Such is what a listener that wants TLS makes of plaintext.
+fn broken(error: Error) -> Error {
+    let Some((_, cause)) = error.message().split_once("transport error: ") else { return error };
+    if !error.is(CommonReason::Unavailable) {
+        return error;
+    }
+    let plaintext = cfg!(feature = "tls") && !trust::dialer().is_encrypted();
+    let tls = if plaintext { " (does it want TLS?)" } else { "" };
+    reworded(&error, format!("the connection broke before there was an answer{tls}: {cause}"))
 }
 
 /// `error`, with the address in it where it says nothing of the place: one that a node made of a decision of its own is

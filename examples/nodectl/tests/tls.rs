@@ -103,6 +103,10 @@ async fn new_certificates_work_and_are_never_overwritten() {
     );
     let plain = nodectl(&format!("transfers --at {address}")).await;
     assert!(plain.code == Some(1) && plain.stderr.contains("if it wants TLS, give --tls-ca"), "{plain:?}");
+    for command in ["health", "status"] {
+        let plain = nodectl(&format!("{command} {address}")).await;
+        assert!(plain.stdout.contains("does it want TLS?"), "{plain:?}");
+    }
     // Whoever has given them needs no such advice.
     let elsewhere = nodectl(&format!("transfers --at 127.0.0.1:1 {}", flags(&certs, "operator"))).await;
     assert!(elsewhere.code == Some(1) && !elsewhere.stderr.contains("wants TLS"), "{elsewhere:?}");
