@@ -22,16 +22,14 @@ use tonic::codegen::http;
 pub use guarded::Guarded;
 pub use roles::{READS, RoleTable};
 
+pub use crate::peer::CLUSTER_METADATA;
+
 use crate::error::{CommonReason, Error};
 use crate::ids::{ClusterId, NodeId, ShardId};
 use crate::peer::{Peer, PeerIdentity, Role};
 use crate::slots::SlotRange;
 use crate::text::printable;
 use crate::v1;
-
-/// gRPC metadata in which a client may name the cluster that it means. A server of another cluster refuses the call; so a
-/// wrong address is found out also in plaintext.
-pub const CLUSTER_METADATA: &str = "node-cluster-id";
 
 /// A call, before it is answered.
 #[derive(Debug, Clone, Copy)]

@@ -8,10 +8,10 @@ use tonic::codegen::http::HeaderValue;
 use tonic::codegen::{Service, http};
 use tonic::transport::{Channel, Endpoint};
 
-use crate::access::CLUSTER_METADATA;
 use crate::connect::Connect;
 use crate::error::{CommonReason, Error};
 use crate::ids::{ClusterId, NodeId};
+use crate::peer::CLUSTER_METADATA;
 use crate::tuning::{CONNECT_TIMEOUT, endpoint};
 
 /// How this process connects to nodes. Cheap to clone.

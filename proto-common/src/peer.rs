@@ -14,6 +14,10 @@ use thiserror::Error;
 use crate::ids::{ClusterId, NodeId};
 use crate::text::printable;
 
+/// gRPC metadata in which a client may name the cluster that it means. A server of another cluster refuses the call; so a
+/// wrong address is found out also in plaintext.
+pub const CLUSTER_METADATA: &str = "node-cluster-id";
+
 /// What a peer is there for. What each may do is for an `Authorizer` to say.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]

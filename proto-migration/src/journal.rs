@@ -205,6 +205,7 @@ async fn blocking(
 }
 
 /// The name of a migration's file below the journal's directory.
+#[cfg(feature = "client")]
 pub(crate) fn shown_name(slots: SlotRange, id: &MigrationId) -> String {
     format!("active/{}", file_name(slots, id))
 }

@@ -59,6 +59,7 @@ impl<V: Copy> RunMap<V> {
         }
     }
 
+    #[cfg(feature = "server")]
     pub(crate) fn get(&self, offset: u64) -> Option<V> {
         match self {
             Self::Few(one) => one.filter(|(start, _)| *start == offset).map(|(_, run)| run),
