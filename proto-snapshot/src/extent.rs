@@ -56,6 +56,13 @@ pub struct Overlap {
 }
 
 impl FileExtents {
+    /// One run.
+    pub(crate) fn one(offset: u64, len: u64, crc: u64) -> Self {
+        let mut runs = RunMap::default();
+        runs.insert(offset, Run { len, crc });
+        Self { runs, bytes: len }
+    }
+
     /// Adds `len` bytes at `offset` whose checksum is `crc`.
     ///
     /// # Errors

@@ -1,6 +1,8 @@
 #![doc = include_str!("../README.md")]
 
 #[cfg(any(feature = "client", feature = "server"))]
+mod books;
+#[cfg(any(feature = "client", feature = "server"))]
 mod bulk;
 #[cfg(feature = "_rpc")]
 pub mod extent;

@@ -61,7 +61,8 @@ pub struct ManifestFile {
 /// The files of a snapshot, in order; cheap to clone.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Manifest {
-    files: Arc<[ManifestFile]>,
+    /// Not a slice: that would be a second list while it is made, and there may be many files.
+    files: Arc<Vec<ManifestFile>>,
     total: Option<u64>,
 }
 
@@ -156,7 +157,7 @@ impl Manifest {
     ///
     /// `CONFLICTING_FILE_NAMES` when two files have one name or a name is also a directory of
     /// another; `SNAPSHOT_TOO_LARGE` when a size or the sum is beyond 2^63 - 1.
-    pub fn new(files: Vec<ManifestFile>) -> Result<Self, Error> {
+    pub fn new(mut files: Vec<ManifestFile>) -> Result<Self, Error> {
         proto_common::path::check_tree(files.iter().map(|file| &file.name))
             .map_err(|error| Reason::ConflictingFileNames.field("manifest.files.name", error.to_string()))?;
         let mut known = 0_u64;
@@ -170,7 +171,8 @@ impl Manifest {
             })?;
         }
         let total = files.iter().all(|file| file.size.is_some()).then_some(known);
-        Ok(Self { files: files.into(), total })
+        files.shrink_to_fit();
+        Ok(Self { files: Arc::new(files), total })
     }
 
     /// The files, in order.

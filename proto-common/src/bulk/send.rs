@@ -2,9 +2,9 @@
 
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use http_body::Frame;
 use tokio::sync::mpsc;
 use tonic::Status;
@@ -12,24 +12,69 @@ use tonic::body::Body;
 use tonic::client::GrpcService;
 use tonic::codegen::{Service, http};
 
-use super::{BulkMessage, encode};
+use super::{BulkMessage, TooLong, encode};
 
 /// The body of a request: the messages of a channel, each in one data frame or, if it has a payload, in two.
 ///
 /// HTTP/2 cuts the payload into frames as large as the peer takes, and hands each to the socket together with its nine bytes of header. What waits is bounded by the
-/// channel, one message here, and what the connection buffers for sending. A message that is too long ends the call.
+/// channel, one message or batch here, and what the connection buffers for sending. A message that is too long ends the call.
 #[derive(Debug)]
 pub struct Outgoing<M> {
-    messages: mpsc::Receiver<M>,
+    messages: Messages<M>,
     payload: Option<Bytes>,
     limit: usize,
+}
+
+#[derive(Debug)]
+enum Messages<M> {
+    Single(mpsc::Receiver<M>),
+    Batches(mpsc::Receiver<Vec<M>>),
 }
 
 impl<M: BulkMessage> Outgoing<M> {
     /// Sends `messages` of at most `limit` bytes each, until all senders are dropped.
     #[must_use]
     pub fn new(messages: mpsc::Receiver<M>, limit: usize) -> Self {
-        Self { messages, payload: None, limit }
+        Self { messages: Messages::Single(messages), payload: None, limit }
+    }
+
+    /// The same for messages that come in batches. A batch of more than one goes out as one data frame, so it is for messages with small
+    /// payloads, which are copied.
+    #[must_use]
+    pub fn of_batches(batches: mpsc::Receiver<Vec<M>>, limit: usize) -> Self {
+        Self { messages: Messages::Batches(batches), payload: None, limit }
+    }
+
+    /// Encodes a message, and keeps its payload for the next data frame.
+    fn one(&mut self, message: M) -> Result<Bytes, TooLong> {
+        let parts = encode(message, self.limit)?;
+        self.payload = Some(parts.payload).filter(|payload| !payload.is_empty());
+        Ok(parts.head)
+    }
+
+    fn batch(&mut self, mut batch: Vec<M>) -> Result<Bytes, TooLong> {
+        if batch.len() == 1
+            && let Some(message) = batch.pop()
+        {
+            return self.one(message);
+        }
+        let mut joined = BytesMut::new();
+        for message in batch {
+            let parts = encode(message, self.limit)?;
+            joined.reserve(parts.head.len() + parts.payload.len());
+            joined.extend_from_slice(&parts.head);
+            joined.extend_from_slice(&parts.payload);
+        }
+        Ok(joined.freeze())
+    }
+}
+
+impl<M> Messages<M> {
+    fn close(&mut self) {
+        match self {
+            Self::Single(messages) => messages.close(),
+            Self::Batches(batches) => batches.close(),
+        }
     }
 }
 
@@ -44,17 +89,17 @@ impl<M: BulkMessage> http_body::Body for Outgoing<M> {
         if let Some(payload) = self.payload.take() {
             return Poll::Ready(Some(Ok(Frame::data(payload))));
         }
-        self.messages.poll_recv(cx).map(|message| {
-            let parts = match encode(message?, self.limit) {
-                Ok(parts) => parts,
-                Err(error) => {
-                    self.messages.close();
-                    return Some(Err(Status::out_of_range(error.to_string())));
-                }
-            };
-            self.payload = Some(parts.payload).filter(|payload| !payload.is_empty());
-            Some(Ok(Frame::data(parts.head)))
-        })
+        let encoded = match &mut self.messages {
+            Messages::Single(messages) => ready!(messages.poll_recv(cx)).map(|message| self.one(message)),
+            Messages::Batches(batches) => ready!(batches.poll_recv(cx)).map(|batch| self.batch(batch)),
+        };
+        Poll::Ready(encoded.map(|encoded| match encoded {
+            Ok(head) => Ok(Frame::data(head)),
+            Err(error) => {
+                self.messages.close();
+                Err(Status::out_of_range(error.to_string()))
+            }
+        }))
     }
 }
 

@@ -5,7 +5,8 @@
 
 use proto_common::error::Error;
 
-use crate::extent::{Extent, ExtentRecord, FileExtents};
+use crate::books::Books;
+use crate::extent::{Extent, ExtentRecord};
 use crate::limits::Limits;
 use crate::reason::Reason;
 use crate::spec::{FileTotal, Manifest};
@@ -15,12 +16,12 @@ use crate::v1::transfer_split_snapshot_response as response;
 #[derive(Debug)]
 pub(super) struct Ledger {
     manifest: Manifest,
-    claimed: Vec<FileExtents>,
-    written: Vec<FileExtents>,
+    claimed: Books,
+    written: Books,
     /// Durable before this process started; read back before they are installed.
     inherited: Vec<ExtentRecord>,
     /// Made durable since this process started.
-    durable: Vec<FileExtents>,
+    durable: Books,
     pending: Vec<ExtentRecord>,
     pending_bytes: u64,
     syncing_bytes: u64,
@@ -29,6 +30,8 @@ pub(super) struct Ledger {
     /// Runs of all files in `claimed`, and how many there may be.
     claimed_runs: usize,
     max_runs: usize,
+    /// Files that are known to be empty.
+    empty_files: u64,
     /// Largest file of unknown size.
     max_bytes: u64,
 }
@@ -38,12 +41,12 @@ impl Ledger {
     /// or each other are left out: their bytes are asked for again.
     pub(super) fn open(manifest: Manifest, records: Vec<ExtentRecord>, limits: &Limits) -> Self {
         let files = manifest.files().len();
+        let nothing = Books::new(manifest.clone());
         let mut ledger = Self {
-            manifest,
-            claimed: vec![FileExtents::default(); files],
-            written: vec![FileExtents::default(); files],
+            claimed: nothing.clone(),
+            written: nothing.clone(),
             inherited: Vec::new(),
-            durable: vec![FileExtents::default(); files],
+            durable: nothing,
             pending: Vec::new(),
             pending_bytes: 0,
             syncing_bytes: 0,
@@ -51,7 +54,9 @@ impl Ledger {
             reused_bytes: 0,
             claimed_runs: 0,
             max_runs: files.saturating_add(limits.extents),
+            empty_files: manifest.files().iter().filter(|file| file.size == Some(0)).count() as u64,
             max_bytes: limits.snapshot_bytes,
+            manifest,
         };
         for record in records {
             if ledger.check_bounds(record.extent).is_ok() && insert(&mut ledger.written, record) {
@@ -90,12 +95,9 @@ impl Ledger {
     /// Claims the bytes of a chunk for the stream that brings it.
     pub(super) fn claim(&mut self, extent: Extent) -> Result<(), Error> {
         self.check_bounds(extent)?;
-        let Some(claimed) = file_mut(&mut self.claimed, extent.file) else {
-            return Err(Reason::Internal.error("the ledger and the manifest differ"));
-        };
-        let before = claimed.run_count();
+        let before = self.claimed.get(extent.file).run_count();
         // Checksums of claims are not used; those of what is written are.
-        claimed.insert(extent.offset, extent.len, 0).map_err(|overlap| {
+        self.claimed.insert(extent, 0).map_err(|overlap| {
             Reason::OverlappingExtent
                 .field(
                     "chunk.offset",
@@ -108,7 +110,7 @@ impl Ledger {
                 .metadata("file", extent.file.to_string())
                 .metadata("offset", extent.offset.to_string())
         })?;
-        self.claimed_runs = self.claimed_runs + claimed.run_count() - before;
+        self.claimed_runs = self.claimed_runs + self.claimed.get(extent.file).run_count() - before;
         if self.claimed_runs > self.max_runs {
             return Err(Reason::TooFragmented.field(
                 "chunk.offset",
@@ -185,10 +187,7 @@ impl Ledger {
 
     /// Whether a file has no byte yet.
     pub(super) fn is_empty(&self, file: u32) -> bool {
-        usize::try_from(file)
-            .ok()
-            .and_then(|file| self.claimed.get(file))
-            .is_none_or(|runs| runs.bytes() == 0)
+        self.claimed.get(file).bytes() == 0
     }
 
     pub(super) fn durable_bytes(&self) -> u64 {
@@ -201,25 +200,20 @@ impl Ledger {
 
     /// Files whose every byte is durable or written.
     pub(super) fn complete_files(&self) -> u64 {
-        let complete = self
-            .manifest
-            .files()
-            .iter()
-            .zip(&self.written)
-            .filter(|(file, runs)| file.size.is_some_and(|size| runs.bytes() == size));
-        complete.count() as u64
+        self.empty_files + self.written.whole_count() as u64
     }
 
     /// No stream writes: what was claimed but not written is missing again.
     pub(super) fn forget_claims(&mut self) {
         self.claimed = self.written.clone();
-        self.claimed_runs = self.claimed.iter().map(FileExtents::run_count).sum();
+        self.claimed_runs = self.claimed.run_count();
     }
 
     /// What no stream has brought or is bringing, in order.
     pub(super) fn missing(&self) -> Vec<response::Extent> {
         let mut missing = Vec::new();
-        for ((number, file), runs) in self.manifest.numbered().zip(&self.claimed) {
+        for (number, file) in self.manifest.numbered() {
+            let runs = self.claimed.get(number);
             match file.size {
                 Some(size) => {
                     missing.extend(runs.gaps(size).into_iter().map(|(offset, len)| response::Extent {
@@ -244,7 +238,8 @@ impl Ledger {
 
     /// Checks `End` against the manifest and what was written.
     pub(super) fn check_totals(&self, totals: &[FileTotal]) -> Result<(), Error> {
-        for (((number, file), runs), total) in self.manifest.numbered().zip(&self.written).zip(totals) {
+        for ((number, file), total) in self.manifest.numbered().zip(totals) {
+            let runs = self.written.get(number);
             if let Some(size) = file.size
                 && size != total.size
             {
@@ -304,17 +299,7 @@ impl Ledger {
         }
         self.written = self.durable.clone();
         self.forget_claims();
-        Some(
-            (0_u32..)
-                .zip(&self.durable)
-                .flat_map(|(file, runs)| {
-                    runs.runs().map(move |(offset, len, crc)| ExtentRecord {
-                        extent: Extent { file, offset, len },
-                        crc,
-                    })
-                })
-                .collect(),
-        )
+        Some(self.durable.all().map(|(extent, crc)| ExtentRecord { extent, crc }).collect())
     }
 }
 
@@ -322,11 +307,6 @@ fn totals_mismatch(file: u32, message: String) -> Error {
     Reason::TotalsMismatch.error(message).metadata("file", file.to_string())
 }
 
-fn insert(files: &mut [FileExtents], record: ExtentRecord) -> bool {
-    let Extent { file, offset, len } = record.extent;
-    file_mut(files, file).is_some_and(|runs| runs.insert(offset, len, record.crc).is_ok())
-}
-
-fn file_mut(files: &mut [FileExtents], file: u32) -> Option<&mut FileExtents> {
-    files.get_mut(usize::try_from(file).ok()?)
+fn insert(books: &mut Books, record: ExtentRecord) -> bool {
+    books.insert(record.extent, record.crc).is_ok()
 }

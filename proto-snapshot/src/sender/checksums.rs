@@ -1,65 +1,75 @@
 //! The checksums of all that was read of the source.
 
+use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::missing::Span;
-use crate::extent::FileExtents;
+use crate::books::Books;
+use crate::extent::Extent;
 use crate::spec::{FileTotal, Manifest};
 
 /// Checksums of all that this sender has read of its source, across reconnections.
 #[derive(Debug, Default)]
 pub(super) struct Checksums {
-    files: Mutex<Vec<KnownFile>>,
+    read: Mutex<Option<Read>>,
 }
 
-#[derive(Debug, Clone, Default)]
-struct KnownFile {
-    runs: FileExtents,
-    /// Of a file of unknown size, once its end was read.
-    end: Option<u64>,
+/// What was read of one manifest.
+#[derive(Debug)]
+struct Read {
+    manifest: Manifest,
+    books: Books,
+    /// Sizes of files of unknown size, once their ends were read.
+    ends: HashMap<u32, u64>,
+}
+
+impl Read {
+    /// Where `file` ends, as far as that is known.
+    fn end(&self, file: u32) -> Option<u64> {
+        self.manifest.get(file)?.size.or_else(|| self.ends.get(&file).copied())
+    }
 }
 
 impl Checksums {
     /// Nothing of `manifest` was read yet, or all of it has to be read anew.
     pub(super) fn start(&self, manifest: &Manifest) {
-        let files =
-            manifest.files().iter().map(|file| KnownFile { runs: FileExtents::default(), end: file.size });
-        *self.files() = files.collect();
+        let books = Books::new(manifest.clone());
+        *self.read() = Some(Read { manifest: manifest.clone(), books, ends: HashMap::new() });
     }
 
-    fn files(&self) -> MutexGuard<'_, Vec<KnownFile>> {
-        self.files.lock().unwrap_or_else(PoisonError::into_inner)
+    fn read(&self) -> MutexGuard<'_, Option<Read>> {
+        self.read.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The bytes were read. Bytes of which a part is known already are left out here and read once more at the
     /// end; that happens only where an earlier attempt cut its chunks elsewhere.
     pub(super) fn add(&self, file: u32, offset: u64, len: u64, crc: u64) {
-        let mut files = self.files();
-        if let Some(known) = usize::try_from(file).ok().and_then(|file| files.get_mut(file)) {
-            let _ = known.runs.insert(offset, len, crc);
+        if let Some(read) = self.read().as_mut() {
+            let _ = read.books.insert(Extent { file, offset, len }, crc);
         }
     }
 
     /// The end of a file of unknown size was read.
     pub(super) fn end(&self, file: u32, size: u64) {
-        let mut files = self.files();
-        if let Some(known) = usize::try_from(file).ok().and_then(|file| files.get_mut(file)) {
-            known.end = Some(size);
+        if let Some(read) = self.read().as_mut() {
+            read.ends.insert(file, size);
         }
     }
 
     /// What has to be read of the source although the receiver does not lack it: what is neither known nor `missing`, which is
     /// in order and disjoint.
     pub(super) fn unread(&self, mut missing: &[Span]) -> Vec<Span> {
-        let files = self.files();
+        let read = self.read();
         let mut unread = Vec::new();
-        for (number, known) in (0_u32..).zip(files.iter()) {
+        let Some(read) = read.as_ref() else { return unread };
+        for (number, _) in read.manifest.numbered() {
+            let known = read.books.get(number);
             let (gaps, rest) = missing.split_at(missing.partition_point(|gap| gap.file <= number));
             missing = rest;
             // What is beyond the start of an open end is sent.
             let open = gaps.last().filter(|gap| gap.len.is_none()).map(|gap| gap.offset);
-            let end = open.or(known.end);
-            let mut runs = known.runs.runs().map(|(offset, len, _)| (offset, offset + len)).peekable();
+            let end = open.or(read.end(number));
+            let mut runs = known.runs().map(|(offset, len, _)| (offset, offset + len)).peekable();
             let mut gaps = gaps.iter().map(|gap| (gap.offset, gap.end())).peekable();
             let mut at = 0;
             loop {
@@ -95,14 +105,14 @@ impl Checksums {
         if !unread.is_empty() {
             return Err(unread);
         }
-        let files = self.files();
-        Ok(files
-            .iter()
-            .map(|known| {
-                let size = known.end.unwrap_or_else(|| known.runs.end());
-                FileTotal { size, crc: known.runs.whole(size).unwrap_or(0) }
-            })
-            .collect())
+        let read = self.read();
+        let Some(read) = read.as_ref() else { return Ok(Vec::new()) };
+        let total = |(number, _)| {
+            let known = read.books.get(number);
+            let size = read.end(number).unwrap_or_else(|| known.end());
+            FileTotal { size, crc: known.whole(size).unwrap_or(0) }
+        };
+        Ok(read.manifest.numbered().map(total).collect())
     }
 }
 

@@ -21,6 +21,13 @@ use crate::v1::transfer_split_snapshot_request::{Chunk, Frame};
 /// Smallest chunk that is worth its frame where the receiver allows more.
 const MAX_CHUNK: u32 = 1 << 20;
 
+/// A chunk up to this many bytes goes out together with its neighbours: the frames that it would get by itself cost both ends more than copying it.
+const SMALL: usize = 16 << 10;
+/// Bytes of a batch at which it goes out: what fills one HTTP/2 frame, but for what surrounds the payloads.
+const BATCH_BYTES: usize = 56 << 10;
+/// Chunks of a batch at most.
+const BATCH: usize = 256;
+
 /// What all streams of a transfer share.
 pub(super) struct Shared<S> {
     pub(super) source: Arc<S>,
@@ -64,6 +71,8 @@ impl<S: SnapshotSource> Shared<S> {
             heard,
             piece: usize::try_from(chunk.min(MAX_CHUNK)).unwrap_or(1),
             sent: 0,
+            batch: Vec::new(),
+            batch_bytes: 0,
         }
     }
 
@@ -143,8 +152,11 @@ pub(super) struct Pump<'a, S> {
     outbound: &'a Outbound,
     heard: &'a Heard,
     piece: usize,
-    /// Payload bytes sent on this stream.
+    /// Payload bytes sent on this stream, or waiting in `batch`.
     pub(super) sent: u64,
+    /// Small chunks that go out together, and their bytes.
+    batch: Vec<Frame>,
+    batch_bytes: usize,
 }
 
 impl<S: SnapshotSource> Pump<'_, S> {
@@ -154,7 +166,7 @@ impl<S: SnapshotSource> Pump<'_, S> {
             taken.push(unit);
             self.send(unit).await?;
         }
-        Ok(())
+        self.flush().await
     }
 
     async fn send(&mut self, unit: Span) -> Result<(), Error> {
@@ -163,26 +175,52 @@ impl<S: SnapshotSource> Pump<'_, S> {
         let mut at = unit.offset;
         while let Some(payload) = pieces.next().await {
             let payload = payload?;
-            let len = payload.len() as u64;
+            let len = payload.len();
+            let bytes = len as u64;
             let crc = crc64(&payload);
-            shared.checksums.add(unit.file, at, len, crc);
-            self.wait_for(len).await?;
+            shared.checksums.add(unit.file, at, bytes, crc);
+            self.wait_for(bytes).await?;
             let chunk = Frame::Chunk(Chunk { file: unit.file, offset: at, crc64nvme: crc, payload });
-            self.heard.quiet.bound("a chunk to be read", self.outbound.send(chunk)).await??;
-            self.sent = self.sent.saturating_add(len);
-            shared.counters.wire_bytes.fetch_add(len, Ordering::Relaxed);
+            if len > SMALL {
+                self.flush().await?;
+                self.heard.quiet.bound("a chunk to be read", self.outbound.send(chunk)).await??;
+            } else {
+                self.batch.push(chunk);
+                self.batch_bytes += len;
+                if self.batch_bytes >= BATCH_BYTES || self.batch.len() >= BATCH {
+                    self.flush().await?;
+                }
+            }
+            self.sent = self.sent.saturating_add(bytes);
+            shared.counters.wire_bytes.fetch_add(bytes, Ordering::Relaxed);
             shared.patience.active();
-            at = at.saturating_add(len);
+            at = at.saturating_add(bytes);
         }
         shared.read_to(unit, at)
     }
 
+    /// Sends the small chunks that wait.
+    async fn flush(&mut self) -> Result<(), Error> {
+        if self.batch.is_empty() {
+            return Ok(());
+        }
+        self.shared.hold.pass().await;
+        self.batch_bytes = 0;
+        let batch = std::mem::take(&mut self.batch);
+        self.heard.quiet.bound("chunks to be read", self.outbound.send_together(batch)).await?
+    }
+
     /// Waits for credit and for the rate limit.
-    async fn wait_for(&self, bytes: u64) -> Result<(), Error> {
+    async fn wait_for(&mut self, bytes: u64) -> Result<(), Error> {
+        let wanted = self.sent.saturating_add(bytes);
+        if !self.heard.has_credit(wanted) || self.shared.limiter.rate().is_some() {
+            // Credit comes for what has been sent, and a batch may take long to fill.
+            self.flush().await?;
+        }
         let mut waited = self.shared.limiter.acquire(bytes).await;
         self.shared.hold.pass().await;
         let since = tokio::time::Instant::now();
-        self.heard.credit(self.sent.saturating_add(bytes)).await?;
+        self.heard.credit(wanted).await?;
         waited += since.elapsed();
         let waited = u64::try_from(waited.as_micros()).unwrap_or(u64::MAX);
         self.shared.counters.throttled_us.fetch_add(waited, Ordering::Relaxed);

@@ -20,7 +20,7 @@ use crate::v1::transfer_split_snapshot_request::{End, File, FileTotal, Frame, He
 use crate::v1::transfer_split_snapshot_response::{Accepted, Ack, Frame as Answer, Installed};
 use crate::v1::{TransferPhase, TransferSplitSnapshotRequest, TransferSplitSnapshotResponse};
 
-/// Frames between the one that makes them and the socket: the next is being read while one is sent.
+/// Chunks, or batches of small ones, between the one that makes them and the socket: the next is being read while one is sent.
 const QUEUE: usize = 4;
 /// Silence before `Accepted`, as the protocol says.
 pub(super) const FIRST_IDLE: Duration = Duration::from_secs(30);
@@ -36,18 +36,24 @@ pub(super) fn client<T: GrpcChannel>(channel: T) -> SplitSnapshotServiceClient<T
 /// Where frames of one stream go.
 #[derive(Debug, Clone)]
 pub(super) struct Outbound {
-    frames: mpsc::Sender<TransferSplitSnapshotRequest>,
+    frames: mpsc::Sender<Vec<TransferSplitSnapshotRequest>>,
 }
 
 impl Outbound {
     /// An outbound half and the body to call with.
     pub(super) fn new() -> (Self, Outgoing<TransferSplitSnapshotRequest>) {
         let (frames, queue) = mpsc::channel(QUEUE);
-        (Self { frames }, Outgoing::new(queue, MAX_MESSAGE_BYTES))
+        (Self { frames }, Outgoing::of_batches(queue, MAX_MESSAGE_BYTES))
     }
 
     pub(super) async fn send(&self, frame: Frame) -> Result<(), Error> {
-        let sent = self.frames.send(TransferSplitSnapshotRequest { frame: Some(frame) }).await;
+        self.send_together(vec![frame]).await
+    }
+
+    /// Sends frames that are small all together as one piece.
+    pub(super) async fn send_together(&self, frames: Vec<Frame>) -> Result<(), Error> {
+        let frames = frames.into_iter().map(|frame| TransferSplitSnapshotRequest { frame: Some(frame) });
+        let sent = self.frames.send(frames.collect()).await;
         sent.map_err(|_| broken("the connection was closed"))
     }
 
@@ -55,7 +61,7 @@ impl Outbound {
         // A full queue is a sign of life by itself.
         let _ = self
             .frames
-            .try_send(TransferSplitSnapshotRequest { frame: Some(Frame::Heartbeat(Heartbeat {})) });
+            .try_send(vec![TransferSplitSnapshotRequest { frame: Some(Frame::Heartbeat(Heartbeat {})) }]);
     }
 }
 
@@ -106,12 +112,17 @@ impl Heard {
         waited.await?.map(|_| ()).map_err(|_| broken("the stream was closed"))
     }
 
+    /// Whether `bytes` of this stream may be sent by now.
+    pub(super) fn has_credit(&self, bytes: u64) -> bool {
+        *self.credit.borrow() >= bytes
+    }
+
     /// Waits until `bytes` of this stream may be sent.
     pub(super) async fn credit(&self, bytes: u64) -> Result<(), Error> {
-        let mut credit = self.credit.subscribe();
-        if *credit.borrow_and_update() >= bytes {
+        if self.has_credit(bytes) {
             return Ok(());
         }
+        let mut credit = self.credit.subscribe();
         let waited = self.quiet.bound("credit", credit.wait_for(|credit| *credit >= bytes));
         waited.await?.map(|_| ()).map_err(|_| broken("the stream was closed"))
     }

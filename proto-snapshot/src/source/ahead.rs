@@ -11,7 +11,7 @@ use bytes::Bytes;
 use tokio::task::JoinHandle;
 
 use super::SourceError;
-use super::disk::{Listing, lock};
+use super::disk::{Listing, WholeReader, lock};
 
 /// A file up to this length is small.
 const SMALL: u64 = 64 << 10;
@@ -108,6 +108,7 @@ fn start(listing: &Arc<Listing>, from: u32) -> JoinHandle<Batch> {
     let listing = Arc::clone(listing);
     tokio::task::spawn_blocking(move || {
         let mut batch = Batch::new();
+        let mut reader = WholeReader::new(&listing);
         let mut bytes = 0;
         for number in from.. {
             let Some(entry) = listing.get(number) else { break };
@@ -121,7 +122,7 @@ fn start(listing: &Arc<Listing>, from: u32) -> JoinHandle<Batch> {
             if size > SMALL || full {
                 break;
             }
-            let read = entry.read_whole(0, len);
+            let read = reader.read(entry, len);
             let failed = read.is_err();
             batch.push((number, read));
             if failed {

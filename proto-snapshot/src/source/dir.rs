@@ -10,7 +10,7 @@ use proto_common::path::FileName;
 use proto_common::text::printable;
 
 use super::ahead::Ahead;
-use super::disk::{Entry, Identity, Listing, lock, off_thread, read};
+use super::disk::{Entry, Identity, Listing, Place, lock, off_thread, read};
 use super::{Description, PieceStream, SnapshotSource, SourceError};
 
 /// Most bytes of a name that an error shows.
@@ -41,7 +41,8 @@ impl SnapshotSource for DirectorySource {
     async fn describe(&self, digests: bool) -> Result<Description, SourceError> {
         let root = self.root.clone();
         let (listing, description) = off_thread(move |stop| {
-            let listing = Listing::new(walk(&root)?);
+            let files = walk(&root)?;
+            let listing = Listing::new(Place::Below(root), files);
             let description = listing.describe(digests, &stop)?;
             Ok((listing, description))
         })
@@ -79,7 +80,6 @@ fn walk(root: &Path) -> Result<Vec<Entry>, SourceError> {
         let failed = |source| SourceError::Io { name: shown(&prefix), source };
         for entry in fs::read_dir(&dir).map_err(failed)? {
             let entry = entry.map_err(failed)?;
-            let path = entry.path();
             let name = match entry.file_name().into_string() {
                 Ok(name) => format!("{prefix}{name}"),
                 Err(name) => {
@@ -94,12 +94,13 @@ fn walk(root: &Path) -> Result<Vec<Entry>, SourceError> {
             // A directory counts by the files in it; but its name has to be a valid one for theirs to be.
             match FileName::new(&name) {
                 Err(error) => refused.push(format!("{}: {}", shown(&name), error.problem())),
-                Ok(_) if kind.is_dir() => pending.push((path, format!("{name}/"))),
+                Ok(_) if kind.is_dir() => pending.push((entry.path(), format!("{name}/"))),
                 Ok(file) if kind.is_file() => {
-                    let identity = fs::symlink_metadata(&path).map(|metadata| Identity::of(&metadata));
+                    // Of the entry itself, also should it have become a link meanwhile.
+                    let identity = entry.metadata().map(|metadata| Identity::of(&metadata));
                     let identity =
                         identity.map_err(|source| SourceError::Io { name: shown(&name), source })?;
-                    files.push(Entry { name: file, path, identity });
+                    files.push(Entry { name: file, identity });
                 }
                 Ok(_) if kind.is_symlink() => refused.push(format!("{}: is a symbolic link", shown(&name))),
                 Ok(_) => refused.push(format!("{}: is neither a file nor a directory", shown(&name))),

@@ -2,14 +2,16 @@
 
 use std::fs::{File, Metadata};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use futures::StreamExt as _;
 use proto_common::path::FileName;
+use rustix::fs::{Mode, OFlags};
 use tokio::sync::mpsc;
 
 use crate::spec::ManifestFile;
@@ -57,13 +59,22 @@ impl Identity {
 #[derive(Debug, Clone)]
 pub(super) struct Entry {
     pub(super) name: FileName,
-    pub(super) path: PathBuf,
     pub(super) identity: Identity,
 }
 
-/// The files of a source, as they were when it was described.
+/// Where the files of a listing are.
+#[derive(Debug, Clone)]
+pub(super) enum Place {
+    /// Below this directory, each under its name.
+    Below(PathBuf),
+    /// The only file is here, whatever its name.
+    Only(PathBuf),
+}
+
+/// The files of a source, as they were when it was described. There may be very many, so no entry keeps what the place and its name tell.
 #[derive(Debug)]
 pub(super) struct Listing {
+    place: Place,
     entries: Vec<Entry>,
 }
 
@@ -108,8 +119,12 @@ impl Entry {
         SourceError::Changed { name: self.name.to_string(), what: what.into() }
     }
 
-    fn open(&self) -> Result<File, SourceError> {
-        let file = File::open(&self.path).map_err(|error| self.failed(error))?;
+    fn open(&self, place: &Place) -> Result<File, SourceError> {
+        let file = match place {
+            Place::Below(root) => File::open(root.join(self.name.as_str())),
+            Place::Only(path) => File::open(path),
+        };
+        let file = file.map_err(|error| self.failed(error))?;
         self.check(&file)?;
         Ok(file)
     }
@@ -137,19 +152,29 @@ impl Entry {
     }
 
     /// Opens the file for `len` bytes at `offset`.
-    pub(super) fn read_whole(&self, offset: u64, len: usize) -> Result<Bytes, SourceError> {
-        let file = self.open()?;
+    fn read_once(&self, place: &Place, offset: u64, len: usize) -> Result<Bytes, SourceError> {
+        let file = self.open(place)?;
         let bytes = self.read_at(&file, offset, len)?;
         self.check(&file)?;
         Ok(bytes)
+    }
+
+    /// The whole file, of `len` bytes, opened in `dir` as `name`. Whether it is still what was described is asked once, after it was read.
+    fn read_in(&self, dir: &OwnedFd, name: &str, len: usize) -> Result<Bytes, SourceError> {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        let opened = rustix::fs::openat(dir, name, flags, Mode::empty());
+        let file = File::from(opened.map_err(|error| self.failed(error.into()))?);
+        let bytes = self.read_at(&file, 0, len);
+        self.check(&file)?;
+        bytes
     }
 
     pub(super) fn size(&self) -> u64 {
         self.identity.size
     }
 
-    fn digest(&self, stop: &Stop) -> Result<[u8; 32], SourceError> {
-        let file = self.open()?;
+    fn digest(&self, place: &Place, stop: &Stop) -> Result<[u8; 32], SourceError> {
+        let file = self.open(place)?;
         sequential(&file);
         let mut hasher = blake3::Hasher::new();
         let mut at = 0;
@@ -177,8 +202,9 @@ impl Listing {
     }
 
     /// `entries` in the order of their numbers.
-    pub(super) fn new(entries: Vec<Entry>) -> Self {
-        Self { entries }
+    pub(super) fn new(place: Place, mut entries: Vec<Entry>) -> Self {
+        entries.shrink_to_fit();
+        Self { place, entries }
     }
 
     pub(super) fn describe(&self, digests: bool, stop: &Stop) -> Result<Description, SourceError> {
@@ -186,7 +212,7 @@ impl Listing {
             Ok(ManifestFile {
                 name: entry.name.clone(),
                 size: Some(entry.identity.size),
-                blake3: digests.then(|| entry.digest(stop)).transpose()?,
+                blake3: digests.then(|| entry.digest(&self.place, stop)).transpose()?,
             })
         });
         Ok(Description { files: files.collect::<Result<_, _>>()?, content_version: self.content_version() })
@@ -195,7 +221,7 @@ impl Listing {
     /// A hash over name, inode, modification time and size of all files.
     fn content_version(&self) -> String {
         let mut hasher = blake3::Hasher::new();
-        for Entry { name, path: _, identity: Identity { inode, size, modified } } in &self.entries {
+        for Entry { name, identity: Identity { inode, size, modified } } in &self.entries {
             hasher.update(name.as_str().as_bytes());
             // No name contains it, so no two listings make the same bytes.
             hasher.update(&[0]);
@@ -208,6 +234,42 @@ impl Listing {
     }
 }
 
+/// Reads whole small files one after the other, as a rule those of one directory, which it keeps open.
+pub(super) struct WholeReader<'a> {
+    listing: &'a Listing,
+    dir: Option<(PathBuf, OwnedFd)>,
+}
+
+impl<'a> WholeReader<'a> {
+    pub(super) fn new(listing: &'a Listing) -> Self {
+        Self { listing, dir: None }
+    }
+
+    /// All `len` bytes of `entry`.
+    pub(super) fn read(&mut self, entry: &Entry, len: usize) -> Result<Bytes, SourceError> {
+        let path = match &self.listing.place {
+            Place::Below(root) => root.join(entry.name.as_str()),
+            Place::Only(path) => path.clone(),
+        };
+        let (Some(parent), Some(name)) = (path.parent(), path.file_name().and_then(|name| name.to_str()))
+        else {
+            return entry.read_once(&self.listing.place, 0, len);
+        };
+        let dir = match &self.dir {
+            Some((at, dir)) if at == parent => dir,
+            _ => {
+                let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+                // A directory is where the path from here leads if the path is empty.
+                let at = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
+                let opened = rustix::fs::open(at, flags, Mode::empty());
+                let opened = opened.map_err(|error| entry.failed(error.into()))?;
+                &self.dir.insert((parent.to_owned(), opened)).1
+            }
+        };
+        entry.read_in(dir, name, len)
+    }
+}
+
 /// [`SnapshotSource::open`](super::SnapshotSource::open) for a listing.
 pub(super) async fn read(
     listing: Option<Arc<Listing>>,
@@ -216,8 +278,8 @@ pub(super) async fn read(
     len: Option<u64>,
     piece: usize,
 ) -> Result<PieceStream, SourceError> {
-    let entry = usize::try_from(file).ok().and_then(|file| listing.as_ref()?.entries.get(file));
-    let entry = entry.cloned().ok_or_else(|| SourceError::Io {
+    let found = listing.and_then(|listing| Some((listing.get(file)?.clone(), listing)));
+    let (entry, listing) = found.ok_or_else(|| SourceError::Io {
         name: format!("file number {file}"),
         source: io::Error::new(io::ErrorKind::InvalidInput, "it was not described"),
     })?;
@@ -238,11 +300,11 @@ pub(super) async fn read(
     if let Ok(len) = usize::try_from(end - offset)
         && len <= piece
     {
-        let bytes = off_thread(move |_| entry.read_whole(offset, len)).await?;
+        let bytes = off_thread(move |_| entry.read_once(&listing.place, offset, len)).await?;
         return Ok(futures::stream::once(async { Ok(bytes) }).boxed());
     }
     let (entry, opened) = off_thread(move |_| {
-        let file = entry.open()?;
+        let file = entry.open(&listing.place)?;
         sequential(&file);
         Ok((entry, file))
     })

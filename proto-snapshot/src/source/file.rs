@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use proto_common::path::FileName;
 
-use super::disk::{Entry, Identity, Listing, lock, off_thread, read};
+use super::disk::{Entry, Identity, Listing, Place, lock, off_thread, read};
 use super::{Description, PieceStream, SnapshotSource, SourceError};
 
 /// One file of the file system, under its own name or another.
@@ -53,7 +53,8 @@ impl SnapshotSource for FileSource {
             if !metadata.is_file() {
                 return Err(SourceError::Unsupported { entries: vec![format!("{name}: is not a file")] });
             }
-            let listing = Listing::new(vec![Entry { name, path, identity: Identity::of(&metadata) }]);
+            let entry = Entry { name, identity: Identity::of(&metadata) };
+            let listing = Listing::new(Place::Only(path), vec![entry]);
             let description = listing.describe(digests, &stop)?;
             Ok((listing, description))
         })

@@ -8,6 +8,7 @@ mod record;
 mod recover;
 mod reuse;
 mod runs;
+mod small;
 mod space;
 mod staging;
 mod sync;
@@ -41,6 +42,7 @@ use handles::Handles;
 use index::Index;
 use layout::{Area, Layout};
 use record::{Kind, PlanRecord, Shard, ShardRecord};
+use runs::Durable;
 use space::Space;
 pub use staging::FileStaging;
 use staging::Parts;
@@ -313,7 +315,8 @@ impl Shared {
                 dirs: HashSet::new(),
                 claim: Claim { attempt: 0, session: [0; 16] },
                 log: Some(log),
-                durable: HashMap::new(),
+                inherited: false,
+                durable: Durable::default(),
                 last_activity: unix_ms(),
             };
             FileStaging::open(self, parts)
@@ -336,7 +339,7 @@ impl Shared {
         }
         std::fs::create_dir(new).map_err(failed)?;
         let half = Area::new(new.to_owned());
-        record::write(&half.meta(), Kind::Meta, &PlanRecord::new(plan, &[])).map_err(failed)?;
+        record::write_plan(&half.meta(), Kind::Meta, plan, &[]).map_err(failed)?;
         drop(RecordLog::open(half.records()).map_err(failed)?);
         std::fs::rename(new, dir).map_err(failed)?;
         sync_dir(self.layout.staging_root()).map_err(failed)?;

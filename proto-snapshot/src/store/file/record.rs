@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io::{self, Read as _};
 use std::path::Path;
 
-use prost::Message;
+use prost::{Message, encoding};
 use proto_common::checksum::Crc64Hasher;
 use proto_common::durable::write_atomic;
 use proto_common::fence::Fence;
@@ -98,13 +98,44 @@ pub(super) struct Shard {
 
 /// Replaces the file at `path`, durably.
 pub(super) fn write<M: Message>(path: &Path, kind: Kind, message: &M) -> io::Result<()> {
-    let len = message.encoded_len();
     let mut content = vec![0; HEADER_LEN];
     message.encode(&mut content).map_err(io::Error::other)?;
+    write_encoded(path, kind, content)
+}
+
+/// `content` is a message behind room for the header.
+fn write_encoded(path: &Path, kind: Kind, mut content: Vec<u8>) -> io::Result<()> {
     let (head, body) = content.split_at_mut(HEADER_LEN);
-    let len = u64::try_from(len).map_err(io::Error::other)?;
+    let len = u64::try_from(body.len()).map_err(io::Error::other)?;
     head.copy_from_slice(&header(kind, len, body));
     write_atomic(path, &content)
+}
+
+/// Writes a [`PlanRecord`], file by file: as a message it would be in memory several times over.
+pub(super) fn write_plan(
+    path: &Path,
+    kind: Kind,
+    plan: &TransferPlan,
+    totals: &[FileTotal],
+) -> io::Result<()> {
+    let mut content = vec![0; HEADER_LEN];
+    encoding::message::encode(1, &PlanRecord::header(&plan.spec), &mut content);
+    for file in plan.manifest.files() {
+        encoding::message::encode(2, &request::File::from(file), &mut content);
+    }
+    for total in to_wire(totals) {
+        encoding::message::encode(3, &total, &mut content);
+    }
+    write_encoded(path, kind, content)
+}
+
+/// Writes a [`SealedRecord`].
+pub(super) fn write_totals(path: &Path, totals: &[FileTotal]) -> io::Result<()> {
+    let mut content = vec![0; HEADER_LEN];
+    for total in to_wire(totals) {
+        encoding::message::encode(1, &total, &mut content);
+    }
+    write_encoded(path, Kind::Sealed, content)
 }
 
 fn header(kind: Kind, len: u64, body: &[u8]) -> [u8; HEADER_LEN] {
@@ -155,8 +186,7 @@ pub(super) fn read<M: Message + Default>(
 }
 
 impl PlanRecord {
-    pub(super) fn new(plan: &TransferPlan, totals: &[FileTotal]) -> Self {
-        let TransferPlan { spec, manifest } = plan;
+    fn header(spec: &TransferSpec) -> request::Header {
         let TransferSpec {
             transfer_id,
             source_shard,
@@ -166,20 +196,16 @@ impl PlanRecord {
             point,
             content_version,
         } = spec;
-        Self {
-            header: Some(request::Header {
-                transfer_id: transfer_id.to_string(),
-                source_shard_id: source_shard.to_string(),
-                target_shard_id: target_shard.to_string(),
-                source_node_id: source_node.to_string(),
-                slots: Some((*slots).into()),
-                snapshot_index: point.index,
-                snapshot_term: point.term,
-                content_version: content_version.clone(),
-                ..request::Header::default()
-            }),
-            files: manifest.files().iter().map(request::File::from).collect(),
-            totals: to_wire(totals),
+        request::Header {
+            transfer_id: transfer_id.to_string(),
+            source_shard_id: source_shard.to_string(),
+            target_shard_id: target_shard.to_string(),
+            source_node_id: source_node.to_string(),
+            slots: Some((*slots).into()),
+            snapshot_index: point.index,
+            snapshot_term: point.term,
+            content_version: content_version.clone(),
+            ..request::Header::default()
         }
     }
 
@@ -193,20 +219,17 @@ impl PlanRecord {
 }
 
 impl SealedRecord {
-    pub(super) fn new(totals: &[FileTotal]) -> Self {
-        Self { totals: to_wire(totals) }
-    }
-
     pub(super) fn totals(&self) -> Vec<FileTotal> {
         from_wire(&self.totals)
     }
 }
 
-fn to_wire(totals: &[FileTotal]) -> Vec<request::FileTotal> {
-    (0_u32..)
-        .zip(totals)
-        .map(|(file, &FileTotal { size, crc })| request::FileTotal { file, size, crc64nvme: crc })
-        .collect()
+fn to_wire(totals: &[FileTotal]) -> impl Iterator<Item = request::FileTotal> + '_ {
+    (0_u32..).zip(totals).map(|(file, &FileTotal { size, crc })| request::FileTotal {
+        file,
+        size,
+        crc64nvme: crc,
+    })
 }
 
 fn from_wire(totals: &[request::FileTotal]) -> Vec<FileTotal> {

@@ -1,6 +1,6 @@
 //! What an earlier process left: read with suspicion. Damage to one file costs what that file says and nothing else.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
@@ -17,7 +17,7 @@ use crate::store::{Claim, Recovered, StagingState, StoreError};
 use super::install::names;
 use super::layout::{Area, MANIFEST_SUFFIX};
 use super::record::{self, ClaimRecord, Kind, PlanRecord, SealedRecord};
-use super::runs::Runs;
+use super::runs::Durable;
 use super::staging::{FileStaging, Parts, read_records};
 use super::write::FileSpace;
 use super::{Shared, exists, lock, unix_ms};
@@ -166,7 +166,7 @@ impl Shared {
         if !placed
             && found.drop_missing(&plan, &mut durable, |what| damage.push(format!("staging/{id}: {what}")))
         {
-            let all = super::staging::all_records(&durable);
+            let all = durable.records();
             log.rewrite(record::encode_extents(&all)).map_err(failed)?;
         }
         let state = self.recover_state(&area, &plan, placed, &found, damage)?;
@@ -189,6 +189,7 @@ impl Shared {
             claim,
             // There may be many, and most are never gone on with.
             log: None,
+            inherited: true,
             durable,
         };
         Ok(FileStaging::open(self, parts)?)
@@ -357,12 +358,12 @@ impl Found {
     fn drop_missing(
         &self,
         plan: &TransferPlan,
-        durable: &mut HashMap<u32, Runs>,
+        durable: &mut Durable,
         mut damage: impl FnMut(String),
     ) -> bool {
         let mut dropped = false;
         for ((number, file), size) in plan.manifest.numbered().zip(&self.sizes) {
-            let Some(extents) = durable.get_mut(&number) else { continue };
+            let Some(extents) = durable.get_mut(number) else { continue };
             let size = size.unwrap_or(0);
             let beyond: Vec<u64> = extents
                 .iter()

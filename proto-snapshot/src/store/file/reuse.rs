@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use proto_common::checksum::Crc64Hasher;
 
+use crate::extent::Extent;
 use crate::store::StoreError;
 
 use super::staging::Inner;
@@ -43,7 +44,7 @@ impl Inner {
             let Some(found) = found else { continue };
             index.learn(source, found.blake3);
             if found.blake3 == digest {
-                unknown.for_each(|rest| index.put_back(rest, size));
+                unknown.for_each(|rest| index.put_back(&rest));
                 self.move_in(number, size)?;
                 return Ok(Some(found.crc));
             }
@@ -112,7 +113,7 @@ impl Inner {
         // Whoever has the replaced file open would write to nowhere.
         self.shared.handles.forget(self.serial, number);
         state.dirty_dirs.insert(parent.to_owned());
-        state.dirty.insert(number, vec![(0, size)]);
+        state.dirty.add(Extent { file: number, offset: 0, len: size });
         state.lost.retain(|lost| lost.file != number);
         let remaining = state.space_of(number).map_or(0, |space| space.settle());
         drop(state);

@@ -1,14 +1,58 @@
-//! The durable runs of one staged file.
+//! The durable runs of staged files.
 
 use proto_common::checksum::combine;
 
+use crate::extent::{Extent, ExtentRecord};
 use crate::runs::RunMap;
+use crate::store::StoreError;
 
 /// Neighbours are merged up to this length, in bytes. The checksum of a run can only be checked as a whole: a single bad byte costs
 /// no more than this. One TiB in order is 16384 runs.
 pub(super) const MAX_MERGED: u64 = 64 << 20;
 
-/// Disjoint runs of bytes with their checksums.
+/// The runs of all files of a staging area, by number; as long as the last file of which there are any.
+#[derive(Debug, Default)]
+pub(super) struct Durable {
+    files: Vec<Runs>,
+}
+
+impl Durable {
+    /// The file is one of the manifest.
+    pub(super) fn insert(&mut self, record: &ExtentRecord) -> Result<(), StoreError> {
+        let ExtentRecord { extent: Extent { file, offset, len }, crc } = *record;
+        let refused = |why| StoreError::invalid("record an extent", why);
+        let at = usize::try_from(file).map_err(|_| refused("there is no such file"))?;
+        if at >= self.files.len() {
+            self.files.resize_with(at + 1, Runs::default);
+        }
+        let inserted = self.files.get_mut(at).is_some_and(|runs| runs.insert(offset, len, crc));
+        if inserted { Ok(()) } else { Err(refused("it is recorded already")) }
+    }
+
+    pub(super) fn get(&self, file: u32) -> Option<&Runs> {
+        self.files.get(usize::try_from(file).ok()?)
+    }
+
+    pub(super) fn get_mut(&mut self, file: u32) -> Option<&mut Runs> {
+        self.files.get_mut(usize::try_from(file).ok()?)
+    }
+
+    /// All of them.
+    pub(super) fn records(&self) -> Vec<ExtentRecord> {
+        let files = (0_u32..).zip(&self.files);
+        let records = files.flat_map(|(file, runs)| {
+            runs.iter()
+                .map(move |(offset, len, crc)| ExtentRecord { extent: Extent { file, offset, len }, crc })
+        });
+        records.collect()
+    }
+
+    pub(super) fn run_count(&self) -> usize {
+        self.files.iter().map(Runs::len).sum()
+    }
+}
+
+/// Disjoint runs of bytes of one file with their checksums.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Runs {
     runs: RunMap<Run>,
@@ -58,7 +102,12 @@ impl Runs {
         self.runs.iter().map(|(offset, run)| (offset, run.len, run.crc))
     }
 
-    pub(super) fn len(&self) -> usize {
+    /// Bytes that are there.
+    pub(super) fn bytes(&self) -> u64 {
+        self.runs.iter().map(|(_, run)| run.len).sum()
+    }
+
+    fn len(&self) -> usize {
         self.runs.len()
     }
 }

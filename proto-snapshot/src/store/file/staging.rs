@@ -1,6 +1,6 @@
 //! One transfer's staging area.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,8 +14,9 @@ use crate::store::{Claim, PlacedSnapshot, StagedChunk, Staging, StagingState, St
 
 use super::layout::Area;
 use super::record::{self, ClaimRecord, Kind, decode_extents, encode_extents};
-use super::runs::Runs;
+use super::runs::Durable;
 use super::space::Reservation;
+use super::sync::Dirty;
 use super::write::FileSpace;
 use super::{Shared, blocking, lock, unix_ms};
 
@@ -41,6 +42,8 @@ pub(super) struct Inner {
     pub(super) state: Mutex<State>,
     pub(super) records: Mutex<Records>,
     opened_state: StagingState,
+    /// Whether an earlier process may have written into it.
+    pub(super) inherited: bool,
     opened_records: Vec<ExtentRecord>,
     claim: Mutex<Claim>,
     claim_file: Mutex<()>,
@@ -61,8 +64,8 @@ pub(super) enum Gate {
 pub(super) struct State {
     /// Directories that exist.
     pub(super) dirs: HashSet<PathBuf>,
-    /// Files written to since the last sync, with the runs that were written.
-    pub(super) dirty: HashMap<u32, Vec<(u64, u64)>>,
+    /// What was written since the last sync.
+    pub(super) dirty: Dirty,
     /// Directories with entries that were made since the last sync.
     pub(super) dirty_dirs: HashSet<PathBuf>,
     /// What a failed sync may have dropped: the kernel forgets such pages, and a second sync would succeed without them. It has to
@@ -78,7 +81,7 @@ pub(super) struct State {
 pub(super) struct Records {
     /// `None` after a failure and while nobody writes; opened and rewritten by the next sync.
     log: Option<RecordLog>,
-    durable: HashMap<u32, Runs>,
+    durable: Durable,
     runs_written: u64,
 }
 
@@ -93,14 +96,27 @@ pub(super) struct Parts {
     pub(super) claim: Claim,
     /// `None`: opened and rewritten by the first sync.
     pub(super) log: Option<RecordLog>,
-    pub(super) durable: HashMap<u32, Runs>,
+    pub(super) inherited: bool,
+    pub(super) durable: Durable,
     pub(super) last_activity: u64,
 }
 
 impl FileStaging {
     pub(super) fn open(shared: &Arc<Shared>, parts: Parts) -> Result<Self, StoreError> {
-        let Parts { plan, area, reservation, state, space, dirs, claim, log, durable, last_activity } = parts;
-        let opened_records = all_records(&durable);
+        let Parts {
+            plan,
+            area,
+            reservation,
+            state,
+            space,
+            dirs,
+            claim,
+            log,
+            inherited,
+            durable,
+            last_activity,
+        } = parts;
+        let opened_records = durable.records();
         let gate = match state {
             StagingState::Open => Gate::Open,
             StagingState::Sealed => Gate::Sealed,
@@ -116,6 +132,7 @@ impl FileStaging {
             dir: Mutex::new(None),
             reservation,
             opened_state: state,
+            inherited,
             opened_records,
             claim: Mutex::new(claim),
             claim_file: Mutex::new(()),
@@ -214,9 +231,9 @@ impl Staging for FileStaging {
             let mut log = lock(&inner.records);
             inner.flush()?;
             inner.refuse_lost(&records)?;
-            let mut durable = HashMap::new();
+            let mut durable = Durable::default();
             for record in &records {
-                insert(&mut durable, record)?;
+                durable.insert(record)?;
             }
             log.durable = durable;
             inner.rewrite(&mut log)
@@ -339,7 +356,7 @@ impl Inner {
             return Ok(());
         }
         for ExtentRecord { extent, .. } in records {
-            let known = log.durable.get(&extent.file);
+            let known = log.durable.get(extent.file);
             if known.is_some_and(|known| known.overlaps(extent.offset, extent.len))
                 || extent.len == 0
                 || self.file(extent.file)?.size.is_some_and(|size| extent.end() > size)
@@ -360,7 +377,7 @@ impl Inner {
         written.map_err(|error| StoreError::io("record extents", error))?;
         log.log = Some(file);
         for record in records {
-            insert(&mut log.durable, record)?;
+            log.durable.insert(record)?;
             log.runs_written += 1;
         }
         Ok(())
@@ -373,7 +390,7 @@ impl Inner {
             Some(file) => file,
             None => RecordLog::open(self.area.records()).map_err(failed)?.0,
         };
-        let all = all_records(&log.durable);
+        let all = log.durable.records();
         file.rewrite(encode_extents(&all)).map_err(failed)?;
         log.runs_written = u64::try_from(all.len()).unwrap_or(u64::MAX);
         log.log = Some(file);
@@ -382,34 +399,18 @@ impl Inner {
 }
 
 impl Records {
+    /// Whether all of the file's `size` bytes are durable.
+    pub(super) fn has_whole(&self, file: u32, size: u64) -> bool {
+        self.durable.get(file).is_some_and(|runs| runs.bytes() == size)
+    }
+
     /// Whether merging the runs would make the log much smaller. A file that arrives in order in chunks of 1 MiB is one run, but one
     /// record per chunk.
     fn is_wasteful(&self) -> bool {
         const WORTH_IT: u64 = 16 * 1024;
         self.runs_written > WORTH_IT
-            && self.runs_written / 4
-                > self.durable.values().map(|file| u64::try_from(file.len()).unwrap_or(u64::MAX)).sum()
+            && self.runs_written / 4 > u64::try_from(self.durable.run_count()).unwrap_or(u64::MAX)
     }
-}
-
-fn insert(durable: &mut HashMap<u32, Runs>, record: &ExtentRecord) -> Result<(), StoreError> {
-    let ExtentRecord { extent: Extent { file, offset, len }, crc } = *record;
-    if durable.entry(file).or_default().insert(offset, len, crc) {
-        Ok(())
-    } else {
-        Err(StoreError::invalid("record an extent", "it is recorded already"))
-    }
-}
-
-pub(super) fn all_records(durable: &HashMap<u32, Runs>) -> Vec<ExtentRecord> {
-    durable
-        .iter()
-        .flat_map(|(&file, extents)| {
-            extents
-                .iter()
-                .map(move |(offset, len, crc)| ExtentRecord { extent: Extent { file, offset, len }, crc })
-        })
-        .collect()
 }
 
 /// The runs in a record log. What cannot be right is left out and described in `damage`: it will be sent again.
@@ -417,8 +418,8 @@ pub(super) fn read_records(
     plan: &TransferPlan,
     records: &[Vec<u8>],
     mut damage: impl FnMut(String),
-) -> HashMap<u32, Runs> {
-    let mut durable: HashMap<u32, Runs> = HashMap::new();
+) -> Durable {
+    let mut durable = Durable::default();
     for record in records {
         let Some(extents) = decode_extents(record) else {
             damage("a record is not a list of extents".to_owned());
@@ -428,7 +429,7 @@ pub(super) fn read_records(
             let Extent { file, offset, len } = record.extent;
             let size = plan.manifest.get(file).map(|file| file.size.unwrap_or(i64::MAX.unsigned_abs()));
             let fits = size.zip(offset.checked_add(len)).is_some_and(|(size, end)| len > 0 && end <= size);
-            if !fits || insert(&mut durable, &record).is_err() {
+            if !fits || durable.insert(&record).is_err() {
                 damage(format!(
                     "the record of {len} bytes at {offset} of file {file} contradicts the manifest or another"
                 ));

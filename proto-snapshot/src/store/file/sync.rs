@@ -1,6 +1,6 @@
 //! Making written bytes durable.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::fs::File;
 use std::io;
 use std::path::PathBuf;
@@ -19,6 +19,34 @@ const MANY: usize = 256;
 /// Fewer are synced by this many threads: a device takes several flushes at once, and a journal commits them together.
 const THREADS: usize = 8;
 
+/// What was written since the last sync, in the order in which it was.
+#[derive(Debug, Default)]
+pub(super) struct Dirty {
+    runs: Vec<Extent>,
+}
+
+impl Dirty {
+    /// A file that has no bytes is dirty with an empty extent.
+    pub(super) fn add(&mut self, extent: Extent) {
+        match self.runs.last_mut() {
+            Some(last) if last.file == extent.file && last.end() == extent.offset => last.len += extent.len,
+            _ => self.runs.push(extent),
+        }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.runs.is_empty()
+    }
+
+    /// The files, each once.
+    fn files(&self) -> Vec<u32> {
+        let mut files: Vec<u32> = self.runs.iter().map(|run| run.file).collect();
+        files.sort_unstable();
+        files.dedup();
+        files
+    }
+}
+
 impl Inner {
     /// Makes durable all that was written and created by calls that returned before this one.
     ///
@@ -29,29 +57,26 @@ impl Inner {
         let dirty = std::mem::take(&mut state.dirty);
         let dirs = std::mem::take(&mut state.dirty_dirs);
         drop(state);
-        let result = if dirty.is_empty() && dirs.is_empty() {
+        let files = dirty.files();
+        let result = if files.is_empty() && dirs.is_empty() {
             Ok(())
-        } else if dirty.len() + dirs.len() >= MANY && syncfs_reports_errors() {
+        } else if files.len() + dirs.len() >= MANY && syncfs_reports_errors() {
             self.dir().map_err(io::Error::other).and_then(|dir| sync_file_system(&dir))
         } else {
-            self.sync_each(&dirty, &dirs)
+            self.sync_each(&files, &dirs)
         };
         if let Err(error) = result {
             let mut state = self.lock_state();
             state.dirty_dirs.extend(dirs);
-            let lost = dirty.iter().flat_map(|(&file, runs)| {
-                runs.iter().map(move |&(offset, len)| Extent { file, offset, len })
-            });
-            state.lost.extend(lost);
+            state.lost.extend(dirty.runs.into_iter().filter(|run| run.len > 0));
             return Err(StoreError::io("make data durable", error));
         }
         Ok(())
     }
 
     /// Data, then directories.
-    fn sync_each(&self, dirty: &HashMap<u32, Vec<(u64, u64)>>, dirs: &HashSet<PathBuf>) -> io::Result<()> {
-        let files: Vec<u32> = dirty.keys().copied().collect();
-        each(&files, |&number| match self.shared.handles.get(self.serial, number) {
+    fn sync_each(&self, files: &[u32], dirs: &HashSet<PathBuf>) -> io::Result<()> {
+        each(files, |&number| match self.shared.handles.get(self.serial, number) {
             Some(handle) => handle.sync_data(),
             // Closed to make room for others; any descriptor of a file syncs all of it.
             None => File::open(self.path(number).map_err(io::Error::other)?)?.sync_data(),

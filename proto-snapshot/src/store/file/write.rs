@@ -1,9 +1,10 @@
 //! Writing chunks, and reading them back.
 
+use std::collections::HashSet;
 use std::fs::{File, OpenOptions};
 use std::io::{self, IoSlice};
 use std::os::unix::fs::FileExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use proto_common::bulk::Payload;
@@ -13,11 +14,12 @@ use crate::extent::Extent;
 use crate::spec::ManifestFile;
 use crate::store::{StagedChunk, StoreError};
 
+use super::small::Maker;
 use super::staging::{Inner, State};
 
 /// Files of at least this size get their blocks when they are created: they end up in few runs, and a full disk shows before the bytes
 /// have been sent. Below, the call costs more than it brings.
-const PREALLOCATE_FROM: u64 = 1 << 20;
+pub(super) const PREALLOCATE_FROM: u64 = 1 << 20;
 
 /// A file of unknown size reserves this much ahead.
 const GROWTH: u64 = 64 << 20;
@@ -78,7 +80,24 @@ pub(super) fn on_disk(size: u64) -> u64 {
 impl Inner {
     pub(super) fn write(&self, chunks: &[StagedChunk]) -> Result<(), StoreError> {
         let _dir = self.dir()?;
-        chunks.iter().try_for_each(|chunk| self.write_chunk(chunk))
+        let mut maker = Maker::new(self);
+        for chunk in chunks {
+            match maker.make(chunk) {
+                Ok(true) => {}
+                Ok(false) => {
+                    if let Err(error) = self.write_chunk(chunk) {
+                        maker.finish(false);
+                        return Err(error);
+                    }
+                }
+                Err(error) => {
+                    maker.finish(true);
+                    return Err(error);
+                }
+            }
+        }
+        maker.finish(false);
+        Ok(())
     }
 
     fn write_chunk(&self, chunk: &StagedChunk) -> Result<(), StoreError> {
@@ -95,7 +114,7 @@ impl Inner {
         let written = write_all_at(&handle, payload, *offset).map_err(|error| StoreError::io("write", error));
         // After the write: a sync that begins before this does not have to cover it, one that begins later finds it here.
         let mut state = self.lock_state();
-        state.dirty.entry(*number).or_default().push((*offset, len));
+        state.dirty.add(Extent { file: *number, offset: *offset, len });
         if !state.lost.is_empty() && written.is_ok() {
             state.lost = state.lost.iter().flat_map(|lost| without(*lost, *number, *offset, end)).collect();
         }
@@ -143,11 +162,12 @@ impl Inner {
                 }
                 handle
             }
-            None => OpenOptions::new()
-                .read(true)
-                .write(true)
-                .open(&path)
-                .map_err(|error| StoreError::io("open a staged file", error))?,
+            None => {
+                // Whoever made it may not have come to marking its directory.
+                mark(&mut state.dirty_dirs, path.parent().unwrap_or(&self.area.tree));
+                let opened = OpenOptions::new().read(true).write(true).open(&path);
+                opened.map_err(|error| StoreError::io("open a staged file", error))?
+            }
         };
         let handle = Arc::new(handle);
         self.shared.handles.put(self.serial, number, &handle);
@@ -160,9 +180,7 @@ impl Inner {
         self.make_dirs(state, parent)?;
         match OpenOptions::new().read(true).write(true).create_new(true).open(path) {
             Ok(handle) => {
-                if !state.dirty_dirs.contains(parent) {
-                    state.dirty_dirs.insert(parent.to_owned());
-                }
+                mark(&mut state.dirty_dirs, parent);
                 Ok(Some(handle))
             }
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(None),
@@ -263,8 +281,14 @@ impl FileSpace {
     }
 }
 
+fn mark(dirs: &mut HashSet<PathBuf>, dir: &Path) {
+    if !dirs.contains(dir) {
+        dirs.insert(dir.to_owned());
+    }
+}
+
 /// Writes all pieces from `offset` on, with as few calls as the system allows.
-fn write_all_at(file: &File, payload: &Payload, mut offset: u64) -> io::Result<()> {
+pub(super) fn write_all_at(file: &File, payload: &Payload, mut offset: u64) -> io::Result<()> {
     let mut all: Vec<IoSlice<'_>> = payload.io_slices().collect();
     let mut rest = all.as_mut_slice();
     while !rest.is_empty() {
@@ -283,7 +307,7 @@ fn write_all_at(file: &File, payload: &Payload, mut offset: u64) -> io::Result<(
 }
 
 /// The parts of `lost` that `offset..end` of file `number` does not cover.
-fn without(lost: Extent, number: u32, offset: u64, end: u64) -> impl Iterator<Item = Extent> {
+pub(super) fn without(lost: Extent, number: u32, offset: u64, end: u64) -> impl Iterator<Item = Extent> {
     let Extent { file, offset: start, .. } = lost;
     let (before, after) = if file == number && offset < lost.end() && end > start {
         (offset.saturating_sub(start), lost.end().saturating_sub(end))

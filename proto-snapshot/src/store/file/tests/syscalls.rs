@@ -19,6 +19,8 @@ fn files() -> Files {
     vec![
         ("a/b/c".to_owned(), content(1, 5000)),
         ("d".to_owned(), content(2, 3000)),
+        // It comes in parts, unlike the others.
+        ("parts/large".to_owned(), content(3, 100_000)),
         ("e/empty".to_owned(), Vec::new()),
     ]
 }
@@ -98,6 +100,16 @@ fn parent(path: &str) -> String {
     Path::new(path).parent().unwrap().to_str().unwrap().to_owned()
 }
 
+/// The paths that a line names; those that are relative begin in the directory whose descriptor stands before them.
+fn paths(line: &str) -> impl Iterator<Item = String> {
+    let quoted = line.split('"').collect::<Vec<_>>();
+    let named = quoted.chunks_exact(2).map(|pair| {
+        let dir = pair[0].rsplit_once('<').and_then(|(_, rest)| Some(rest.split_once('>')?.0));
+        Path::new(dir.unwrap_or("")).join(pair[1]).to_str().unwrap().to_owned()
+    });
+    named.collect::<Vec<_>>().into_iter()
+}
+
 /// The path of the descriptor that is synced.
 fn synced(line: &str) -> Option<&str> {
     let (_, rest) = line.split_once("fsync(").or_else(|| line.split_once("fdatasync("))?;
@@ -124,12 +136,12 @@ fn a_directory_is_synced_before_its_new_entries_are_called_durable() {
             assert!(dirty.is_empty(), "{mark}, but entries of {dirty:?} are not durable");
         } else if line.contains("mkdir") || line.contains("rename") || line.contains("O_CREAT") {
             let failed = line.contains(" = -1 ");
-            for path in line.split('"').skip(1).step_by(2).filter(|path| path.starts_with(&root)) {
+            for path in paths(line).filter(|path| path.starts_with(&root)) {
                 // A file that is opened to be created if need be is there the second time; what is in the trash need not stay.
-                let old = line.contains("O_CREAT") && !created.insert(path.to_owned());
+                let old = line.contains("O_CREAT") && !created.insert(path.clone());
                 if !failed && !old && !path.contains("/trash/") {
                     changes += 1;
-                    dirty.insert(parent(path));
+                    dirty.insert(parent(&path));
                 }
             }
         }
