@@ -116,6 +116,14 @@ impl FileName {
     }
 }
 
+impl FileName {
+    /// Its bytes, in the order of which names are in the order of their components: a separator ends a component, so it comes before
+    /// whatever may stand in one, and no name contains a zero.
+    fn ordered_bytes(&self) -> impl Iterator<Item = u8> {
+        self.0.bytes().map(|byte| if byte == b'/' { 0 } else { byte })
+    }
+}
+
 fn check(name: &str) -> Result<(), FileNameProblem> {
     use FileNameProblem as P;
     if name.is_empty() {
@@ -168,7 +176,7 @@ pub fn check_tree<'a>(names: impl IntoIterator<Item = &'a FileName>) -> Result<(
 /// By components, so that a directory's files are neighbours: `a/b` comes before `a-b`, although `-` sorts before `/`.
 impl Ord for FileName {
     fn cmp(&self, other: &Self) -> Ordering {
-        self.components().cmp(other.components())
+        self.ordered_bytes().cmp(other.ordered_bytes())
     }
 }
 
@@ -270,6 +278,13 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn the_order_is_that_of_the_components(a in "[a-c.\\-! ]{1,3}(/[a-c.\\-! ]{1,3}){0,3}", b in "[a-c.\\-! ]{1,3}(/[a-c.\\-! ]{1,3}){0,3}") {
+            if let (Ok(a), Ok(b)) = (FileName::new(&a), FileName::new(&b)) {
+                prop_assert_eq!(a.cmp(&b), a.components().cmp(b.components()), "{} and {}", a, b);
+            }
+        }
+
         #[test]
         fn a_valid_name_stays_below_the_directory(name in "[a./\\\\x\u{0}]{0,12}|\\PC{0,20}") {
             if let Ok(name) = FileName::new(&name) {

@@ -29,9 +29,10 @@ use crate::v1::transfer_split_snapshot_response::{Accepted, Ack, Extent as WireE
 use crate::v1::{TransferPhase, TransferSplitSnapshotResponse};
 
 /// Chunks between the socket and the writer; their bytes are bounded by credit.
-const QUEUE: usize = 64;
-/// Chunks that the writer takes at once: all that wait. Small files would else cost a change of threads each.
-const BATCH: usize = QUEUE;
+const QUEUE: usize = 256;
+/// Chunks that the writer takes at once, so that small files do not cost a change of threads each; half of the queue, so that the rest is
+/// filled meanwhile.
+const BATCH: usize = QUEUE / 2;
 
 /// The answers of one stream.
 #[derive(Debug, Clone)]
@@ -276,8 +277,12 @@ impl<A: Staging> Session<'_, A> {
                                     format!("{taken} bytes were sent, {bytes} more exceed the credit of {credit}"),
                                 ));
                             }
-                            *in_hand = Some(self.check(incoming, &chunk, payload)?);
+                            let checked = self.check(incoming, &chunk, payload)?;
                             taken += bytes;
+                            // Claimed from here on, so it must be written, whatever comes.
+                            if let Err(error) = queue.try_send(checked) {
+                                *in_hand = Some(error.into_inner());
+                            }
                         }
                         Some((Frame::Heartbeat(_), _)) => {}
                         Some((Frame::End(end), _)) if self.control => {

@@ -16,7 +16,7 @@ use super::disk::{Listing, WholeReader, lock};
 /// A file up to this length is small.
 const SMALL: u64 = 64 << 10;
 /// Files of a batch at most.
-const BATCH: usize = 64;
+const BATCH: usize = 128;
 /// Bytes of a batch at most, beside the first file. Two batches of each reader are in memory.
 const BATCH_BYTES: u64 = 512 << 10;
 /// Readers that are told apart: the streams that a receiver allows, and one that reads for checksums only.

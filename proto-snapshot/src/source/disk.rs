@@ -340,6 +340,9 @@ fn send(
 }
 
 /// Tells the kernel to read far ahead. Only a hint: what it answers does not matter.
+///
+/// What was read is left in the page cache, however large it is: a checkpoint shares its files with the store that it was taken of, which
+/// may need those pages in the next moment.
 #[cfg(target_os = "linux")]
 fn sequential(file: &File) {
     let _ = rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::Sequential);

@@ -68,6 +68,10 @@ pub struct FileStoreOptions {
     pub keep_previous: usize,
     /// Staged files that are held open, for all transfers together. Default: 256, a quarter of the usual limit of a process.
     pub max_open_files: usize,
+    /// Snapshots of at least so many bytes leave the page cache as they become durable, so that they do not drive out what the node serves.
+    /// Smaller ones stay: whoever installs them finds them in memory. Default: a quarter of the physical memory, since what is cached is
+    /// rarely more than half of it, and a quarter then still finds room beside what is in use.
+    pub uncached_from_bytes: u64,
 }
 
 impl Default for FileStoreOptions {
@@ -79,8 +83,23 @@ impl Default for FileStoreOptions {
             reuse_installed: true,
             keep_previous: 0,
             max_open_files: 256,
+            uncached_from_bytes: physical_memory() / 4,
         }
     }
+}
+
+/// Bytes of memory of the machine; without a limit where it does not tell.
+#[cfg(target_os = "linux")]
+fn physical_memory() -> u64 {
+    let info = rustix::system::sysinfo();
+    #[allow(clippy::useless_conversion, reason = "the type differs between architectures")]
+    let total = u64::try_from(info.totalram).unwrap_or(u64::MAX);
+    total.saturating_mul(u64::from(info.mem_unit.max(1)))
+}
+
+#[cfg(not(target_os = "linux"))]
+fn physical_memory() -> u64 {
+    u64::MAX
 }
 
 /// Keeps snapshots in a directory of a local file system on Unix. One process uses it at a time.

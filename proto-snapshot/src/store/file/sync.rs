@@ -47,6 +47,9 @@ impl Dirty {
     }
 }
 
+/// Shorter runs are not worth a call.
+const UNCACHED_RUN: u64 = 1 << 20;
+
 impl Inner {
     /// Makes durable all that was written and created by calls that returned before this one.
     ///
@@ -71,7 +74,20 @@ impl Inner {
             state.lost.extend(dirty.runs.into_iter().filter(|run| run.len > 0));
             return Err(StoreError::io("make data durable", error));
         }
+        if self.plan.manifest.total_bytes().unwrap_or(0) >= self.shared.options.uncached_from_bytes {
+            self.uncache(&dirty);
+        }
         Ok(())
+    }
+
+    /// Lets the page cache go of what was just made durable: of large files, which are open. Only a hint: what the kernel answers does not
+    /// matter.
+    fn uncache(&self, durable: &Dirty) {
+        for run in durable.runs.iter().filter(|run| run.len >= UNCACHED_RUN) {
+            if let Some(handle) = self.shared.handles.get(self.serial, run.file) {
+                dont_need(&handle, run.offset, run.len);
+            }
+        }
     }
 
     /// Data, then directories.
@@ -124,6 +140,15 @@ fn each<T: Sync>(items: &[T], job: impl Fn(&T) -> io::Result<()> + Sync) -> io::
         })
     })
 }
+
+#[cfg(target_os = "linux")]
+fn dont_need(file: &File, offset: u64, len: u64) {
+    let len = std::num::NonZeroU64::new(len);
+    let _ = rustix::fs::fadvise(file, offset, len, rustix::fs::Advice::DontNeed);
+}
+
+#[cfg(not(target_os = "linux"))]
+fn dont_need(_file: &File, _offset: u64, _len: u64) {}
 
 #[cfg(target_os = "linux")]
 fn sync_file_system(dir: &File) -> io::Result<()> {

@@ -1,6 +1,7 @@
 //! Tests of the store as a user of the trait sees it; what can be lost worst, first.
 
 mod basic;
+mod cache;
 mod crash;
 mod damage;
 mod install;
