@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use futures::StreamExt as _;
 use proto_common::path::FileName;
 use rustix::fs::{Mode, OFlags};
@@ -76,6 +76,7 @@ pub(super) enum Place {
 pub(super) struct Listing {
     place: Place,
     entries: Vec<Entry>,
+    given: Given,
 }
 
 /// What is guarded is replaced as a whole, so a panic elsewhere leaves it usable.
@@ -137,7 +138,19 @@ impl Entry {
 
     /// Exactly `len` bytes at `offset`.
     fn read_at(&self, file: &File, offset: u64, len: usize) -> Result<Bytes, SourceError> {
-        let mut buffer = Vec::with_capacity(len);
+        self.read_into(Vec::with_capacity(len), file, offset, len)
+    }
+
+    /// The same, into the memory of `buffer`.
+    fn read_into(
+        &self,
+        mut buffer: Vec<u8>,
+        file: &File,
+        offset: u64,
+        len: usize,
+    ) -> Result<Bytes, SourceError> {
+        buffer.clear();
+        buffer.reserve_exact(len);
         while buffer.len() < len {
             let at = offset + u64::try_from(buffer.len()).unwrap_or(u64::MAX);
             // Into memory that nobody has to fill with zeros first.
@@ -204,7 +217,7 @@ impl Listing {
     /// `entries` in the order of their numbers.
     pub(super) fn new(place: Place, mut entries: Vec<Entry>) -> Self {
         entries.shrink_to_fit();
-        Self { place, entries }
+        Self { place, entries, given: Given::default() }
     }
 
     pub(super) fn describe(&self, digests: bool, stop: &Stop) -> Result<Description, SourceError> {
@@ -303,19 +316,20 @@ pub(super) async fn read(
         let bytes = off_thread(move |_| entry.read_once(&listing.place, offset, len)).await?;
         return Ok(futures::stream::once(async { Ok(bytes) }).boxed());
     }
-    let (entry, opened) = off_thread(move |_| {
+    let (listing, entry, opened) = off_thread(move |_| {
         let file = entry.open(&listing.place)?;
         sequential(&file);
-        Ok((entry, file))
+        Ok((listing, entry, file))
     })
     .await?;
     let (sender, mut receiver) = mpsc::channel(AHEAD);
     // Ends when it has read all, or with the next piece after the receiver is dropped.
-    drop(tokio::task::spawn_blocking(move || send(&entry, &opened, offset, end, piece, &sender)));
+    drop(tokio::task::spawn_blocking(move || send(&listing, &entry, &opened, offset, end, piece, &sender)));
     Ok(futures::stream::poll_fn(move |cx| receiver.poll_recv(cx)).boxed())
 }
 
 fn send(
+    listing: &Listing,
     entry: &Entry,
     file: &File,
     offset: u64,
@@ -326,7 +340,10 @@ fn send(
     let mut at = offset;
     while at < end {
         let len = next(at, end, piece);
-        let mut read = entry.read_at(file, at, len);
+        let mut read = entry.read_into(listing.given.take(), file, at, len);
+        if let Ok(bytes) = &read {
+            listing.given.put(bytes);
+        }
         at += u64::try_from(len).unwrap_or(u64::MAX);
         if at >= end {
             // Before the last piece is handed out: a file that changed meanwhile is never sent as a whole.
@@ -336,6 +353,37 @@ fn send(
         if to.blocking_send(read).is_err() || failed {
             return;
         }
+    }
+}
+
+/// Pieces that were handed out, to be read into again when everybody has dropped them: memory that is new to the process costs a page fault for
+/// every 4 KiB, about as much as reading into it.
+#[derive(Debug, Default)]
+struct Given(Mutex<Vec<Bytes>>);
+
+impl Given {
+    /// Those of a stream that wait at the same time: here, in the queue of the stream and at the socket.
+    const KEPT: usize = 12;
+
+    /// The memory of one that nobody uses any more, or none.
+    fn take(&self) -> Vec<u8> {
+        let mut kept = lock(&self.0);
+        let unused = kept.iter().position(Bytes::is_unique).map(|at| kept.remove(at));
+        drop(kept);
+        // Empty, or its bytes would be moved to where they are.
+        let empty = |mut buffer: BytesMut| {
+            buffer.clear();
+            Vec::from(buffer)
+        };
+        unused.and_then(|unused| unused.try_into_mut().ok()).map_or_else(Vec::new, empty)
+    }
+
+    fn put(&self, bytes: &Bytes) {
+        let mut kept = lock(&self.0);
+        if kept.len() == Self::KEPT {
+            kept.remove(0);
+        }
+        kept.push(bytes.clone());
     }
 }
 
