@@ -54,8 +54,8 @@ pub struct ManifestFile {
     pub name: FileName,
     /// In bytes; `None` if it is generated on the fly.
     pub size: Option<u64>,
-    /// BLAKE3 of the content, if known.
-    pub blake3: Option<[u8; 32]>,
+    /// BLAKE3 of the content, if known; in a box, because there may be very many files, most of them without.
+    pub blake3: Option<Box<[u8; 32]>>,
 }
 
 /// The files of a snapshot, in order; cheap to clone.
@@ -237,7 +237,7 @@ impl From<&ManifestFile> for request::File {
         Self {
             name: name.as_str().to_owned(),
             size: *size,
-            blake3: blake3.as_ref().map(|digest| Bytes::copy_from_slice(digest)),
+            blake3: blake3.as_ref().map(|digest| Bytes::copy_from_slice(&digest[..])),
         }
     }
 }
@@ -266,7 +266,7 @@ impl ManifestFile {
         }
         let blake3 = match blake3 {
             None => None,
-            Some(digest) => Some(<[u8; 32]>::try_from(digest.as_ref()).map_err(|_| {
+            Some(digest) => Some(<[u8; 32]>::try_from(digest.as_ref()).map(Box::new).map_err(|_| {
                 Reason::InvalidField
                     .field(&format!("{path}.blake3"), format!("has {} bytes, a digest has 32", digest.len()))
             })?),
@@ -440,7 +440,7 @@ mod tests {
 
     #[test]
     fn a_file_survives_the_wire() {
-        let known = ManifestFile { blake3: Some([7; 32]), ..file("caf\u{e9}/x", Some(5)) };
+        let known = ManifestFile { blake3: Some(Box::new([7; 32])), ..file("caf\u{e9}/x", Some(5)) };
         for file in [known, file("a", None)] {
             assert_eq!(ManifestFile::try_from(request::File::from(&file)).unwrap(), file);
         }
@@ -463,7 +463,7 @@ mod tests {
     #[test]
     fn manifests_differ_by_name_and_size_and_by_digests_that_both_have() {
         let with = |name: &str, size, digest: Option<u8>| {
-            let file = ManifestFile { blake3: digest.map(|byte| [byte; 32]), ..file(name, size) };
+            let file = ManifestFile { blake3: digest.map(|byte| Box::new([byte; 32])), ..file(name, size) };
             Manifest::new(vec![file]).unwrap()
         };
         let base = with("a", Some(1), Some(1));

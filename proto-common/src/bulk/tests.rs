@@ -209,6 +209,28 @@ proptest! {
         }
     }
 
+    #[cfg(feature = "client")]
+    #[test]
+    fn what_goes_out_in_batches_is_on_the_wire_what_goes_out_alone(
+        batches in prop::collection::vec(prop::collection::vec(messages(), 1..5), 0..5),
+    ) {
+        let (alone, single) = tokio::sync::mpsc::channel(32);
+        let (together, batched) = tokio::sync::mpsc::channel(32);
+        for batch in &batches {
+            for message in batch {
+                alone.try_send(message.clone()).unwrap();
+            }
+            together.try_send(batch.clone()).unwrap();
+        }
+        drop((alone, together));
+        let (alone, _) = sent(Outgoing::new(single, usize::MAX));
+        let (together, frames) = sent(Outgoing::of_batches(batched, usize::MAX));
+        prop_assert_eq!(alone, together);
+        // One data frame for a batch, but for a message that goes alone.
+        let most: usize = batches.iter().map(|batch| if batch.len() == 1 { 2 } else { 1 }).sum();
+        prop_assert!(frames <= most, "{} frames of {} batches", frames, batches.len());
+    }
+
     #[test]
     fn the_same_verdict_as_prost_on_anything(message in wild(), cuts in cuts()) {
         let (received, end) = receive(&prefixed(&message), &cuts, 1 << 20);
@@ -261,6 +283,19 @@ proptest! {
         prop_assert_eq!(&read[..], &data[..]);
         prop_assert_eq!(payload.into_bytes(), data);
     }
+}
+
+/// The bytes of a body, and its data frames.
+#[cfg(feature = "client")]
+fn sent(mut body: Outgoing<Request>) -> (Vec<u8>, usize) {
+    use http_body::Body as _;
+    let (mut all, mut frames) = (Vec::new(), 0);
+    let mut cx = std::task::Context::from_waker(std::task::Waker::noop());
+    while let std::task::Poll::Ready(Some(frame)) = std::pin::Pin::new(&mut body).poll_frame(&mut cx) {
+        all.extend_from_slice(&frame.unwrap().into_data().unwrap());
+        frames += 1;
+    }
+    (all, frames)
 }
 
 fn chunk(payload: usize) -> Request {

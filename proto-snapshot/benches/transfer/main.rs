@@ -173,16 +173,16 @@ fn run(options: &Options) {
         cases::sweep(options, &mut report);
     }
     if options.wants(Case::File) {
-        cases::file(options, &mut report, "in memory", memory);
+        cases::file(options, &mut report, cases::IN_MEMORY, memory);
     }
     if options.wants(Case::Disk) {
-        cases::file(options, &mut report, "on disk", disk);
+        cases::file(options, &mut report, cases::ON_DISK, disk);
     }
     if options.wants(Case::Small) {
-        cases::small(options, &mut report, "in memory", memory);
+        cases::small(options, &mut report, cases::IN_MEMORY, memory);
     }
     if options.wants(Case::SmallDisk) {
-        cases::small(options, &mut report, "on disk", disk);
+        cases::small(options, &mut report, cases::ON_DISK, disk);
     }
     if options.wants(Case::Resume) {
         cases::resume(options, &mut report, memory);

@@ -225,7 +225,7 @@ impl Listing {
             Ok(ManifestFile {
                 name: entry.name.clone(),
                 size: Some(entry.identity.size),
-                blake3: digests.then(|| entry.digest(&self.place, stop)).transpose()?,
+                blake3: digests.then(|| entry.digest(&self.place, stop)).transpose()?.map(Box::new),
             })
         });
         Ok(Description { files: files.collect::<Result<_, _>>()?, content_version: self.content_version() })

@@ -97,7 +97,7 @@ impl Index {
             let snapshot = Arc::new(Snapshot { key: key.clone(), dir, manifest });
             let (mut sorted, mut sizes) = (Vec::new(), HashMap::new());
             for ((number, file), total) in plan.manifest.numbered().zip(totals) {
-                match file.blake3 {
+                match file.blake3.as_deref().copied() {
                     _ if total.size == 0 => {}
                     Some(digest) => {
                         let installed = Installed { snapshot: Arc::clone(&snapshot), file: number };

@@ -26,7 +26,9 @@ struct Copied {
 impl Inner {
     pub(super) fn reuse(&self, number: u32) -> Result<Option<u64>, StoreError> {
         let file = self.file(number)?;
-        let (Some(digest), Some(size)) = (file.blake3, file.size) else { return Ok(None) };
+        let (Some(digest), Some(size)) = (file.blake3.as_deref().copied(), file.size) else {
+            return Ok(None);
+        };
         if !self.shared.options.reuse_installed || size == 0 {
             return Ok(None);
         }

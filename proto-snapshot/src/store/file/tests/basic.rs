@@ -3,7 +3,7 @@
 use proto_common::fence::Fence;
 
 use super::support::*;
-use crate::store::{SnapshotStore as _, Staging as _, StagingState};
+use crate::store::{SnapshotStore as _, StagedChunk, Staging as _, StagingState};
 
 fn files() -> Files {
     vec![
@@ -82,4 +82,31 @@ async fn says_what_is_current() {
     std::fs::remove_file(&manifest).unwrap();
     assert_eq!(store.current_plan(&shard()).await.unwrap(), None);
     assert_eq!(store.shard(&shard()).await.unwrap().current, Some(expected.spec.transfer_id));
+}
+
+#[tokio::test]
+async fn small_files_that_come_whole_are_made_once_and_written_over_if_they_are_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let names =
+        (0..300).map(|number| (format!("{}/{number}", number % 3), content(number, 10 + number as usize)));
+    let files: Files = names.collect();
+    let (store, _) = open(dir.path()).await;
+    let staging = store.stage(&plan("t1", 7, &files)).await.unwrap();
+    let whole = |number: u32| chunk(&files, number, 0, files[number as usize].1.len());
+    let promised = staging.inner().reservation.outstanding();
+    // One that is there in part, from another writer; its record never came.
+    let (part, _) = chunk(&files, 7, 2, 3);
+    staging.write(vec![part]).await.unwrap();
+    let (chunks, records): (Vec<_>, Vec<_>) = (0..300).map(whole).unzip();
+    staging.write(chunks[..200].to_vec()).await.unwrap();
+    // What precedes a chunk that is refused is written, and counts as written.
+    let mut beyond = chunks[200..210].to_vec();
+    beyond.push(StagedChunk { offset: 1, ..chunks[210].clone() });
+    staging.write(beyond).await.unwrap_err();
+    assert_eq!(staging.inner().reservation.outstanding(), promised - 210 * 4096);
+    staging.sync(records[..210].to_vec()).await.unwrap();
+    staging.write(chunks[210..].to_vec()).await.unwrap();
+    staging.sync(records[210..].to_vec()).await.unwrap();
+    install(&staging, &files).await;
+    assert_eq!(current(&store).await.unwrap().1, as_tree(&files));
 }

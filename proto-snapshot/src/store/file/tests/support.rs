@@ -48,7 +48,7 @@ pub(crate) fn plan_with_digests(id: &str, index: u64, files: &Files) -> Transfer
     let manifest = files.iter().map(|(name, content)| ManifestFile {
         name: FileName::new(name).unwrap(),
         size: Some(content.len() as u64),
-        blake3: Some(*blake3::hash(content).as_bytes()),
+        blake3: Some(Box::new(*blake3::hash(content).as_bytes())),
     });
     TransferPlan { spec: spec(id, index), manifest: Manifest::new(manifest.collect()).unwrap() }
 }
