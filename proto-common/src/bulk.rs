@@ -15,6 +15,8 @@
 
 mod decode;
 mod encode;
+#[cfg(any(feature = "client", feature = "server"))]
+mod memory;
 mod payload;
 #[cfg(feature = "server")]
 mod receive;

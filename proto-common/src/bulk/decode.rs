@@ -13,7 +13,7 @@ use super::{BulkMessage, PREFIX, payload_tag};
 /// Data frames below this size are copied together: 16 KiB, the frame size that every peer may use.
 ///
 /// It bounds the books: a peer that sends one byte per frame costs a buffer and an entry of 32 bytes for every 16 KiB, not for every byte. And it bounds
-/// what a piece keeps alive: a small one would hold on to the whole read buffer of the connection, which is 64 KiB.
+/// what a piece keeps alive: a small one would hold on to the whole buffer that the connection read it into, with the frames beside it.
 const COPIED: usize = 16 << 10;
 
 /// What takes the place of a payload while prost decodes the rest of its message.

@@ -31,6 +31,7 @@ struct RawBody(Arc<Mutex<Option<Body>>>);
 impl<S> WithRawBody<S> {
     /// For the method with this path, such as `/package.Service/Method`.
     pub fn new(inner: S, path: &'static str) -> Self {
+        super::memory::keep_freed_buffers();
         Self { inner, path }
     }
 }

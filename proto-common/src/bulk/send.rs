@@ -35,6 +35,7 @@ impl<M: BulkMessage> Outgoing<M> {
     /// Sends `messages` of at most `limit` bytes each, until all senders are dropped.
     #[must_use]
     pub fn new(messages: mpsc::Receiver<M>, limit: usize) -> Self {
+        super::memory::keep_freed_buffers();
         Self { messages: Messages::Single(messages), payload: None, limit }
     }
 
@@ -42,6 +43,7 @@ impl<M: BulkMessage> Outgoing<M> {
     /// payloads, which are copied.
     #[must_use]
     pub fn of_batches(batches: mpsc::Receiver<Vec<M>>, limit: usize) -> Self {
+        super::memory::keep_freed_buffers();
         Self { messages: Messages::Batches(batches), payload: None, limit }
     }
 

@@ -83,7 +83,7 @@ pub async fn receive() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let server = Server::builder().add_service(SplitSnapshotServiceServer::new(Receiver));
-    tokio::spawn(server.serve_with_incoming(TcpIncoming::from(listener)));
+    tokio::spawn(server.serve_with_incoming(TcpIncoming::from(listener).with_nodelay(Some(true))));
     tokio::task::spawn_blocking(move || report_when_asked(address)).await.unwrap();
 }
 
