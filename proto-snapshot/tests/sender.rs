@@ -370,11 +370,12 @@ async fn a_slow_disk_and_a_long_check_are_borne() {
         let end = loop {
             match call.next().await {
                 Some(Frame::Chunk(chunk)) => {
-                    received += chunk.payload.len() as u64;
+                    let len = chunk.payload.len() as u64;
+                    received += len;
                     // The disk takes a little at a time; the credit comes last.
                     for step in 1..=10 {
                         sleep(Duration::from_secs(3)).await;
-                        let written = received - MIB + MIB / 10 * step;
+                        let written = received - len + len / 10 * step;
                         call.say(ack(written, 0, received, TransferPhase::Transferring)).await;
                     }
                     call.say(ack(received, 0, received + MIB, TransferPhase::Transferring)).await;
