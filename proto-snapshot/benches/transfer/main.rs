@@ -214,5 +214,10 @@ fn machine() -> String {
         cpu.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": ")).map(|(_, cpu)| cpu);
     let cores = std::thread::available_parallelism().map_or(0, usize::from);
     let kernel = read("/proc/sys/kernel/osrelease");
-    format!("{cores} cores of {}, Linux {}", cpu.unwrap_or("an unknown CPU"), kernel.trim())
+    let workers = process::workers();
+    format!(
+        "{cores} cores of {}, Linux {}, {workers} worker threads at each end",
+        cpu.unwrap_or("an unknown CPU"),
+        kernel.trim()
+    )
 }

@@ -23,6 +23,18 @@ pub struct Sample {
 #[derive(Debug, Clone)]
 pub struct Skipped(pub String);
 
+/// What tokio takes the number of its worker threads from.
+const WORKERS: &str = "TOKIO_WORKER_THREADS";
+
+/// Worker threads of each end: half of the cores, as both ends share the machine. A runtime for each that counts all cores as its own would have the two
+/// take them from each other; who wants that sets the variable.
+pub fn workers() -> String {
+    std::env::var(WORKERS).unwrap_or_else(|_| {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        (cores / 2).max(1).to_string()
+    })
+}
+
 /// A process that is ended with its owner.
 pub struct Process {
     child: Child,
@@ -36,6 +48,7 @@ impl Process {
         let mut child = Command::new(program)
             .args(words)
             .arg(side)
+            .env(WORKERS, workers())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
