@@ -8,7 +8,8 @@ from pathlib import Path
 
 from stubs import ROOT
 
-BINARY = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "debug/examples/receiver"
+EXAMPLES = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "debug/examples"
+BINARY = EXAMPLES / "receiver"
 
 
 class Receiver:
