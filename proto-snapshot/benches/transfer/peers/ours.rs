@@ -132,7 +132,7 @@ pub async fn crowd(side: &Side, address: &str, transfers: usize) -> Crowd {
             let source = MemorySource::new(payload.clone(), side.bytes, side.files);
             let given = source.given();
             // Each of a node of its own: from one, a receiver takes fewer at a time.
-            let source_node = NodeId::new(&format!("n1-{number}")).unwrap();
+            let source_node = NodeId::new(format!("n1-{number}")).unwrap();
             let snapshot = SnapshotToSend { source_node, ..snapshot(&format!("t{number}")) };
             (sender.send(snapshot, source).unwrap(), given)
         })

@@ -326,7 +326,9 @@ fn allocate(file: &File, size: u64) -> Result<bool, StoreError> {
     use rustix::io::Errno;
     /// `TMPFS_MAGIC` and `RAMFS_MAGIC` of `linux/magic.h`.
     const IN_MEMORY: [i64; 2] = [0x0102_1994, 0x8584_58f6];
-    if fstatfs(file).is_ok_and(|found| IN_MEMORY.contains(&i64::from(found.f_type))) {
+    #[allow(clippy::useless_conversion, reason = "its type depends on the platform")]
+    let in_memory = fstatfs(file).is_ok_and(|found| IN_MEMORY.contains(&i64::from(found.f_type)));
+    if in_memory {
         return Ok(false);
     }
     match fallocate(file, FallocateFlags::KEEP_SIZE, 0, size) {
