@@ -7,6 +7,7 @@ from concurrent import futures
 import grpc
 import pytest
 from awscrt.checksums import crc64nvme
+from google.rpc import error_details_pb2, status_pb2
 
 from receiver import EXAMPLES
 from stubs import Response, common, pb, rpc
@@ -14,6 +15,14 @@ from stubs import Response, common, pb, rpc
 KIB = 1 << 10
 MIB = 1 << 20
 PATIENCE = 20  # seconds for anything that should take none
+
+
+def refuse(context, code, reason, message):
+    """Ends a call as the contract says: with the reason in the details."""
+    status = status_pb2.Status(code=code.value[0], message=message)
+    status.details.add().Pack(error_details_pb2.ErrorInfo(reason=reason, domain="node.v1"))
+    context.set_trailing_metadata((("grpc-status-details-bin", status.SerializeToString()),))
+    context.abort(code, message)
 
 
 class Server(rpc.SplitSnapshotServiceServicer):
@@ -34,7 +43,7 @@ class Server(rpc.SplitSnapshotServiceServicer):
         self._server.stop(None).wait(PATIENCE)
 
     def GetTransferProgress(self, request, context):
-        context.abort(grpc.StatusCode.NOT_FOUND, "no such transfer")
+        refuse(context, grpc.StatusCode.NOT_FOUND, "TRANSFER_NOT_FOUND", "no such transfer is known here")
 
     def TransferSplitSnapshot(self, frames, context):
         try:
