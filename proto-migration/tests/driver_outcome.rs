@@ -264,3 +264,17 @@ async fn slots_of_a_damaged_record_are_held_and_the_rest_is_served() {
     assert!(error.get("holder").unwrap().contains("m9.task"), "{error:?}");
     write.abort();
 }
+
+#[tokio::test]
+async fn a_source_that_was_away_hears_why_the_target_was_told_to_cancel() {
+    let mut pair = Pair::start().await;
+    pair.fill(50).await;
+    pair.begin(|request| request.spec.as_mut().unwrap().auto_complete = false).await.unwrap();
+    pair.reaches(MigrationState::Ready).await;
+    pair.source_down().await;
+    pair.cancel_there().await.unwrap();
+    pair.source_up().await;
+    let end = pair.reaches(MigrationState::Cancelled).await;
+    assert_eq!((end.cancel_reason.as_str(), end.cancelled_at_node_id.as_str()), ("why not", "n2"));
+    pair.source_serves().await;
+}

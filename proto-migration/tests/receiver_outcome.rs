@@ -130,6 +130,7 @@ async fn a_cancel_at_the_target_ends_the_stream() {
         assert_eq!((node.target.holds(), node.target.calls("commit")), (0, 0));
         let (_, accepted) = node.accept(resolve(2)).await;
         assert_eq!(accepted.decision(), MigrationDecision::Discarded);
+        assert_eq!(accepted.discarded.unwrap().reason, "enough");
     }
 }
 
@@ -187,8 +188,12 @@ async fn records_that_nobody_needs_are_dropped_and_others_are_not() {
     assert_eq!(node.target.disk().records.len(), 1, "what is staged is never dropped because of its age");
     node.cancel().await.unwrap();
     eventually("the cancelled record is dropped", || node.target.disk().records.is_empty()).await;
-    let (_, accepted) = node.accept(resolve(9)).await;
+    let (mut source, accepted) = node.accept(resolve(9)).await;
     assert_eq!(accepted.decision(), MigrationDecision::Discarded, "the history knows it");
+    assert_eq!(accepted.discarded.unwrap().reason, "enough");
+    source.send(Frame::Discard(Discard::default())).await;
+    let Answer::Discarded(discarded) = source.answer().await.unwrap() else { panic!() };
+    assert_eq!(discarded.reason, "enough");
 }
 
 /// Decides in memory; can be made to fail first.

@@ -60,7 +60,10 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
                 self.hand_over(&committed).await?;
                 self.forget(link).await
             }
-            (_, MigrationDecision::Discarded) => self.discarded("").await.and(Err(Halt::Changed)),
+            (_, MigrationDecision::Discarded) => {
+                let reason = accepted.discarded.unwrap_or_default().reason;
+                self.discarded(&reason).await.and(Err(Halt::Changed))
+            }
             (MigrationState::Cancelling, MigrationDecision::Undecided) => {
                 let reason = if accepted.known { self.discard(&mut link).await? } else { String::new() };
                 self.discarded(&reason).await.and(Err(Halt::Changed))

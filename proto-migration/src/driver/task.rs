@@ -15,6 +15,7 @@ use proto_common::meter::Meter;
 use proto_common::rate::RateLimiter;
 use proto_common::registry::Tracker;
 use proto_common::retry::{Backoff, BackoffState};
+use proto_common::text::printable;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
@@ -26,7 +27,7 @@ use crate::failpoint::reached;
 use crate::hold::{Hold, HoldMode};
 use crate::journal::SourceRecord;
 use crate::limits::TaskLimits;
-use crate::progress::kept;
+use crate::progress::{REASON_BYTES, kept};
 use crate::source::{Handover, LogState, MigrationSource};
 use crate::spec::MigrationSpec;
 use crate::v1::transfer_migration_data_response::Committed;
@@ -283,7 +284,8 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         .await
     }
 
-    /// The decision is DISCARDED, or nothing was ever begun at the target: ends as cancelled, or as failed where an error led here.
+    /// The decision is DISCARDED, or nothing was ever begun at the target: ends as cancelled, or as failed where an error led here. `reason`
+    /// is the target's, if that is where it was decided.
     pub(super) async fn discarded(&mut self, reason: &str) -> Result<(), Halt> {
         self.keep(None).await?;
         let failed = self.record.failed;
@@ -292,7 +294,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
             // The cancel came from the target's side.
             progress.cancelled_at_node_id =
                 progress.peer.as_ref().map(|peer| peer.node_id.clone()).unwrap_or_default();
-            reason.clone_into(&mut progress.cancel_reason);
+            progress.cancel_reason = printable(reason, REASON_BYTES);
         }
         progress.set_decision(MigrationDecision::Discarded);
         progress.complete_deadline_unix_ms = None;

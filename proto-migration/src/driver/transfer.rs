@@ -66,7 +66,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
                 return self.forget(link).await;
             }
             MigrationDecision::Discarded => {
-                self.discarded("").await?;
+                self.discarded(&accepted.discarded.unwrap_or_default().reason).await?;
                 return Err(Halt::Changed);
             }
             MigrationDecision::Unspecified => {
@@ -180,11 +180,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
     pub(super) async fn heard(&mut self, said: Said) -> Result<(), Halt> {
         match said {
             Said::Discarded(discarded) => {
-                self.discarded(&proto_common::text::printable(
-                    &discarded.reason,
-                    crate::progress::REASON_BYTES,
-                ))
-                .await?;
+                self.discarded(&discarded.reason).await?;
                 Err(Halt::Changed)
             }
             // Answers to a freeze that was given up.

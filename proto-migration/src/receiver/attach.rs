@@ -11,6 +11,7 @@ use proto_common::v1::{Direction, Progress};
 use super::Inner;
 use super::handshake::{CheckedHeader, FEATURES, ended_early};
 use super::incoming::{Incoming, Permit, Slot, Stop, guarded};
+use super::outcome::{discard_reason, discarded};
 use super::record::Record;
 use super::session::Answers;
 use crate::Reason;
@@ -18,7 +19,7 @@ use crate::failpoint::reached;
 use crate::service::shutting_down;
 use crate::spec::MigrationSpec;
 use crate::target::{MigrationTarget, Offer, Staged};
-use crate::v1::transfer_migration_data_response::{Accepted, Committed, Resume};
+use crate::v1::transfer_migration_data_response::{Accepted, Committed, Discarded, Resume};
 use crate::v1::{MigrationDecision, MigrationProgress, MigrationState};
 
 /// A stream that was let in.
@@ -247,6 +248,8 @@ impl<T: MigrationTarget> Inner<T> {
         let Record { progress, kept, .. } = &incoming.record;
         let mut accepted = self.terms(progress.decision(), known);
         accepted.committed = kept.committed;
+        accepted.discarded =
+            (progress.decision() == MigrationDecision::Discarded).then(|| discarded(incoming));
         if transfer && progress.decision() == MigrationDecision::Undecided {
             accepted.resume = Some(Resume {
                 copy: progress.copy,
@@ -273,6 +276,9 @@ impl<T: MigrationTarget> Inner<T> {
                 resolved_by_operator: ended.resolved_reason.is_some(),
             });
         }
+        if ended.decision() == MigrationDecision::Discarded {
+            accepted.discarded = Some(Discarded { staged_bytes: 0, reason: discard_reason(ended) });
+        }
         accepted
     }
 
@@ -281,6 +287,7 @@ impl<T: MigrationTarget> Inner<T> {
             decision: decision.into(),
             known,
             committed: None,
+            discarded: None,
             resume: None,
             target: Some(self.identity.clone()),
             max_batch_bytes: self.limits.batch_bytes,

@@ -7,13 +7,14 @@ use proto_common::error::Error;
 
 use super::Inner;
 use super::incoming::{Incoming, Slot, guarded};
+use super::record::Record;
 use crate::Reason;
 use crate::decisions::Decision;
 use crate::failpoint::reached;
 use crate::service::shutting_down;
 use crate::target::{MigrationTarget, Takeover};
 use crate::v1::transfer_migration_data_response::{Committed, Discarded};
-use crate::v1::{FreezeAttempt, FreezeOutcome, MigrationState};
+use crate::v1::{FreezeAttempt, FreezeOutcome, MigrationProgress, MigrationState};
 
 /// First and longest wait between two tries of a commit.
 const COMMIT_BACKOFF: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
@@ -228,10 +229,12 @@ impl<T: MigrationTarget> Inner<T> {
 
 /// What is told of a migration that was discarded.
 pub(super) fn discarded(incoming: &Incoming) -> Discarded {
-    let progress = &incoming.record.progress;
-    let here = progress.cancelled_at_node_id == progress.reporter.clone().unwrap_or_default().node_id;
-    Discarded {
-        staged_bytes: incoming.record.kept.discarded_bytes,
-        reason: if here { progress.cancel_reason.clone() } else { String::new() },
-    }
+    let Record { progress, kept, .. } = &incoming.record;
+    Discarded { staged_bytes: kept.discarded_bytes, reason: discard_reason(progress) }
+}
+
+/// Why it was discarded, if that was decided here; the source knows its own reasons.
+pub(super) fn discard_reason(progress: &MigrationProgress) -> String {
+    let here = progress.reporter.as_ref().map_or("", |reporter| &reporter.node_id);
+    if progress.cancelled_at_node_id == here { progress.cancel_reason.clone() } else { String::new() }
 }

@@ -31,7 +31,7 @@ use crate::progress::REASON_BYTES;
 use crate::service::shutting_down;
 use crate::target::MigrationTarget;
 use crate::v1::transfer_migration_data_request::{Frame, Heartbeat, Prepare};
-use crate::v1::transfer_migration_data_response::{Accepted, Ack, Discarded, Forgotten, Frame as Answer};
+use crate::v1::transfer_migration_data_response::{Accepted, Ack, Forgotten, Frame as Answer};
 use crate::v1::{MigrationDecision, TransferMigrationDataResponse};
 
 /// Things to do between the reader and the applier; the bytes among them are bounded by credit.
@@ -150,7 +150,8 @@ impl<T: MigrationTarget> Inner<T> {
                     answers.offer(Answer::Ack(ack));
                 }
                 Frame::Discard(_) if decision != MigrationDecision::Committed => {
-                    return answers.send(Answer::Discarded(Discarded::default())).await;
+                    let discarded = accepted.discarded.clone().unwrap_or_default();
+                    return answers.send(Answer::Discarded(discarded)).await;
                 }
                 Frame::Forget(_) if decision != MigrationDecision::Discarded => {
                     return answers.send(Answer::Forgotten(Forgotten {})).await;

@@ -154,13 +154,13 @@ impl Pair {
     }
 
     pub async fn cancel(&self) -> Result<MigrationProgress, Error> {
-        let request = CancelMigrationRequest {
-            migration_id: "m1".into(),
-            direction: Direction::Out.into(),
-            reason: "why not".into(),
-            fence: None,
-        };
-        Ok(self.client.clone().cancel_migration(request).await?.into_inner().migration.unwrap())
+        cancel(self.client.clone(), Direction::Out).await
+    }
+
+    /// The same at the target.
+    pub async fn cancel_there(&self) -> Result<MigrationProgress, Error> {
+        let service = self.receiver.clone().expect("the target is up").into_service();
+        cancel(MigrationServiceClient::new(service), Direction::In).await
     }
 
     pub async fn resolve(
@@ -229,6 +229,19 @@ pub fn dial(reachable: &Arc<Mutex<Option<Service>>>) -> impl Dial + use<> {
         let service = reachable.lock().unwrap().clone();
         async move { service.ok_or_else(|| Error::new(CommonReason::Unavailable, "connection refused")) }
     })
+}
+
+async fn cancel(
+    mut client: MigrationServiceClient<Service>,
+    direction: Direction,
+) -> Result<MigrationProgress, Error> {
+    let request = CancelMigrationRequest {
+        migration_id: "m1".into(),
+        direction: direction.into(),
+        reason: "why not".into(),
+        fence: None,
+    };
+    Ok(client.cancel_migration(request).await?.into_inner().migration.unwrap())
 }
 
 pub fn id() -> MigrationId {
