@@ -98,21 +98,26 @@ async fn a_lost_log_starts_the_copy_again_and_says_so() {
     assert_eq!((&row.1.value[..], rows.len()), (&b"after"[..], 300));
 }
 
+/// Begins with a freeze of at most 50 ms, and waits until one took longer.
+async fn freeze_times_out(pair: &Pair) -> MigrationProgress {
+    pair.begin(|request| {
+        request.limits = Some(MigrationLimits { freeze_timeout_ms: Some(50), ..MigrationLimits::default() });
+    })
+    .await
+    .unwrap();
+    pair.until("a freeze timed out", |progress| {
+        progress.freezes.iter().any(|freeze| freeze.outcome() == FreezeOutcome::TimedOut)
+    })
+    .await
+}
+
 #[tokio::test]
 async fn a_freeze_that_takes_too_long_is_given_up_and_tried_again() {
     let pair = Pair::start().await;
     pair.fill(100).await;
     let gate = Arc::new(Semaphore::new(0));
     pair.target.fault("digests", Fault::Wait(Arc::clone(&gate)));
-    pair.begin(|request| {
-        request.limits = Some(MigrationLimits { freeze_timeout_ms: Some(50), ..MigrationLimits::default() });
-    })
-    .await
-    .unwrap();
-    let frozen = pair.until("a freeze timed out", |progress| {
-        progress.freezes.iter().any(|freeze| freeze.outcome() == FreezeOutcome::TimedOut)
-    });
-    let frozen = frozen.await;
+    let frozen = freeze_times_out(&pair).await;
     let first = &frozen.freezes[0];
     assert!(first.freeze_ms.unwrap() >= 50 && first.final_seq > 0, "{first:?}");
     assert_eq!(Error::from(first.error.clone().unwrap()).reason(), "FREEZE_TIMEOUT");
@@ -129,15 +134,7 @@ async fn a_freeze_that_ends_before_the_target_is_asked_is_none_to_the_target() {
     let pair = Pair::start().await;
     pair.fill(100).await;
     pair.source.set_faults(Faults { slow_drain: Duration::from_secs(60), ..Faults::default() });
-    pair.begin(|request| {
-        request.limits = Some(MigrationLimits { freeze_timeout_ms: Some(50), ..MigrationLimits::default() });
-    })
-    .await
-    .unwrap();
-    let frozen = pair.until("a freeze timed out", |progress| {
-        progress.freezes.iter().any(|freeze| freeze.outcome() == FreezeOutcome::TimedOut)
-    });
-    let frozen = frozen.await;
+    let frozen = freeze_times_out(&pair).await;
     let first = &frozen.freezes[0];
     assert!(first.final_seq == 0 && first.drain_ms == 0, "the target was not asked to prepare: {first:?}");
     pair.source.set_faults(Faults::default());

@@ -73,20 +73,20 @@ impl Books {
         Some(FileExtents::one(0, size, *self.crcs.get(at)?))
     }
 
-    #[cfg(any(feature = "server", test))]
     /// Runs of all files.
+    #[cfg(any(feature = "server", test))]
     pub(crate) fn run_count(&self) -> usize {
         self.whole_count() + self.parts.values().map(FileExtents::run_count).sum::<usize>()
     }
 
-    #[cfg(any(feature = "server", test))]
     /// Files of known size, not empty ones, of which every byte is there.
+    #[cfg(any(feature = "server", test))]
     pub(crate) fn whole_count(&self) -> usize {
         self.whole.iter().map(|word| usize::try_from(word.count_ones()).unwrap_or(0)).sum()
     }
 
-    #[cfg(any(feature = "server", test))]
     /// All runs, file by file.
+    #[cfg(any(feature = "server", test))]
     pub(crate) fn all(&self) -> impl Iterator<Item = (Extent, u64)> + '_ {
         self.manifest.numbered().flat_map(|(file, _)| {
             let runs: Vec<_> = self.get(file).runs().collect();

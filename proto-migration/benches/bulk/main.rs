@@ -1,6 +1,6 @@
 //! How fast the rows of a migration move from memory to memory, beside raw TCP in the same run.
 //!
-//!   cargo bench -p proto-migration --bench bulk [-- --quick] [--size MIB] [--rounds N] [--value BYTES]
+//! `cargo bench -p proto-migration --bench bulk -- --help`.
 //!
 //! Each end runs in a process of its own. Ways take turns (A B C A B C), so that what disturbs the machine disturbs all of them: the ratio to raw TCP
 //! means more than a rate. Both check the CRC-64 of all bytes at the receiver.
@@ -26,7 +26,8 @@ mod raw;
 #[path = "../../../proto-snapshot/benches/transfer/side.rs"]
 mod side;
 
-use process::{Sample, transfer};
+use clap::Parser;
+use process::{Sample, median, transfer};
 use side::{Side, say};
 
 /// What raw TCP writes at once.
@@ -38,10 +39,25 @@ const RAW: &str = "raw TCP";
 const DEFAULT: &str = "migration";
 const LARGE: &str = "migration, pages of 1 MiB";
 
+/// Measures the rows of a migration from memory to memory, beside raw TCP.
+#[derive(Debug, Parser)]
+#[command(bin_name = "cargo bench -p proto-migration --bench bulk --")]
 struct Options {
-    mib: u64,
-    rounds: usize,
-    value: usize,
+    /// 64 MiB in one round: whether everything works, not how fast
+    #[arg(long)]
+    quick: bool,
+    /// Bytes of all values, in MiB [default: 1024; 64 with --quick]
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..=65_536))]
+    size: Option<u64>,
+    /// Rounds [default: 5; 1 with --quick]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: Option<u32>,
+    /// Bytes of a value
+    #[arg(long, default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
+    value: u32,
+    /// Given by `cargo bench`.
+    #[arg(long, hide = true)]
+    bench: bool,
 }
 
 #[tokio::main]
@@ -53,35 +69,8 @@ async fn main() {
         play(&serde_json::from_str(side).expect("the parent says what to do")).await;
         return;
     }
-    let options = options(words);
+    let options = Options::parse();
     tokio::task::spawn_blocking(move || run(&options)).await.expect("it ends");
-}
-
-fn options(words: Vec<String>) -> Options {
-    let mut options = Options { mib: 1024, rounds: 5, value: 4096 };
-    let mut words = words.into_iter().skip(1);
-    while let Some(word) = words.next() {
-        let mut number = || -> u64 {
-            let text = words.next().unwrap_or_default();
-            text.parse().ok().filter(|number| *number > 0).unwrap_or_else(|| {
-                eprintln!("{word} takes a number above 0, not {text:?}");
-                std::process::exit(2);
-            })
-        };
-        match word.as_str() {
-            "--quick" => (options.mib, options.rounds) = (64, 1),
-            "--size" => options.mib = number(),
-            "--rounds" => options.rounds = number() as usize,
-            "--value" => options.value = number() as usize,
-            // What `cargo bench` passes to every harness.
-            "--bench" => {}
-            other => {
-                eprintln!("{other}: not known; there are --quick, --size MIB, --rounds N, --value BYTES");
-                std::process::exit(2);
-            }
-        }
-    }
-    options
 }
 
 async fn play(side: &Side) {
@@ -97,11 +86,13 @@ async fn play(side: &Side) {
 
 fn run(options: &Options) {
     let peers = [RAW, DEFAULT, LARGE];
-    let bytes = options.mib << 20;
+    let (mib, rounds) = if options.quick { (64, 1) } else { (1024, 5) };
+    let (mib, rounds) = (options.size.unwrap_or(mib), options.rounds.unwrap_or(rounds));
+    let (value, bytes) = (options.value as usize, mib << 20);
     let mut samples: [Vec<Sample>; 3] = Default::default();
-    for _ in 0..options.rounds {
+    for _ in 0..rounds {
         for (peer, samples) in peers.iter().zip(&mut samples) {
-            let chunk = if *peer == RAW { CHUNK } else { options.value };
+            let chunk = if *peer == RAW { CHUNK } else { value };
             let side = Side {
                 peer: (*peer).to_owned(),
                 address: None,
@@ -114,10 +105,7 @@ fn run(options: &Options) {
             samples.push(transfer(&side, None, None).unwrap_or_else(|skipped| panic!("{}", skipped.0)));
         }
     }
-    println!(
-        "{} MiB in values of {} bytes, medians of {} rounds",
-        options.mib, options.value, options.rounds
-    );
+    println!("{mib} MiB in values of {value} bytes, medians of {rounds} rounds");
     println!("                            GiB/s  of raw TCP  CPU s/GiB  peak MiB");
     let gib = bytes as f64 / f64::from(1 << 30);
     for (peer, these) in peers.iter().zip(&samples) {
@@ -127,17 +115,14 @@ fn run(options: &Options) {
         };
         println!(
             "  {peer:25} {:>6.2}  {:>10.2}  {:>9.2}  {:>8.0}",
-            median(these.iter().map(|sample| gib / sample.seconds)),
-            median(ratios),
-            median(these.iter().map(|sample| sample.cpu_s / gib)),
-            median(these.iter().map(|sample| (peak(sample) >> 20) as f64)),
+            of_rounds(these, &|sample| gib / sample.seconds),
+            median(ratios.collect()).unwrap_or(f64::NAN),
+            of_rounds(these, &|sample| sample.cpu_s / gib),
+            of_rounds(these, &|sample| (peak(sample) >> 20) as f64),
         );
     }
 }
 
-fn median(values: impl Iterator<Item = f64>) -> f64 {
-    let mut values: Vec<f64> = values.collect();
-    values.sort_by(f64::total_cmp);
-    let half = values.len() / 2;
-    if values.len() % 2 == 1 { values[half] } else { f64::midpoint(values[half - 1], values[half]) }
+fn of_rounds(samples: &[Sample], of: &dyn Fn(&Sample) -> f64) -> f64 {
+    median(samples.iter().map(of).collect()).unwrap_or(f64::NAN)
 }

@@ -126,3 +126,14 @@ fn flight() -> Result<PathBuf, Skipped> {
     });
     built.clone().map_err(Skipped)
 }
+
+/// The middle one.
+pub fn median(mut values: Vec<f64>) -> Option<f64> {
+    values.sort_by(f64::total_cmp);
+    let middle = values.len() / 2;
+    match values.len() {
+        0 => None,
+        odd if odd % 2 == 1 => Some(values[middle]),
+        _ => Some((values[middle - 1] + values[middle]) / 2.0),
+    }
+}

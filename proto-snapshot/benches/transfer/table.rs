@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::process::Sample;
+use crate::process::{Sample, median};
 use crate::side::Usage;
 
 /// All of a run.
@@ -85,17 +85,6 @@ impl Row {
     fn peak(&self, of: impl Fn(&Sample) -> Option<Usage>) -> Option<f64> {
         let grown = |usage: Usage| usage.peak_rss.saturating_sub(usage.idle_rss) as f64 / MIB;
         self.samples.iter().filter_map(|sample| of(sample).map(grown)).max_by(f64::total_cmp)
-    }
-}
-
-/// The middle one.
-pub fn median(mut values: Vec<f64>) -> Option<f64> {
-    values.sort_by(f64::total_cmp);
-    let middle = values.len() / 2;
-    match values.len() {
-        0 => None,
-        odd if odd % 2 == 1 => Some(values[middle]),
-        _ => Some((values[middle - 1] + values[middle]) / 2.0),
     }
 }
 

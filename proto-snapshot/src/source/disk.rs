@@ -19,7 +19,7 @@ use crate::spec::ManifestFile;
 use super::{Description, PieceStream, SourceError};
 
 /// Pieces that wait for the socket; one more is being read. Together four, as [`SnapshotSource::open`](super::SnapshotSource::open)
-/// promises: enough that a read and a send overlap, little enough that memory stays at 4 MiB per stream.
+/// promises: enough that a read and a send overlap. What was handed out and waits at the socket comes to it, [`Given::KEPT`] pieces in all.
 const AHEAD: usize = 3;
 
 /// Read at once for a digest.
@@ -362,7 +362,8 @@ fn send(
 struct Given(Mutex<Vec<Bytes>>);
 
 impl Given {
-    /// Those of a stream that wait at the same time: here, in the queue of the stream and at the socket.
+    /// Those of a stream that wait at the same time: here, in the queue of the stream and at the socket. 6 MiB in pieces of 512 KiB, kept
+    /// until the source is dropped or described anew.
     const KEPT: usize = 12;
 
     /// The memory of one that nobody uses any more, or none.
