@@ -253,7 +253,7 @@ impl<S: MigrationSource, D: Dial> Inner<S, D> {
         lock(&self.held).push((hold, None));
     }
 
-    /// Goes on with a migration of an earlier process.
+    /// Keeps others off the slots of a migration.
     fn acquire(&self, id: &MigrationId, spec: &MigrationSpec) -> Result<RangeHold, Error> {
         let held = self.guard.try_acquire(spec.slots, &format!("migration {id}"));
         held.map_err(|error| {
