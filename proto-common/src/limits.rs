@@ -19,7 +19,7 @@ pub struct ConnectionLimits {
     /// Silence after which a connection is closed. Default 90 s, three times [`KEEPALIVE_INTERVAL`](crate::tuning::KEEPALIVE_INTERVAL): a live peer
     /// answers pings. Counted as `IDLE_CONNECTION`.
     pub idle: Duration,
-    /// Streams at once on one connection. Default 256: what watches a connection may have, and calls beside them. A client waits with
+    /// Streams at once on one connection. Default 320: the 256 watches that a connection may have, and calls beside them. A client waits with
     /// more; one that does not is told `REFUSED_STREAM`.
     pub streams_per_connection: u32,
     /// Headers of a request, in bytes, as HTTP/2 counts them. Default 16 KiB. More are answered with status 431, or end the connection.
@@ -39,7 +39,7 @@ impl Default for ConnectionLimits {
             connections_per_peer: 256,
             preface: Duration::from_secs(10),
             idle: Duration::from_secs(90),
-            streams_per_connection: 256,
+            streams_per_connection: 320,
             header_bytes: 16 << 10,
             pending_resets: 20,
             error_resets: 1024,

@@ -40,6 +40,30 @@ pub struct Limited<S> {
     incoming: S,
     limits: ConnectionLimits,
     open: Arc<Mutex<Open>>,
+    pause: AcceptPause,
+}
+
+/// Nobody is accepted for a moment after accepting failed, as it does when no file descriptor is free: what waits would make it fail
+/// again at once, and again.
+#[derive(Debug, Default)]
+pub(crate) struct AcceptPause(Option<Pin<Box<Sleep>>>);
+
+impl AcceptPause {
+    const TIME: Duration = Duration::from_millis(100);
+
+    pub(crate) fn begin(&mut self, error: &io::Error) {
+        tracing::warn!(%error, "cannot accept a connection");
+        self.0 = Some(Box::pin(sleep(Self::TIME)));
+    }
+
+    /// Ready when it is over.
+    pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if let Some(pause) = &mut self.0 {
+            ready!(pause.as_mut().poll(cx));
+            self.0 = None;
+        }
+        Poll::Ready(())
+    }
 }
 
 #[derive(Debug, Default)]
@@ -52,7 +76,7 @@ impl<S> Limited<S> {
     /// `incoming`, within `limits`.
     #[must_use]
     pub fn new(incoming: S, limits: ConnectionLimits) -> Self {
-        Self { incoming, limits, open: Arc::default() }
+        Self { incoming, limits, open: Arc::default(), pause: AcceptPause::default() }
     }
 
     fn enter(&self, peer: Option<IpAddr>) -> Result<Place, &'static str> {
@@ -79,9 +103,15 @@ where
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         loop {
+            ready!(self.pause.poll(cx));
             let io = match ready!(Pin::new(&mut self.incoming).poll_next(cx)) {
                 Some(Ok(io)) => io,
-                Some(Err(error)) => return Poll::Ready(Some(Err(error))),
+                // Of one connection that was given up before it was accepted.
+                Some(Err(error)) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
+                Some(Err(error)) => {
+                    self.pause.begin(&error);
+                    continue;
+                }
                 None => return Poll::Ready(None),
             };
             let peer = io.remote_ip();
@@ -133,12 +163,15 @@ pub struct LimitedConnection<IO> {
     idle: Duration,
     deadline: Pin<Box<Sleep>>,
     last_read: Instant,
+    /// Since when the peer takes nothing of what is written. HTTP/2 does not read meanwhile.
+    blocked: Option<Instant>,
 }
 
 impl<IO> LimitedConnection<IO> {
     fn new(io: IO, place: Place, preface: Duration, idle: Duration) -> Self {
         let deadline = Box::pin(sleep(preface));
-        Self { io, _place: place, preface: PREFACE_LEN, idle, deadline, last_read: Instant::now() }
+        let last_read = Instant::now();
+        Self { io, _place: place, preface: PREFACE_LEN, idle, deadline, last_read, blocked: None }
     }
 
     /// What is limited.
@@ -146,11 +179,11 @@ impl<IO> LimitedConnection<IO> {
         &self.io
     }
 
-    /// Whether the peer has been silent for too long. The timer is set anew only when it ends, not with every read.
+    /// Whether the peer has been silent, or taken nothing, for too long. The timer is set anew only when it ends, not with every read.
     fn poll_silence(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
         loop {
             ready!(self.deadline.as_mut().poll(cx));
-            let silent = (self.preface == 0).then(|| self.last_read + self.idle);
+            let silent = (self.preface == 0).then(|| self.blocked.unwrap_or(self.last_read) + self.idle);
             match silent {
                 Some(until) if until > Instant::now() => self.deadline.as_mut().reset(until),
                 _ => break,
@@ -159,6 +192,23 @@ impl<IO> LimitedConnection<IO> {
         let reason = if self.preface > 0 { "SLOW_PREFACE" } else { "IDLE_CONNECTION" };
         refusals::count(reason);
         Poll::Ready(io::Error::new(io::ErrorKind::TimedOut, "the peer was silent for too long"))
+    }
+
+    /// What a write gives, unless the peer has taken nothing for too long.
+    fn unless_blocked<T>(
+        &mut self,
+        cx: &mut Context<'_>,
+        written: Poll<io::Result<T>>,
+    ) -> Poll<io::Result<T>> {
+        if written.is_pending() {
+            self.blocked.get_or_insert_with(Instant::now);
+            return self.poll_silence(cx).map(Err);
+        }
+        if self.blocked.take().is_some() {
+            // It is there. What it has said meanwhile is read next.
+            self.last_read = Instant::now();
+        }
+        written
     }
 }
 
@@ -182,15 +232,18 @@ impl<IO: AsyncRead + Unpin> AsyncRead for LimitedConnection<IO> {
 
 impl<IO: AsyncWrite + Unpin> AsyncWrite for LimitedConnection<IO> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write(cx, buf)
+        let written = Pin::new(&mut self.io).poll_write(cx, buf);
+        self.unless_blocked(cx, written)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_flush(cx)
+        let flushed = Pin::new(&mut self.io).poll_flush(cx);
+        self.unless_blocked(cx, flushed)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_shutdown(cx)
+        let shut_down = Pin::new(&mut self.io).poll_shutdown(cx);
+        self.unless_blocked(cx, shut_down)
     }
 
     fn poll_write_vectored(
@@ -198,7 +251,8 @@ impl<IO: AsyncWrite + Unpin> AsyncWrite for LimitedConnection<IO> {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write_vectored(cx, bufs)
+        let written = Pin::new(&mut self.io).poll_write_vectored(cx, bufs);
+        self.unless_blocked(cx, written)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -211,5 +265,62 @@ impl<IO: Connected> Connected for LimitedConnection<IO> {
 
     fn connect_info(&self) -> Self::ConnectInfo {
         self.io.connect_info()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
+    use tokio_stream::StreamExt as _;
+
+    use super::*;
+
+    impl RemoteIp for DuplexStream {
+        fn remote_ip(&self) -> Option<IpAddr> {
+            None
+        }
+    }
+
+    async fn connection() -> (LimitedConnection<DuplexStream>, DuplexStream) {
+        let (here, mut there) = tokio::io::duplex(64);
+        let incoming = tokio_stream::once(io::Result::Ok(here));
+        let mut connection =
+            Limited::new(incoming, ConnectionLimits::default()).next().await.unwrap().unwrap();
+        there.write_all(&[b'x'; PREFACE_LEN]).await.unwrap();
+        connection.read_exact(&mut [0; PREFACE_LEN]).await.unwrap();
+        (connection, there)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_peer_that_takes_nothing_is_silent() {
+        let (mut connection, mut there) = connection().await;
+        let idle = ConnectionLimits::default().idle;
+        let before = refusals::count_of("IDLE_CONNECTION");
+        // Full, but for less than that time, as often as it likes.
+        connection.write_all(&[0; 64]).await.unwrap();
+        for _ in 0..3 {
+            let began = Instant::now();
+            let (written, ()) = tokio::join!(connection.write_all(&[0; 64]), async {
+                tokio::time::sleep(idle * 2 / 3).await;
+                there.read_exact(&mut [0; 64]).await.unwrap();
+            });
+            written.unwrap();
+            assert_eq!(began.elapsed(), idle * 2 / 3);
+        }
+        let began = Instant::now();
+        let error = connection.write_all(&[0; 64]).await.unwrap_err();
+        assert_eq!((error.kind(), began.elapsed().as_secs()), (io::ErrorKind::TimedOut, idle.as_secs()));
+        assert_eq!(refusals::count_of("IDLE_CONNECTION"), before + 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn accepting_rests_after_a_failure() {
+        let (here, _there) = tokio::io::duplex(1);
+        let failures = [io::ErrorKind::ConnectionAborted, io::ErrorKind::OutOfMemory];
+        let accepted = failures.map(|kind| Err(io::Error::from(kind))).into_iter().chain([Ok(here)]);
+        let mut limited = Limited::new(tokio_stream::iter(accepted), ConnectionLimits::default());
+        let began = Instant::now();
+        limited.next().await.unwrap().unwrap();
+        assert_eq!(began.elapsed(), AcceptPause::TIME);
     }
 }

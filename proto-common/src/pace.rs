@@ -19,7 +19,9 @@ impl Pace {
     /// half of that is enough.
     #[must_use]
     pub fn new(least: u64, within: Duration, asked: Option<NonZeroU64>, bytes: u64) -> Self {
-        let half = asked.map_or(u64::MAX, |asked| asked.get().saturating_mul(within.as_secs()) / 2);
+        let half = asked.map_or(u64::MAX, |asked| {
+            u64::try_from(u128::from(asked.get()) * within.as_millis() / 2000).unwrap_or(u64::MAX)
+        });
         Self { least: least.min(half), within, since: Instant::now(), bytes }
     }
 
@@ -67,5 +69,7 @@ mod tests {
         let mut slow = Pace::new(100, Duration::from_secs(10), NonZeroU64::new(8), 0);
         assert_eq!(slow.expected(), "40 bytes within 10s");
         assert!(slow.is_kept(40) && !slow.is_kept(79));
+        let short = Pace::new(100, Duration::from_millis(500), NonZeroU64::new(80), 0);
+        assert_eq!(short.expected(), "20 bytes within 500ms");
     }
 }

@@ -52,8 +52,5 @@ pub const STANDARD_LIST: usize = 100;
 /// Reasons in `NodeStatus.removal_blockers`.
 pub const REMOVAL_BLOCKERS: usize = 64;
 
-/// Largest request that is read, in bytes: an identifier, a name, a page token.
-pub const MAX_REQUEST_BYTES: usize = 64 << 10;
-
 /// Largest answer, in bytes: a page, and what stands in every page.
 pub const MAX_MESSAGE_BYTES: usize = 4 << 20;

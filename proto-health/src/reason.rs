@@ -12,6 +12,8 @@ proto_common::reasons! {
         UnknownService "UNKNOWN_SERVICE" NotFound,
         /// No free place for one more watch.
         TooManyWatchers "TOO_MANY_WATCHERS" ResourceExhausted retry,
+        /// The request did not come within 30 s.
+        IdleTimeout "IDLE_TIMEOUT" DeadlineExceeded retry,
         /// A compressed message.
         UnsupportedCompression "UNSUPPORTED_COMPRESSION" Unimplemented,
         /// The caller has shown no certificate where one is needed.

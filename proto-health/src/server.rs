@@ -12,7 +12,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use proto_common::access::{Access, Guarded};
+use proto_common::access::Access;
 use proto_common::ids::{ComponentName, IdError};
 use proto_common::text::printable;
 use proto_common::v1::NodeIdentity;
@@ -39,14 +39,12 @@ pub use check::{Check, CheckResult, Schedule};
 pub use component::Component;
 pub use facts::{Facts, FactsFuture, NodeFacts, Sections};
 pub use places::ConnectionId;
-pub use service::NodeHealth;
-pub use standard::StandardHealth;
+pub use service::{NodeHealth, NodeHealthService};
+pub use standard::{StandardHealth, StandardHealthService};
 
 use self::component::Cell;
 use self::core::{Inner, Parts};
-use crate::grpc_health_v1::health_server::HealthServer;
 use crate::limits::Limits;
-use crate::v1::health_service_server::HealthServiceServer;
 use crate::v1::{DrainStep, HealthStatus, NodeState};
 
 /// Why a component or a service was not added.
@@ -366,13 +364,13 @@ impl HealthRegistry {
 
     /// `node.health.v1.HealthService`, to be added to a tonic server.
     #[must_use]
-    pub fn service(&self) -> Guarded<proto_common::refusal::WithDetails<HealthServiceServer<NodeHealth>>> {
+    pub fn service(&self) -> NodeHealthService {
         NodeHealth::server(Arc::clone(&self.inner))
     }
 
     /// The standard `grpc.health.v1.Health` from the same facts, to be added to the same server.
     #[must_use]
-    pub fn standard_service(&self) -> Guarded<HealthServer<StandardHealth>> {
+    pub fn standard_service(&self) -> StandardHealthService {
         StandardHealth::server(Arc::clone(&self.inner))
     }
 }

@@ -9,6 +9,7 @@ use proto_common::bulk::WithRawBody;
 use proto_common::error::{CommonReason, Error};
 use proto_common::fence::Fence;
 use proto_common::ids::MigrationId;
+use proto_common::prompt::MAX_REQUEST_BYTES;
 use proto_common::refusal::{Refusal, WithDetails};
 use proto_common::v1::Direction;
 use tokio_stream::wrappers::ReceiverStream;
@@ -124,11 +125,12 @@ impl MigrationNode {
     /// The service, to be added to a tonic server.
     #[must_use]
     pub fn into_service(self) -> MigrationService {
-        let largest = largest_message(self.limits.batch_bytes);
+        let largest_answer = largest_message(self.limits.batch_bytes);
         let access = self.access.clone();
+        // Batches do not pass its decoder.
         let service = MigrationServiceServer::new(self)
-            .max_decoding_message_size(largest)
-            .max_encoding_message_size(largest);
+            .max_decoding_message_size(MAX_REQUEST_BYTES)
+            .max_encoding_message_size(largest_answer);
         Guarded::new(WithDetails::new(WithRawBody::new(service, TRANSFER), refused), access)
     }
 
@@ -297,7 +299,9 @@ fn may(caller: &Caller, spec: Option<&v1::MigrationSpec>) -> Result<(), Error> {
 pub(crate) fn refused(refusal: Refusal) -> Error {
     match refusal {
         Refusal::TooLarge => Reason::BatchTooLarge
-            .error("a message is larger than Accepted.max_batch_bytes and 1 MiB allow; send smaller batches"),
+            .error(format!(
+                "a message is larger than Accepted.max_batch_bytes and 1 MiB allow, or a request than {MAX_REQUEST_BYTES} bytes"
+            )),
         Refusal::Compressed { encoding } => Reason::UnsupportedCompression
             .error(format!("the message is compressed with {encoding}; send it as it is"))
             .metadata("encoding", encoding),

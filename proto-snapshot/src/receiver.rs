@@ -19,6 +19,7 @@ use proto_common::bulk::WithRawBody;
 use proto_common::clock::{millis, now_unix_ms};
 use proto_common::error::Error;
 use proto_common::ids::{NodeId, ShardId, TransferId};
+use proto_common::prompt::MAX_REQUEST_BYTES;
 use proto_common::refusal::WithDetails;
 use proto_common::v1::{Direction, NodeIdentity};
 use tokio_util::sync::CancellationToken;
@@ -238,7 +239,8 @@ impl<S: SnapshotStore> SnapshotReceiver<S> {
     pub fn into_service(self) -> ReceiverService<S> {
         let access = self.inner.access.clone();
         let service = SplitSnapshotServiceServer::new(self)
-            .max_decoding_message_size(MAX_MESSAGE_BYTES)
+            // Chunks do not pass its decoder.
+            .max_decoding_message_size(MAX_REQUEST_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
         let service = WithDetails::new(WithRawBody::new(service, TRANSFER), handshake::refused);
         Guarded::new(service, access)

@@ -5,6 +5,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use proto::common::access::Guarded;
 use proto::common::listen::Limited;
+use proto::common::prompt::MAX_REQUEST_BYTES;
 use proto::common::tls::{Tls, TlsIncoming};
 use proto::common::tuning::{incoming_within, tune_server_within};
 use proto::health::HealthRegistry;
@@ -78,7 +79,8 @@ pub fn services(
         .register_encoded_file_descriptor_set(proto::health::FILE_DESCRIPTOR_SET)
         .register_encoded_file_descriptor_set(proto::health::grpc_health_v1::FILE_DESCRIPTOR_SET)
         .build_v1()
-        .context("cannot describe the services")?;
+        .context("cannot describe the services")?
+        .max_decoding_message_size(MAX_REQUEST_BYTES);
     Ok(Routes::new(Guarded::new(reflection, node.trust().access()))
         .add_service(receiver.into_service())
         .add_service(migrating.service())

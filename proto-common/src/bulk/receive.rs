@@ -17,7 +17,7 @@ use super::{BulkMessage, Payload};
 /// A generated server that is given the body of one method past its decoder, for [`Incoming`] to read.
 ///
 /// It stands directly in front of the generated server. All but the body goes through that as ever, so it answers unknown methods, refuses
-/// encodings and sends the answers. Other methods are not touched.
+/// encodings and sends the answers. Requests of all other methods have to come [in time](crate::prompt).
 #[derive(Debug, Clone)]
 pub struct WithRawBody<S> {
     inner: S,
@@ -59,8 +59,9 @@ where
         if request.uri().path() == self.path {
             let body = std::mem::replace(request.body_mut(), Body::empty());
             request.extensions_mut().insert(RawBody(Arc::new(Mutex::new(Some(body)))));
+            return self.inner.call(request);
         }
-        self.inner.call(request)
+        self.inner.call(request.map(crate::prompt::in_time))
     }
 }
 

@@ -10,17 +10,16 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::{AbortHandle, Id, JoinSet};
-use tokio::time::{Sleep, sleep, timeout};
+use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_stream::Stream;
 use tonic::transport::server::Connected;
 
 use super::{Tls, certificate};
+use crate::listen::AcceptPause;
 use crate::peer::Peer;
-
-/// Pause after an accept that failed, as when there are no more file descriptors.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+use crate::refusals;
 
 /// What handshakes may take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,7 +59,7 @@ pub struct TlsIncoming {
     handshakes: JoinSet<Result<TlsConnection, io::Error>>,
     pending: HashMap<Id, Handshake>,
     next: u64,
-    pause: Option<Pin<Box<Sleep>>>,
+    pause: AcceptPause,
 }
 
 impl TlsIncoming {
@@ -74,7 +73,7 @@ impl TlsIncoming {
             handshakes: JoinSet::new(),
             pending: HashMap::new(),
             next: 0,
-            pause: None,
+            pause: AcceptPause::default(),
         }
     }
 
@@ -94,6 +93,7 @@ impl TlsIncoming {
                 Ok(TlsConnection { peer: Peer::certified(identity, Some(address)), stream })
             };
             timeout(limit, done).await.unwrap_or_else(|_| {
+                refusals::count("SLOW_HANDSHAKE");
                 Err(io::Error::new(io::ErrorKind::TimedOut, "the handshake took too long"))
             })
         });
@@ -114,6 +114,7 @@ impl TlsIncoming {
         let Some((_, _, oldest)) = most else { return };
         if let Some(Handshake { address, abort, .. }) = self.pending.remove(&oldest) {
             abort.abort();
+            refusals::count("TOO_MANY_HANDSHAKES");
             tracing::debug!(peer = %address, "too many TLS handshakes at once; this one is ended");
         }
     }
@@ -145,15 +146,11 @@ impl Stream for TlsIncoming {
                 }
                 Poll::Ready(None) | Poll::Pending => {}
             }
-            if let Some(pause) = &mut self.pause {
-                ready!(pause.as_mut().poll(cx));
-                self.pause = None;
-            }
+            ready!(self.pause.poll(cx));
             match ready!(self.listener.poll_accept(cx)) {
                 Ok((stream, address)) => self.begin(stream, address),
                 Err(error) => {
-                    tracing::warn!(%error, "cannot accept a connection");
-                    self.pause = Some(Box::pin(sleep(ACCEPT_PAUSE)));
+                    self.pause.begin(&error);
                 }
             }
         }

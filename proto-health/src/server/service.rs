@@ -9,12 +9,13 @@ use proto_common::access::{Caller, Guarded};
 use proto_common::clock::millis;
 use proto_common::error::Error;
 use proto_common::ids::NodeId;
+use proto_common::prompt::{MAX_REQUEST_BYTES, Prompt};
 use proto_common::refusal::{Refusal, WithDetails};
 use proto_common::text::printable;
 use tokio::time::Instant;
 use tonic::{Request, Response, Status};
 
-use crate::limits::{MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES, REMOVAL_BLOCKERS};
+use crate::limits::{MAX_MESSAGE_BYTES, REMOVAL_BLOCKERS};
 use crate::reason::Reason;
 use crate::server::core::Inner;
 use crate::server::facts::{self, Facts, Sections};
@@ -31,6 +32,9 @@ use crate::v1::{
 /// Longest name of a service that may be asked for, in bytes.
 pub(crate) const MAX_SERVICE_NAME: usize = 1024;
 
+/// [`NodeHealth`] as it is added to a tonic server.
+pub type NodeHealthService = Guarded<WithDetails<Prompt<HealthServiceServer<NodeHealth>>>>;
+
 /// The health service of a node. See [`HealthRegistry::service`](super::HealthRegistry::service).
 #[derive(Clone)]
 pub struct NodeHealth {
@@ -44,12 +48,12 @@ impl std::fmt::Debug for NodeHealth {
 }
 
 impl NodeHealth {
-    pub(crate) fn server(inner: Arc<Inner>) -> Guarded<WithDetails<HealthServiceServer<Self>>> {
+    pub(crate) fn server(inner: Arc<Inner>) -> NodeHealthService {
         let access = inner.access.clone();
         let service = HealthServiceServer::new(Self { inner })
             .max_decoding_message_size(MAX_REQUEST_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
-        Guarded::new(WithDetails::new(service, refused), access)
+        Guarded::new(WithDetails::new(Prompt::new(service), refused), access)
     }
 
     /// Who calls, if it may.

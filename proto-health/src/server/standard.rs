@@ -6,16 +6,20 @@ use std::sync::Arc;
 use futures::StreamExt as _;
 use futures::stream::{self, BoxStream};
 use proto_common::access::Guarded;
+use proto_common::prompt::{MAX_REQUEST_BYTES, Prompt};
 use tonic::{Request, Response, Status};
 
 use crate::grpc_health_v1::health_check_response::ServingStatus;
 use crate::grpc_health_v1::health_server::{Health, HealthServer};
 use crate::grpc_health_v1::{HealthCheckRequest, HealthCheckResponse, HealthListRequest, HealthListResponse};
-use crate::limits::{MAX_REQUEST_BYTES, STANDARD_LIST};
+use crate::limits::STANDARD_LIST;
 use crate::server::core::Inner;
 use crate::server::service::{MAX_SERVICE_NAME, shutting_down};
 use crate::server::verdict::Snapshot;
 use crate::server::watch::{Cursor, Event};
+
+/// [`StandardHealth`] as it is added to a tonic server.
+pub type StandardHealthService = Guarded<Prompt<HealthServer<StandardHealth>>>;
 
 /// The standard health service of a node. See [`HealthRegistry::standard_service`](super::HealthRegistry::standard_service).
 #[derive(Clone)]
@@ -30,9 +34,10 @@ impl std::fmt::Debug for StandardHealth {
 }
 
 impl StandardHealth {
-    pub(crate) fn server(inner: Arc<Inner>) -> Guarded<HealthServer<Self>> {
+    pub(crate) fn server(inner: Arc<Inner>) -> StandardHealthService {
         let access = inner.access.clone();
-        Guarded::new(HealthServer::new(Self { inner }).max_decoding_message_size(MAX_REQUEST_BYTES), access)
+        let service = HealthServer::new(Self { inner }).max_decoding_message_size(MAX_REQUEST_BYTES);
+        Guarded::new(Prompt::new(service), access)
     }
 }
 

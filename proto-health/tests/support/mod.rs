@@ -3,15 +3,11 @@
 
 use std::time::Duration;
 
-use proto_common::access::Guarded;
-use proto_common::refusal::WithDetails;
 use proto_common::v1::NodeIdentity;
 use proto_health::HealthRegistry;
 use proto_health::grpc_health_v1::health_client::HealthClient;
-use proto_health::grpc_health_v1::health_server::HealthServer;
-use proto_health::server::{Component, NodeHealth, StandardHealth};
+use proto_health::server::{Component, NodeHealthService, StandardHealthService};
 use proto_health::v1::health_service_client::HealthServiceClient;
-use proto_health::v1::health_service_server::HealthServiceServer;
 use proto_health::v1::{
     HealthCheckRequest, HealthCheckResponse, HealthReport, HealthStatus, WatchHealthRequest,
     WatchHealthResponse,
@@ -23,8 +19,8 @@ pub(crate) const DEGRADED: HealthStatus = HealthStatus::Degraded;
 pub(crate) const UNHEALTHY: HealthStatus = HealthStatus::Unhealthy;
 pub(crate) const UNDECIDED: HealthStatus = HealthStatus::Undecided;
 
-pub(crate) type Client = HealthServiceClient<Guarded<WithDetails<HealthServiceServer<NodeHealth>>>>;
-pub(crate) type Standard = HealthClient<Guarded<HealthServer<StandardHealth>>>;
+pub(crate) type Client = HealthServiceClient<NodeHealthService>;
+pub(crate) type Standard = HealthClient<StandardHealthService>;
 
 pub(crate) fn identity() -> NodeIdentity {
     NodeIdentity {

@@ -6,6 +6,7 @@ use proto_common::bulk::{BulkError, Incoming, Payload, Received};
 use proto_common::error::Error;
 use proto_common::fence::Fence;
 use proto_common::ids::{NodeId, TransferId};
+use proto_common::prompt::MAX_REQUEST_BYTES;
 use proto_common::refusal::Refusal;
 use proto_common::v1::Priority;
 use tonic::{Request, Streaming};
@@ -91,7 +92,7 @@ pub(super) fn refused(refusal: Refusal) -> Error {
     match refusal {
         Refusal::TooLarge => Reason::ChunkTooLarge
             .error(format!(
-                "a message is larger than {MAX_MESSAGE_BYTES} bytes; send smaller chunks and pages"
+                "a message is larger than {MAX_MESSAGE_BYTES} bytes, or a request than {MAX_REQUEST_BYTES}; send smaller chunks and pages"
             ))
             .metadata("max_message_bytes", MAX_MESSAGE_BYTES.to_string()),
         Refusal::Compressed { encoding } => Reason::UnsupportedCompression
