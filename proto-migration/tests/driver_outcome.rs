@@ -6,13 +6,16 @@
 mod support;
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use proto_common::error::Error;
 use proto_common::slots::slot_of;
 use proto_migration::Reason;
 use proto_migration::hold::HoldMode;
-use proto_migration::v1::{FreezeOutcome, MigrationDecision, MigrationGate, MigrationLimits, MigrationState};
+use proto_migration::v1::{
+    FreezeOutcome, MigrationDecision, MigrationGate, MigrationLimits, MigrationProgress, MigrationState,
+};
 use support::memory_source::{Answer, Faults, MemorySource};
 use support::memory_target::{Fault, MemoryTarget};
 use support::pair::{Pair, driver, error_of, id};
@@ -277,4 +280,68 @@ async fn a_source_that_was_away_hears_why_the_target_was_told_to_cancel() {
     let end = pair.reaches(MigrationState::Cancelled).await;
     assert_eq!((end.cancel_reason.as_str(), end.cancelled_at_node_id.as_str()), ("why not", "n2"));
     pair.source_serves().await;
+}
+
+#[tokio::test]
+async fn a_damaged_record_at_the_target_is_waited_for() {
+    let mut pair = Pair::start().await;
+    pair.fill(50).await;
+    pair.begin(|request| request.spec.as_mut().unwrap().auto_complete = false).await.unwrap();
+    pair.reaches(MigrationState::Ready).await;
+    pair.target_down().await;
+    let whole = pair.target.disk().records.insert(id(), Bytes::from_static(b"\xff")).unwrap();
+    pair.target_up(2).await;
+    let refused = |progress: &MigrationProgress| {
+        let errors = progress.incidents.iter().filter_map(|incident| incident.error.as_ref());
+        errors.filter(|error| error.reason == "SLOTS_QUARANTINED").count() > 1
+    };
+    pair.until("it is refused, again and again", refused).await;
+    pair.target_down().await;
+    pair.target.disk().records.insert(id(), whole);
+    pair.target_up(2).await;
+    pair.reaches(MigrationState::Ready).await;
+    pair.complete(None).await.unwrap();
+    let done = pair.reaches(MigrationState::Completed).await;
+    assert_eq!(done.copy, 1, "nothing is copied twice");
+}
+
+#[tokio::test]
+async fn a_cancelled_migration_keeps_no_log_while_the_target_is_away() {
+    let mut pair = Pair::start().await;
+    pair.fill(50).await;
+    pair.begin(|request| request.spec.as_mut().unwrap().auto_complete = false).await.unwrap();
+    pair.reaches(MigrationState::Ready).await;
+    assert!(pair.source.has_log(&id()));
+    pair.target_down().await;
+    let cancelled = pair.cancel().await.unwrap();
+    assert_eq!(cancelled.state(), MigrationState::Cancelling);
+    pair.until("its log has ended", |_| !pair.source.has_log(&id())).await;
+    assert_eq!(pair.progress().await.state(), MigrationState::Cancelling);
+    pair.target_up(2).await;
+    pair.reaches(MigrationState::Cancelled).await;
+}
+
+#[tokio::test]
+async fn a_target_without_a_free_place_is_waited_for() {
+    let mut pair = Pair::start().await;
+    pair.fill(50).await;
+    pair.target_down().await;
+    pair.target_limits.incoming_per_peer = 0;
+    pair.target_up(2).await;
+    let timeout = Duration::from_millis(200);
+    let limits = MigrationLimits {
+        accept_timeout_ms: Some(u64::try_from(timeout.as_millis()).unwrap()),
+        ..MigrationLimits::default()
+    };
+    let began = Instant::now();
+    pair.begin(|request| request.limits = Some(limits)).await.unwrap();
+    let full = |progress: &MigrationProgress| {
+        let error = progress.progress.as_ref().and_then(|task| task.error.as_ref());
+        began.elapsed() > timeout * 5 && error.is_some_and(|error| error.reason == "TOO_MANY_MIGRATIONS")
+    };
+    assert_eq!(pair.until("refused for longer than that", full).await.state(), MigrationState::Pending);
+    pair.target_down().await;
+    pair.target_limits.incoming_per_peer = 1;
+    pair.target_up(2).await;
+    pair.reaches(MigrationState::Completed).await;
 }

@@ -17,7 +17,7 @@ use proto_common::ids::MigrationId;
 use proto_migration::Reason;
 use proto_migration::decisions::{Decision, Decisions};
 use proto_migration::limits::Limits;
-use proto_migration::v1::transfer_migration_data_request::{Discard, Forget, Frame};
+use proto_migration::v1::transfer_migration_data_request::{Discard, Forget, Frame, Header};
 use proto_migration::v1::transfer_migration_data_response::Frame as Answer;
 use proto_migration::v1::{MigrationDecision, MigrationState};
 use support::frames::{COMMIT, Node, bulk, eventually, header, resolve, row};
@@ -165,9 +165,14 @@ async fn an_operator_decides_what_is_prepared() {
 async fn a_record_that_cannot_be_read_is_left_alone() {
     let node = Node::start().await;
     let id = MigrationId::new("m1").unwrap();
+    drop(node.accept(header(1)).await);
     node.target.disk().records.insert(id.clone(), Bytes::from_static(b"\xff"));
     let node = node.crash().await;
     assert_eq!(node.refused(header(1)).await.reason(), "SLOTS_QUARANTINED");
+    // Nor does anybody else get the slots that are staged for it.
+    let other = node.refused(Header { migration_id: "m2".into(), ..header(1) }).await;
+    assert_eq!(other.reason(), "SLOTS_QUARANTINED");
+    assert!(other.get("holder").is_some_and(|holder| holder.contains("m1")), "{other:?}");
     assert_eq!(node.target.disk().records[&id], Bytes::from_static(b"\xff"));
 }
 

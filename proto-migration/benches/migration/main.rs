@@ -1,5 +1,5 @@
 //! What a migration costs clients: whether it converges under a load, how long it freezes, and what writers notice.
-//! `cargo bench -p proto-migration -- --help`.
+//! `cargo bench -p proto-migration --bench migration -- --help`.
 //!
 //! Two processes of the example node, built for release. For each offered load of writes to the moving slots there is a time without a
 //! migration and one in which the slots go there and back, again and again; a few writes to other slots go on beside. Latency is
@@ -35,7 +35,7 @@ const FLOOD: Offer = Offer::Closed { connections: 50, unanswered: 32 };
 
 /// Measures migrations of 100,000 keys between two nodes under a load of writes.
 #[derive(Debug, Parser)]
-#[command(bin_name = "cargo bench -p proto-migration --")]
+#[command(bin_name = "cargo bench -p proto-migration --bench migration --")]
 struct Options {
     /// Seconds instead of minutes: whether everything works, not how fast
     #[arg(long)]
@@ -132,28 +132,27 @@ async fn measure(
     let (one, two) = start(program, dir.path()).await;
     let writers = Load::start([&one, &two], MOVING, KEYS, offered, BESIDE);
     let alone = alone(&writers, time).await;
-    let mut row = Row::new(load, alone);
     let mut ends = [&one, &two];
-    let mut migrating = Duration::ZERO;
+    let mut took = Duration::ZERO;
+    let (mut freezes_ms, mut given_up, mut slowed) = (Vec::new(), 0, 0);
     for number in 0..migrations {
         let began = Instant::now();
         let done: MigrationProgress = nodes::migrate(ends, &format!("m{number}"), MOVING).await;
-        migrating += began.elapsed();
+        took += began.elapsed();
         let committed = |freeze: &&FreezeAttempt| freeze.outcome() == FreezeOutcome::Committed;
-        row.freezes_ms.extend(done.freezes.iter().filter(committed).filter_map(|freeze| freeze.freeze_ms));
-        row.given_up += done.freezes.iter().filter(|freeze| !committed(freeze)).count();
-        row.slowed += usize::from(done.writers_slowed_ms > 0);
+        freezes_ms.extend(done.freezes.iter().filter(committed).filter_map(|freeze| freeze.freeze_ms));
+        given_up += done.freezes.iter().filter(|freeze| !committed(freeze)).count();
+        slowed += usize::from(done.writers_slowed_ms > 0);
         ends.reverse();
     }
-    row.migrating = Some(writers.take());
-    row.mean_migration_s = migrating.as_secs_f64() / f64::from(u32::try_from(migrations.max(1)).unwrap());
-    row.migrations = migrations;
-    row.freezes_ms.sort_unstable();
+    let migrating = writers.take();
+    freezes_ms.sort_unstable();
     // What was moved away is deleted in the background.
     tokio::time::sleep(Duration::from_millis(100)).await;
-    row.after = Some(self::alone(&writers, time).await);
+    let after = self::alone(&writers, time).await;
     writers.stop().await;
-    row
+    let mean_migration_s = took.as_secs_f64() / f64::from(u32::try_from(migrations.max(1)).unwrap());
+    Row { load, alone, migrating, after, migrations, mean_migration_s, freezes_ms, given_up, slowed }
 }
 
 /// Waits until something holds, at most two minutes.

@@ -24,8 +24,8 @@ pub(crate) struct Report {
 pub(crate) struct Row {
     pub(crate) load: String,
     pub(crate) alone: Measured,
-    pub(crate) migrating: Option<Measured>,
-    pub(crate) after: Option<Measured>,
+    pub(crate) migrating: Measured,
+    pub(crate) after: Measured,
     pub(crate) migrations: usize,
     pub(crate) mean_migration_s: f64,
     /// Of those that led to a commit, ascending.
@@ -44,32 +44,17 @@ impl Report {
 }
 
 impl Row {
-    pub(crate) fn new(load: String, alone: Measured) -> Self {
-        Self {
-            load,
-            alone,
-            migrating: None,
-            after: None,
-            migrations: 0,
-            mean_migration_s: 0.0,
-            freezes_ms: Vec::new(),
-            given_up: 0,
-            slowed: 0,
-        }
-    }
-
     fn freeze_ms(&self, percent: usize) -> u64 {
         let index = (self.freezes_ms.len() * percent).div_ceil(100).saturating_sub(1);
         self.freezes_ms.get(index).copied().unwrap_or(0)
     }
 
     fn cells(&self) -> Vec<String> {
-        let (migrating, after) =
-            (self.migrating.as_ref().unwrap_or(&self.alone), self.after.as_ref().unwrap_or(&self.alone));
         let three = |of: fn(&Measured) -> f64| {
-            format!("{:.1} {:.1} {:.1}", of(&self.alone), of(migrating), of(after))
+            format!("{:.1} {:.1} {:.1}", of(&self.alone), of(&self.migrating), of(&self.after))
         };
-        let ratio = |of: fn(&Measured) -> f64| format!("{:.2}", of(migrating) / of(&self.alone).max(1.0));
+        let ratio =
+            |of: fn(&Measured) -> f64| format!("{:.2}", of(&self.migrating) / of(&self.alone).max(1.0));
         vec![
             self.load.clone(),
             format!("{:.0}", self.alone.moving.per_s),

@@ -34,6 +34,10 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         if self.state() == MigrationState::Completed && self.shown().resolved_reason.is_some() {
             self.leave_prepared().await?;
         }
+        if self.state() == MigrationState::Cancelling {
+            // Whatever comes of it, no more changes are sent, and the target may be away for long.
+            self.keep(None).await?;
+        }
         let mut link = self.open(Purpose::Resolve).await?;
         self.backoff.reset();
         let accepted = link.accepted.clone();

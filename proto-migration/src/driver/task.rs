@@ -382,6 +382,8 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         self.without_stream().await;
         let known = self.shown().peer.is_some();
         let reason = Reason::parse(error.reason());
+        // A target that has no place is there, and has one later.
+        let unanswered = state == MigrationState::Pending && reason != Some(Reason::TooManyMigrations);
         let done = match reason {
             Some(Reason::Superseded) => self.needs_operator(&error).await,
             Some(Reason::StoreChanged | Reason::WrongCluster | Reason::WrongNode) if known => {
@@ -422,7 +424,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
                 progress.copy = progress.copy.max(seen);
                 self.copy_again("the target has a later copy than this source knew of").await
             }
-            _ if state == MigrationState::Pending && self.began.elapsed() >= self.limits.accept_timeout => {
+            _ if unanswered && self.began.elapsed() >= self.limits.accept_timeout => {
                 let address = &self.shown().target_address;
                 let waited = self.limits.accept_timeout.as_millis();
                 let text = format!(
@@ -431,13 +433,16 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
                 );
                 self.fail(&Reason::TargetUnreachable.error(text)).await
             }
-            _ if error.is_retryable() || (known && error.is_renewable()) => {
+            // What was accepted waits for an operator to put it right: a certificate, a record at the target.
+            _ if error.is_retryable()
+                || (known && (error.is_renewable() || reason == Some(Reason::SlotsQuarantined))) =>
+            {
                 let wait = self.wait_after(&error);
                 self.change().task().error = Some(kept(&error));
                 self.show();
                 // Only as long as it may still be accepted in time.
                 let left = self.limits.accept_timeout.saturating_sub(self.began.elapsed());
-                return Some(if state == MigrationState::Pending { wait.min(left) } else { wait });
+                return Some(if unanswered { wait.min(left) } else { wait });
             }
             _ => self.fail(&error).await,
         };

@@ -21,6 +21,7 @@ pub type Rows = BTreeMap<Bytes, (u64, Option<Image>)>;
 pub struct Disk {
     pub records: BTreeMap<MigrationId, Bytes>,
     pub staged: BTreeMap<MigrationId, Rows>,
+    pub slots: BTreeMap<MigrationId, SlotRange>,
     pub owned: Vec<(SlotRange, u64, Rows)>,
     pub known_epoch: u64,
 }
@@ -124,7 +125,7 @@ impl MigrationTarget for MemoryTarget {
                     id: id.clone(),
                     record: record.clone(),
                     staged: staged(id),
-                    slots: None,
+                    slots: disk.staged.contains_key(id).then(|| disk.slots[id]),
                 })
                 .collect())
         })
@@ -135,8 +136,9 @@ impl MigrationTarget for MemoryTarget {
         self.call("admit", |_| Ok(())).await
     }
 
-    async fn begin(&self, id: &MigrationId, _: SlotRange, record: Bytes) -> Result<(), Error> {
+    async fn begin(&self, id: &MigrationId, slots: SlotRange, record: Bytes) -> Result<(), Error> {
         self.call("begin", |disk| {
+            disk.slots.insert(id.clone(), slots);
             disk.staged.insert(id.clone(), Rows::new());
             disk.records.insert(id.clone(), record);
             Ok(())

@@ -106,17 +106,6 @@ fn refused(error: StoreError) -> Error {
             };
             Reason::StorageFailed.error(what).retry_after(std::time::Duration::from_secs(1)).caused_by(error)
         }
-        StoreError::NoSpace { needed, available, .. } => Reason::InsufficientDisk
-            .error(format!("the receiver's disk has {available} bytes left, of {needed} that are needed"))
-            .metadata("needed_bytes", needed.to_string())
-            .metadata("available_bytes", available.to_string())
-            .retry_after(std::time::Duration::from_secs(1)),
-        StoreError::InUse { .. } | StoreError::Mismatch { .. } => {
-            tracing::error!(%error, "a snapshot cannot be merged");
-            Reason::InstallRefused
-                .error("the receiver's data directory is not what it should be")
-                .caused_by(error)
-        }
         _ => Reason::InstallRefused.error(error.to_string()),
     }
 }

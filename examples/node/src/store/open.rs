@@ -1,6 +1,5 @@
 //! Opening the database file: made as a whole or not at all, and verified before anything of it is believed.
 
-use std::cell::Cell;
 use std::fs;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -57,22 +56,13 @@ fn make(directory: &Path, file: &Path, init: &Init, options: &StoreOptions) -> R
 }
 
 fn existing(directory: &Path, file: &Path, options: &StoreOptions) -> Result<Database, StoreError> {
-    let verified = std::rc::Rc::new(Cell::new(false));
     let mut builder = builder(options);
-    let repairs = std::rc::Rc::clone(&verified);
-    builder.set_repair_callback(move |session| {
-        repairs.set(true);
-        tracing::info!(progress = session.progress(), "the database was not closed; verifying it");
+    // What redb repairs after a crash it verifies. Of a file that was closed it would believe each page that it meets.
+    builder.set_check_integrity_on_open(options.verify);
+    builder.set_repair_callback(|session| {
+        tracing::info!(progress = session.progress(), "verifying the database")
     });
-    let mut database = builder.open(file).map_err(|error| opening(directory, file, error))?;
-    // What redb repairs after a crash it verifies. Of a file that was closed it believes each page that it meets.
-    if options.verify && !verified.get() {
-        let clean = database.check_integrity().map_err(|error| opening(directory, file, error))?;
-        if !clean {
-            tracing::warn!(file = %file.display(), "the database's list of free pages was damaged; it has been made again");
-        }
-    }
-    Ok(database)
+    builder.open(file).map_err(|error| opening(directory, file, error))
 }
 
 fn builder(options: &StoreOptions) -> redb::Builder {
