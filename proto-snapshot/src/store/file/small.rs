@@ -12,7 +12,7 @@ use crate::extent::Extent;
 use crate::store::{StagedChunk, StoreError};
 
 use super::staging::Inner;
-use super::write::{PREALLOCATE_FROM, without, write_all_at};
+use super::write::{PREALLOCATE_FROM, write_all_at};
 
 /// Makes files for one call of [`Inner::write`], and counts them at its end: a sync that begins before does not have to cover them.
 pub(super) struct Maker<'a> {
@@ -55,24 +55,19 @@ impl<'a> Maker<'a> {
         write_all_at(&opened, payload, 0).map_err(|error| StoreError::io("write", error)).map(|()| true)
     }
 
-    /// Counts what was made as written. To be called also after an error: `failed` says that the last one is not whole.
-    pub(super) fn finish(self, failed: bool) {
+    /// Counts what was made as written. To be called also after an error. Of what was made, nothing was lost before: it was not there.
+    pub(super) fn finish(self) {
         if self.made.is_empty() {
             return;
         }
-        let written = self.made.len() - usize::from(failed);
         let mut state = self.inner.lock_state();
         for dir in self.dirs {
             let path = self.inner.area.tree.join(dir);
             state.dirty_dirs.insert(path);
         }
         let mut consumed = 0_u64;
-        for (at, extent) in self.made.into_iter().enumerate() {
+        for extent in self.made {
             state.dirty.add(extent);
-            if !state.lost.is_empty() && at < written {
-                let (number, end) = (extent.file, extent.end());
-                state.lost = state.lost.iter().flat_map(|lost| without(*lost, number, 0, end)).collect();
-            }
             consumed += state.space_of(extent.file).map_or(0, |space| space.settle());
         }
         drop(state);

@@ -81,23 +81,11 @@ impl Inner {
     pub(super) fn write(&self, chunks: &[StagedChunk]) -> Result<(), StoreError> {
         let _dir = self.dir()?;
         let mut maker = Maker::new(self);
-        for chunk in chunks {
-            match maker.make(chunk) {
-                Ok(true) => {}
-                Ok(false) => {
-                    if let Err(error) = self.write_chunk(chunk) {
-                        maker.finish(false);
-                        return Err(error);
-                    }
-                }
-                Err(error) => {
-                    maker.finish(true);
-                    return Err(error);
-                }
-            }
-        }
-        maker.finish(false);
-        Ok(())
+        let written = chunks
+            .iter()
+            .try_for_each(|chunk| if maker.make(chunk)? { Ok(()) } else { self.write_chunk(chunk) });
+        maker.finish();
+        written
     }
 
     fn write_chunk(&self, chunk: &StagedChunk) -> Result<(), StoreError> {
@@ -307,7 +295,7 @@ pub(super) fn write_all_at(file: &File, payload: &Payload, mut offset: u64) -> i
 }
 
 /// The parts of `lost` that `offset..end` of file `number` does not cover.
-pub(super) fn without(lost: Extent, number: u32, offset: u64, end: u64) -> impl Iterator<Item = Extent> {
+fn without(lost: Extent, number: u32, offset: u64, end: u64) -> impl Iterator<Item = Extent> {
     let Extent { file, offset: start, .. } = lost;
     let (before, after) = if file == number && offset < lost.end() && end > start {
         (offset.saturating_sub(start), lost.end().saturating_sub(end))
