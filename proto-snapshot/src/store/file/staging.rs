@@ -41,6 +41,8 @@ pub(super) struct Inner {
     pub(super) reservation: Reservation,
     pub(super) state: Mutex<State>,
     pub(super) records: Mutex<Records>,
+    /// Bytes that have become durable; more than the content if some were written again.
+    pub(super) durable_bytes: AtomicU64,
     opened_state: StagingState,
     /// Whether an earlier process may have written into it.
     pub(super) inherited: bool,
@@ -117,6 +119,7 @@ impl FileStaging {
             last_activity,
         } = parts;
         let opened_records = durable.records();
+        let durable_bytes = opened_records.iter().map(|record| record.extent.len).sum();
         let gate = match state {
             StagingState::Open => Gate::Open,
             StagingState::Sealed => Gate::Sealed,
@@ -127,6 +130,7 @@ impl FileStaging {
             // A crash may have come before a directory was synced, and nothing tells; so the first sync takes them all.
             state: Mutex::new(State { dirty_dirs: dirs.clone(), dirs, space, ..State::default() }),
             records: Mutex::new(Records { log, durable, runs_written: 0 }),
+            durable_bytes: AtomicU64::new(durable_bytes),
             plan,
             area,
             dir: Mutex::new(None),

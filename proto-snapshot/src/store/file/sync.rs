@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::fs::File;
 use std::io;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::extent::{Extent, ExtentRecord};
@@ -47,8 +48,8 @@ impl Dirty {
     }
 }
 
-/// Shorter runs are not worth a call.
-const UNCACHED_RUN: u64 = 1 << 20;
+/// Shorter runs are not worth a call. Several streams write at once, so a run is often no more than a chunk.
+const UNCACHED_RUN: u64 = 128 << 10;
 
 impl Inner {
     /// Makes durable all that was written and created by calls that returned before this one.
@@ -74,17 +75,21 @@ impl Inner {
             state.lost.extend(dirty.runs.into_iter().filter(|run| run.len > 0));
             return Err(StoreError::io("make data durable", error));
         }
-        if self.plan.manifest.total_bytes().unwrap_or(0) >= self.shared.options.uncached_from_bytes {
+        let bytes = dirty.runs.iter().map(|run| run.len).sum();
+        let durable = self.durable_bytes.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes);
+        if self.plan.manifest.total_bytes().unwrap_or(durable) >= self.shared.options.uncached_from_bytes {
             self.uncache(&dirty);
         }
         Ok(())
     }
 
-    /// Lets the page cache go of what was just made durable: of large files, which are open. Only a hint: what the kernel answers does not
-    /// matter.
+    /// Lets the page cache go of what was just made durable. Only a hint: what the kernel answers does not matter.
     fn uncache(&self, durable: &Dirty) {
         for run in durable.runs.iter().filter(|run| run.len >= UNCACHED_RUN) {
-            if let Some(handle) = self.shared.handles.get(self.serial, run.file) {
+            let handle = self.shared.handles.get(self.serial, run.file);
+            // Small files are closed as soon as they are written, others when there are too many.
+            if let Some(handle) = handle.or_else(|| File::open(self.path(run.file).ok()?).ok().map(Arc::new))
+            {
                 dont_need(&handle, run.offset, run.len);
             }
         }
