@@ -24,7 +24,7 @@ const READERS: usize = 9;
 
 type Batch = Vec<(u32, Result<Bytes, SourceError>)>;
 
-/// Who reads where.
+/// Who reads where. Part of the listing that it reads: what was read is not what the files are once they have been described anew.
 #[derive(Debug, Default)]
 pub(super) struct Ahead {
     readers: Mutex<VecDeque<Reader>>,
@@ -42,11 +42,6 @@ struct Reader {
 }
 
 impl Ahead {
-    /// What was read is no longer what the files are.
-    pub(super) fn forget(&self) {
-        lock(&self.readers).clear();
-    }
-
     /// The whole of `file`, if it is small, `len` is its length and the one before it was asked for last; `None` where it has to be read by
     /// itself. Dropping the future forgets what was read ahead.
     pub(super) async fn read(

@@ -9,7 +9,6 @@ use futures::StreamExt as _;
 use proto_common::path::FileName;
 use proto_common::text::printable;
 
-use super::ahead::Ahead;
 use super::disk::{Entry, Identity, Listing, Place, lock, off_thread, read};
 use super::{Description, PieceStream, SnapshotSource, SourceError};
 
@@ -27,13 +26,12 @@ const SHOWN: usize = 256;
 pub struct DirectorySource {
     root: PathBuf,
     listing: Mutex<Option<Arc<Listing>>>,
-    ahead: Ahead,
 }
 
 impl DirectorySource {
     /// The files below `root`. Nothing is read yet.
     pub fn new(root: impl Into<PathBuf>) -> Self {
-        Self { root: root.into(), listing: Mutex::new(None), ahead: Ahead::default() }
+        Self { root: root.into(), listing: Mutex::new(None) }
     }
 }
 
@@ -47,7 +45,6 @@ impl SnapshotSource for DirectorySource {
             Ok((listing, description))
         })
         .await?;
-        self.ahead.forget();
         *lock(&self.listing) = Some(Arc::new(listing));
         Ok(description)
     }
@@ -62,7 +59,7 @@ impl SnapshotSource for DirectorySource {
         let listing = lock(&self.listing).clone();
         if offset == 0
             && let Some(listing) = &listing
-            && let Some(small) = self.ahead.read(listing, file, len, piece).await
+            && let Some(small) = listing.ahead.read(listing, file, len, piece).await
         {
             let bytes = small?;
             return Ok(futures::stream::once(async { Ok(bytes) }).boxed());

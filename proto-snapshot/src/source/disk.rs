@@ -1,10 +1,11 @@
 //! Reading files off the async threads and ahead of the socket.
 
+use std::ffi::OsStr;
 use std::fs::{File, Metadata};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -16,6 +17,7 @@ use tokio::sync::mpsc;
 
 use crate::spec::ManifestFile;
 
+use super::ahead::Ahead;
 use super::{Description, PieceStream, SourceError};
 
 /// Pieces that wait for the socket; one more is being read. Together four, as [`SnapshotSource::open`](super::SnapshotSource::open)
@@ -71,12 +73,23 @@ pub(super) enum Place {
     Only(PathBuf),
 }
 
+impl Place {
+    /// Where the file of this name is.
+    fn path(&self, name: &FileName) -> PathBuf {
+        match self {
+            Self::Below(root) => root.join(name.as_str()),
+            Self::Only(path) => path.clone(),
+        }
+    }
+}
+
 /// The files of a source, as they were when it was described. There may be very many, so no entry keeps what the place and its name tell.
 #[derive(Debug)]
 pub(super) struct Listing {
     place: Place,
     entries: Vec<Entry>,
     given: Given,
+    pub(super) ahead: Ahead,
 }
 
 /// What is guarded is replaced as a whole, so a panic elsewhere leaves it usable.
@@ -121,11 +134,7 @@ impl Entry {
     }
 
     fn open(&self, place: &Place) -> Result<File, SourceError> {
-        let file = match place {
-            Place::Below(root) => File::open(root.join(self.name.as_str())),
-            Place::Only(path) => File::open(path),
-        };
-        let file = file.map_err(|error| self.failed(error))?;
+        let file = File::open(place.path(&self.name)).map_err(|error| self.failed(error))?;
         self.check(&file)?;
         Ok(file)
     }
@@ -173,7 +182,7 @@ impl Entry {
     }
 
     /// The whole file, of `len` bytes, opened in `dir` as `name`. Whether it is still what was described is asked once, after it was read.
-    fn read_in(&self, dir: &OwnedFd, name: &str, len: usize) -> Result<Bytes, SourceError> {
+    fn read_in(&self, dir: &OwnedFd, name: &OsStr, len: usize) -> Result<Bytes, SourceError> {
         let flags = OFlags::RDONLY | OFlags::CLOEXEC;
         let opened = rustix::fs::openat(dir, name, flags, Mode::empty());
         let file = File::from(opened.map_err(|error| self.failed(error.into()))?);
@@ -217,7 +226,7 @@ impl Listing {
     /// `entries` in the order of their numbers.
     pub(super) fn new(place: Place, mut entries: Vec<Entry>) -> Self {
         entries.shrink_to_fit();
-        Self { place, entries, given: Given::default() }
+        Self { place, entries, given: Given::default(), ahead: Ahead::default() }
     }
 
     pub(super) fn describe(&self, digests: bool, stop: &Stop) -> Result<Description, SourceError> {
@@ -260,21 +269,15 @@ impl<'a> WholeReader<'a> {
 
     /// All `len` bytes of `entry`.
     pub(super) fn read(&mut self, entry: &Entry, len: usize) -> Result<Bytes, SourceError> {
-        let path = match &self.listing.place {
-            Place::Below(root) => root.join(entry.name.as_str()),
-            Place::Only(path) => path.clone(),
-        };
-        let (Some(parent), Some(name)) = (path.parent(), path.file_name().and_then(|name| name.to_str()))
-        else {
-            return entry.read_once(&self.listing.place, 0, len);
+        let path = self.listing.place.path(&entry.name);
+        let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
+            return Err(entry.failed(io::ErrorKind::InvalidInput.into()));
         };
         let dir = match &self.dir {
             Some((at, dir)) if at == parent => dir,
             _ => {
                 let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-                // A directory is where the path from here leads if the path is empty.
-                let at = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
-                let opened = rustix::fs::open(at, flags, Mode::empty());
+                let opened = rustix::fs::open(parent, flags, Mode::empty());
                 let opened = opened.map_err(|error| entry.failed(error.into()))?;
                 &self.dir.insert((parent.to_owned(), opened)).1
             }

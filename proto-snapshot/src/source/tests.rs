@@ -411,3 +411,34 @@ async fn small_files_in_order_are_read_ahead_and_still_checked() {
     assert_eq!(read(&source, 20, 0, None, 1 << 20).await.unwrap().concat(), bytes(120));
     assert!(matches!(read(&source, 11, 0, None, 1 << 20).await, Err(SourceError::Changed { .. })));
 }
+
+/// A read that began before a source was described anew, and ends after: what it has read ahead is not what the files are.
+#[test]
+fn what_was_read_ahead_is_not_given_out_under_a_new_description() {
+    // One thread reads, so that what it does is in order.
+    let runtime = tokio::runtime::Builder::new_current_thread().max_blocking_threads(1).build().unwrap();
+    runtime.block_on(async {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |text: &str| {
+            for number in 0..4 {
+                fs::write(dir.path().join(number.to_string()), format!("{text}-{number}")).unwrap();
+            }
+        };
+        write("old");
+        let source = DirectorySource::new(dir.path());
+        source.describe(false).await.unwrap();
+        assert_eq!(read(&source, 0, 0, None, 1 << 20).await.unwrap().concat(), b"old-0");
+        let mut slow = std::pin::pin!(source.open(1, 0, None, 1 << 20));
+        assert!(futures::poll!(slow.as_mut()).is_pending());
+        // After the batch that it waits for.
+        tokio::task::spawn_blocking(|| ()).await.unwrap();
+        write("new");
+        source.describe(false).await.unwrap();
+        let one: Vec<Bytes> = slow.await.unwrap().try_collect().await.unwrap();
+        assert_eq!(one.concat(), b"old-1", "as it was when it was read");
+        for number in [2, 3, 0, 1] {
+            let bytes = read(&source, number, 0, None, 1 << 20).await.unwrap().concat();
+            assert_eq!(bytes, format!("new-{number}").into_bytes());
+        }
+    });
+}
