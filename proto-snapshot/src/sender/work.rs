@@ -9,6 +9,15 @@ use super::missing::Span;
 /// rare.
 pub(super) const UNIT_BYTES: u64 = 32 << 20;
 
+/// Spans up to this length, as a rule whole files, are taken in runs: a source that reads small files ahead of one who asks for them in
+/// order (`source/ahead.rs`, the same length) would read for each of several lanes what the others get.
+const SMALL: u64 = 64 << 10;
+/// Spans of a run at most. What is read ahead at the end of a run is read in vain, so it is several batches long, and yet takes about as
+/// long as a unit.
+const RUN: usize = 1024;
+/// Bytes of a run at most.
+const RUN_BYTES: u64 = 4 << 20;
+
 /// The bytes that no lane has taken.
 #[derive(Debug)]
 pub(super) struct Work {
@@ -26,19 +35,26 @@ impl Work {
         self.spans.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Cuts off the next unit.
-    pub(super) fn take(&self) -> Option<Span> {
+    /// Cuts off the next unit, or the next run of small ones, and adds it to `taken`; nothing is added when there is no more.
+    pub(super) fn take(&self, taken: &mut Vec<Span>) {
         let mut spans = self.spans();
-        let next = spans.front_mut()?;
-        match next.len {
-            Some(len) if len > self.unit => {
-                let unit = Span { len: Some(self.unit), ..*next };
-                next.offset += self.unit;
-                next.len = Some(len - self.unit);
-                Some(unit)
-            }
-            _ => spans.pop_front(),
+        let Some(next) = spans.front_mut() else { return };
+        if let Some(len) = next.len
+            && len > self.unit
+        {
+            taken.push(Span { len: Some(self.unit), ..*next });
+            next.offset += self.unit;
+            next.len = Some(len - self.unit);
+            return;
         }
+        let small = |span: &Span| span.len.filter(|len| *len <= SMALL.min(self.unit));
+        let mut bytes = 0;
+        let run = spans.iter().take(RUN).map_while(small).take_while(|len| {
+            bytes += len;
+            bytes <= RUN_BYTES
+        });
+        let count = run.count().max(1);
+        taken.extend(spans.drain(..count));
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -59,11 +75,29 @@ mod tests {
         let span = |file, offset, len| Span { file, offset, len };
         let huge = i64::MAX.unsigned_abs();
         let work = Work::new(&[span(0, 1, Some(10)), span(1, 0, Some(huge)), span(2, 7, None)], 4);
-        let mut taken: Vec<Span> = std::iter::from_fn(|| work.take()).take(4).collect();
+        let mut taken = Vec::new();
+        (0..4).for_each(|_| work.take(&mut taken));
         work.give_back([span(0, 3, Some(5))]);
-        taken.extend(work.take());
+        work.take(&mut taken);
         let units = [(0, 1, 4), (0, 5, 4), (0, 9, 2), (1, 0, 4), (1, 4, 4)];
         assert_eq!(taken, units.map(|(file, offset, len)| span(file, offset, Some(len))));
         assert_eq!(work.spans().len(), 3);
+    }
+
+    #[test]
+    fn small_files_are_taken_in_runs() {
+        let file = |file, len| Span { file, offset: 0, len: Some(len) };
+        let mut files: Vec<Span> = (0..2000).map(|number| file(number, 4096)).collect();
+        files.push(file(2000, SMALL + 1));
+        files.extend((2001..2100).map(|number| file(number, SMALL)));
+        let work = Work::new(&files, UNIT_BYTES);
+        let run = || {
+            let mut taken = Vec::new();
+            work.take(&mut taken);
+            taken.first().map(|first| (first.file, taken.len()))
+        };
+        let runs: Vec<_> = std::iter::from_fn(run).collect();
+        assert_eq!(runs, [(0, RUN), (1024, 976), (2000, 1), (2001, 64), (2065, 35)]);
+        assert!(work.is_empty());
     }
 }
