@@ -68,8 +68,9 @@ pub struct FileStoreOptions {
     pub keep_previous: usize,
     /// Staged files that are held open, for all transfers together. Default: 256, a quarter of the usual limit of a process.
     pub max_open_files: usize,
-    /// Snapshots of at least so many bytes leave the page cache as they become durable, so that they do not drive out what the node serves.
-    /// Smaller ones stay: whoever installs them finds them in memory. Default: a quarter of the physical memory, since what is cached is
+    /// Snapshots of at least so many bytes leave the page cache as they become durable, so that they do not drive out what the node serves;
+    /// files and pieces of less than 128 KiB stay. One of unknown size leaves it from so many bytes on.
+    /// Smaller snapshots stay: whoever installs them finds them in memory. Default: a quarter of the physical memory, since what is cached is
     /// rarely more than half of it, and a quarter then still finds room beside what is in use.
     pub uncached_from_bytes: u64,
 }
