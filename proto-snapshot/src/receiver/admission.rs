@@ -4,7 +4,7 @@
 //!
 //! A refused sender comes back by itself, so there is no queue to hold its connection: its wish is
 //! remembered for as long as it may take to come back, and a place that comes free meanwhile is kept from
-//! less urgent ones.
+//! less urgent ones. No more places are kept for a node than it may have.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -38,7 +38,15 @@ struct Places {
     taken: usize,
     /// By source node; those that have none are not in it.
     by_peer: HashMap<NodeId, usize>,
-    wishes: HashMap<TransferId, (Priority, Instant)>,
+    wishes: HashMap<TransferId, Wish>,
+}
+
+/// Of a transfer that was refused.
+#[derive(Debug)]
+struct Wish {
+    peer: NodeId,
+    priority: Priority,
+    at: Instant,
 }
 
 /// One place; given back when dropped.
@@ -63,9 +71,9 @@ impl Admission {
     pub(super) fn enter(&self, id: &TransferId, peer: &NodeId, priority: Priority) -> Result<Place, Error> {
         let now = Instant::now();
         let mut places = self.lock();
-        places.wishes.retain(|_, (_, at)| now.duration_since(*at) < WISH_LIFE);
+        places.wishes.retain(|_, wish| now.duration_since(wish.at) < WISH_LIFE);
         // Without a wish: more places do not help it, and must not be kept for it.
-        let of_peer = places.by_peer.get(peer).copied().unwrap_or(0);
+        let of_peer = places.held_by(peer);
         if of_peer >= places.limit_per_peer {
             return Err(Reason::TooManyTransfers
                 .error(format!(
@@ -75,17 +83,14 @@ impl Admission {
                 .metadata("peer", peer.as_str())
                 .retry_after(RETRY_AFTER));
         }
-        let ahead =
-            places.wishes.iter().filter(|(other, (wish, _))| *other != id && *wish > priority).count();
+        let ahead = places.ahead_of(id, priority);
         if places.taken + ahead < places.limit {
             places.wishes.remove(id);
             places.taken += 1;
             *places.by_peer.entry(peer.clone()).or_default() += 1;
             return Ok(Place { admission: self.clone(), peer: peer.clone() });
         }
-        if places.wishes.len() < MAX_WISHES || places.wishes.contains_key(id) {
-            places.wishes.insert(id.clone(), (priority, now));
-        }
+        places.remember(id, Wish { peer: peer.clone(), priority, at: now });
         Err(Reason::TooManyTransfers
             .error(format!(
                 "{} of {} places are taken and {ahead} more urgent transfers wait; try again",
@@ -93,6 +98,43 @@ impl Admission {
             ))
             .metadata("limit", places.limit.to_string())
             .retry_after(RETRY_AFTER))
+    }
+}
+
+impl Places {
+    fn held_by(&self, peer: &NodeId) -> usize {
+        self.by_peer.get(peer).copied().unwrap_or(0)
+    }
+
+    /// Places that are kept for more urgent transfers than `id`.
+    fn ahead_of(&self, id: &TransferId, priority: Priority) -> usize {
+        let mut by_peer: HashMap<&NodeId, usize> = HashMap::new();
+        for (other, wish) in &self.wishes {
+            if other != id && wish.priority > priority {
+                *by_peer.entry(&wish.peer).or_default() += 1;
+            }
+        }
+        let kept = |(peer, wishes): (&NodeId, usize)| {
+            wishes.min(self.limit_per_peer.saturating_sub(self.held_by(peer)))
+        };
+        by_peer.into_iter().map(kept).sum()
+    }
+
+    /// Remembers a wish. Of one node, as many as it may have places, the most urgent ones: it leaves room for those of others.
+    fn remember(&mut self, id: &TransferId, wish: Wish) {
+        if !self.wishes.contains_key(id) {
+            let of_peer = || self.wishes.iter().filter(|(_, other)| other.peer == wish.peer);
+            if of_peer().count() >= self.limit_per_peer {
+                let least = of_peer().min_by_key(|(_, other)| other.priority);
+                let least = least.filter(|(_, other)| other.priority < wish.priority);
+                let Some(least) = least.map(|(id, _)| id.clone()) else { return };
+                self.wishes.remove(&least);
+            }
+            if self.wishes.len() >= MAX_WISHES {
+                return;
+            }
+        }
+        self.wishes.insert(id.clone(), wish);
     }
 }
 
@@ -160,5 +202,51 @@ impl Manifests {
 impl Drop for Charge {
     fn drop(&mut self) {
         self.used.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn node(name: &str) -> NodeId {
+        NodeId::new(name).unwrap()
+    }
+
+    fn enter(places: &Admission, id: &str, peer: &str, priority: Priority) -> Option<Place> {
+        places.enter(&TransferId::new(id).unwrap(), &node(peer), priority).ok()
+    }
+
+    #[test]
+    fn the_wishes_of_one_node_keep_no_more_places_than_it_may_have() {
+        let places = Admission::new(4, 2);
+        let held = ["a1", "a2", "b1", "b2"].map(|id| enter(&places, id, &id[..1], Priority::Split).unwrap());
+        // More urgent than all others, and more than it gets.
+        for number in 0..10 {
+            assert!(enter(&places, &format!("g{number}"), "g", Priority::Recovery).is_none());
+        }
+        drop(held);
+        let _first = enter(&places, "c1", "c", Priority::Rebalance).expect("two places are kept, not ten");
+        let _second = enter(&places, "c2", "c", Priority::Rebalance).expect("two are free");
+        assert!(enter(&places, "d1", "d", Priority::Rebalance).is_none(), "two are kept");
+        let _third = enter(&places, "g1", "g", Priority::Recovery).expect("one of them");
+        assert!(enter(&places, "d1", "d", Priority::Rebalance).is_none(), "one is kept");
+        let _fourth = enter(&places, "g7", "g", Priority::Recovery).expect("the other");
+        // It has its share now, so nothing is kept for it.
+        assert_eq!(places.lock().ahead_of(&TransferId::new("d1").unwrap(), Priority::Rebalance), 0);
+    }
+
+    #[test]
+    fn the_wishes_of_one_node_leave_room_for_those_of_others_and_the_most_urgent_stay() {
+        let places = Admission::new(2, 1);
+        let _held = ["a", "b"].map(|id| enter(&places, id, id, Priority::Split).unwrap());
+        for number in 0..2 * MAX_WISHES {
+            assert!(enter(&places, &format!("g{number}"), "g", Priority::Rebalance).is_none());
+        }
+        assert!(enter(&places, "urgent", "g", Priority::Recovery).is_none());
+        assert!(enter(&places, "h", "h", Priority::Split).is_none());
+        let mut wishes: Vec<_> = places.lock().wishes.keys().map(ToString::to_string).collect();
+        wishes.sort_unstable();
+        assert_eq!(wishes, ["h", "urgent"]);
     }
 }
