@@ -18,6 +18,8 @@ pub(super) struct Ledger {
     manifest: Manifest,
     claimed: Books,
     written: Books,
+    /// Claimed and not written yet.
+    unwritten_bytes: u64,
     /// Durable before this process started; read back before they are installed.
     inherited: Vec<ExtentRecord>,
     /// Made durable since this process started.
@@ -45,6 +47,7 @@ impl Ledger {
         let mut ledger = Self {
             claimed: nothing.clone(),
             written: nothing.clone(),
+            unwritten_bytes: 0,
             inherited: Vec::new(),
             durable: nothing,
             pending: Vec::new(),
@@ -121,12 +124,14 @@ impl Ledger {
                 ),
             ));
         }
+        self.unwritten_bytes += extent.len;
         Ok(())
     }
 
     /// The store has taken these bytes.
     pub(super) fn written(&mut self, record: ExtentRecord) {
         let Extent { file, offset, len } = record.extent;
+        self.unwritten_bytes = self.unwritten_bytes.saturating_sub(len);
         let fits = insert(&mut self.written, record);
         debug_assert!(fits, "claimed twice: {record:?}");
         if fits {
@@ -180,6 +185,11 @@ impl Ledger {
         self.forget_claims();
     }
 
+    /// Brought by a stream but not taken by the store yet, in bytes.
+    pub(super) fn unwritten_bytes(&self) -> u64 {
+        self.unwritten_bytes
+    }
+
     /// Written but not durable, in bytes.
     pub(super) fn unsynced_bytes(&self) -> u64 {
         self.pending_bytes + self.syncing_bytes
@@ -206,6 +216,7 @@ impl Ledger {
     /// No stream writes: what was claimed but not written is missing again.
     pub(super) fn forget_claims(&mut self) {
         self.claimed = self.written.clone();
+        self.unwritten_bytes = 0;
         self.claimed_runs = self.claimed.run_count();
     }
 

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use bytes::BytesMut;
 use proto_common::bulk::Payload;
 use proto_common::error::Error;
 use proto_common::ids::NodeId;
@@ -28,8 +29,13 @@ use crate::v1::transfer_split_snapshot_request::{Chunk, End, Frame};
 use crate::v1::transfer_split_snapshot_response::{Accepted, Ack, Extent as WireExtent, Frame as Answer};
 use crate::v1::{TransferPhase, TransferSplitSnapshotResponse};
 
-/// Chunks between the socket and the writer; their bytes are bounded by credit.
+/// Chunks between the socket and the writer. Credit bounds their payload bytes, and [`OWNED`] what these keep alive.
 const QUEUE: usize = 256;
+/// A payload below this size gets memory of its own: as the slice of an HTTP/2 frame that it came as, it keeps all of that, up to 512 KiB, whatever
+/// else was in there, and credit would not bound the memory of the queue. A longer one keeps at most the frames at its two ends, eight times
+/// its size. How large a frame was does not show in its slices, so small files that came together in one are copied too: they are in the
+/// processor's cache, since their checksum was just computed, and making a file costs many times the copy.
+const OWNED: usize = 128 << 10;
 /// Chunks that the writer takes at once, so that small files do not cost a change of threads each; half of the queue, so that the rest is
 /// filled meanwhile.
 const BATCH: usize = QUEUE / 2;
@@ -305,8 +311,8 @@ impl<A: Staging> Session<'_, A> {
                 }
                 () = tokio::time::sleep_until(deadline), if in_hand.is_none() => return Err(idle(self.limits.idle)),
                 () = tokio::time::sleep_until(pace.due()), if self.control => {
-                    // What is in hand, or queued, waits for the store, not for the sender.
-                    let waiting = in_hand.is_some() || queue.capacity() < queue.max_capacity();
+                    // What any stream has taken waits for the store, not for the sender.
+                    let waiting = incoming.ledger().unwritten_bytes() > 0;
                     if waiting || incoming.is_reading(began.elapsed()) {
                         pace.restart(incoming.wire_bytes());
                     } else if !pace.is_kept(incoming.wire_bytes()) {
@@ -346,7 +352,7 @@ impl<A: Staging> Session<'_, A> {
             )));
         }
         incoming.ledger().claim(Extent { file, offset, len: payload.len() as u64 })?;
-        Ok((StagedChunk { file, offset, payload }, crc64nvme))
+        Ok((StagedChunk { file, offset, payload: owned(payload) }, crc64nvme))
     }
 
     /// Whether the sender has use for `ack` now: bytes became durable, a good part of its credit is back, or it may not have enough
@@ -381,6 +387,16 @@ impl<A: Staging> Session<'_, A> {
             phase: TransferPhase::Transferring.into(),
         }
     }
+}
+
+/// Without the frame that it came in, if it is small; see [`OWNED`].
+fn owned(payload: Payload) -> Payload {
+    if payload.len() >= OWNED {
+        return payload;
+    }
+    let mut bytes = BytesMut::with_capacity(payload.len());
+    payload.slices().iter().for_each(|slice| bytes.extend_from_slice(slice));
+    bytes.freeze().into()
 }
 
 /// Writes what a session has checked, until its queue ends.
@@ -475,7 +491,30 @@ impl Totals {
 
 #[cfg(test)]
 mod tests {
+    use bytes::Bytes;
+
     use super::*;
+
+    /// Bytes of memory that the only slice of `payload` keeps, from its start on.
+    fn kept(payload: Payload) -> usize {
+        payload.into_bytes().try_into_mut().expect("nobody else has it").capacity()
+    }
+
+    #[test]
+    fn a_small_payload_does_not_keep_the_frame_that_it_came_in() {
+        let of_frame = |len| {
+            let mut frame = Bytes::from(vec![7; 512 << 10]);
+            frame.truncate(len);
+            frame
+        };
+        assert_eq!(owned(of_frame(1).into()), Bytes::from_static(&[7]).into());
+        assert!(kept(owned(of_frame(1).into())) < 1 << 10);
+        assert!(kept(of_frame(1).into()) >= 512 << 10, "what it is without that");
+        // A large one stays where it is.
+        let large = of_frame(OWNED);
+        let at = large.as_ptr();
+        assert_eq!(owned(large.into()).slices()[0].as_ptr(), at);
+    }
 
     #[test]
     fn who_opens_many_streams_gets_no_more_of_the_budget() {
