@@ -113,6 +113,8 @@ struct Inner<S: SnapshotStore> {
 
 /// The place of one transfer ID. Whoever creates, takes over or removes the transfer holds `attach`.
 struct Slot<A: Staging> {
+    /// The node whose share of staged transfers it is part of, also while it is being filled.
+    source: NodeId,
     attach: tokio::sync::Mutex<()>,
     incoming: Mutex<Option<Arc<Incoming<A>>>>,
 }
@@ -133,8 +135,8 @@ impl Turns {
 }
 
 impl<A: Staging> Slot<A> {
-    fn new(incoming: Option<Arc<Incoming<A>>>) -> Arc<Self> {
-        Arc::new(Self { attach: tokio::sync::Mutex::new(()), incoming: Mutex::new(incoming) })
+    fn new(source: NodeId, incoming: Option<Arc<Incoming<A>>>) -> Arc<Self> {
+        Arc::new(Self { source, attach: tokio::sync::Mutex::new(()), incoming: Mutex::new(incoming) })
     }
 
     fn get(&self) -> Option<Arc<Incoming<A>>> {
@@ -315,7 +317,8 @@ impl<S: SnapshotStore> Inner<S> {
         };
         let stage = if sealed { Stage::Installing } else { Stage::Open };
         let incoming = Incoming::new(staging, Box::new((admitted, memory)), tracker, stage, &self.limits);
-        self.slots().insert(id.clone(), Slot::new(Some(Arc::clone(&incoming))));
+        let slot = Slot::new(plan.spec.source_node.clone(), Some(Arc::clone(&incoming)));
+        self.slots().insert(id.clone(), slot);
         if sealed {
             self.spawn_install(incoming);
         } else {

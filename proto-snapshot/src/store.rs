@@ -192,7 +192,7 @@ pub struct Recovered<S> {
 
 /// One transfer's staging area.
 ///
-/// The receiver calls `write` and `sync` concurrently, but nothing beside `seal` and what follows.
+/// The receiver calls `write` and `sync` concurrently, but nothing beside `seal` and what follows, except [`rest`](Self::rest).
 pub trait Staging: Send + Sync + std::fmt::Debug + 'static {
     /// What is staged.
     fn plan(&self) -> &TransferPlan;
@@ -240,7 +240,8 @@ pub trait Staging: Send + Sync + std::fmt::Debug + 'static {
     fn reuse(&self, file: u32) -> impl Future<Output = Result<Option<u64>, StoreError>> + Send;
 
     /// Nobody writes for now: closes what is held open for that, as far as nothing is lost by it. A process may have many more areas than
-    /// open files. A store that holds nothing open may do nothing, as the default does.
+    /// open files. Somebody may have come back meanwhile, so it may be called beside any other method. A store that holds nothing open may do
+    /// nothing, as the default does.
     fn rest(&self) -> impl Future<Output = Result<(), StoreError>> + Send {
         std::future::ready(Ok(()))
     }

@@ -43,6 +43,7 @@ impl<S: SnapshotStore> Inner<S> {
                     });
                     inner.show_expiry(&incoming);
                     incoming.complete_unsealed(error);
+                    inner.rest(&incoming).await;
                 }
             }
         });

@@ -118,15 +118,27 @@ impl<S: SnapshotStore> Inner<S> {
         let flushed = incoming.flush().await;
         drop(permit);
         incoming.release_place();
+        // Also after `End`: the completion may have failed before.
+        self.rest(&incoming).await;
         match result.and_then(|last| flushed.map(|()| last)) {
             Ok(last) => self.await_outcome(&incoming, last, answers).await,
             Err(error) => {
                 self.interrupted(&incoming, &error);
-                if let Err(error) = incoming.staging.rest().await {
-                    tracing::warn!(transfer_id = %incoming.plan.spec.transfer_id, %error, "cannot rest");
-                }
                 Err(error)
             }
+        }
+    }
+
+    /// Where no stream is left, and `End` has not come: what was written becomes durable, and the store closes what it holds open for writing.
+    /// For whoever ends what may have been the last to write: a stream that has given up its permit, or a completion that failed.
+    pub(super) async fn rest(&self, incoming: &Incoming<S::Staging>) {
+        if incoming.has_streams() || incoming.stage() != Stage::Open {
+            return;
+        }
+        // A failure ends the next stream, too, and is told there.
+        let _ = incoming.flush().await;
+        if let Err(error) = incoming.staging.rest().await {
+            tracing::warn!(transfer_id = %incoming.plan.spec.transfer_id, error = &error as &dyn std::error::Error, "cannot rest");
         }
     }
 
@@ -199,7 +211,7 @@ impl<S: SnapshotStore> Inner<S> {
     async fn lane(
         self: &Arc<Self>,
         header: CheckedLane,
-        mut frames: Frames,
+        frames: Frames,
         caller: &Caller,
         answers: &Answers,
     ) -> Result<(), Error> {
@@ -211,6 +223,22 @@ impl<S: SnapshotStore> Inner<S> {
         caller.may(&[source_shard, target_shard], Some(*slots))?;
         let permit = incoming.attach_lane(header.claim, header.lane, header.generation).await?;
         incoming.show(|_| {});
+        let result = self.write(&permit, frames, answers).await;
+        drop(permit);
+        incoming.show(|_| {});
+        // Its control stream may have ended before.
+        self.rest(&incoming).await;
+        result
+    }
+
+    /// Takes the chunks of a lane until its end.
+    async fn write(
+        &self,
+        permit: &StreamPermit<S::Staging>,
+        mut frames: Frames,
+        answers: &Answers,
+    ) -> Result<(), Error> {
+        let incoming = permit.incoming();
         let (missing, durable_bytes) = {
             let ledger = incoming.ledger();
             (ledger.missing(), ledger.durable_bytes())
@@ -219,19 +247,15 @@ impl<S: SnapshotStore> Inner<S> {
         let credit = Session::<S::Staging>::first_credit(&budget, &self.limits);
         let terms = Accepted { max_lanes: incoming.max_lanes(), durable_bytes, ..self.terms(credit) };
         accept(answers, terms, missing, &mut permit.stop.clone()).await?;
-        let result = Session {
-            permit: &permit,
+        let mut session = Session {
+            permit,
             frames: &mut frames,
             answers,
             limits: &self.limits,
             budget: &budget,
             control: false,
-        }
-        .run(credit)
-        .await;
-        drop(permit);
-        incoming.show(|_| {});
-        result.map(|_| ())
+        };
+        session.run(credit).await.map(|_| ())
     }
 
     /// Streams that a sender may use that would like `wanted`.
@@ -298,7 +322,7 @@ impl<S: SnapshotStore> Inner<S> {
         place: &mut Option<Place>,
         answers: &Answers,
     ) -> Result<Attached<S::Staging>, Error> {
-        let id = &header.spec.transfer_id;
+        let TransferSpec { transfer_id: id, source_node: source, .. } = &header.spec;
         loop {
             if self.stopping.is_cancelled() {
                 return Err(shutting_down());
@@ -306,10 +330,6 @@ impl<S: SnapshotStore> Inner<S> {
             let slot = {
                 let mut slots = self.slots();
                 let known = slots.len();
-                let source = &header.spec.source_node;
-                let of_peer = |slot: &Arc<Slot<S::Staging>>| {
-                    slot.get().is_some_and(|incoming| incoming.plan.spec.source_node == *source)
-                };
                 match slots.get(id) {
                     Some(slot) => Arc::clone(slot),
                     None if known >= self.limits.staged => {
@@ -320,7 +340,7 @@ impl<S: SnapshotStore> Inner<S> {
                             .metadata("limit", self.limits.staged.to_string())
                             .retry_after(std::time::Duration::from_secs(10)));
                     }
-                    None if slots.values().filter(|slot| of_peer(slot)).count()
+                    None if slots.values().filter(|slot| slot.source == *source).count()
                         >= self.limits.staged_per_peer =>
                     {
                         return Err(Reason::TooManyTransfers
@@ -331,7 +351,10 @@ impl<S: SnapshotStore> Inner<S> {
                             .metadata("peer", source.as_str())
                             .retry_after(std::time::Duration::from_secs(10)));
                     }
-                    None => Arc::clone(slots.entry(id.clone()).or_insert_with(|| Slot::new(None))),
+                    None => {
+                        let slot = Slot::new(source.clone(), None);
+                        Arc::clone(slots.entry(id.clone()).or_insert(slot))
+                    }
                 }
             };
             let attach = tokio::select! {
@@ -346,12 +369,19 @@ impl<S: SnapshotStore> Inner<S> {
             if !self.slots().get(id).is_some_and(|current| Arc::ptr_eq(current, &slot)) {
                 continue;
             }
+            if slot.source != *source && slot.get().is_none() {
+                // It counts for another node, which has not filled it.
+                drop(attach);
+                self.forget_empty(id, &slot);
+                continue;
+            }
             let attached = self.attach_in(&slot, header, manifest, memory, place, answers).await;
             if let (Err(error), Some(incoming)) = (&attached, slot.get())
                 && incoming.expires_unix_ms().is_none()
             {
                 // Or it would stay as it is for ever, if nobody comes back.
                 self.interrupted(&incoming, error);
+                self.rest(&incoming).await;
             }
             drop(attach);
             self.forget_empty(id, &slot);
