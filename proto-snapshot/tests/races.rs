@@ -336,6 +336,8 @@ async fn lanes_with_a_backlog_end_after_their_control_stream() {
         shown.phase() == TransferPhase::Interrupted && shown.expires_unix_ms.is_some()
     })
     .await;
+    #[cfg(target_os = "linux")]
+    until("nothing of it is open", || open_below(&target.path().join("staging")) == 0).await;
     drop(lanes);
     assert_eq!(cancel(&server, "t").await.unwrap(), TransferPhase::Cancelled);
     assert!(staging_is_empty(target.path()));

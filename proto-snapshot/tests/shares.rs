@@ -2,36 +2,63 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failed expectation is a failed test")]
 
+#[path = "support/slow.rs"]
+mod slow;
 mod support;
 
-use proto_common::checksum::crc64;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use proto_common::checksum::{combine, crc64};
 use proto_common::error::Error;
+use proto_common::ids::NodeId;
 use proto_common::refusals::count_of;
 use proto_common::slots::SlotRange;
-use proto_snapshot::Reason;
+use proto_snapshot::hook::{Hold, HookFuture, InstallHook};
+use proto_snapshot::limits::Limits;
 use proto_snapshot::sender::SnapshotSender;
 use proto_snapshot::source::DirectorySource;
+use proto_snapshot::spec::TransferPlan;
+use proto_snapshot::store::{FileSnapshotStore, FileStoreOptions, PlacedSnapshot, SnapshotStore};
 use proto_snapshot::v1::split_snapshot_service_client::SplitSnapshotServiceClient;
-use proto_snapshot::v1::transfer_split_snapshot_request::{Chunk, File, Frame, Header, Heartbeat, Manifest};
+use proto_snapshot::v1::transfer_split_snapshot_request::{
+    Chunk, End, File, FileTotal, Frame, Header, Heartbeat, LaneHeader, Manifest,
+};
 use proto_snapshot::v1::transfer_split_snapshot_response::Frame as Answer;
 use proto_snapshot::v1::{TransferSplitSnapshotRequest, TransferSplitSnapshotResponse};
-use support::{Server, builder, make_tree, small_limits, snapshot};
-use tokio::sync::mpsc;
+use proto_snapshot::{Reason, SnapshotReceiver};
+use slow::{Brake, SlowStore};
+use support::{Server, builder, make_tree, small_limits, snapshot, until};
+use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 
-/// Of the snapshot of a [`Stalled`] stream.
+/// Of the snapshot of a [`Stalled`] stream, and of a chunk.
 const SIZE: u64 = 1 << 20;
 
-/// A stream that is accepted and then says nothing.
+/// A stream that is accepted and then says nothing by itself.
 struct Stalled {
     frames: mpsc::Sender<TransferSplitSnapshotRequest>,
     answers: Streaming<TransferSplitSnapshotResponse>,
+    /// What it may send before the next answer.
+    credit: u64,
 }
 
 impl Stalled {
-    async fn open(server: &Server, node: &str, id: &str) -> Result<Self, Error> {
-        let channel = proto_common::tuning::endpoint(&server.uri()).unwrap().connect().await.unwrap();
+    async fn open(server: &Server<impl SnapshotStore>, node: &str, id: &str) -> Result<Self, Error> {
+        Self::open_with(server, node, id, SIZE, 1).await
+    }
+
+    /// One of a snapshot of `size` bytes.
+    async fn open_with(
+        server: &Server<impl SnapshotStore>,
+        node: &str,
+        id: &str,
+        size: u64,
+        generation: u64,
+    ) -> Result<Self, Error> {
         let header = Header {
             transfer_id: id.to_owned(),
             source_shard_id: "s1".to_owned(),
@@ -42,23 +69,95 @@ impl Stalled {
             snapshot_term: 1,
             attempt: 1,
             session: vec![1; 16].into(),
-            generation: 1,
+            generation,
             file_count: 1,
             name_bytes: 1,
-            total_bytes: Some(SIZE),
+            total_bytes: Some(size),
+            lanes: 2,
             ..Header::default()
         };
-        let file = File { name: "a".to_owned(), size: Some(SIZE), blake3: None };
+        let file = File { name: "a".to_owned(), size: Some(size), blake3: None };
+        let manifest = Manifest { files: vec![file], last: true };
+        Self::begin(server, vec![Frame::Header(header), Frame::Manifest(manifest)]).await
+    }
+
+    /// A lane of one.
+    async fn lane(server: &Server<impl SnapshotStore>, id: &str) -> Self {
+        let header = LaneHeader {
+            transfer_id: id.to_owned(),
+            attempt: 1,
+            session: vec![1; 16].into(),
+            lane: 1,
+            generation: 1,
+        };
+        Self::begin(server, vec![Frame::LaneHeader(header)]).await.unwrap()
+    }
+
+    async fn begin(server: &Server<impl SnapshotStore>, first: Vec<Frame>) -> Result<Self, Error> {
+        let channel = proto_common::tuning::endpoint(&server.uri()).unwrap().connect().await.unwrap();
         let (frames, requests) = mpsc::channel(4);
-        for frame in [Frame::Header(header), Frame::Manifest(Manifest { files: vec![file], last: true })] {
+        for frame in first {
             frames.send(TransferSplitSnapshotRequest { frame: Some(frame) }).await.unwrap();
         }
         let mut client = SplitSnapshotServiceClient::new(channel);
         let mut answers = client.transfer_split_snapshot(ReceiverStream::new(requests)).await?.into_inner();
         let answer = answers.message().await?.unwrap().frame.unwrap();
-        assert!(matches!(answer, Answer::Accepted(_)), "{answer:?}");
-        Ok(Self { frames, answers })
+        let Answer::Accepted(accepted) = answer else { panic!("{answer:?}") };
+        Ok(Self { frames, answers, credit: accepted.credit_limit })
     }
+
+    async fn say(&self, frame: Frame) {
+        self.frames.send(TransferSplitSnapshotRequest { frame: Some(frame) }).await.unwrap();
+    }
+
+    /// Sends a chunk, where it has credit for that.
+    async fn chunk(&self, offset: u64, payload: &Bytes) {
+        let payload = payload.clone();
+        self.say(Frame::Chunk(Chunk { file: 0, offset, crc64nvme: crc64(&payload), payload })).await;
+    }
+
+    /// Says that it has sent `size` bytes that have this checksum.
+    async fn end(&self, size: u64, crc64nvme: u64) {
+        let files = vec![FileTotal { file: 0, size, crc64nvme }];
+        self.say(Frame::End(End { files, last: true, file_count: 1, total_bytes: size })).await;
+    }
+
+    /// The next answer.
+    async fn hear(&mut self) -> Result<Answer, Error> {
+        let answer = tokio::time::timeout(support::LONG, self.answers.message()).await.expect("an answer");
+        let answer = answer?.expect("no end before the last word").frame.unwrap();
+        if let Answer::Ack(ack) = &answer {
+            self.credit = ack.credit_limit;
+        }
+        Ok(answer)
+    }
+
+    /// The error that ends it.
+    async fn refusal(&mut self) -> Error {
+        loop {
+            match self.hear().await {
+                Ok(answer) => assert!(matches!(answer, Answer::Ack(_)), "{answer:?}"),
+                Err(error) => return error,
+            }
+        }
+    }
+
+    /// Waits until the snapshot is installed.
+    async fn installed(&mut self) {
+        while !matches!(self.hear().await.unwrap(), Answer::Installed(_)) {}
+    }
+}
+
+/// Waits until another stream, which brings nothing, is refused for that: whatever is open already has been looked at then.
+async fn look_at_all(server: &Server<impl SnapshotStore>, id: &str) {
+    let refused = Stalled::open(server, "n9", id).await.unwrap().refusal().await;
+    assert!(refused.is(Reason::TooSlow), "{refused:?}");
+}
+
+fn impatient() -> Limits {
+    let mut limits = Limits::default();
+    limits.slowest_time = Duration::from_millis(500);
+    limits
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -146,4 +245,129 @@ async fn a_byte_now_and_then_keeps_no_place() {
     drop(slow);
     assert!(bytes.await.unwrap() > 1, "it was refused for its rate, not for its silence");
     server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sender_is_not_to_blame_for_a_store_that_hangs() {
+    for by_lane in [false, true] {
+        let target = tempfile::tempdir().unwrap();
+        let brake = Brake::held();
+        let store = FileSnapshotStore::open(target.path(), FileStoreOptions::default()).unwrap();
+        let store = SlowStore { store, brake: brake.clone() };
+        let builder = SnapshotReceiver::builder(&NodeId::new("n2").unwrap(), store);
+        let server = Server::start(builder.limits(impatient())).await;
+        let mut sender = Stalled::open(&server, "n1", "t").await.unwrap();
+        let lane = if by_lane { Some(Stalled::lane(&server, "t").await) } else { None };
+        let bytes = Bytes::from(vec![7; usize::try_from(SIZE).unwrap()]);
+        lane.as_ref().unwrap_or(&sender).chunk(0, &bytes).await;
+        brake.begun.subscribe().wait_for(|begun| *begun > 0).await.unwrap();
+        look_at_all(&server, "x1").await;
+        look_at_all(&server, "x2").await;
+        brake.release();
+        if let Some(mut lane) = lane {
+            while !matches!(lane.hear().await.unwrap(), Answer::Ack(ack) if ack.received_bytes == SIZE) {}
+        }
+        sender.end(SIZE, crc64(&bytes)).await;
+        sender.installed().await;
+        server.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sender_that_reads_its_snapshot_for_the_totals_has_the_time_for_that() {
+    // 8 s at the rate at which a sender is thought to read at least.
+    const TOTAL: u64 = 128 << 20;
+    let target = tempfile::tempdir().unwrap();
+    let server = Server::start(builder(target.path()).limits(impatient())).await;
+    let bytes = Bytes::from(vec![7; usize::try_from(SIZE).unwrap()]);
+    let mut first = Stalled::open_with(&server, "n1", "t", TOTAL, 1).await.unwrap();
+    let mut crc = 0;
+    for offset in (0..TOTAL).step_by(bytes.len()) {
+        while first.credit < offset + SIZE {
+            first.hear().await.unwrap();
+        }
+        first.chunk(offset, &bytes).await;
+        crc = combine(crc, crc64(&bytes), SIZE);
+    }
+    while !matches!(first.hear().await.unwrap(), Answer::Ack(ack) if ack.durable_bytes == TOTAL) {}
+    // Nothing is missing from the start, and nothing comes.
+    let mut again = Stalled::open_with(&server, "n1", "t", TOTAL, 2).await.unwrap();
+    look_at_all(&server, "x1").await;
+    again.say(Frame::Heartbeat(Heartbeat {})).await;
+    again.end(TOTAL, crc).await;
+    again.installed().await;
+    server.stop().await;
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test(flavor = "multi_thread")]
+async fn snapshots_that_fail_the_check_hold_nothing_open() {
+    let target = tempfile::tempdir().unwrap();
+    let server = Server::start(builder(target.path())).await;
+    let staging = target.path().join("staging");
+    for number in 0..64 {
+        let mut sender = Stalled::open_with(&server, "n9", &format!("x{number}"), 1, 1).await.unwrap();
+        assert!(support::open_below(&staging) > 0, "it is open while it is sent");
+        sender.chunk(0, &Bytes::from_static(b"x")).await;
+        sender.end(1, !crc64(b"x")).await;
+        let refused = sender.refusal().await;
+        assert!(refused.is(Reason::FileChecksumMismatch), "{refused:?}");
+    }
+    until("nothing is open", || support::open_below(&staging) == 0).await;
+    assert_eq!(std::fs::read_dir(&staging).unwrap().count(), 64, "all of them are staged");
+    server.stop().await;
+}
+
+/// Admits nobody until told.
+struct Undecided {
+    asked: Arc<AtomicUsize>,
+    decided: watch::Receiver<bool>,
+}
+
+impl InstallHook for Undecided {
+    fn admit<'a>(&'a self, _: &'a TransferPlan) -> HookFuture<'a, Hold> {
+        self.asked.fetch_add(1, Ordering::SeqCst);
+        let mut decided = self.decided.clone();
+        Box::pin(async move {
+            decided.wait_for(|decided| *decided).await.unwrap();
+            Ok(Box::new(()) as Hold)
+        })
+    }
+
+    fn install<'a>(&'a self, _: &'a PlacedSnapshot) -> HookFuture<'a, ()> {
+        Box::pin(async { Ok(()) })
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn headers_that_come_at_once_are_staged_up_to_the_share_of_their_node() {
+    let target = tempfile::tempdir().unwrap();
+    let (asked, refused) = (Arc::<AtomicUsize>::default(), Arc::<AtomicUsize>::default());
+    let (decide, decided) = watch::channel(false);
+    let mut limits = small_limits();
+    limits.staged_per_peer = 2;
+    let hook = Undecided { asked: Arc::clone(&asked), decided };
+    let server = Arc::new(Server::start(builder(target.path()).limits(limits).hook(hook)).await);
+    let mut streams = tokio::task::JoinSet::new();
+    for number in 0..8 {
+        let (server, refused) = (Arc::clone(&server), Arc::clone(&refused));
+        streams.spawn(async move {
+            let opened = Stalled::open(&server, "n9", &format!("x{number}")).await;
+            if let Err(error) = &opened {
+                assert!(error.is(Reason::TooManyTransfers), "{error:?}");
+                refused.fetch_add(1, Ordering::SeqCst);
+            }
+            opened.ok()
+        });
+    }
+    let count = |counter: &AtomicUsize| counter.load(Ordering::SeqCst);
+    until("each is refused or being staged", || count(&asked) + count(&refused) == 8).await;
+    assert_eq!((count(&asked), count(&refused)), (2, 6));
+    // Others have theirs, also of an ID that was refused.
+    decide.send_replace(true);
+    let opened = streams.join_all().await;
+    assert_eq!(opened.iter().flatten().count(), 2);
+    drop(Stalled::open(&server, "n1", "y").await.unwrap());
+    drop(opened);
+    Arc::into_inner(server).unwrap().stop().await;
 }

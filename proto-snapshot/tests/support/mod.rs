@@ -18,7 +18,7 @@ use proto_snapshot::limits::Limits;
 use proto_snapshot::receiver::SnapshotReceiverBuilder;
 use proto_snapshot::sender::SnapshotToSend;
 use proto_snapshot::spec::SnapshotPoint;
-use proto_snapshot::store::{FileSnapshotStore, FileStoreOptions};
+use proto_snapshot::store::{FileSnapshotStore, FileStoreOptions, SnapshotStore};
 use rand::{Rng as _, RngExt as _, SeedableRng as _};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
@@ -78,6 +78,13 @@ pub fn installed_dir(store: &Path, id: &str) -> PathBuf {
     store.join("installed").join("s2").join(id)
 }
 
+/// Open descriptors of this process below `dir`.
+#[cfg(target_os = "linux")]
+pub fn open_below(dir: &Path) -> usize {
+    let open = std::fs::read_dir("/proc/self/fd").unwrap().filter_map(Result::ok);
+    open.filter(|fd| std::fs::read_link(fd.path()).is_ok_and(|at| at.starts_with(dir))).count()
+}
+
 /// Whether nothing of any transfer is staged.
 pub fn staging_is_empty(store: &Path) -> bool {
     std::fs::read_dir(store.join("staging")).map_or(true, |mut entries| entries.next().is_none())
@@ -109,19 +116,19 @@ pub fn builder_with(dir: &Path, options: FileStoreOptions) -> Builder {
 }
 
 /// A receiver behind a port.
-pub struct Server {
+pub struct Server<S: SnapshotStore = FileSnapshotStore> {
     pub address: SocketAddr,
-    pub receiver: SnapshotReceiver<FileSnapshotStore>,
+    pub receiver: SnapshotReceiver<S>,
     stop: watch::Sender<bool>,
     task: JoinHandle<()>,
 }
 
-impl Server {
-    pub async fn start(builder: Builder) -> Self {
+impl<S: SnapshotStore> Server<S> {
+    pub async fn start(builder: SnapshotReceiverBuilder<S>) -> Self {
         Self::start_on(builder, "127.0.0.1:0").await
     }
 
-    pub async fn start_on(builder: Builder, address: &str) -> Self {
+    pub async fn start_on(builder: SnapshotReceiverBuilder<S>, address: &str) -> Self {
         let receiver = builder.start().await.unwrap();
         let listener = TcpListener::bind(address).await.unwrap();
         let address = listener.local_addr().unwrap();

@@ -1,0 +1,156 @@
+//! A store in a directory whose writes wait until they are told to go on.
+
+#![allow(unreachable_pub, missing_docs, reason = "a part of a test binary")]
+
+use std::sync::Arc;
+
+use proto_common::fence::Fence;
+use proto_common::ids::ShardId;
+use proto_snapshot::extent::{Extent, ExtentRecord};
+use proto_snapshot::spec::{FileTotal, TransferPlan};
+use proto_snapshot::store::{
+    Claim, FileSnapshotStore, FileStaging, PlacedSnapshot, Recovered, ShardState, SnapshotStore, StagedChunk,
+    Staging, StagingState, StoreError,
+};
+use tokio::sync::watch;
+
+/// What holds the writes of a [`SlowStore`].
+#[derive(Debug, Clone)]
+pub struct Brake {
+    held: watch::Sender<bool>,
+    /// Writes that have begun.
+    pub begun: watch::Sender<usize>,
+}
+
+impl Brake {
+    pub fn held() -> Self {
+        Self { held: watch::Sender::new(true), begun: watch::Sender::new(0) }
+    }
+
+    pub fn release(&self) {
+        self.held.send_replace(false);
+    }
+
+    async fn pass(&self) {
+        self.begun.send_modify(|begun| *begun += 1);
+        self.held.subscribe().wait_for(|held| !held).await.unwrap();
+    }
+}
+
+pub struct SlowStore {
+    pub store: FileSnapshotStore,
+    pub brake: Brake,
+}
+
+#[derive(Debug)]
+pub struct SlowStaging {
+    staging: Arc<FileStaging>,
+    brake: Brake,
+}
+
+impl SlowStore {
+    fn slow(&self, staging: Arc<FileStaging>) -> Arc<SlowStaging> {
+        Arc::new(SlowStaging { staging, brake: self.brake.clone() })
+    }
+}
+
+impl SnapshotStore for SlowStore {
+    type Staging = SlowStaging;
+
+    async fn recover(&self) -> Result<Recovered<SlowStaging>, StoreError> {
+        let Recovered { staged, finished, damage } = self.store.recover().await?;
+        let staged = staged.into_iter().map(|staging| self.slow(staging)).collect();
+        Ok(Recovered { staged, finished, damage })
+    }
+
+    async fn shard(&self, shard: &ShardId) -> Result<ShardState, StoreError> {
+        self.store.shard(shard).await
+    }
+
+    async fn current_plan(&self, shard: &ShardId) -> Result<Option<TransferPlan>, StoreError> {
+        self.store.current_plan(shard).await
+    }
+
+    async fn raise_fence(&self, shard: &ShardId, fence: Fence) -> Result<Fence, StoreError> {
+        self.store.raise_fence(shard, fence).await
+    }
+
+    async fn stage(&self, plan: &TransferPlan) -> Result<Arc<SlowStaging>, StoreError> {
+        self.store.stage(plan).await.map(|staging| self.slow(staging))
+    }
+
+    async fn record_finished(&self, record: &[u8]) -> Result<(), StoreError> {
+        self.store.record_finished(record).await
+    }
+}
+
+impl Staging for SlowStaging {
+    fn plan(&self) -> &TransferPlan {
+        self.staging.plan()
+    }
+
+    fn state(&self) -> StagingState {
+        self.staging.state()
+    }
+
+    fn claim(&self) -> Claim {
+        self.staging.claim()
+    }
+
+    async fn set_claim(&self, claim: Claim) -> Result<(), StoreError> {
+        self.staging.set_claim(claim).await
+    }
+
+    fn records(&self) -> Vec<ExtentRecord> {
+        self.staging.records()
+    }
+
+    fn last_activity_unix_ms(&self) -> u64 {
+        self.staging.last_activity_unix_ms()
+    }
+
+    async fn write(&self, chunks: Vec<StagedChunk>) -> Result<(), StoreError> {
+        self.brake.pass().await;
+        self.staging.write(chunks).await
+    }
+
+    async fn sync(&self, records: Vec<ExtentRecord>) -> Result<(), StoreError> {
+        self.staging.sync(records).await
+    }
+
+    async fn checksum(&self, extent: Extent) -> Result<u64, StoreError> {
+        self.staging.checksum(extent).await
+    }
+
+    async fn reset_records(&self, records: Vec<ExtentRecord>) -> Result<(), StoreError> {
+        self.staging.reset_records(records).await
+    }
+
+    async fn reuse(&self, file: u32) -> Result<Option<u64>, StoreError> {
+        self.staging.reuse(file).await
+    }
+
+    async fn rest(&self) -> Result<(), StoreError> {
+        self.staging.rest().await
+    }
+
+    async fn seal(&self, totals: &[FileTotal]) -> Result<(), StoreError> {
+        self.staging.seal(totals).await
+    }
+
+    async fn place(&self) -> Result<PlacedSnapshot, StoreError> {
+        self.staging.place().await
+    }
+
+    async fn activate(&self) -> Result<(), StoreError> {
+        self.staging.activate().await
+    }
+
+    async fn discard(&self) -> Result<(), StoreError> {
+        self.staging.discard().await
+    }
+
+    async fn remove(&self) -> Result<(), StoreError> {
+        self.staging.remove().await
+    }
+}
