@@ -57,6 +57,7 @@ pub struct Overlap {
 
 impl FileExtents {
     /// One run.
+    #[cfg(any(feature = "client", feature = "server"))]
     pub(crate) fn one(offset: u64, len: u64, crc: u64) -> Self {
         let mut runs = RunMap::default();
         runs.insert(offset, Run { len, crc });
