@@ -235,8 +235,8 @@ impl<S: SnapshotStore> SnapshotReceiver<S> {
         }
     }
 
-    /// The service, to be added to a tonic server. Chunks reach the store in the pieces in which they came from the network, which a
-    /// [`SplitSnapshotServiceServer`] alone would copy together.
+    /// The service, to be added to a tonic server. Chunks of 128 KiB or more reach the store in the pieces in which they came from the
+    /// network, which a [`SplitSnapshotServiceServer`] alone would copy together.
     #[must_use]
     pub fn into_service(self) -> ReceiverService<S> {
         let access = self.inner.access.clone();
