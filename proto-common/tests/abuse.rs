@@ -2,15 +2,16 @@
 
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "a test fails by panicking")]
 
+use std::cell::Cell;
 use std::convert::Infallible;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use proto_common::limits::ConnectionLimits;
 use proto_common::refusals::count_of;
 use proto_common::tuning::{incoming_within, tune_server_within};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tonic::Status;
 use tonic::body::Body;
@@ -23,6 +24,7 @@ const RST_STREAM: u8 = 3;
 const SETTINGS: u8 = 4;
 const PING: u8 = 6;
 const GOAWAY: u8 = 7;
+const WINDOW_UPDATE: u8 = 8;
 const CONTINUATION: u8 = 9;
 const ENHANCE_YOUR_CALM: u32 = 11;
 
@@ -64,6 +66,7 @@ async fn serve(limits: ConnectionLimits) -> SocketAddr {
 /// A connection from an address of its own on loopback.
 async fn from(host: u8, to: SocketAddr) -> TcpStream {
     let socket = TcpSocket::new_v4().unwrap();
+    socket.set_nodelay(true).unwrap();
     socket.bind(SocketAddr::new(IpAddr::V4(Ipv4Addr::new(127, 0, 0, host)), 0)).unwrap();
     socket.connect(to).await.unwrap()
 }
@@ -77,12 +80,17 @@ fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     frame
 }
 
-/// A header block of literals without indexing; `more` are extra fields.
+/// The header block of a call; `more` are extra fields.
 fn block(path: &str, more: &[(&str, &str)]) -> Vec<u8> {
     let base = [(":method", "POST"), (":scheme", "http"), (":path", path), (":authority", "n")];
     let rest = [("content-type", "application/grpc"), ("te", "trailers")];
+    [fields(&base), fields(&rest), fields(more)].concat()
+}
+
+/// A part of a header block: literals without indexing.
+fn fields(fields: &[(&str, &str)]) -> Vec<u8> {
     let mut block = Vec::new();
-    for (name, value) in base.iter().chain(&rest).chain(more) {
+    for (name, value) in fields {
         block.push(0);
         for text in [name, value] {
             let len = text.len();
@@ -113,7 +121,7 @@ async fn hello(host: u8, to: SocketAddr) -> TcpStream {
 
 /// Reads frames until `wanted` gives something; `None` when the connection ends first.
 async fn read_until<T>(
-    stream: &mut TcpStream,
+    stream: &mut (impl AsyncRead + Unpin),
     mut wanted: impl FnMut(u8, u32, &[u8]) -> Option<T>,
 ) -> Option<T> {
     let read = async {
@@ -150,46 +158,68 @@ async fn closed(stream: &mut TcpStream) {
     assert!(read_until(stream, |_, _, _| None::<()>).await.is_none());
 }
 
-/// Sends the pieces until the connection breaks or all are sent, while another peer's calls are answered; how it ended.
-async fn flood(address: SocketAddr, pieces: impl Iterator<Item = Vec<u8>> + Send + 'static) -> Option<u32> {
-    let mut other = hello(2, address).await;
-    assert!(answers(&mut other, 1).await);
-    let stream = hello(3, address).await;
-    let (mut from_server, mut to_server) = stream.into_split();
+/// How a flood ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Flood {
+    /// The server has looked at all of it.
+    Taken,
+    /// The server said so with this code.
+    GoneAway(u32),
+    Closed,
+}
+
+/// Sends the pieces until the connection breaks or all are sent.
+async fn flood_once(address: SocketAddr, pieces: impl Iterator<Item = Vec<u8>> + Send + 'static) -> Flood {
+    const LAST: [u8; 8] = [9; 8];
+    let (mut from_server, mut to_server) = hello(3, address).await.into_split();
     let sending = tokio::spawn(async move {
-        for piece in pieces {
+        for piece in pieces.chain([frame(PING, 0, 0, &LAST)]) {
             if to_server.write_all(&piece).await.is_err() {
                 break;
             }
         }
         to_server
     });
-    let mut said = Vec::new();
-    let mut buffer = vec![0; 64 << 10];
-    let mut ended = None;
-    let end = tokio::time::Instant::now() + Duration::from_secs(5);
-    while let Ok(Ok(read)) = tokio::time::timeout_at(end, from_server.read(&mut buffer)).await {
-        if read == 0 {
-            break;
-        }
-        said.extend_from_slice(&buffer[..read]);
-        while said.len() >= 9 {
-            let len = u32::from_be_bytes([0, said[0], said[1], said[2]]) as usize;
-            if said.len() < 9 + len {
-                break;
-            }
-            if said[3] == GOAWAY {
-                ended = Some(code(13, &said[..9 + len]));
-            }
-            said.drain(..9 + len);
-        }
-        if ended.is_some() {
-            break;
-        }
-    }
+    let ended = read_until(&mut from_server, |kind, _, payload| match kind {
+        GOAWAY => Some(Flood::GoneAway(code(4, payload))),
+        PING if payload == LAST => Some(Flood::Taken),
+        _ => None,
+    });
+    let ended = ended.await.unwrap_or(Flood::Closed);
     sending.abort();
-    assert!(answers(&mut other, 3).await, "another peer is in the way of the flood");
     ended
+}
+
+/// Floods again and again, while the calls of another peer are answered, each in time; how every flood ended.
+async fn flood<P: Iterator<Item = Vec<u8>> + Send + 'static>(
+    address: SocketAddr,
+    pieces: impl Fn() -> P,
+) -> Flood {
+    const CALLS: u32 = 20;
+    const IN_TIME: Duration = Duration::from_secs(5);
+    let mut other = hello(2, address).await;
+    let answered = Cell::new(0);
+    let over = Cell::new(false);
+    let calls = async {
+        for id in (1..).step_by(2) {
+            let began = Instant::now();
+            assert!(answers(&mut other, id).await, "the flood is in the way of another peer");
+            assert!(began.elapsed() < IN_TIME, "the flood delays another peer by {:?}", began.elapsed());
+            answered.set(answered.get() + 1);
+            if over.get() {
+                return;
+            }
+        }
+    };
+    let floods = async {
+        let ended = flood_once(address, pieces()).await;
+        while answered.get() < CALLS {
+            assert_eq!(flood_once(address, pieces()).await, ended);
+        }
+        over.set(true);
+        ended
+    };
+    tokio::join!(floods, calls).0
 }
 
 #[tokio::test]
@@ -273,11 +303,14 @@ async fn more_streams_than_allowed_are_refused() {
 
 #[tokio::test]
 async fn large_headers_are_refused_on_their_stream_alone() {
-    let address = serve(ConnectionLimits::default()).await;
+    let mut limits = ConnectionLimits::default();
+    // hyper's own default is the same as ours.
+    limits.header_bytes = 4 << 10;
+    let address = serve(limits).await;
     let mut stream = hello(2, address).await;
-    let value = "x".repeat(15_000);
-    // Two of them are more than 16 KiB, and fit into one frame of ours.
-    let large = block("/test.Test/Call", &[("a", &value), ("b", &value)]);
+    let value = "x".repeat(3_000);
+    // Never answered once it is let in.
+    let large = block("/test.Test/Never", &[("a", &value), ("b", &value)]);
     stream.write_all(&frame(HEADERS, 5, 1, &large)).await.unwrap();
     let refused = read_until(&mut stream, |kind, id, payload| match kind {
         // `:status 431` is no entry of HPACK's table, so its digits are Huffman-coded or plain: that it ends the stream is what counts.
@@ -292,24 +325,64 @@ async fn large_headers_are_refused_on_their_stream_alone() {
 #[tokio::test]
 async fn a_header_block_that_never_ends_ends_its_connection() {
     let address = serve(ConnectionLimits::default()).await;
-    let piece = block("/x", &[("a", &"x".repeat(15_000))]);
-    let first = frame(HEADERS, 0, 1, &piece);
-    let rest = std::iter::repeat_n(frame(CONTINUATION, 0, 1, &piece), 10_000);
-    let ended = flood(address, std::iter::once(first).chain(rest)).await;
-    assert!(ended.is_some(), "150 MB of one header block were taken");
+    let pieces = || {
+        let piece = fields(&[("a", &"x".repeat(15_000))]);
+        let rest = std::iter::repeat_n(frame(CONTINUATION, 0, 1, &piece), 10_000);
+        std::iter::once(frame(HEADERS, 0, 1, &block("/x", &[]))).chain(rest)
+    };
+    // 150 MB of one header block, if they were taken.
+    assert_eq!(flood(address, pieces).await, Flood::GoneAway(ENHANCE_YOUR_CALM));
+}
+
+/// Streams that their client resets as soon as it has opened them.
+fn resets(numbers: std::ops::Range<u32>) -> Vec<u8> {
+    let reset = |number| {
+        let id = number * 2 + 1;
+        let open = frame(HEADERS, 5, id, &block("/test.Test/Never", &[]));
+        [open, frame(RST_STREAM, 0, id, &8_u32.to_be_bytes())].concat()
+    };
+    numbers.flat_map(reset).collect()
 }
 
 #[tokio::test]
 async fn rapid_resets_end_their_connection() {
     let address = serve(ConnectionLimits::default()).await;
-    let reset = (0..200_000_u32).map(|number| {
-        let id = number * 2 + 1;
-        let open = frame(HEADERS, 5, id, &block("/test.Test/Never", &[]));
-        [open, frame(RST_STREAM, 0, id, &8_u32.to_be_bytes())].concat()
-    });
     // Written in large pieces, as an attacker would.
-    let pieces = reset.collect::<Vec<_>>().chunks(500).map(<[_]>::concat).collect::<Vec<_>>();
-    assert_eq!(flood(address, pieces.into_iter()).await, Some(ENHANCE_YOUR_CALM));
+    let pieces = || (0..400).map(|piece| resets(piece * 500..(piece + 1) * 500));
+    assert_eq!(flood(address, pieces).await, Flood::GoneAway(ENHANCE_YOUR_CALM));
+}
+
+#[tokio::test]
+async fn no_more_streams_than_allowed_are_reset_before_they_are_looked_at() {
+    // Ten in one write, so that none of them is looked at before all have come.
+    for (pending_resets, ended) in [(10, Flood::Taken), (2, Flood::GoneAway(ENHANCE_YOUR_CALM))] {
+        let mut limits = ConnectionLimits::default();
+        limits.pending_resets = pending_resets;
+        let address = serve(limits).await;
+        assert_eq!(flood_once(address, std::iter::once(resets(0..10))).await, ended, "{pending_resets}");
+    }
+}
+
+#[tokio::test]
+async fn no_more_streams_than_allowed_are_reset_because_of_errors() {
+    const FLOW_CONTROL_ERROR: u32 = 3;
+    let mut limits = ConnectionLimits::default();
+    limits.error_resets = 3;
+    let address = serve(limits).await;
+    let mut stream = hello(2, address).await;
+    for id in [1, 3, 5, 7] {
+        // An open stream whose window becomes larger than HTTP/2 allows.
+        let open = frame(HEADERS, 5, id, &block("/test.Test/Never", &[]));
+        let wrong = frame(WINDOW_UPDATE, 0, id, &0x7fff_ffff_u32.to_be_bytes());
+        stream.write_all(&[open, wrong].concat()).await.unwrap();
+        let answer = read_until(&mut stream, |kind, of, payload| match kind {
+            RST_STREAM if of == id => Some((RST_STREAM, code(0, payload))),
+            GOAWAY => Some((GOAWAY, code(4, payload))),
+            _ => None,
+        });
+        let expected = if id < 7 { (RST_STREAM, FLOW_CONTROL_ERROR) } else { (GOAWAY, ENHANCE_YOUR_CALM) };
+        assert_eq!(answer.await, Some(expected), "stream {id}");
+    }
 }
 
 /// Neither is an error to HTTP/2: both are answered, and cost whoever sends them as much.
@@ -319,6 +392,7 @@ async fn floods_of_pings_and_settings_are_in_nobodys_way() {
     for kind in [PING, SETTINGS] {
         let one = frame(kind, 0, 0, if kind == PING { &[7; 8] } else { &[] });
         let piece: Vec<u8> = one.iter().copied().cycle().take(one.len() * 1000).collect();
-        let _ = flood(address, std::iter::repeat_n(piece, 200)).await;
+        let pieces = || std::iter::repeat_n(piece.clone(), 200);
+        assert_eq!(flood(address, pieces).await, Flood::Taken);
     }
 }
