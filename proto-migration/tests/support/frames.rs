@@ -3,14 +3,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::memory_target::{MemoryTarget, digests_of};
-use super::pair::identity;
+use super::memory_target::{MemoryTarget, Rows, digests_of};
 use bytes::Bytes;
 use proto_common::checksum::crc64;
 use proto_common::error::Error;
 use proto_common::ids::MigrationId;
 use proto_common::slots::SlotRange;
-use proto_common::v1::Direction;
+use proto_common::v1::{Direction, NodeIdentity};
 use proto_migration::entry::{Entry, Image, encode};
 use proto_migration::journal::Journal;
 use proto_migration::migrations::Migrations;
@@ -27,11 +26,23 @@ use proto_migration::v1::{
 };
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::Streaming;
+use tonic::{Status, Streaming};
 
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
+/// Up to where the copy of [`header`] goes.
+pub const BASE_SEQ: u64 = 10;
+
 pub type Client = MigrationServiceClient<MigrationService>;
+
+pub fn identity(id: &str, store: u8) -> NodeIdentity {
+    NodeIdentity {
+        node_id: id.into(),
+        cluster_id: "c".into(),
+        store_id: vec![store; 16].into(),
+        ..NodeIdentity::default()
+    }
+}
 
 pub fn header(attempt: u64) -> Header {
     Header {
@@ -49,7 +60,7 @@ pub fn header(attempt: u64) -> Header {
         attempt,
         session: vec![7; 16].into(),
         copy: 1,
-        base_seq: 10,
+        base_seq: BASE_SEQ,
         ..Header::default()
     }
 }
@@ -170,13 +181,24 @@ pub struct Source {
 }
 
 impl Source {
-    pub async fn send(&self, frame: Frame) {
-        let _ = self.frames.send(TransferMigrationDataRequest { frame: Some(frame) }).await;
+    /// `None`: a frame of a kind that nobody knows.
+    pub async fn send(&self, frame: impl Into<Option<Frame>>) {
+        // One that has ended reads nothing; it says why in its answer.
+        let _ = self.frames.send(TransferMigrationDataRequest { frame: frame.into() }).await;
+    }
+
+    /// Says nothing any more, and still hears.
+    pub fn half_close(&mut self) {
+        (self.frames, _) = mpsc::channel(1);
+    }
+
+    pub async fn message(&mut self) -> Result<Answer, Status> {
+        let answer = tokio::time::timeout(PATIENCE, self.answers.message()).await.expect("an answer");
+        Ok(answer?.expect("not the end").frame.expect("a known frame"))
     }
 
     pub async fn next(&mut self) -> Result<Answer, Error> {
-        let answer = tokio::time::timeout(PATIENCE, self.answers.message()).await.expect("an answer");
-        Ok(answer?.expect("not the end").frame.expect("a known frame"))
+        Ok(self.message().await?)
     }
 
     /// The next answer that is not an `Ack`.
@@ -231,15 +253,8 @@ impl Source {
             self.durable().await;
         }
         let id = MigrationId::new("m1").unwrap();
-        let digests = digests_of(&target.disk().staged[&id]);
-        self.send(Frame::Prepare(Prepare {
-            freeze,
-            final_seq: self.watermark,
-            new_slot_epoch: 5,
-            keys: digests.iter().map(|digest| digest.keys).sum(),
-            digests: digests.into_iter().map(v1::SlotDigest::from).collect(),
-        }))
-        .await;
+        let prepare = prepare(freeze, self.watermark, &target.disk().staged[&id]);
+        self.send(Frame::Prepare(prepare)).await;
     }
 }
 
@@ -259,6 +274,17 @@ pub fn delta(number: u64, prev_seq: u64, through_seq: u64, entries: Vec<Entry>) 
     let entry_count = u32::try_from(entries.len()).unwrap();
     let payload = encode(entries);
     Delta { number, entry_count, prev_seq, through_seq, crc64nvme: crc64(&payload), payload }
+}
+
+pub fn prepare(freeze: u64, final_seq: u64, rows: &Rows) -> Prepare {
+    let digests = digests_of(rows);
+    Prepare {
+        freeze,
+        final_seq,
+        new_slot_epoch: 5,
+        keys: digests.iter().map(|digest| digest.keys).sum(),
+        digests: digests.into_iter().map(v1::SlotDigest::from).collect(),
+    }
 }
 
 pub const COMMIT: Frame = Frame::Commit(Commit { freeze: 1, new_slot_epoch: 5 });

@@ -3,12 +3,13 @@
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+pub use super::frames::identity;
 use super::memory_source::{Answer, MemorySource};
 use super::memory_target::MemoryTarget;
 use proto_common::error::{CommonReason, Error};
 use proto_common::ids::MigrationId;
 use proto_common::slots::SlotRange;
-use proto_common::v1::{Direction, NodeIdentity};
+use proto_common::v1::Direction;
 use proto_migration::driver::{Dial, MigrationDriver, dial_fn};
 use proto_migration::entry::Image;
 use proto_migration::journal::Journal;
@@ -22,15 +23,6 @@ use proto_migration::v1::{
 };
 
 pub type Service = MigrationService;
-
-pub fn identity(id: &str, store: u8) -> NodeIdentity {
-    NodeIdentity {
-        node_id: id.into(),
-        cluster_id: "c".into(),
-        store_id: vec![store; 16].into(),
-        ..NodeIdentity::default()
-    }
-}
 
 /// Two nodes, of which each can go down and come back.
 pub struct Pair {

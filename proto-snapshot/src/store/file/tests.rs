@@ -11,5 +11,6 @@ mod reuse;
 mod space;
 mod support;
 mod syscalls;
+mod tree;
 
 use super::{FileSnapshotStore, FileStoreOptions};

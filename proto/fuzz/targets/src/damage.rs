@@ -9,25 +9,6 @@ use arbitrary::Unstructured;
 /// Contents by name, below one directory.
 pub type Files = BTreeMap<String, Vec<u8>>;
 
-/// All files below `dir`.
-#[must_use]
-pub fn read(dir: &Path) -> Files {
-    let mut found = Files::new();
-    let mut pending = vec![dir.to_owned()];
-    while let Some(at) = pending.pop() {
-        for entry in fs::read_dir(&at).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_dir() {
-                pending.push(path);
-            } else {
-                let name = path.strip_prefix(dir).unwrap().to_str().unwrap().to_owned();
-                found.insert(name, fs::read(&path).unwrap());
-            }
-        }
-    }
-    found
-}
-
 /// Writes them below `dir`.
 pub fn write(dir: &Path, files: &Files) {
     for (name, content) in files {

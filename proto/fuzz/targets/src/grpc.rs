@@ -3,7 +3,6 @@
 
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full};
-use proto_common::Error;
 use proto_common::v1::NodeIdentity;
 use proto_health::server::HealthRegistry;
 use proto_migration::journal::Journal;
@@ -12,9 +11,9 @@ use tonic::Status;
 use tonic::body::Body;
 use tonic::codegen::{Service, http};
 
-use crate::harness::{block_on, directory, polite};
-use crate::memory_target::MemoryTarget;
+use crate::harness::{block_on, directory, refusal};
 use crate::sender;
+use crate::support::memory_target::MemoryTarget;
 
 const CALLS: [&str; 17] = [
     "snapshot.v1.SplitSnapshotService/TransferSplitSnapshot",
@@ -116,6 +115,6 @@ where
     }
     let status = status.expect("an end with a status");
     if status.code() != tonic::Code::Ok && call != "health.v1.HealthService/NoSuchCall" {
-        polite(&Error::from(status));
+        refusal(status);
     }
 }

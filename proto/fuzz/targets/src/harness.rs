@@ -7,8 +7,10 @@ use std::sync::Once;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use proto_common::error::Error;
+use proto_common::error::{ERROR_DOMAIN, Error};
 use tokio::runtime::{Builder, Runtime};
+use tonic::Status;
+use tonic_types::StatusExt as _;
 
 /// Longest time for one input. Far beyond what any takes, and below the idle timeouts, which would hide a hang.
 const LIMIT: Duration = Duration::from_secs(20);
@@ -51,6 +53,16 @@ pub(crate) fn directory() -> tempfile::TempDir {
     let shm = Path::new("/dev/shm");
     let root: PathBuf = if shm.is_dir() { shm.to_owned() } else { std::env::temp_dir() };
     tempfile::Builder::new().prefix("proto-fuzz").tempdir_in(root).unwrap()
+}
+
+/// A refusal names its reason itself: without one, the name of the code would stand in for it.
+pub(crate) fn refusal(status: Status) -> Error {
+    let details = status.check_error_details().unwrap_or_else(|error| panic!("{status:?}: {error}"));
+    let info = details.error_info().unwrap_or_else(|| panic!("no reason: {status:?}"));
+    assert_eq!(info.domain, ERROR_DOMAIN, "{status:?}");
+    let error = Error::from(&status);
+    assert_eq!(polite(&error), info.reason);
+    error
 }
 
 /// A refusal names its reason and none of the server's paths, and cannot rewrite a terminal.

@@ -25,7 +25,7 @@ static WHOLE: LazyLock<Files> = LazyLock::new(|| {
             journal.finish(&MigrationId::new(id).unwrap(), slots, &record.progress.unwrap()).await.unwrap();
         }
     });
-    damage::read(dir.path())
+    crate::tree::tree(dir.path())
 });
 
 fn record(number: u16, id: &str) -> (SlotRange, SourceRecord) {

@@ -9,6 +9,10 @@
     reason = "a failed expectation is a finding"
 )]
 
+use std::path::Path;
+
+use anyhow::Context as _;
+
 pub mod damage;
 pub mod grpc;
 mod harness;
@@ -24,7 +28,7 @@ pub mod status;
 
 pub use harness::panics;
 
-#[path = "../../../../proto-migration/tests/support/memory_target.rs"]
+#[path = "../../../../proto-migration/tests/support"]
 #[allow(
     dead_code,
     missing_docs,
@@ -32,7 +36,29 @@ pub use harness::panics;
     unreachable_pub,
     reason = "shared with its tests"
 )]
-mod memory_target;
+mod support {
+    pub(crate) mod frames;
+    pub(crate) mod memory_target;
+}
+
+#[path = "../../../../proto-snapshot/src/store/file/tests/tree.rs"]
+mod tree;
+
+/// What is kept for the target of that name: `proto/fuzz/seeds`, by name of the file.
+///
+/// # Errors
+///
+/// A directory or a file that cannot be read.
+pub fn seeds(name: &str) -> anyhow::Result<Vec<Vec<u8>>> {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../seeds").join(name);
+    let entries = std::fs::read_dir(&dir).with_context(|| format!("no seeds in {}", dir.display()))?;
+    let mut files: Vec<_> = entries.map(|entry| entry.map(|entry| entry.path())).collect::<Result<_, _>>()?;
+    files.sort();
+    files
+        .iter()
+        .map(|file| std::fs::read(file).with_context(|| format!("cannot read {}", file.display())))
+        .collect()
+}
 
 /// Something that is fuzzed.
 #[derive(Debug, Clone, Copy)]

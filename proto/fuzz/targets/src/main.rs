@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, bail};
 use clap::Parser;
 use fuzz_targets::mutate::mutate;
-use fuzz_targets::{TARGETS, Target, panics, target};
+use fuzz_targets::{TARGETS, Target, panics, seeds, target};
 
 /// An input that takes longer than this is a finding: far beyond the limit that the targets have themselves.
 const HANG: Duration = Duration::from_secs(60);
@@ -72,7 +72,7 @@ fn fuzz(target: Target, args: &Args) -> anyhow::Result<()> {
         println!("{}: {} files, no finding", target.name, args.replay.len());
         return Ok(());
     }
-    let seeds = seeds(target)?;
+    let seeds = seeds(target.name)?;
     let until = Instant::now() + Duration::from_secs(args.seconds);
     let mut inputs = 0_u64;
     while Instant::now() < until {
@@ -125,15 +125,4 @@ fn keep(target: Target, input: &[u8], findings: &Path) -> anyhow::Result<PathBuf
     let file = dir.join(format!("{name:016x}"));
     std::fs::write(&file, input).with_context(|| format!("cannot write {}", file.display()))?;
     Ok(file)
-}
-
-fn seeds(target: Target) -> anyhow::Result<Vec<Vec<u8>>> {
-    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../seeds").join(target.name);
-    let entries = std::fs::read_dir(&dir).with_context(|| format!("no seeds in {}", dir.display()))?;
-    let mut files: Vec<_> = entries.map(|entry| entry.map(|entry| entry.path())).collect::<Result<_, _>>()?;
-    files.sort();
-    files
-        .iter()
-        .map(|file| std::fs::read(file).with_context(|| format!("cannot read {}", file.display())))
-        .collect()
 }

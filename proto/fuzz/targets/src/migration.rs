@@ -4,37 +4,32 @@
 //! Whatever was sent before, a source that makes no mistake gets the migration committed, with exactly the rows of the model, unless it was
 //! discarded; and nothing is ever owned without a commit.
 
+use std::sync::Arc;
+
 use arbitrary::Unstructured;
 use bytes::Bytes;
 use proto_common::Error;
 use proto_common::checksum::crc64;
 use proto_common::ids::MigrationId;
 use proto_common::slots::{SlotRange, slot_of};
-use proto_common::v1::NodeIdentity;
-use proto_migration::entry::{Entry, Image, encode};
-use proto_migration::journal::Journal;
-use proto_migration::receiver::MigrationReceiver;
-use proto_migration::service::MigrationService;
-use proto_migration::v1::migration_service_client::MigrationServiceClient;
+use proto_migration::entry::{Entry, Image};
+use proto_migration::v1::MigrationDecision;
 use proto_migration::v1::transfer_migration_data_request::{
-    Bulk, Commit, Delta, Discard, Forget, Frame, Header, Heartbeat, Prepare, Purpose, Release,
+    Bulk, Commit, Delta, Discard, Forget, Frame, Header, Heartbeat, Prepare, Release,
 };
 use proto_migration::v1::transfer_migration_data_response::{Accepted, Frame as Answer};
-use proto_migration::v1::{
-    MigrationDecision, MigrationSpec, SlotDigest, TransferMigrationDataRequest, TransferMigrationDataResponse,
-};
-use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::Streaming;
 
-use crate::harness::{block_on, directory, polite};
-use crate::memory_target::{MemoryTarget, Rows, digests_of};
+use crate::harness::{block_on, directory, refusal};
+use crate::support::frames::{self, BASE_SEQ, Node, Source};
+use crate::support::memory_target::{MemoryTarget, Rows};
 
 const STREAMS: usize = 8;
 const FRAMES: usize = 24;
-const BASE_SEQ: u64 = 10;
 /// The first half of the slots moves.
 const END: u16 = 8192;
+
+/// Rows, whether all are copied, and the watermark.
+type State = (Rows, bool, u64);
 
 struct Model {
     rows: Rows,
@@ -48,6 +43,8 @@ struct Model {
     discarded: bool,
     /// What was taken is not known: ask.
     unsure: bool,
+    /// What the target may have since the stream was accepted, batch by batch: they are applied in order.
+    states: Vec<State>,
 }
 
 enum Ending {
@@ -57,15 +54,10 @@ enum Ending {
     Dropped,
 }
 
-type Receiver = MigrationReceiver<MemoryTarget>;
-type Client = MigrationServiceClient<MigrationService>;
-
 /// Plays the frames that `data` says.
 pub fn run(data: &[u8]) {
-    let dir = directory();
     block_on(async {
         let mut data = Unstructured::new(data);
-        let mut target = MemoryTarget::default();
         let mut model = Model {
             rows: Rows::new(),
             copied: false,
@@ -76,130 +68,70 @@ pub fn run(data: &[u8]) {
             committed: false,
             discarded: false,
             unsure: false,
+            states: Vec::new(),
         };
-        let mut node = start(dir.path(), &target).await;
+        let mut node = Node::over(MemoryTarget::default(), Arc::new(directory()), |builder| builder).await;
         for _ in 0..STREAMS {
             if data.is_empty() {
                 break;
             }
             if matches!(data.ratio(1_u8, 4), Ok(true)) {
-                node.shutdown().await;
-                target = target.crash();
-                node = start(dir.path(), &target).await;
+                node.receiver.shutdown().await;
+                node = node.crash().await;
             }
-            let _ = model.stream(&mut data, &client(&node), &target).await;
-            model.check(&target);
+            let _ = model.stream(&mut data, &node).await;
+            model.check(&node.target);
         }
-        model.finish(&client(&node), &target).await;
-        node.shutdown().await;
+        model.finish(&node).await;
+        node.receiver.shutdown().await;
     });
 }
 
-async fn start(dir: &std::path::Path, target: &MemoryTarget) -> Receiver {
-    let (journal, _) = Journal::open(dir, 10).unwrap();
-    MigrationReceiver::builder(identity("n2", 2), target.clone(), journal).start().await.unwrap()
-}
-
-fn client(node: &Receiver) -> Client {
-    MigrationServiceClient::new(node.clone().into_service())
-}
-
-fn identity(id: &str, store: u8) -> NodeIdentity {
-    NodeIdentity {
-        node_id: id.into(),
-        cluster_id: "c".into(),
-        store_id: vec![store; 16].into(),
-        ..NodeIdentity::default()
-    }
-}
-
 fn header(attempt: u64) -> Header {
-    Header {
-        migration_id: "m".into(),
-        spec: Some(MigrationSpec {
-            slots: Some(SlotRange::new(0, END).unwrap().into()),
-            source_shard_id: "s1".into(),
-            target_shard_id: "s2".into(),
-            source_node_id: "n1".into(),
-            target_node_id: "n2".into(),
-            ..MigrationSpec::default()
-        }),
-        purpose: Purpose::Transfer.into(),
-        source: Some(identity("n1", 1)),
-        attempt,
-        session: vec![7; 16].into(),
-        copy: 1,
-        base_seq: BASE_SEQ,
-        ..Header::default()
+    let mut header = frames::header(attempt);
+    header.spec.as_mut().unwrap().slots = Some(SlotRange::new(0, END).unwrap().into());
+    header
+}
+
+fn id() -> MigrationId {
+    MigrationId::new(header(1).migration_id).unwrap()
+}
+
+/// The next answer that is not an `Ack`.
+async fn answer(stream: &mut Source) -> Result<Answer, Error> {
+    loop {
+        match stream.message().await.map_err(refusal)? {
+            Answer::Ack(_) => {}
+            answer => return Ok(answer),
+        }
     }
 }
 
-struct Stream {
-    frames: Option<mpsc::Sender<TransferMigrationDataRequest>>,
-    answers: Streaming<TransferMigrationDataResponse>,
+async fn accepted(stream: &mut Source) -> Result<Accepted, Error> {
+    match answer(stream).await? {
+        Answer::Accepted(accepted) => Ok(accepted),
+        other => panic!("{other:?} instead of Accepted"),
+    }
 }
 
-impl Stream {
-    async fn open(client: &Client, header: Header) -> Self {
-        let (frames, requests) = mpsc::channel(256);
-        let first = TransferMigrationDataRequest { frame: Some(Frame::Header(header)) };
-        frames.send(first).await.unwrap();
-        let answers = client.clone().transfer_migration_data(ReceiverStream::new(requests)).await.unwrap();
-        Self { frames: Some(frames), answers: answers.into_inner() }
-    }
-
-    async fn say(&self, frame: impl Into<Option<Frame>>) {
-        if let Some(frames) = &self.frames {
-            let _ = frames.send(TransferMigrationDataRequest { frame: frame.into() }).await;
-        }
-    }
-
-    /// The next answer that is not an `Ack`.
-    async fn answer(&mut self) -> Result<Answer, Error> {
-        loop {
-            match self.answers.message().await {
-                Ok(answer) => match answer.expect("an answer before the end").frame.expect("a frame") {
-                    Answer::Ack(_) => {}
-                    answer => return Ok(answer),
-                },
-                Err(status) => {
-                    let error = Error::from(status);
-                    polite(&error);
-                    return Err(error);
-                }
-            }
-        }
-    }
-
-    async fn accepted(&mut self) -> Result<Accepted, Error> {
-        match self.answer().await? {
-            Answer::Accepted(accepted) => Ok(accepted),
-            other => panic!("{other:?} instead of Accepted"),
-        }
-    }
-
-    async fn prepared(&mut self) {
-        let answer = self.answer().await.unwrap();
-        assert!(matches!(answer, Answer::Prepared(_)), "{answer:?} instead of Prepared");
-    }
+async fn prepared(stream: &mut Source) {
+    let answer = answer(stream).await.unwrap();
+    assert!(matches!(answer, Answer::Prepared(_)), "{answer:?} instead of Prepared");
 }
 
 impl Model {
-    async fn stream(
-        &mut self,
-        data: &mut Unstructured<'_>,
-        client: &Client,
-        target: &MemoryTarget,
-    ) -> arbitrary::Result<()> {
+    async fn stream(&mut self, data: &mut Unstructured<'_>, node: &Node) -> arbitrary::Result<()> {
         let mut header = header(self.attempt + 1);
         if let Some(expected) = spoil(data, &mut header)? {
-            let mut stream = Stream::open(client, header).await;
-            let error = stream.accepted().await.unwrap_err();
+            let mut stream = node.open(header).await;
+            let error = accepted(&mut stream).await.unwrap_err();
             assert!(expected.contains(&error.reason()), "{error:?} instead of {expected:?}");
             return Ok(());
         }
-        let mut stream = Stream::open(client, header).await;
-        let Some(accepted) = self.attached(stream.accepted().await.unwrap(), target) else { return Ok(()) };
+        let mut stream = node.open(header).await;
+        let Some(accepted) = self.attached(accepted(&mut stream).await.unwrap(), &node.target) else {
+            return Ok(());
+        };
         assert!(accepted.credit_limit > 1 << 20, "a test far below its credit");
         let ending = self.frames(data, &mut stream).await?;
         match ending {
@@ -208,21 +140,21 @@ impl Model {
                 drop(stream);
             }
             Ending::Refused(reasons) => {
-                let error = stream.answer().await.unwrap_err();
+                let error = answer(&mut stream).await.unwrap_err();
                 assert!(reasons.contains(&error.reason()), "{error:?} instead of {reasons:?}");
             }
             Ending::Committed => {
-                let answer = stream.answer().await.unwrap();
+                let answer = answer(&mut stream).await.unwrap();
                 assert!(matches!(answer, Answer::Committed(_)), "{answer:?}");
                 self.committed = true;
             }
             Ending::Discarded => {
-                let answer = stream.answer().await.unwrap();
+                let answer = answer(&mut stream).await.unwrap();
                 assert!(matches!(answer, Answer::Discarded(_)), "{answer:?}");
                 self.discarded = true;
             }
         }
-        self.check(target);
+        self.check(&node.target);
         Ok(())
     }
 
@@ -240,8 +172,10 @@ impl Model {
         let resume = accepted.resume.as_ref().expect("where to go on");
         if std::mem::take(&mut self.unsure) {
             // What the target has is the base of everything that follows.
-            self.rows =
-                target.disk().staged.get(&MigrationId::new("m").unwrap()).cloned().unwrap_or_default();
+            let rows = target.disk().staged.get(&id()).cloned().unwrap_or_default();
+            let state = (rows, resume.copied, resume.through_seq);
+            assert!(self.states.contains(&state), "{state:?} is none of {:?}", self.states);
+            (self.rows, self.copied, self.watermark) = state;
         } else {
             assert_eq!(
                 (resume.copied, resume.through_seq),
@@ -249,14 +183,14 @@ impl Model {
                 "other batches count than were taken"
             );
         }
-        (self.copied, self.watermark) = (resume.copied, resume.through_seq);
+        self.states = vec![self.state()];
         Some(accepted)
     }
 
     async fn frames(
         &mut self,
         data: &mut Unstructured<'_>,
-        stream: &mut Stream,
+        stream: &mut Source,
     ) -> arbitrary::Result<Ending> {
         for _ in 0..FRAMES {
             let kind = data.int_in_range(0..=19_u8)?;
@@ -265,42 +199,42 @@ impl Model {
                     let (bulk, entries) = self.bulk(data, kind == 0)?;
                     self.copied = bulk.last;
                     self.take(entries);
-                    stream.say(Frame::Bulk(bulk)).await;
+                    stream.send(Frame::Bulk(bulk)).await;
                     continue;
                 }
                 0..=6 => {
                     let (delta, entries) = self.delta(data)?;
                     self.watermark = delta.through_seq;
                     self.take(entries);
-                    stream.say(Frame::Delta(delta)).await;
+                    stream.send(Frame::Delta(delta)).await;
                     continue;
                 }
                 7 => {
-                    stream.say(Frame::Heartbeat(Heartbeat::default())).await;
+                    stream.send(Frame::Heartbeat(Heartbeat::default())).await;
                     continue;
                 }
                 8 => {
                     let (mut delta, _) = self.delta(data)?;
                     delta.crc64nvme ^= 1 << data.int_in_range(0..=63)?;
-                    stream.say(Frame::Delta(delta)).await;
+                    stream.send(Frame::Delta(delta)).await;
                     &["BATCH_CHECKSUM_MISMATCH"]
                 }
                 9 => {
                     let (mut delta, _) = self.delta(data)?;
                     delta.number = if data.arbitrary()? { delta.number - 1 } else { u64::MAX };
-                    stream.say(Frame::Delta(delta)).await;
+                    stream.send(Frame::Delta(delta)).await;
                     &["BATCH_OUT_OF_ORDER"]
                 }
                 10 => {
                     let (mut delta, _) = self.delta(data)?;
                     delta.prev_seq = delta.prev_seq.wrapping_add(data.int_in_range(1..=u64::MAX)?);
-                    stream.say(Frame::Delta(delta)).await;
+                    stream.send(Frame::Delta(delta)).await;
                     &["DELTA_GAP"]
                 }
                 11 => {
                     let (mut delta, _) = self.delta(data)?;
                     delta.entry_count += 1;
-                    stream.say(Frame::Delta(delta)).await;
+                    stream.send(Frame::Delta(delta)).await;
                     &["MALFORMED_BATCH"]
                 }
                 12 => {
@@ -308,20 +242,20 @@ impl Model {
                     delta.payload =
                         Bytes::copy_from_slice(&[&[0xff], data.bytes(data.len().min(40))?].concat());
                     delta.crc64nvme = crc64(&delta.payload);
-                    stream.say(Frame::Delta(delta)).await;
+                    stream.send(Frame::Delta(delta)).await;
                     &["MALFORMED_BATCH"]
                 }
                 13 => {
                     let outside = keys(false)[usize::from(data.arbitrary::<u8>()?) % 4].clone();
                     let entry = Entry { seq: self.watermark + 1, key: outside, image: None };
-                    stream.say(Frame::Delta(self.delta_of(vec![entry], self.watermark + 1))).await;
+                    stream.send(Frame::Delta(self.delta_of(vec![entry], self.watermark + 1))).await;
                     &["KEY_OUTSIDE_RANGE"]
                 }
                 14 => {
                     // A change from before the watermark, or from behind the end of its own batch.
                     let seq = if data.arbitrary()? { self.watermark } else { self.watermark + 9 };
                     let entry = Entry { seq, key: keys(true)[0].clone(), image: None };
-                    stream.say(Frame::Delta(self.delta_of(vec![entry], self.watermark + 2))).await;
+                    stream.send(Frame::Delta(self.delta_of(vec![entry], self.watermark + 2))).await;
                     &["INVALID_FIELD"]
                 }
                 15 => {
@@ -331,29 +265,29 @@ impl Model {
                         2 => Some(Frame::Forget(Forget {})),
                         _ => Some(Frame::Release(Release { freeze: self.freeze + 1 })),
                     };
-                    stream.say(frame).await;
+                    stream.send(frame).await;
                     &["UNEXPECTED_FRAME", "INVALID_FIELD"]
                 }
                 16 => {
-                    stream.say(None).await;
+                    stream.send(None).await;
                     &["UNKNOWN_FRAME"]
                 }
                 17 if self.copied => {
-                    stream.say(Frame::Prepare(self.prepare())).await;
-                    stream.prepared().await;
+                    stream.send(Frame::Prepare(self.prepare())).await;
+                    prepared(stream).await;
                     match data.int_in_range(0..=3_u8)? {
                         0 => {
                             stream
-                                .say(Frame::Commit(Commit { freeze: self.freeze, new_slot_epoch: 5 }))
+                                .send(Frame::Commit(Commit { freeze: self.freeze, new_slot_epoch: 5 }))
                                 .await;
                             return Ok(Ending::Committed);
                         }
                         1 => {
-                            stream.say(Frame::Delta(self.delta_of(Vec::new(), self.watermark + 1))).await;
+                            stream.send(Frame::Delta(self.delta_of(Vec::new(), self.watermark + 1))).await;
                             &["UNEXPECTED_FRAME"]
                         }
                         _ => {
-                            stream.say(Frame::Release(Release { freeze: self.freeze })).await;
+                            stream.send(Frame::Release(Release { freeze: self.freeze })).await;
                             continue;
                         }
                     }
@@ -362,20 +296,20 @@ impl Model {
                     if !data.ratio(1_u8, 4)? {
                         continue;
                     }
-                    stream.say(Frame::Discard(Discard { reason: "enough\x1b[2J".into() })).await;
+                    stream.send(Frame::Discard(Discard { reason: "enough\x1b[2J".into() })).await;
                     return Ok(Ending::Discarded);
                 }
                 _ => {
                     if data.arbitrary()? {
                         return Ok(Ending::Dropped);
                     }
-                    stream.frames = None;
+                    stream.half_close();
                     &["STREAM_ENDED_EARLY"]
                 }
             };
             return Ok(Ending::Refused(refused));
         }
-        stream.frames = None;
+        stream.half_close();
         Ok(Ending::Refused(&["STREAM_ENDED_EARLY"]))
     }
 
@@ -386,6 +320,11 @@ impl Model {
                 self.rows.insert(key, (seq, image));
             }
         }
+        self.states.push(self.state());
+    }
+
+    fn state(&self) -> State {
+        (self.rows.clone(), self.copied, self.watermark)
     }
 
     fn bulk(&self, data: &mut Unstructured<'_>, last: bool) -> arbitrary::Result<(Bulk, Vec<Entry>)> {
@@ -396,11 +335,7 @@ impl Model {
             let image = Some(Image { value, expires_unix_ms: None });
             entries.push(Entry { seq: data.int_in_range(1..=BASE_SEQ)?, key, image });
         }
-        let payload = encode(entries.clone());
-        let entry_count = u32::try_from(entries.len()).unwrap();
-        let number = self.number + 1;
-        let bulk =
-            Bulk { number, entry_count, cursor: "c".into(), last, crc64nvme: crc64(&payload), payload };
+        let bulk = frames::bulk(self.number + 1, entries.clone(), last);
         Ok((bulk, entries))
     }
 
@@ -422,33 +357,17 @@ impl Model {
     }
 
     fn delta_of(&self, entries: Vec<Entry>, through_seq: u64) -> Delta {
-        let entry_count = u32::try_from(entries.len()).unwrap();
-        let payload = encode(entries);
-        Delta {
-            number: self.number + 1,
-            entry_count,
-            prev_seq: self.watermark,
-            through_seq,
-            crc64nvme: crc64(&payload),
-            payload,
-        }
+        frames::delta(self.number + 1, self.watermark, through_seq, entries)
     }
 
     fn prepare(&mut self) -> Prepare {
         self.freeze += 1;
-        let digests = digests_of(&self.rows);
-        Prepare {
-            freeze: self.freeze,
-            final_seq: self.watermark,
-            new_slot_epoch: 5,
-            keys: digests.iter().map(|digest| digest.keys).sum(),
-            digests: digests.into_iter().map(SlotDigest::from).collect(),
-        }
+        frames::prepare(self.freeze, self.watermark, &self.rows)
     }
 
     fn check(&mut self, target: &MemoryTarget) {
         let disk = target.disk();
-        let staged = disk.staged.get(&MigrationId::new("m").unwrap());
+        let staged = disk.staged.get(&id());
         assert_eq!(
             disk.owned.len(),
             usize::from(self.committed),
@@ -469,25 +388,25 @@ impl Model {
     }
 
     /// A source that makes no mistake.
-    async fn finish(&mut self, client: &Client, target: &MemoryTarget) {
-        let mut stream = Stream::open(client, header(self.attempt + 1)).await;
-        let accepted = stream.accepted().await.unwrap();
-        if self.attached(accepted, target).is_none() {
-            return self.check(target);
+    async fn finish(&mut self, node: &Node) {
+        let mut stream = node.open(header(self.attempt + 1)).await;
+        let accepted = accepted(&mut stream).await.unwrap();
+        if self.attached(accepted, &node.target).is_none() {
+            return self.check(&node.target);
         }
         if !self.copied {
             let (bulk, _) = self.bulk(&mut Unstructured::new(&[]), true).unwrap();
-            self.take(Vec::new());
             self.copied = true;
-            stream.say(Frame::Bulk(bulk)).await;
+            self.take(Vec::new());
+            stream.send(Frame::Bulk(bulk)).await;
         }
-        stream.say(Frame::Prepare(self.prepare())).await;
-        stream.prepared().await;
-        stream.say(Frame::Commit(Commit { freeze: self.freeze, new_slot_epoch: 5 })).await;
-        let answer = stream.answer().await.unwrap();
+        stream.send(Frame::Prepare(self.prepare())).await;
+        prepared(&mut stream).await;
+        stream.send(Frame::Commit(Commit { freeze: self.freeze, new_slot_epoch: 5 })).await;
+        let answer = answer(&mut stream).await.unwrap();
         assert!(matches!(answer, Answer::Committed(_)), "{answer:?}");
         self.committed = true;
-        self.check(target);
+        self.check(&node.target);
     }
 }
 

@@ -23,7 +23,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 
-use crate::harness::polite;
+use crate::harness::refusal;
 
 /// Largest payload that the receiver takes, in bytes.
 pub(crate) const CHUNK: usize = 64;
@@ -115,7 +115,7 @@ impl Snapshot {
     /// Whether exactly this lies in the place of what is installed.
     pub(crate) fn is_installed_in(&self, store: &Path) -> bool {
         let dir = store.join("installed").join(self.shard).join(self.id);
-        dir.is_dir() && crate::damage::read(&dir) == self.files.iter().cloned().collect()
+        dir.is_dir() && crate::tree::tree(&dir) == self.files.iter().cloned().collect()
     }
 
     /// Sends what is missing, as a sender that makes no mistake. Gives the reason of a refusal.
@@ -172,11 +172,7 @@ impl Stream {
     async fn next(&mut self) -> Result<Option<Answer>, Error> {
         match self.answers.message().await {
             Ok(answer) => Ok(answer.map(|answer| answer.frame.expect("a frame"))),
-            Err(status) => {
-                let error = Error::from(status);
-                polite(&error);
-                Err(error)
-            }
+            Err(status) => Err(refusal(status)),
         }
     }
 

@@ -16,7 +16,7 @@ use proto_snapshot::v1::transfer_split_snapshot_request::{
     Chunk, End, Frame, Header, Heartbeat, LaneHeader, Manifest,
 };
 
-use crate::harness::{block_on, directory, polite};
+use crate::harness::{block_on, directory};
 use crate::sender::{CHUNK, Client, Snapshot, Stream, client, open, receiver};
 
 /// Streams of one input, and frames of one stream.
@@ -202,8 +202,8 @@ impl Model {
         self.ended &= !next;
         let missing = missing(&accepted.missing);
         if self.unsure {
-            // Only bytes that were sent can be there.
             self.unsure = false;
+            assert!(missing.is_superset(&self.missing), "bytes are there that were never sent");
         } else {
             assert_eq!(missing, self.missing, "other bytes are there than were taken");
         }
@@ -354,7 +354,7 @@ impl Model {
             assert!(self.snapshot.is_installed_in(store));
         }
         if self.installed || self.cancelled {
-            let staged = crate::damage::read(&store.join("staging"));
+            let staged = crate::tree::tree(&store.join("staging"));
             assert!(staged.is_empty(), "left in staging: {:?}", staged.keys());
         }
     }
@@ -367,7 +367,7 @@ impl Model {
             && !self.cancelled
         {
             // Which of the bytes are wrong nobody can tell: the way out is what the message says.
-            assert_eq!(polite(error), "FILE_CHECKSUM_MISMATCH");
+            assert_eq!(error.reason(), "FILE_CHECKSUM_MISMATCH");
             let request = CancelTransferRequest { transfer_id: "t".into(), ..Default::default() };
             client.clone().cancel_transfer(request).await.unwrap();
             self.cancelled = true;

@@ -48,7 +48,7 @@ static WHOLE: LazyLock<Files> = LazyLock::new(|| {
         drop(client);
         node.shutdown().await;
     });
-    damage::read(dir.path())
+    crate::tree::tree(dir.path())
 });
 
 /// Damages the store's own files as `data` says, opens it, and goes on with every transfer.

@@ -1,22 +1,13 @@
 //! Every kept input again: the seeds, and those of findings of before.
 #![allow(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
 
-use std::path::Path;
-
 use fuzz_targets::mutate::mutate;
-use fuzz_targets::{TARGETS, panics, target};
-
-fn seeds(name: &str) -> Vec<Vec<u8>> {
-    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../seeds").join(name);
-    let mut files: Vec<_> = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect();
-    files.sort();
-    files.iter().map(|file| std::fs::read(file).unwrap()).collect()
-}
+use fuzz_targets::{TARGETS, panics, seeds, target};
 
 /// The seeds, and a hundred changes of them that are the same each time.
 fn replay(name: &str) {
     let target = target(name).unwrap();
-    let seeds = seeds(name);
+    let seeds = seeds(name).unwrap();
     assert!(!seeds.is_empty());
     let mut rng = fastrand::Rng::with_seed(1);
     let changed: Vec<_> = (0..100).map(|_| mutate(&mut rng, &seeds)).collect();

@@ -1,7 +1,6 @@
 //! Plans, contents and walks that the tests share.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::Path;
 
 use bytes::Bytes;
@@ -10,6 +9,7 @@ use proto_common::ids::{NodeId, ShardId, TransferId};
 use proto_common::path::FileName;
 use proto_common::slots::SlotRange;
 
+pub(crate) use super::tree::tree;
 use crate::extent::{Extent, ExtentRecord};
 use crate::spec::{FileTotal, Manifest, ManifestFile, SnapshotPoint, TransferPlan, TransferSpec};
 use crate::store::file::{FileSnapshotStore, FileStaging, FileStoreOptions};
@@ -111,24 +111,6 @@ pub(crate) async fn open_with(
     let store = FileSnapshotStore::open(dir, options).unwrap();
     let recovered = store.recover().await.unwrap();
     (store, recovered)
-}
-
-/// All files below `dir`.
-pub(crate) fn tree(dir: &Path) -> BTreeMap<String, Vec<u8>> {
-    let mut found = BTreeMap::new();
-    let mut pending = vec![dir.to_owned()];
-    while let Some(at) = pending.pop() {
-        for entry in fs::read_dir(&at).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_dir() {
-                pending.push(path);
-            } else {
-                let name = path.strip_prefix(dir).unwrap().to_str().unwrap().to_owned();
-                found.insert(name, fs::read(&path).unwrap());
-            }
-        }
-    }
-    found
 }
 
 pub(crate) fn as_tree(files: &Files) -> BTreeMap<String, Vec<u8>> {
