@@ -111,6 +111,15 @@ impl Error {
         self
     }
 
+    /// The same facts under another reason, which brings its code: a service says in its own table's words what a part that it shares with
+    /// others has found.
+    #[must_use]
+    pub fn under(mut self, reason: impl Reason) -> Self {
+        let inner = self.inner_mut();
+        (inner.code, inner.reason) = (reason.code(), Cow::Borrowed(reason.as_str()));
+        self
+    }
+
     fn inner_mut(&mut self) -> &mut Inner {
         Arc::make_mut(&mut self.0)
     }

@@ -2,7 +2,7 @@
 //!
 //! | always there | with any of `client`, `server`, `channel`, `listen` | with one feature |
 //! |---|---|---|
-//! | [`v1`], [`ids`], [`slots`], [`fence`], [`error`], [`path`], [`peer`], [`guard`], [`clock`], [`text`] | `status`, `bulk`, `checksum`, `rate`, `retry`, `meter`, `pace`, `refusals`, `registry` | `connect` (`client`), `dial` (`client` and `channel`), `access`, `durable`, `prompt` and `refusal` (`server`), `limits` and `listen` (`listen`), `tuning` (`channel` or `listen`), `tls`, `codegen` |
+//! | [`v1`], [`ids`], [`slots`], [`fence`], [`error`], [`path`], [`peer`], [`guard`], [`clock`], [`text`] | `status`, `bulk`, `checksum`, `rate`, `retry`, `meter`, `pace`, `refusals`, `registry`, `shares` | `connect` (`client`), `dial` (`client` and `channel`), `access`, `durable`, `prompt` and `refusal` (`server`), `limits` and `listen` (`listen`), `tuning` (`channel` or `listen`), `tls`, `codegen` |
 
 #[cfg(feature = "server")]
 pub mod access;
@@ -45,6 +45,8 @@ pub mod refusals;
 pub mod registry;
 #[cfg(feature = "_rpc")]
 pub mod retry;
+#[cfg(feature = "_rpc")]
+pub mod shares;
 pub mod slots;
 #[cfg(feature = "_rpc")]
 pub mod status;

@@ -5,7 +5,7 @@
 //! without such a URI is that of the node whose ID its first DNS name is, in the cluster without a name.
 
 use std::fmt;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
 use std::sync::Arc;
 
@@ -61,7 +61,7 @@ impl fmt::Display for Role {
 /// assert!("https://prod/n1".parse::<PeerIdentity>().is_err());
 /// # Ok::<(), proto_common::peer::PeerIdentityError>(())
 /// ```
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct PeerIdentity {
     /// What it is there for.
     pub role: Role,
@@ -125,6 +125,12 @@ impl Peer {
         Self::default()
     }
 
+    /// A peer that is connected from `address` without TLS.
+    #[must_use]
+    pub fn plaintext(address: Option<SocketAddr>) -> Self {
+        Self { address, ..Self::default() }
+    }
+
     /// A peer that has proved by its certificate to be `identity`; `None` if that names nobody.
     #[must_use]
     pub fn certified(identity: Option<PeerIdentity>, address: Option<SocketAddr>) -> Self {
@@ -143,6 +149,16 @@ impl Peer {
         self.address
     }
 
+    /// Whose share of what is limited by peer it gets.
+    #[must_use]
+    pub fn key(&self) -> PeerKey {
+        match (&self.identity, self.address) {
+            (Some(identity), _) => PeerKey::Identity(Arc::clone(identity)),
+            (None, Some(address)) => PeerKey::Address(address.ip()),
+            (None, None) => PeerKey::Unknown,
+        }
+    }
+
     /// Whether it is connected by TLS.
     #[must_use]
     pub fn is_encrypted(&self) -> bool {
@@ -155,6 +171,29 @@ impl fmt::Display for Peer {
         match &self.identity {
             Some(identity) => write!(f, "{identity}"),
             None => f.write_str("a peer without identity"),
+        }
+    }
+}
+
+/// What tells peers apart where each has a share: the owner of the certificate, however it is connected; without one, the address. Cheap to
+/// clone.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum PeerKey {
+    /// Whom the certificate names.
+    Identity(Arc<PeerIdentity>),
+    /// From where it is connected.
+    Address(IpAddr),
+    /// Connected by something that has no addresses; all of these are one peer.
+    Unknown,
+}
+
+impl fmt::Display for PeerKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Identity(identity) => write!(f, "{identity}"),
+            Self::Address(address) => write!(f, "{address}"),
+            Self::Unknown => f.write_str("unknown"),
         }
     }
 }
@@ -179,5 +218,16 @@ mod tests {
         ] {
             assert!(uri.parse::<PeerIdentity>().is_err(), "{uri}");
         }
+    }
+
+    #[test]
+    fn a_certificate_has_one_share_wherever_its_owner_is_connected() {
+        let at = |port| Some(SocketAddr::from(([10, 0, 0, 1], port)));
+        let n1 = |port| Peer::certified(Some("node://c1/n1".parse().unwrap()), at(port)).key();
+        assert_eq!(n1(1), n1(2));
+        assert_ne!(n1(1), Peer::plaintext(at(1)).key());
+        assert_eq!(Peer::plaintext(at(1)).key(), Peer::plaintext(at(2)).key());
+        let shown = [n1(1), Peer::plaintext(at(1)).key(), Peer::anonymous().key()].map(|key| key.to_string());
+        assert_eq!(shown, ["node://c1/n1", "10.0.0.1", "unknown"]);
     }
 }

@@ -10,12 +10,14 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::{Semaphore, watch as channel};
+use tokio::sync::watch as channel;
 
 pub use page::Page;
 pub use watch::Watch;
 
 use crate::error::{CommonReason, Error};
+use crate::peer::PeerKey;
+use crate::shares::{Full, Shares};
 use crate::text::printable;
 use crate::v1::Direction;
 
@@ -28,6 +30,8 @@ pub struct RegistryLimits {
     pub finished: usize,
     /// Watches that are open at the same time. Default 256.
     pub watchers: usize,
+    /// Of them, of one peer ([`Peer::key`](crate::peer::Peer::key)). Default 64.
+    pub watchers_per_peer: usize,
     /// Items of one page; also the page size for whoever does not ask for one. Default 100.
     pub page: usize,
     /// Shortest time between two items of a watch, apart from the last one. Default 100 ms.
@@ -40,6 +44,7 @@ impl Default for RegistryLimits {
             active: 1024,
             finished: 1000,
             watchers: 256,
+            watchers_per_peer: 64,
             page: 100,
             watch_interval: Duration::from_millis(100),
         }
@@ -55,7 +60,7 @@ struct Shared<T> {
     limits: RegistryLimits,
     /// Tells page tokens of this registry from those of an earlier run of the process.
     nonce: u32,
-    watchers: Arc<Semaphore>,
+    watchers: Shares<PeerKey>,
     tasks: Mutex<Tasks<T>>,
 }
 
@@ -106,10 +111,9 @@ impl<T: Clone + Send + Sync + 'static> Registry<T> {
     /// An empty registry.
     #[must_use]
     pub fn new(limits: RegistryLimits) -> Self {
-        let permits = limits.watchers.min(Semaphore::MAX_PERMITS);
         Self {
             shared: Arc::new(Shared {
-                watchers: Arc::new(Semaphore::new(permits)),
+                watchers: Shares::new(limits.watchers as u64, limits.watchers_per_peer as u64),
                 limits,
                 nonce: fastrand::u32(..),
                 tasks: Mutex::new(Tasks {
@@ -138,7 +142,7 @@ impl<T: Clone + Send + Sync + 'static> Registry<T> {
         let limit = self.shared.limits.active;
         if tasks.active.len() >= limit {
             let message = format!("{limit} tasks run at this node already; try again when one has ended");
-            return Err(limit_exceeded(message, limit));
+            return Err(limit_exceeded(message, limit as u64));
         }
         let started = tasks.next_started;
         tasks.next_started += 1;
@@ -199,10 +203,41 @@ impl<T: Clone + Send + Sync + 'static> Registry<T> {
     ///
     /// `NOT_FOUND`, or `LIMIT_EXCEEDED` (retryable) if too many watches are open.
     pub fn watch(&self, direction: Option<Direction>, id: &str) -> Result<Watch<T>, Error> {
-        let limit = self.shared.limits.watchers;
-        let permit = Arc::clone(&self.shared.watchers).try_acquire_owned().map_err(|_| {
-            let message = format!("{limit} watches are open at this node already; poll, or try again later");
-            limit_exceeded(message, limit)
+        self.watch_of(None, direction, id)
+    }
+
+    /// [`watch`](Self::watch) for a peer, which has no more than its share of them.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`watch`](Self::watch); `LIMIT_EXCEEDED` names the peer as `peer` if it is its share that is used up.
+    pub fn watch_for(
+        &self,
+        peer: &PeerKey,
+        direction: Option<Direction>,
+        id: &str,
+    ) -> Result<Watch<T>, Error> {
+        self.watch_of(Some(peer), direction, id)
+    }
+
+    fn watch_of(
+        &self,
+        peer: Option<&PeerKey>,
+        direction: Option<Direction>,
+        id: &str,
+    ) -> Result<Watch<T>, Error> {
+        let place = self.shared.watchers.take(peer, 1).map_err(|full| match (full, peer) {
+            (Full::Peer { limit }, Some(peer)) => {
+                let message = format!(
+                    "{limit} watches of {peer} are open at this node already, which is its share; poll, or try again later"
+                );
+                limit_exceeded(message, limit).metadata("peer", peer.to_string())
+            }
+            (full, _) => {
+                let limit = full.limit();
+                let message = format!("{limit} watches are open at this node already; poll, or try again later");
+                limit_exceeded(message, limit)
+            }
         })?;
         let tasks = self.shared.tasks();
         let receiver = match tasks.find(direction, id) {
@@ -214,7 +249,7 @@ impl<T: Clone + Send + Sync + 'static> Registry<T> {
             None => None,
         };
         let receiver = receiver.ok_or_else(|| not_found(id))?;
-        Ok(Watch::new(receiver, self.shared.limits.watch_interval, permit))
+        Ok(Watch::new(receiver, self.shared.limits.watch_interval, place))
     }
 }
 
@@ -257,7 +292,7 @@ fn not_found(id: &str) -> Error {
     Error::new(CommonReason::NotFound, format!("this node knows no task {shown}")).metadata("id", shown)
 }
 
-fn limit_exceeded(message: String, limit: usize) -> Error {
+fn limit_exceeded(message: String, limit: u64) -> Error {
     Error::new(CommonReason::LimitExceeded, message)
         .metadata("limit", limit.to_string())
         .retry_after(Duration::from_secs(1))

@@ -261,3 +261,20 @@ proptest! {
         prop_assert!((0..before).all(|i| unique.contains(&i)), "gaps in {:?}", seen);
     }
 }
+
+#[tokio::test]
+async fn a_peer_has_its_share_of_the_watches_and_the_node_itself_has_none() {
+    let registry = registry(RegistryLimits { watchers: 4, watchers_per_peer: 2, ..Default::default() });
+    let _task = registry.insert(Direction::In, "t1", 1).unwrap();
+    let peer = PeerKey::Unknown;
+    let first = registry.watch_for(&peer, None, "t1").unwrap();
+    let _second = registry.watch_for(&peer, None, "t1").unwrap();
+    let full = registry.watch_for(&peer, None, "t1").unwrap_err();
+    assert!(full.is(CommonReason::LimitExceeded) && full.is_retryable(), "{full:?}");
+    assert_eq!((full.get("limit"), full.get("peer")), (Some("2"), Some("unknown")));
+    let _own = [registry.watch(None, "t1").unwrap(), registry.watch(None, "t1").unwrap()];
+    let full = registry.watch(None, "t1").unwrap_err();
+    assert_eq!((full.get("limit"), full.get("peer")), (Some("4"), None));
+    drop(first);
+    drop(registry.watch_for(&peer, None, "t1").unwrap());
+}

@@ -15,6 +15,8 @@ pub struct Limits {
     pub watches: usize,
     /// Of them, on one connection. Default 256. See [`ConnectionId`](crate::server::ConnectionId).
     pub watches_per_connection: usize,
+    /// Of them, of one peer: the owner of a certificate, else an address ([`Peer::key`](proto_common::peer::Peer::key)). Default 4096.
+    pub watches_per_peer: usize,
     /// Shortest time between two frames of a watch, apart from the last one. Default 100 ms.
     pub watch_interval: Duration,
     /// Heartbeats that a watch may ask for, in milliseconds. Default 100..=60000.
@@ -36,6 +38,7 @@ impl Default for Limits {
             message_bytes: 1024,
             watches: 16_384,
             watches_per_connection: 256,
+            watches_per_peer: 4096,
             watch_interval: Duration::from_millis(100),
             heartbeat_ms: 100..=60_000,
             page: 1000,

@@ -9,6 +9,8 @@ use std::time::Duration;
 
 use proto_common::access::{Access, Authorizer, Call};
 use proto_common::error::Error;
+use proto_common::peer::Peer;
+use proto_common::refusals::count_of;
 use proto_health::server::{
     Check, CheckResult, Component, ConnectionId, HealthRegistry, RegistryError, Schedule,
 };
@@ -424,6 +426,37 @@ async fn watches_are_bounded_for_the_node_and_for_each_connection() {
     assert!(refused.is(Reason::TooManyWatchers), "one limit for both protocols");
     drop(first);
     open(1).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_peer_has_its_share_of_the_watches_over_all_its_connections() {
+    let mut limits = Limits::default();
+    limits.watches_per_peer = 3;
+    let registry = HealthRegistry::builder(identity()).limits(limits).build();
+    let open = async |peer: Peer| {
+        let mut request = Request::new(WatchHealthRequest::default());
+        request.extensions_mut().insert(peer);
+        let opened = client(&registry).watch_health(request).await;
+        opened.map(tonic::Response::into_inner).map_err(|status| Error::from(&status))
+    };
+    // Of one certificate, wherever its owner is connected; without one, of one address.
+    let at = |address: &str| Some(address.parse().unwrap());
+    let certified = |address| Peer::certified(Some("node:///n9".parse().unwrap()), at(address));
+    for (peer, other, name) in [
+        (certified("10.0.0.1:1"), certified("10.0.0.2:1"), "node:///n9"),
+        (Peer::plaintext(at("10.0.0.1:1")), Peer::plaintext(at("10.0.0.1:2")), "10.0.0.1"),
+    ] {
+        let first = open(peer.clone()).await.unwrap();
+        let _more = [open(peer).await.unwrap(), open(other.clone()).await.unwrap()];
+        let before = count_of("TOO_MANY_WATCHERS");
+        let refused = open(other.clone()).await.unwrap_err();
+        assert!(refused.is(Reason::TooManyWatchers) && refused.is_retryable(), "{refused:?}");
+        assert_eq!((refused.get("limit"), refused.get("peer")), (Some("3"), Some(name)));
+        assert!(count_of("TOO_MANY_WATCHERS") > before);
+        open(Peer::plaintext(at("10.0.0.9:1"))).await.unwrap();
+        drop(first);
+        open(other).await.unwrap();
+    }
 }
 
 struct NoStatus;

@@ -55,6 +55,9 @@ pub struct Limits {
     pub history: usize,
     /// Open watches of the node. Default 1024.
     pub watchers: usize,
+    /// Of them, of one peer: the owner of a certificate, else an address ([`Peer::key`](proto_common::peer::Peer::key)). Default 256, so that
+    /// none takes the places of all others.
+    pub watchers_per_peer: usize,
 }
 
 impl Default for Limits {
@@ -74,6 +77,7 @@ impl Default for Limits {
             record_kept: Duration::from_secs(3600),
             history: 1000,
             watchers: 1024,
+            watchers_per_peer: 256,
         }
     }
 }

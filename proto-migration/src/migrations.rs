@@ -2,6 +2,7 @@
 
 use proto_common::error::{CommonReason, Error};
 use proto_common::ids::MigrationId;
+use proto_common::peer::PeerKey;
 use proto_common::registry::{Page, Registry, RegistryLimits, Tracker, Watch};
 use proto_common::v1::Direction;
 
@@ -31,6 +32,7 @@ impl Migrations {
         let registry = Registry::new(RegistryLimits {
             finished: limits.history,
             watchers: limits.watchers,
+            watchers_per_peer: limits.watchers_per_peer,
             page: MAX_PAGE,
             ..RegistryLimits::default()
         });
@@ -81,13 +83,13 @@ impl Migrations {
 
     pub(crate) fn watch(
         &self,
+        peer: &PeerKey,
         direction: Option<Direction>,
         id: &MigrationId,
     ) -> Result<Watch<MigrationProgress>, Error> {
-        self.registry.watch(self.meant(direction, id), id.as_str()).map_err(|error| {
+        self.registry.watch_for(peer, self.meant(direction, id), id.as_str()).map_err(|error| {
             if error.is(CommonReason::LimitExceeded) {
-                let hint = error.retry_after_hint().unwrap_or(std::time::Duration::from_secs(1));
-                Reason::TooManyWatchers.error(error.message()).retry_after(hint)
+                error.under(Reason::TooManyWatchers)
             } else {
                 not_found(id)
             }

@@ -233,8 +233,9 @@ impl migration_service_server::MigrationService for MigrationNode {
         &self,
         request: Request<WatchMigrationProgressRequest>,
     ) -> Result<Response<Self::WatchMigrationProgressStream>, Status> {
+        let peer = Caller::of(request.extensions())?.peer().key();
         let WatchMigrationProgressRequest { migration_id, direction } = request.into_inner();
-        let watch = self.migrations.watch(wanted(direction)?, &id_of(&migration_id)?)?;
+        let watch = self.migrations.watch(&peer, wanted(direction)?, &id_of(&migration_id)?)?;
         let states = futures::stream::unfold(Some((watch, self.stopping.clone())), |open| async move {
             let (mut watch, stopping) = open?;
             tokio::select! {

@@ -26,6 +26,8 @@ pub struct Limits {
     /// Memory for the manifests of all staged transfers, in bytes, by estimate. Default 512 MiB: two snapshots
     /// at the limits above, or thousands of ordinary ones.
     pub manifest_memory_bytes: u64,
+    /// Of that, for those of one source node. Default 256 MiB, so that no node takes all of it. The only manifest of a node is always taken.
+    pub manifest_memory_per_peer: u64,
     /// Pieces with gaps between them, per transfer, beside one per file. Default 65536.
     pub extents: usize,
     /// Size of a snapshot, in bytes. Default 2^63 - 1.
@@ -61,6 +63,9 @@ pub struct Limits {
     pub history: usize,
     /// Open watches. Default 1024.
     pub watchers: usize,
+    /// Of them, of one peer: the owner of a certificate, else an address ([`Peer::key`](proto_common::peer::Peer::key)). Default 256, so that
+    /// none takes the places of all others.
+    pub watchers_per_peer: usize,
 }
 
 impl Default for Limits {
@@ -75,6 +80,7 @@ impl Default for Limits {
             files: 131_072,
             name_bytes: 64 << 20,
             manifest_memory_bytes: 512 << 20,
+            manifest_memory_per_peer: 256 << 20,
             extents: 65_536,
             snapshot_bytes: i64::MAX.unsigned_abs(),
             receive_budget_bytes: 128 << 20,
@@ -89,6 +95,7 @@ impl Default for Limits {
             stale_after: Duration::from_secs(24 * 60 * 60),
             history: 1000,
             watchers: 1024,
+            watchers_per_peer: 256,
         }
     }
 }

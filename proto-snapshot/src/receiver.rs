@@ -202,7 +202,7 @@ impl<S: SnapshotStore> SnapshotReceiverBuilder<S> {
             store,
             identity,
             places: Admission::new(limits.transfers, limits.transfers_per_peer),
-            manifests: Manifests::new(limits.manifest_memory_bytes),
+            manifests: Manifests::new(limits.manifest_memory_bytes, limits.manifest_memory_per_peer),
             turns: Turns::default(),
             limits,
             access,
@@ -306,7 +306,11 @@ impl<S: SnapshotStore> Inner<S> {
                 Box::new(())
             }
         };
-        let memory = self.manifests.take(plan.manifest.file_count(), plan.manifest.name_bytes());
+        let memory = self.manifests.take(
+            &plan.spec.source_node,
+            plan.manifest.file_count(),
+            plan.manifest.name_bytes(),
+        );
         let progress = initial_progress(&plan, &self.identity.node_id, phase);
         let tracker = match self.transfers.registry().insert(Direction::In, id.as_str(), progress) {
             Ok(tracker) => tracker,

@@ -217,17 +217,23 @@ impl Manifest {
         if self.files.len() != other.files.len() {
             return Some(format!("file_count: {} and {}", self.files.len(), other.files.len()));
         }
-        self.files.iter().zip(other.files.iter()).find_map(|(a, b)| {
-            if a.name != b.name {
-                Some(format!("name: {} and {}", a.name, b.name))
-            } else if a.size != b.size {
-                Some(format!("size of {}", a.name))
-            } else if a.blake3.is_some() && b.blake3.is_some() && a.blake3 != b.blake3 {
-                Some(format!("blake3 of {}", a.name))
-            } else {
-                None
-            }
-        })
+        self.files.iter().zip(other.files.iter()).find_map(|(a, b)| a.difference(b))
+    }
+}
+
+impl ManifestFile {
+    /// What differs from `other` first: name or size. Digests are compared where both have one.
+    #[must_use]
+    pub fn difference(&self, other: &Self) -> Option<String> {
+        if self.name != other.name {
+            Some(format!("name: {} and {}", self.name, other.name))
+        } else if self.size != other.size {
+            Some(format!("size of {}", self.name))
+        } else if self.blake3.is_some() && other.blake3.is_some() && self.blake3 != other.blake3 {
+            Some(format!("blake3 of {}", self.name))
+        } else {
+            None
+        }
     }
 }
 

@@ -19,7 +19,7 @@ use std::sync::Arc;
 use proto_common::bulk::Payload;
 use proto_common::error::Error;
 use proto_common::fence::Fence;
-use proto_common::ids::{ShardId, TransferId};
+use proto_common::ids::{NodeId, ShardId, TransferId};
 
 use crate::extent::{Extent, ExtentRecord};
 use crate::reason::Reason;
@@ -39,6 +39,16 @@ pub enum StoreError {
         /// Bytes that are needed.
         needed_bytes: u64,
         /// Bytes that are available.
+        available_bytes: u64,
+    },
+    /// There is room, but the transfers of that node have their share of it. The transfer can go on once others of the node have ended.
+    #[error("no room for {needed_bytes} bytes in the share of node {peer}, which has {available_bytes} left")]
+    NoShare {
+        /// The node that the snapshot comes from.
+        peer: NodeId,
+        /// Bytes that are needed.
+        needed_bytes: u64,
+        /// Bytes that are left of its share.
         available_bytes: u64,
     },
     /// A newer snapshot of the shard is in place.
@@ -72,7 +82,7 @@ impl StoreError {
     #[must_use]
     pub fn is_retryable(&self) -> bool {
         match self {
-            Self::NoSpace { .. } => true,
+            Self::NoSpace { .. } | Self::NoShare { .. } => true,
             Self::Io { source, .. } => source.kind() != std::io::ErrorKind::InvalidInput,
             Self::Stale { .. } | Self::Damaged { .. } => false,
         }
@@ -166,7 +176,7 @@ pub trait SnapshotStore: Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// [`StoreError::NoSpace`] before anything is kept; [`StoreError::Damaged`] if there is one that could not be recovered.
+    /// [`StoreError::NoSpace`] or [`StoreError::NoShare`] before anything is kept; [`StoreError::Damaged`] if there is one that could not be recovered.
     fn stage(
         &self,
         plan: &TransferPlan,
@@ -288,6 +298,14 @@ impl From<StoreError> for Error {
                 ))
                 .metadata("needed_bytes", needed_bytes.to_string())
                 .metadata("available_bytes", available_bytes.to_string())
+                .retry_after(retry),
+            StoreError::NoShare { peer, needed_bytes, available_bytes } => Reason::InsufficientDisk
+                .error(format!(
+                    "node {peer} has {available_bytes} bytes left of its share of the receiver's disk, the snapshot needs {needed_bytes}; it resumes by itself once others of the node have ended, or there is more room"
+                ))
+                .metadata("needed_bytes", needed_bytes.to_string())
+                .metadata("available_bytes", available_bytes.to_string())
+                .metadata("peer", peer.as_str())
                 .retry_after(retry),
             StoreError::Stale { installed } => Reason::StaleSnapshot
                 .error(format!(

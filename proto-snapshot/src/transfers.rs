@@ -61,6 +61,7 @@ impl Transfers {
         let registry = Registry::new(RegistryLimits {
             finished: limits.history,
             watchers: limits.watchers,
+            watchers_per_peer: limits.watchers_per_peer,
             page: MAX_PAGE,
             ..RegistryLimits::default()
         });

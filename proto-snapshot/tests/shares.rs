@@ -27,10 +27,12 @@ use proto_snapshot::v1::transfer_split_snapshot_request::{
     Chunk, End, File, FileTotal, Frame, Header, Heartbeat, LaneHeader, Manifest,
 };
 use proto_snapshot::v1::transfer_split_snapshot_response::Frame as Answer;
-use proto_snapshot::v1::{TransferSplitSnapshotRequest, TransferSplitSnapshotResponse};
+use proto_snapshot::v1::{
+    TransferSplitSnapshotRequest, TransferSplitSnapshotResponse, WatchTransferProgressRequest,
+};
 use proto_snapshot::{Reason, SnapshotReceiver};
 use slow::{Brake, SlowStore};
-use support::{Server, builder, make_tree, small_limits, snapshot, until};
+use support::{Server, builder, builder_with, make_tree, small_limits, snapshot, until};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
@@ -59,6 +61,11 @@ impl Stalled {
         size: u64,
         generation: u64,
     ) -> Result<Self, Error> {
+        Self::begin(server, Self::begun(node, id, size, generation)).await
+    }
+
+    /// What it says first.
+    fn begun(node: &str, id: &str, size: u64, generation: u64) -> Vec<Frame> {
         let header = Header {
             transfer_id: id.to_owned(),
             source_shard_id: "s1".to_owned(),
@@ -78,7 +85,7 @@ impl Stalled {
         };
         let file = File { name: "a".to_owned(), size: Some(size), blake3: None };
         let manifest = Manifest { files: vec![file], last: true };
-        Self::begin(server, vec![Frame::Header(header), Frame::Manifest(manifest)]).await
+        vec![Frame::Header(header), Frame::Manifest(manifest)]
     }
 
     /// A lane of one.
@@ -370,4 +377,103 @@ async fn headers_that_come_at_once_are_staged_up_to_the_share_of_their_node() {
     drop(Stalled::open(&server, "n1", "y").await.unwrap());
     drop(opened);
     Arc::into_inner(server).unwrap().stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_announces_all_it_can_leaves_the_others_room_on_the_disk() {
+    let (source, target) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    make_tree(source.path(), 8, 1 << 20, 1);
+    let mut options = FileStoreOptions::default();
+    options.capacity_bytes = Some(16 << 20);
+    let server = Server::start(builder_with(target.path(), options)).await;
+    let first = Stalled::open_with(&server, "n9", "x1", 11 << 20, 1).await.unwrap();
+    let before = count_of("INSUFFICIENT_DISK");
+    let refused =
+        Stalled::open_with(&server, "n9", "x2", 2 << 20, 1).await.err().expect("more than its share");
+    assert!(refused.is(Reason::InsufficientDisk) && refused.is_retryable(), "{refused:?}");
+    let facts = ["peer", "needed_bytes", "available_bytes"].map(|name| refused.get(name));
+    assert_eq!(facts, [Some("n9"), Some("2097152"), Some("1048576")]);
+    assert!(count_of("INSUFFICIENT_DISK") > before);
+    // Another node, at once and to its end.
+    let endpoint = proto_common::tuning::endpoint(&server.uri()).unwrap();
+    let other = DirectorySource::new(source.path());
+    SnapshotSender::new(endpoint).send(snapshot("t"), other).unwrap().join().await.unwrap();
+    drop(first);
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_has_its_share_of_the_memory_for_manifests_and_goes_on_with_what_it_has() {
+    let (source, target) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    make_tree(source.path(), 8, 1 << 20, 1);
+    let mut limits = small_limits();
+    // Room for eight ordinary ones; of one node, for one. A file counts as 512 bytes and twice its name.
+    (limits.manifest_memory_bytes, limits.manifest_memory_per_peer) = (8 << 10, 600);
+    let server = Server::start(builder(target.path()).limits(limits)).await;
+    let first = Stalled::open(&server, "n9", "x1").await.unwrap();
+    let before = count_of("TOO_MANY_TRANSFERS");
+    let refused = Stalled::open(&server, "n9", "x2").await.err().expect("more than its share");
+    assert!(refused.is(Reason::TooManyTransfers) && refused.is_retryable(), "{refused:?}");
+    assert_eq!((refused.get("limit"), refused.get("peer")), (Some("600"), Some("n9")));
+    assert!(refused.message().contains("memory"), "{refused}");
+    assert!(count_of("TOO_MANY_TRANSFERS") > before);
+    // Another node, with more files than that: its only manifest is taken.
+    let endpoint = proto_common::tuning::endpoint(&server.uri()).unwrap();
+    let other = DirectorySource::new(source.path());
+    SnapshotSender::new(endpoint).send(snapshot("t"), other).unwrap().join().await.unwrap();
+
+    // What it has it may go on with, but only as it is.
+    drop(first);
+    let resumed = Stalled::open_with(&server, "n9", "x1", SIZE, 2).await.unwrap();
+    drop(resumed);
+    let mut changed = Stalled::begun("n9", "x1", SIZE, 3);
+    let Some(Frame::Manifest(manifest)) = changed.last_mut() else { panic!("a manifest comes last") };
+    manifest.files[0].name = "b".to_owned();
+    let refused = Stalled::begin(&server, changed).await.err().expect("another manifest");
+    assert!(refused.is(Reason::SpecificationMismatch), "{refused:?}");
+    assert_eq!(refused.get("field"), Some("manifest.files"));
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_peer_that_watches_all_it_can_leaves_the_others_their_watches() {
+    let target = tempfile::tempdir().unwrap();
+    let mut limits = small_limits();
+    (limits.watchers, limits.watchers_per_peer) = (4, 3);
+    let server = Server::start(builder(target.path()).limits(limits)).await;
+    let _staged = Stalled::open(&server, "n1", "t").await.unwrap();
+    // In plaintext, a peer is an address, whatever it opens.
+    let watch_from = async |address: [u8; 4]| {
+        let endpoint = proto_common::tuning::endpoint(&server.uri()).unwrap();
+        let channel = endpoint.local_address(Some(address.into())).connect().await.unwrap();
+        let request = WatchTransferProgressRequest { transfer_id: "t".to_owned(), ..Default::default() };
+        let mut client = SplitSnapshotServiceClient::new(channel);
+        let mut watch = client.watch_transfer_progress(request).await.map_err(Error::from)?.into_inner();
+        assert!(watch.message().await.unwrap().is_some());
+        Ok::<_, Error>(watch)
+    };
+    let mut open = Vec::new();
+    for _ in 0..3 {
+        open.push(watch_from([127, 0, 0, 1]).await.unwrap());
+    }
+    let before = count_of("TOO_MANY_WATCHERS");
+    let refused = watch_from([127, 0, 0, 1]).await.unwrap_err();
+    assert!(refused.is(Reason::TooManyWatchers) && refused.is_retryable(), "{refused:?}");
+    assert_eq!((refused.get("limit"), refused.get("peer")), (Some("3"), Some("127.0.0.1")));
+    assert!(count_of("TOO_MANY_WATCHERS") > before);
+    let _other = watch_from([127, 0, 0, 2]).await.unwrap();
+    let refused = watch_from([127, 0, 0, 2]).await.unwrap_err();
+    assert_eq!(
+        (refused.reason(), refused.get("limit"), refused.get("peer")),
+        ("TOO_MANY_WATCHERS", Some("4"), None)
+    );
+    // A place comes back with the watch.
+    open.clear();
+    let again = async {
+        while let Err(error) = watch_from([127, 0, 0, 1]).await {
+            assert!(error.is(Reason::TooManyWatchers), "{error:?}");
+        }
+    };
+    tokio::time::timeout(support::LONG, again).await.expect("a place comes free");
+    server.stop().await;
 }

@@ -45,11 +45,11 @@ pub async fn receiver(
     node: &Node,
     hook: impl InstallHook,
     draining: CancellationToken,
+    files: FileStoreOptions,
     limits: proto::snapshot::limits::Limits,
 ) -> anyhow::Result<SnapshotReceiver<FileSnapshotStore>> {
     let directory = node.store().directory().join("snapshots");
-    let store =
-        tokio::task::spawn_blocking(move || FileSnapshotStore::open(directory, FileStoreOptions::default()));
+    let store = tokio::task::spawn_blocking(move || FileSnapshotStore::open(directory, files));
     let store = store.await?.context("cannot open the directory of snapshots")?;
     SnapshotReceiver::builder(node.id(), store)
         .identity(identity(node))

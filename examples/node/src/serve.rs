@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use proto::common::guard::RangeGuard;
 use proto::snapshot::hook::InstallHook;
+use proto::snapshot::store::FileStoreOptions;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -58,6 +59,8 @@ pub struct ServeOptions {
     pub peers: Vec<Peer>,
     /// Of the database.
     pub store: StoreOptions,
+    /// Of the room for snapshots, what one node gets, in percent.
+    pub snapshot_percent_per_peer: u8,
     /// Of the Redis port.
     pub limits: Limits,
     /// Connections to the Redis port.
@@ -165,7 +168,9 @@ pub async fn serve_with<H: InstallHook>(
     let guard = RangeGuard::new();
     let draining = CancellationToken::new();
     let hook = hook(SplitHook::new(node.clone(), guard.clone()));
-    let receiver = grpc::receiver(&node, hook, draining.clone(), limits.snapshot.clone()).await?;
+    let mut files = FileStoreOptions::default();
+    files.percent_per_peer = options.snapshot_percent_per_peer;
+    let receiver = grpc::receiver(&node, hook, draining.clone(), files, limits.snapshot.clone()).await?;
     let stop_tasks = stop.child_token();
     let splits = Splits::new(node.clone(), receiver.transfers(), guard.clone(), stop_tasks.clone())?;
     // Holds their slots: before anybody is served.

@@ -72,6 +72,13 @@ fn snapshot<'a>(reason: Reason, fact: &impl Fn(&str) -> &'a str, address: &str) 
         Reason::RangeBusy | Reason::TooManyTransfers => {
             format!("see what moves there with: nodectl transfers --at {address} --active")
         }
+        Reason::InsufficientDisk if fact("peer") != "?" => format!(
+            "it needs {} bytes, and snapshots from {} have {} left of their share: see what else comes from it with \
+             nodectl transfers --at {address} --active, make room on the node, or raise its --snapshot-percent-per-peer",
+            fact("needed_bytes"),
+            fact("peer"),
+            fact("available_bytes")
+        ),
         Reason::InsufficientDisk => {
             format!(
                 "it needs {} bytes and has {}: make room on the node",

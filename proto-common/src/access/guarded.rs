@@ -47,7 +47,7 @@ where
     }
 
     fn call(&mut self, mut request: http::Request<B>) -> Self::Future {
-        let peer = request.extensions().get::<Peer>().cloned().unwrap_or_default();
+        let peer = peer_of(request.extensions());
         let method = request.uri().path().rsplit('/').next().unwrap_or_default();
         let method = if method.len() > MAX_METHOD { "" } else { method };
         let meant = request.headers().get(CLUSTER_METADATA).map(http::HeaderValue::as_bytes);
@@ -60,6 +60,20 @@ where
         request.extensions_mut().insert(caller);
         Answer::Passed(self.inner.call(request))
     }
+}
+
+/// Who is at the other end: whom the listener has put there, else whom tonic says to be connected.
+fn peer_of(extensions: &http::Extensions) -> Peer {
+    if let Some(peer) = extensions.get::<Peer>() {
+        return peer.clone();
+    }
+    #[cfg(feature = "listen")]
+    {
+        use tonic::transport::server::TcpConnectInfo;
+        Peer::plaintext(extensions.get::<TcpConnectInfo>().and_then(TcpConnectInfo::remote_addr))
+    }
+    #[cfg(not(feature = "listen"))]
+    Peer::anonymous()
 }
 
 /// What [`Guarded`] answers.

@@ -6,11 +6,13 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use tokio::sync::{OwnedSemaphorePermit, watch};
+use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 use tokio_stream::Stream;
 
 use super::State;
+use crate::peer::PeerKey;
+use crate::shares::Share;
 
 type Step<T> = Pin<Box<dyn Future<Output = (Option<T>, Cursor<T>)> + Send>>;
 
@@ -22,7 +24,7 @@ pub struct Watch<T> {
     /// The wait for the next item; `None` once the last one was delivered.
     step: Option<Step<T>>,
     /// Released with the stream.
-    _permit: OwnedSemaphorePermit,
+    _place: Share<PeerKey>,
 }
 
 struct Cursor<T> {
@@ -34,13 +36,9 @@ struct Cursor<T> {
 }
 
 impl<T: Clone + Send + Sync + 'static> Watch<T> {
-    pub(super) fn new(
-        states: watch::Receiver<State<T>>,
-        interval: Duration,
-        permit: OwnedSemaphorePermit,
-    ) -> Self {
+    pub(super) fn new(states: watch::Receiver<State<T>>, interval: Duration, place: Share<PeerKey>) -> Self {
         let cursor = Cursor { states, interval, delivered: None, ended: false };
-        Self { step: Some(Box::pin(cursor.next())), _permit: permit }
+        Self { step: Some(Box::pin(cursor.next())), _place: place }
     }
 
     /// The next state; `None` once the last one was delivered. Cancel safe.

@@ -89,7 +89,7 @@ impl Inner {
         let first = look(&mut core, &nothing, now);
         Self {
             identity: parts.identity,
-            places: Places::new(parts.limits.watches, parts.limits.watches_per_connection),
+            places: Places::new(&parts.limits),
             callers: Callers::new(parts.limits.callers),
             limits: parts.limits,
             started: now,

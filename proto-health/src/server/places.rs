@@ -1,12 +1,16 @@
-//! Places for watches: so many for the node, so many for each connection.
+//! Places for watches: so many for the node, so many for each peer, so many for each connection.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use proto_common::access::Caller;
 use proto_common::error::Error;
+use proto_common::peer::{Peer, PeerKey};
+use proto_common::shares::{Full, Share, Shares};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use crate::limits::Limits;
 use crate::reason::Reason;
 
 /// Tells connections apart, for the limit of watches on each of them. tonic's own server says by itself where a call comes
@@ -16,7 +20,6 @@ pub struct ConnectionId(pub u64);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Key {
-    #[cfg(feature = "listen")]
     Address(std::net::SocketAddr),
     Id(ConnectionId),
 }
@@ -30,19 +33,27 @@ pub(crate) struct Places {
     limit: usize,
     per_connection: usize,
     connections: Connections,
+    peers: Shares<PeerKey>,
 }
 
 /// One open watch.
 #[derive(Debug)]
 pub(crate) struct Place {
     _permit: OwnedSemaphorePermit,
+    _of_peer: Share<PeerKey>,
     connection: Option<(Key, Connections)>,
 }
 
 impl Places {
-    pub(crate) fn new(limit: usize, per_connection: usize) -> Self {
-        let limit = limit.min(u32::MAX as usize).min(Semaphore::MAX_PERMITS);
-        Self { all: Arc::new(Semaphore::new(limit)), limit, per_connection, connections: Arc::default() }
+    pub(crate) fn new(limits: &Limits) -> Self {
+        let limit = limits.watches.min(u32::MAX as usize).min(Semaphore::MAX_PERMITS);
+        Self {
+            all: Arc::new(Semaphore::new(limit)),
+            limit,
+            per_connection: limits.watches_per_connection,
+            connections: Arc::default(),
+            peers: Shares::new(u64::MAX, limits.watches_per_peer as u64),
+        }
     }
 
     pub(crate) fn open(&self) -> usize {
@@ -51,23 +62,35 @@ impl Places {
 
     /// A place for one more watch of the caller with those extensions.
     pub(crate) fn take(&self, extensions: &http::Extensions) -> Result<Place, Error> {
-        let full = |limit: usize, of: &str| {
+        let full = |limit: u64, of: &str| {
             Reason::TooManyWatchers
                 .error(format!("{limit} watches are open {of} already; poll, or try again later"))
                 .metadata("limit", limit.to_string())
                 .retry_after(Duration::from_secs(1))
         };
         let permit = Arc::clone(&self.all).try_acquire_owned();
-        let permit = permit.map_err(|_| full(self.limit, "at this node"))?;
-        let Some(key) = key(extensions) else { return Ok(Place { _permit: permit, connection: None }) };
+        let permit = permit.map_err(|_| full(self.limit as u64, "at this node"))?;
+        let peer = extensions.get::<Caller>().map_or_else(Peer::anonymous, |caller| caller.peer().clone());
+        let of_peer = self.peers.take(Some(&peer.key()), 1).map_err(|refused: Full| {
+            let who = peer.key().to_string();
+            full(refused.limit(), &format!("of {who} at this node, which is its share,"))
+                .metadata("peer", who)
+        })?;
+        let Some(key) = key(extensions, &peer) else {
+            return Ok(Place { _permit: permit, _of_peer: of_peer, connection: None });
+        };
         let mut connections = self.connections.lock().unwrap_or_else(PoisonError::into_inner);
         let count = connections.entry(key).or_default();
         if *count >= self.per_connection {
-            return Err(full(self.per_connection, "on this connection"));
+            return Err(full(self.per_connection as u64, "on this connection"));
         }
         *count += 1;
         drop(connections);
-        Ok(Place { _permit: permit, connection: Some((key, Arc::clone(&self.connections))) })
+        Ok(Place {
+            _permit: permit,
+            _of_peer: of_peer,
+            connection: Some((key, Arc::clone(&self.connections))),
+        })
     }
 
     /// Returns when no watch is open.
@@ -78,20 +101,9 @@ impl Places {
     }
 }
 
-fn key(extensions: &http::Extensions) -> Option<Key> {
-    if let Some(id) = extensions.get::<ConnectionId>() {
-        return Some(Key::Id(*id));
-    }
-    #[cfg(feature = "listen")]
-    {
-        use tonic::transport::server::TcpConnectInfo;
-        let address = extensions.get::<TcpConnectInfo>().and_then(TcpConnectInfo::remote_addr);
-        let address = address.or_else(|| extensions.get::<proto_common::peer::Peer>()?.address());
-        if let Some(address) = address {
-            return Some(Key::Address(address));
-        }
-    }
-    None
+fn key(extensions: &http::Extensions, peer: &Peer) -> Option<Key> {
+    let id = extensions.get::<ConnectionId>().map(|id| Key::Id(*id));
+    id.or_else(|| peer.address().map(Key::Address))
 }
 
 impl Drop for Place {

@@ -7,12 +7,12 @@
 //! less urgent ones. No more places are kept for a node than it may have.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use proto_common::error::Error;
 use proto_common::ids::{NodeId, TransferId};
+use proto_common::shares::{Full, Share, Shares};
 use proto_common::v1::Priority;
 use tokio::time::Instant;
 
@@ -154,54 +154,50 @@ impl Drop for Place {
 /// The memory for manifests, shared out by what headers declare.
 #[derive(Debug, Clone)]
 pub(super) struct Manifests {
-    limit: u64,
-    used: Arc<AtomicU64>,
+    shares: Shares<NodeId>,
 }
 
 /// Memory of one manifest; given back when dropped.
-#[derive(Debug)]
-pub(super) struct Charge {
-    bytes: u64,
-    used: Arc<AtomicU64>,
-}
+pub(super) type Charge = Share<NodeId>;
 
 impl Manifests {
     /// Name, size, digest and the books of one file, without the bytes of its name: a generous estimate.
     const FILE_BYTES: u64 = 512;
 
-    pub(super) fn new(limit: u64) -> Self {
-        Self { limit, used: Arc::default() }
+    pub(super) fn new(limit: u64, limit_per_peer: u64) -> Self {
+        Self { shares: Shares::new(limit, limit_per_peer) }
     }
 
     fn cost(files: u64, name_bytes: u64) -> u64 {
         files.saturating_mul(Self::FILE_BYTES).saturating_add(name_bytes.saturating_mul(2))
     }
 
-    /// Charges for a manifest before it is read.
-    pub(super) fn charge(&self, files: u64, name_bytes: u64) -> Result<Charge, Error> {
-        let charge = self.take(files, name_bytes);
-        // One manifest alone is always taken, whatever the limit.
-        let used = self.used.load(Ordering::Relaxed);
-        if used > self.limit && used > charge.bytes {
-            return Err(Reason::TooManyTransfers
-                .error("the manifests of the transfers that are staged here fill the memory set aside for them; try again later")
-                .metadata("limit", self.limit.to_string())
-                .retry_after(Duration::from_secs(10)));
-        }
-        Ok(charge)
+    /// Charges for a manifest of the node `peer` before it is read. The only one of a node, and the only one of all, is taken whatever the limit.
+    pub(super) fn charge(&self, peer: &NodeId, files: u64, name_bytes: u64) -> Result<Charge, Error> {
+        self.shares.take_first(Some(peer), Self::cost(files, name_bytes)).map_err(|full| {
+            let message = match full {
+                Full::All { .. } => {
+                    "the manifests of the transfers that are staged here fill the memory set aside for them; try again later"
+                        .to_owned()
+                }
+                Full::Peer { .. } => format!(
+                    "the manifests of the transfers of node {peer} that are staged here fill its share of the memory set aside for them; cancel some, or try again later"
+                ),
+            };
+            let refused = Reason::TooManyTransfers
+                .error(message)
+                .metadata("limit", full.limit().to_string())
+                .retry_after(Duration::from_secs(10));
+            match full {
+                Full::All { .. } => refused,
+                Full::Peer { .. } => refused.metadata("peer", peer.as_str()),
+            }
+        })
     }
 
     /// Charges for one that is in memory already.
-    pub(super) fn take(&self, files: u64, name_bytes: u64) -> Charge {
-        let bytes = Self::cost(files, name_bytes);
-        self.used.fetch_add(bytes, Ordering::Relaxed);
-        Charge { bytes, used: Arc::clone(&self.used) }
-    }
-}
-
-impl Drop for Charge {
-    fn drop(&mut self) {
-        self.used.fetch_sub(self.bytes, Ordering::Relaxed);
+    pub(super) fn take(&self, peer: &NodeId, files: u64, name_bytes: u64) -> Charge {
+        self.shares.adopt(Some(peer), Self::cost(files, name_bytes))
     }
 }
 

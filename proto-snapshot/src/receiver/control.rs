@@ -99,8 +99,14 @@ impl<S: SnapshotStore> Inner<S> {
         if let Some(fence) = header.fence {
             fence.check(shard.fence, &spec.target_shard)?;
         }
-        let memory = self.manifests.charge(header.file_count, header.name_bytes)?;
-        let manifest = header.read_manifest(&mut frames, &self.limits).await?;
+        // What is staged is in memory already: going on with it takes no more.
+        let known = self.find(&spec.transfer_id).filter(|incoming| header.is_of(&incoming.plan));
+        let known = known.map(|incoming| incoming.plan.manifest.clone());
+        let memory = match &known {
+            Some(_) => None,
+            None => Some(self.manifests.charge(&spec.source_node, header.file_count, header.name_bytes)?),
+        };
+        let manifest = header.read_manifest(&mut frames, known, &self.limits).await?;
         let attached = self.attach(&header, manifest, memory, &mut place, answers).await?;
         drop(place);
         let permit = match attached {
@@ -318,7 +324,7 @@ impl<S: SnapshotStore> Inner<S> {
         self: &Arc<Self>,
         header: &ControlHeader,
         manifest: Manifest,
-        memory: Charge,
+        memory: Option<Charge>,
         place: &mut Option<Place>,
         answers: &Answers,
     ) -> Result<Attached<S::Staging>, Error> {
@@ -404,7 +410,7 @@ impl<S: SnapshotStore> Inner<S> {
         slot: &Slot<S::Staging>,
         header: &ControlHeader,
         manifest: Manifest,
-        memory: Charge,
+        memory: Option<Charge>,
         place: &mut Option<Place>,
         answers: &Answers,
     ) -> Result<Attached<S::Staging>, Error> {
@@ -520,7 +526,19 @@ impl<S: SnapshotStore> Inner<S> {
     }
 
     /// Stages a transfer that is new here.
-    async fn create(&self, plan: TransferPlan, memory: Charge) -> Result<Arc<Incoming<S::Staging>>, Error> {
+    async fn create(
+        &self,
+        plan: TransferPlan,
+        memory: Option<Charge>,
+    ) -> Result<Arc<Incoming<S::Staging>>, Error> {
+        let memory = match memory {
+            Some(memory) => memory,
+            // It was staged when its manifest was read, and has ended meanwhile.
+            None => {
+                let manifest = &plan.manifest;
+                self.manifests.charge(&plan.spec.source_node, manifest.file_count(), manifest.name_bytes())?
+            }
+        };
         let hold: Hold = Box::new((self.hook.admit(&plan).await?, memory));
         let staging = self.store.stage(&plan).await?;
         let progress = initial_progress(&plan, &self.identity.node_id, TransferPhase::Preparing);

@@ -11,9 +11,10 @@ use proto_common::refusal::Refusal;
 use proto_common::v1::Priority;
 use tonic::{Request, Streaming};
 
+use super::identity::other_manifest;
 use crate::limits::{Limits, MAX_MESSAGE_BYTES};
 use crate::reason::Reason;
-use crate::spec::{Manifest, ManifestFile, TransferSpec, id};
+use crate::spec::{Manifest, ManifestFile, TransferPlan, TransferSpec, id};
 use crate::store::Claim;
 use crate::v1::TransferSplitSnapshotRequest;
 use crate::v1::transfer_split_snapshot_request::{Frame, Header, LaneHeader};
@@ -236,21 +237,35 @@ impl ControlHeader {
         })
     }
 
-    /// Reads the manifest pages, never more than the header declared.
+    /// Whether it announces what is staged as `plan`, as far as it says.
+    pub(super) fn is_of(&self, plan: &TransferPlan) -> bool {
+        !self.discard_staged
+            && plan.spec == self.spec
+            && plan.manifest.file_count() == self.file_count
+            && plan.manifest.name_bytes() == self.name_bytes
+    }
+
+    /// Reads the manifest pages, never more than the header declared. Of one that has to be the same as `known`, nothing is kept beside that.
     pub(super) async fn read_manifest(
         &self,
         frames: &mut Frames,
+        known: Option<Manifest>,
         limits: &Limits,
     ) -> Result<Manifest, Error> {
         // Pages may come slowly, but not for ever: whoever sends them has a place.
         let patience = limits.first_frame * 10;
-        let read = tokio::time::timeout(patience, self.read_pages(frames, limits));
+        let read = tokio::time::timeout(patience, self.read_pages(frames, known, limits));
         read.await.map_err(|_| idle(patience))?
     }
 
-    async fn read_pages(&self, frames: &mut Frames, limits: &Limits) -> Result<Manifest, Error> {
+    async fn read_pages(
+        &self,
+        frames: &mut Frames,
+        known: Option<Manifest>,
+        limits: &Limits,
+    ) -> Result<Manifest, Error> {
         let mut files: Vec<ManifestFile> = Vec::new();
-        let mut name_bytes = 0_u64;
+        let (mut count, mut name_bytes) = (0_usize, 0_u64);
         let mismatch = |what: String| Reason::ManifestMismatch.field("manifest.files", what);
         loop {
             let page = match frames.next_within(limits.first_frame).await? {
@@ -263,29 +278,38 @@ impl ControlHeader {
                 return Err(mismatch("a page that is not the last has no files".to_owned()));
             }
             for file in page.files {
-                let file = ManifestFile::check(file, &format!("manifest.files[{}]", files.len()))?;
+                let file = ManifestFile::check(file, &format!("manifest.files[{count}]"))?;
                 name_bytes = name_bytes.saturating_add(file.name.as_str().len() as u64);
-                files.push(file);
-                if files.len() as u64 > self.file_count || name_bytes > self.name_bytes {
+                let number = count;
+                count += 1;
+                if count as u64 > self.file_count || name_bytes > self.name_bytes {
                     return Err(mismatch(format!(
                         "the header declares {} files and {} bytes of names, the manifest has more",
                         self.file_count, self.name_bytes
                     )));
+                }
+                let Some(known) = &known else {
+                    files.push(file);
+                    continue;
+                };
+                if let Some(what) = known.files().get(number).and_then(|known| known.difference(&file)) {
+                    return Err(other_manifest(&self.spec, &what));
                 }
             }
             if page.last {
                 break;
             }
         }
-        if files.len() as u64 != self.file_count || name_bytes != self.name_bytes {
+        if count as u64 != self.file_count || name_bytes != self.name_bytes {
             return Err(mismatch(format!(
-                "the header declares {} files and {} bytes of names, the manifest has {} and {name_bytes}",
-                self.file_count,
-                self.name_bytes,
-                files.len()
+                "the header declares {} files and {} bytes of names, the manifest has {count} and {name_bytes}",
+                self.file_count, self.name_bytes
             )));
         }
-        let manifest = Manifest::new(files)?;
+        let manifest = match known {
+            Some(known) => known,
+            None => Manifest::new(files)?,
+        };
         if manifest.total_bytes() != self.total_bytes {
             return Err(Reason::ManifestMismatch.field(
                 "header.total_bytes",

@@ -62,11 +62,14 @@ pub(super) fn check_same(
         None => {}
     }
     match plan.manifest.difference(manifest) {
-        Some(what) if !other_content => {
-            Err(other_specification(spec, "manifest.files", &format!("manifest ({what})")))
-        }
+        Some(what) if !other_content => Err(other_manifest(spec, &what)),
         _ => Ok(()),
     }
+}
+
+/// `what` of the manifest is another than before.
+pub(super) fn other_manifest(spec: &TransferSpec, what: &str) -> Error {
+    other_specification(spec, "manifest.files", &format!("manifest ({what})"))
 }
 
 /// The same against the history, which keeps digests of manifest and content version.

@@ -76,13 +76,14 @@ impl<S: SnapshotStore> SplitSnapshotService for SnapshotReceiver<S> {
         &self,
         request: Request<WatchTransferProgressRequest>,
     ) -> Result<Response<Self::WatchTransferProgressStream>, Status> {
+        let peer = Caller::of(request.extensions())?.peer().key();
         let WatchTransferProgressRequest { transfer_id, direction } = request.into_inner();
         let id = transfer_id_of(&transfer_id)?;
         let direction = self.inner.meant(wanted(direction)?, &id);
-        let watch = self.inner.transfers.registry().watch(direction, id.as_str()).map_err(|error| {
+        let registry = self.inner.transfers.registry();
+        let watch = registry.watch_for(&peer, direction, id.as_str()).map_err(|error| {
             if error.is(CommonReason::LimitExceeded) {
-                let refused = Reason::TooManyWatchers.error(error.message());
-                refused.retry_after(error.retry_after_hint().unwrap_or(std::time::Duration::from_secs(1)))
+                error.under(Reason::TooManyWatchers)
             } else {
                 self.inner.not_found(&id)
             }

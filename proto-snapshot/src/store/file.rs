@@ -60,6 +60,11 @@ pub struct FileStoreOptions {
     pub min_free_bytes: u64,
     /// Bytes of snapshots, staged and installed, that the store may hold. Default: what the file system has.
     pub capacity_bytes: Option<u64>,
+    /// What the transfers from one source node that are staged may take, announced or there: so much of the room that there would be without them,
+    /// in percent, 1 to 100; other numbers count as the nearest of these. Default 75, so that whatever a node announces, others find a quarter of the
+    /// room. The price: one snapshot that needs more than that is refused ([`StoreError::NoShare`]), also on a disk that nobody else wants; with
+    /// 100 it is taken, and one node can take all. What is installed counts for nobody.
+    pub percent_per_peer: u8,
     /// Whether bytes of installed files may be copied instead of sent again. The store's owner then declares that it does not
     /// change them; a file that was changed all the same is found out by its digest and not used. Default: yes.
     pub reuse_installed: bool,
@@ -81,6 +86,7 @@ impl Default for FileStoreOptions {
             history_limit: 1000,
             min_free_bytes: 64 << 20,
             capacity_bytes: None,
+            percent_per_peer: 75,
             reuse_installed: true,
             keep_previous: 0,
             max_open_files: 256,
@@ -184,7 +190,7 @@ impl FileSnapshotStore {
             sync_dir(parent).map_err(failed)?;
         }
         let shared = Shared {
-            space: Space::new(dir, options.min_free_bytes, options.capacity_bytes),
+            space: Space::new(dir, options.min_free_bytes, options.capacity_bytes, options.percent_per_peer),
             handles: Handles::new(options.max_open_files),
             index: Index::default(),
             history: History::new(layout.history(), options.history_limit),
@@ -314,7 +320,8 @@ impl Shared {
         let space: Vec<FileSpace> = plan.manifest.files().iter().map(FileSpace::new).collect();
         let sizes = || plan.manifest.files().iter().filter_map(|file| file.size);
         let bytes = sizes().fold(0, u64::saturating_add);
-        let reservation = self.space.reserve(bytes, sizes().map(on_disk).fold(0, u64::saturating_add))?;
+        let on_disk = sizes().map(on_disk).fold(0, u64::saturating_add);
+        let reservation = self.space.reserve(&plan.spec.source_node, bytes, on_disk)?;
         // Only one of two calls for an ID goes on.
         if !lock(&self.live).insert(id.clone()) {
             return Err(StoreError::invalid(ACTION, "there is one of this ID"));

@@ -180,7 +180,7 @@ impl Shared {
         };
         let parts = Parts {
             last_activity: modified_unix_ms(&area.records()),
-            reservation: self.space.adopt(bytes, outstanding),
+            reservation: self.space.adopt(&plan.spec.source_node, bytes, outstanding),
             space: found.space,
             dirs: found.dirs,
             plan,

@@ -120,7 +120,9 @@ impl Inner {
         let ahead = needed.div_ceil(GROWTH).saturating_mul(GROWTH);
         let grown = match self.reservation.grow(ahead, ahead) {
             Ok(()) => ahead,
-            Err(StoreError::NoSpace { .. }) => self.reservation.grow(needed, needed).map(|()| needed)?,
+            Err(StoreError::NoSpace { .. } | StoreError::NoShare { .. }) => {
+                self.reservation.grow(needed, needed).map(|()| needed)?
+            }
             Err(error) => return Err(error),
         };
         space.granted += grown;

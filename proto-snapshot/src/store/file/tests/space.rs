@@ -4,8 +4,10 @@ use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 
 use bytes::Bytes;
+use proto_common::ids::NodeId;
 use proto_common::path::FileName;
 
 use super::support::*;
@@ -53,6 +55,77 @@ async fn the_quota_counts_what_is_promised_and_what_is_installed() {
     install(&second, &one(400_000)).await;
     // The first one was replaced.
     store.stage(&plan("t3", 3, &one(600_000))).await.unwrap();
+}
+
+fn no_share(error: &StoreError) -> Option<(&str, u64, u64)> {
+    match error {
+        StoreError::NoShare { peer, needed_bytes, available_bytes } => {
+            Some((peer.as_str(), *needed_bytes, *available_bytes))
+        }
+        _ => None,
+    }
+}
+
+/// The plan, as one of the node `peer`.
+fn from_peer(peer: &str, mut plan: TransferPlan) -> TransferPlan {
+    plan.spec.source_node = NodeId::new(peer).unwrap();
+    plan
+}
+
+#[tokio::test]
+async fn a_node_gets_its_share_of_the_room_and_leaves_the_rest_to_others() {
+    let dir = tempfile::tempdir_in(fast_dir()).unwrap();
+    let limited = FileStoreOptions { capacity_bytes: Some(1_000_000), percent_per_peer: 60, ..options() };
+    let (store, _) = open_with(dir.path(), limited.clone()).await;
+    let of = |peer: &str, id: &str, len: usize| from_peer(peer, plan(id, 1, &one(len)));
+    let error = store.stage(&of("n9", "x0", 600_001)).await.unwrap_err();
+    assert_eq!(no_share(&error), Some(("n9", 600_001, 600_000)));
+    assert!(error.is_retryable());
+    let first = store.stage(&of("n9", "x1", 500_000)).await.unwrap();
+    // What is written counts as what is announced.
+    fill(&first, &one(500_000)).await;
+    let second = store.stage(&of("n9", "x2", 100_000)).await.unwrap();
+    let error = store.stage(&of("n9", "x3", 1)).await.unwrap_err();
+    assert_eq!(no_share(&error), Some(("n9", 1, 0)));
+    store.stage(&of("n9", "x4", 0)).await.unwrap();
+    // Another node has its share of what is left. More than all that is left is no matter of shares.
+    let other = store.stage(&of("n1", "y1", 200_000)).await.unwrap();
+    let error = store.stage(&of("n1", "y2", 50_000)).await.unwrap_err();
+    assert_eq!(no_share(&error), Some(("n1", 50_000, 40_000)));
+    assert_eq!(no_space(&store.stage(&of("n3", "z", 300_000)).await.unwrap_err()), Some((300_000, 200_000)));
+    // One that grows has no more than one that says its size.
+    let growing = store.stage(&from_peer("n9", unknown("x5"))).await.unwrap();
+    let chunk = StagedChunk { file: 0, offset: 0, payload: Bytes::from_static(b"x").into() };
+    assert!(no_share(&growing.write(vec![chunk]).await.unwrap_err()).is_some());
+    growing.remove().await.unwrap();
+
+    // The same after a restart; what was given up, or installed, is not held any more.
+    drop((first, second, other, growing, store));
+    let (store, recovered) = open_with(dir.path(), limited).await;
+    let staged = |id: &str| {
+        let found = recovered.staged.iter().find(|staging| staging.plan().spec.transfer_id.as_str() == id);
+        Arc::clone(found.unwrap())
+    };
+    let error = store.stage(&of("n9", "x3", 1)).await.unwrap_err();
+    assert_eq!(no_share(&error), Some(("n9", 1, 0)));
+    staged("x2").remove().await.unwrap();
+    assert!(store.stage(&of("n9", "x3", 1)).await.is_err(), "it has 500,000 of 800,000");
+    staged("y1").remove().await.unwrap();
+    store.stage(&of("n9", "x3", 60_000)).await.unwrap().remove().await.unwrap();
+    install(&staged("x1"), &one(500_000)).await;
+    store.stage(&of("n9", "x6", 160_000)).await.unwrap();
+}
+
+#[tokio::test]
+async fn one_node_may_have_all_where_the_owner_says_so() {
+    let dir = tempfile::tempdir_in(fast_dir()).unwrap();
+    for (percent, most) in [(0, 10_000), (1, 10_000), (75, 750_000), (100, 1_000_000), (255, 1_000_000)] {
+        let options =
+            FileStoreOptions { capacity_bytes: Some(1_000_000), percent_per_peer: percent, ..options() };
+        let (store, _) = open_with(dir.path(), options).await;
+        assert!(store.stage(&plan("t", 1, &one(most + 1))).await.is_err(), "{percent}");
+        store.stage(&plan("t", 1, &one(most))).await.unwrap().remove().await.unwrap();
+    }
 }
 
 #[tokio::test]

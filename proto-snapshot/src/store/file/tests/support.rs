@@ -95,9 +95,9 @@ pub(crate) async fn install(staging: &FileStaging, files: &Files) {
     staging.remove().await.unwrap();
 }
 
-/// Options without the margin that a small disk might not have.
+/// Options without the margins that a small disk might not have.
 pub(crate) fn options() -> FileStoreOptions {
-    FileStoreOptions { min_free_bytes: 0, ..FileStoreOptions::default() }
+    FileStoreOptions { min_free_bytes: 0, percent_per_peer: 100, ..FileStoreOptions::default() }
 }
 
 pub(crate) async fn open(dir: &Path) -> (FileSnapshotStore, Recovered<FileStaging>) {

@@ -1,0 +1,176 @@
+//! Something that a node has so much of, and of which no peer gets more than its share: places, bytes.
+
+use std::collections::HashMap;
+use std::hash::Hash;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// So much for all, so much of that for each peer, by its key. Clones share it.
+#[derive(Debug)]
+pub struct Shares<K> {
+    limit: u64,
+    limit_per_peer: u64,
+    taken: Arc<Mutex<Taken<K>>>,
+}
+
+#[derive(Debug)]
+struct Taken<K> {
+    all: u64,
+    /// Those that have nothing are not in it.
+    by_peer: HashMap<K, u64>,
+}
+
+/// What was taken; given back when dropped.
+#[derive(Debug)]
+#[must_use = "dropped, it is given back"]
+pub struct Share<K: Eq + Hash> {
+    taken: Arc<Mutex<Taken<K>>>,
+    peer: Option<K>,
+    amount: u64,
+}
+
+/// Whose limit does not allow more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Full {
+    /// That of all.
+    All {
+        /// What there is.
+        limit: u64,
+    },
+    /// That of the peer which asks.
+    Peer {
+        /// Its share.
+        limit: u64,
+    },
+}
+
+impl Full {
+    /// The limit that was reached.
+    #[must_use]
+    pub fn limit(self) -> u64 {
+        match self {
+            Self::All { limit } | Self::Peer { limit } => limit,
+        }
+    }
+}
+
+impl<K> Clone for Shares<K> {
+    fn clone(&self) -> Self {
+        Self { taken: Arc::clone(&self.taken), ..*self }
+    }
+}
+
+impl<K: Eq + Hash + Clone> Shares<K> {
+    /// `limit` for all, `limit_per_peer` of it for each.
+    #[must_use]
+    pub fn new(limit: u64, limit_per_peer: u64) -> Self {
+        let taken = Taken { all: 0, by_peer: HashMap::new() };
+        Self { limit, limit_per_peer, taken: Arc::new(Mutex::new(taken)) }
+    }
+
+    /// `amount` for `peer`. The node itself, which is no peer, has no share to keep to.
+    ///
+    /// # Errors
+    ///
+    /// [`Full`], and nothing is taken.
+    pub fn take(&self, peer: Option<&K>, amount: u64) -> Result<Share<K>, Full> {
+        self.enter(peer, amount, false)
+    }
+
+    /// [`take`](Self::take) where a limit must not keep anybody from the first thing that it asks for: who has nothing yet gets `amount`, also
+    /// if that is more than the limit.
+    ///
+    /// # Errors
+    ///
+    /// [`Full`], and nothing is taken.
+    pub fn take_first(&self, peer: Option<&K>, amount: u64) -> Result<Share<K>, Full> {
+        self.enter(peer, amount, true)
+    }
+
+    /// `amount` for `peer`, whatever the limits, which it counts against from now on: for what it has already.
+    pub fn adopt(&self, peer: Option<&K>, amount: u64) -> Share<K> {
+        self.add(&mut lock(&self.taken), peer, amount)
+    }
+
+    fn enter(&self, peer: Option<&K>, amount: u64, first: bool) -> Result<Share<K>, Full> {
+        let mut taken = lock(&self.taken);
+        let beyond = |had: u64, limit: u64| had.saturating_add(amount) > limit && (had > 0 || !first);
+        if let Some(peer) = peer
+            && beyond(taken.by_peer.get(peer).copied().unwrap_or(0), self.limit_per_peer)
+        {
+            return Err(Full::Peer { limit: self.limit_per_peer });
+        }
+        if beyond(taken.all, self.limit) {
+            return Err(Full::All { limit: self.limit });
+        }
+        Ok(self.add(&mut taken, peer, amount))
+    }
+
+    fn add(&self, taken: &mut Taken<K>, peer: Option<&K>, amount: u64) -> Share<K> {
+        // What it could not count is not given back either.
+        let amount = amount.min(u64::MAX - taken.all);
+        taken.all += amount;
+        if let Some(peer) = peer {
+            *taken.by_peer.entry(peer.clone()).or_default() += amount;
+        }
+        Share { taken: Arc::clone(&self.taken), peer: peer.cloned(), amount }
+    }
+
+    /// What all have.
+    #[must_use]
+    pub fn taken(&self) -> u64 {
+        lock(&self.taken).all
+    }
+}
+
+impl<K: Eq + Hash> Drop for Share<K> {
+    fn drop(&mut self) {
+        let mut taken = lock(&self.taken);
+        taken.all = taken.all.saturating_sub(self.amount);
+        let Some(peer) = &self.peer else { return };
+        if let Some(of_peer) = taken.by_peer.get_mut(peer) {
+            *of_peer = of_peer.saturating_sub(self.amount);
+            if *of_peer == 0 {
+                taken.by_peer.remove(peer);
+            }
+        }
+    }
+}
+
+fn lock<K>(taken: &Mutex<Taken<K>>) -> MutexGuard<'_, Taken<K>> {
+    taken.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_peer_gets_its_share_and_leaves_the_rest() {
+        let shares = Shares::new(10, 6);
+        let of_a = shares.take(Some(&"a"), 6).unwrap();
+        assert_eq!(shares.take(Some(&"a"), 1).unwrap_err(), Full::Peer { limit: 6 });
+        let of_b = shares.take(Some(&"b"), 3).unwrap();
+        assert_eq!(shares.take(Some(&"b"), 2).unwrap_err(), Full::All { limit: 10 });
+        assert_eq!(shares.take(None, 2).unwrap_err(), Full::All { limit: 10 });
+        let of_node = shares.take(None, 1).unwrap();
+        assert_eq!(shares.taken(), 10);
+        drop(of_a);
+        let _again = shares.take(Some(&"a"), 6).unwrap();
+        drop((of_b, of_node));
+        assert_eq!(shares.taken(), 6);
+        assert_eq!(lock(&shares.taken).by_peer.len(), 1, "who has nothing is forgotten");
+    }
+
+    #[test]
+    fn the_first_thing_is_given_whatever_its_size_and_no_second_one() {
+        let shares = Shares::new(10, 6);
+        let large = shares.take_first(Some(&"a"), 20).unwrap();
+        assert_eq!(shares.take_first(Some(&"a"), 1).unwrap_err(), Full::Peer { limit: 6 });
+        assert_eq!(shares.take_first(Some(&"b"), 1).unwrap_err(), Full::All { limit: 10 });
+        drop(large);
+        assert!(shares.take(Some(&"a"), 20).is_err());
+        let _most = shares.adopt(Some(&"a"), u64::MAX);
+        drop(shares.adopt(Some(&"a"), 7));
+        assert_eq!(shares.taken(), u64::MAX);
+    }
+}
