@@ -477,3 +477,35 @@ async fn a_peer_that_watches_all_it_can_leaves_the_others_their_watches() {
     tokio::time::timeout(support::LONG, again).await.expect("a place comes free");
     server.stop().await;
 }
+
+/// Every stream ends the streams of every transfer when the node stops, so each is told by many at once.
+#[test]
+fn streams_that_are_told_to_end_by_many_at_once_end() {
+    let (done, stopped) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        // A thread that waits for itself stops the clock of its runtime, too.
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(4).enable_all().build().unwrap();
+        for _ in 0..40 {
+            runtime.block_on(async {
+                let target = tempfile::tempdir().unwrap();
+                let server = Server::start(builder(target.path())).await;
+                let mut open = Vec::new();
+                for number in 0..12 {
+                    open.push(Stalled::open(&server, "n1", &format!("t{number}")).await.unwrap());
+                }
+                server.receiver.shutdown().await;
+                for stream in &mut open {
+                    let refused = stream.refusal().await;
+                    assert!(refused.is(Reason::ShuttingDown), "{refused:?}");
+                }
+                drop(open);
+                server.stop().await;
+            });
+            done.send(()).unwrap();
+        }
+    });
+    for round in 0..40 {
+        assert_eq!(stopped.recv_timeout(support::LONG), Ok(()), "round {round}");
+    }
+}

@@ -151,10 +151,14 @@ pub(super) async fn accept(
     // A takeover waits for this stream; it does not wait for its peer.
     tokio::select! {
         sent = send_pages(answers, terms, missing) => sent,
-        reason = async { stop.wait_for(Option::is_some).await.map_or(None, |reason| reason.clone()) } => {
-            Err(reason.unwrap_or_else(ended_early))
-        }
+        reason = told_to_stop(stop) => Err(reason.unwrap_or_else(ended_early)),
     }
+}
+
+/// Waits until the stream has to end, and returns why. Nothing of the channel is borrowed then: who looks at it once more while it is would wait
+/// for whoever wants to tell another reason, which waits for him.
+async fn told_to_stop(stop: &mut watch::Receiver<Option<Error>>) -> Option<Error> {
+    stop.wait_for(Option::is_some).await.map_or(None, |reason| reason.clone())
 }
 
 async fn send_pages(answers: &Answers, terms: Accepted, missing: Vec<WireExtent>) -> Result<(), Error> {
@@ -245,9 +249,7 @@ impl<A: Staging> Session<'_, A> {
         loop {
             tokio::select! {
                 biased;
-                _ = stop.wait_for(Option::is_some) => {
-                    return Err(self.permit.stopped().unwrap_or_else(ended_early));
-                }
+                reason = told_to_stop(&mut stop) => return Err(reason.unwrap_or_else(ended_early)),
                 () = self.answers.closed() => return Err(ended_early()),
                 _ = alive.tick() => {
                     // Also where nothing is new: it is the sign of life.
