@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `active/<first slot>-<last slot>.<id>.task` | one migration: `[magic: 4][len: u32][crc: u64][bytes]`, little-endian, replaced atomically |
 //! | `history` | the last that ended, in either direction |
+//! | `dropped/` | damaged files that an operator has [set aside](Journal::set_aside); nothing reads them |
 //!
 //! The slots are part of a file's name, so that a file whose content is damaged still says which slots must not be served until somebody has
 //! looked: whether they were handed over is what it would have told.
@@ -26,6 +27,8 @@ use crate::failpoint::reached;
 use crate::v1::MigrationProgress;
 
 const MAGIC: [u8; 4] = *b"NMJ1";
+/// What the names of the files of migrations that run begin with.
+const ACTIVE: &str = "active/";
 const HEADER_LEN: usize = 16;
 /// Largest record. What a progress remembers is bounded far below it.
 const MAX_RECORD_BYTES: usize = 4 << 20;
@@ -67,6 +70,14 @@ pub struct DamagedFile {
     pub problem: String,
 }
 
+impl DamagedFile {
+    /// The migration that the file's name says.
+    #[must_use]
+    pub fn migration_id(&self) -> Option<MigrationId> {
+        Some(parse_name(self.file.strip_prefix(ACTIVE)?)?.1)
+    }
+}
+
 /// What an earlier process left.
 #[derive(Debug, Default)]
 pub struct Recovered {
@@ -86,6 +97,7 @@ pub struct Journal {
 
 #[derive(Debug)]
 struct Shared {
+    directory: PathBuf,
     active: PathBuf,
     history: History,
 }
@@ -126,7 +138,7 @@ impl Journal {
             }
             let named = parse_name(&shown);
             let damaged = |problem: String| DamagedFile {
-                file: format!("active/{}", proto_common::text::printable(&shown, 200)),
+                file: format!("{ACTIVE}{}", proto_common::text::printable(&shown, 200)),
                 slots: named.as_ref().map(|(slots, _)| *slots),
                 problem,
             };
@@ -139,7 +151,39 @@ impl Journal {
                 Err(problem) => recovered.damaged.push(damaged(problem)),
             }
         }
-        Ok((Self { shared: Arc::new(Shared { active, history }) }, recovered))
+        let directory = directory.to_path_buf();
+        Ok((Self { shared: Arc::new(Shared { directory, active, history }) }, recovered))
+    }
+
+    /// The name of a migration's file below the journal's directory, as in [`DamagedFile::file`].
+    #[must_use]
+    pub fn file_of(slots: SlotRange, id: &MigrationId) -> String {
+        format!("{ACTIVE}{}", file_name(slots, id))
+    }
+
+    /// Moves a [damaged file](DamagedFile) to `dropped/`, durably, and returns its path there: the next start knows nothing of the migration, and
+    /// its slots belong to whoever the store says owns them. For a node that does not run. Blocks.
+    ///
+    /// Whoever calls this knows from the target that the migration was discarded, or from the store that the slots were given up; otherwise both
+    /// nodes may serve them.
+    ///
+    /// # Errors
+    ///
+    /// Those of the file system; of kind `InvalidInput` if `file` is not the name of a file of a migration.
+    pub fn set_aside(&self, file: &str) -> io::Result<PathBuf> {
+        let plain = |name: &&str| !name.is_empty() && !name.contains('/') && !name.starts_with('.');
+        let name = file.strip_prefix(ACTIVE).filter(plain);
+        let name =
+            name.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "not a file of a migration"))?;
+        let Shared { directory, active, .. } = &*self.shared;
+        let dropped = directory.join("dropped");
+        fs::create_dir_all(&dropped)?;
+        sync_dir(directory)?;
+        let kept_as = dropped.join(name);
+        fs::rename(active.join(name), &kept_as)?;
+        sync_dir(&dropped)?;
+        sync_dir(active)?;
+        Ok(kept_as)
     }
 
     /// Makes `record` what is known of `id`, durably and as a whole.
@@ -202,12 +246,6 @@ async fn blocking(
         Ok(done) => done.map_err(failed),
         Err(error) => Err(failed(io::Error::other(error))),
     }
-}
-
-/// The name of a migration's file below the journal's directory.
-#[cfg(feature = "client")]
-pub(crate) fn shown_name(slots: SlotRange, id: &MigrationId) -> String {
-    format!("active/{}", file_name(slots, id))
 }
 
 fn file_name(slots: SlotRange, id: &MigrationId) -> String {
@@ -315,6 +353,27 @@ mod tests {
         let (_, recovered) = Journal::open(dir.path(), 10).unwrap();
         assert_eq!(recovered.active.len(), 1);
         assert_eq!(recovered.finished.last(), Some(&progress("m1", 3)));
+    }
+
+    #[tokio::test]
+    async fn a_damaged_file_is_set_aside_and_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let (journal, _) = Journal::open(dir.path(), 10).unwrap();
+        journal.save(&id("m1"), slots(), &record("m1", 1)).await.unwrap();
+        let path = dir.path().join(Journal::file_of(slots(), &id("m1")));
+        fs::write(&path, b"damaged").unwrap();
+        let (journal, recovered) = Journal::open(dir.path(), 10).unwrap();
+        let [damaged] = recovered.damaged.as_slice() else { panic!("{recovered:?}") };
+        assert_eq!(damaged.migration_id(), Some(id("m1")));
+        for none in
+            ["m1", "active/../history", "active/", "active/..", "history", "active/00100-00199.m2.task"]
+        {
+            assert!(journal.set_aside(none).is_err(), "{none}");
+        }
+        let kept_as = journal.set_aside(&damaged.file).unwrap();
+        assert_eq!(fs::read(kept_as).unwrap(), b"damaged");
+        let (_, recovered) = Journal::open(dir.path(), 10).unwrap();
+        assert!(recovered.damaged.is_empty() && recovered.active.is_empty(), "{recovered:?}");
     }
 
     #[tokio::test]

@@ -37,6 +37,7 @@ use self::control::Calls;
 use self::handshake::RANDOM_ID_BYTES;
 use self::incoming::{Incoming, Slot};
 use self::places::Places;
+pub use self::recovery::read_record;
 use crate::Reason;
 use crate::decisions::Decisions;
 use crate::journal::Journal;

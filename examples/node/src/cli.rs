@@ -8,6 +8,7 @@ use clap::{Args, Parser, Subcommand};
 use proto::common::ids::ClusterId;
 use proto::common::tls::TlsFiles;
 
+use crate::check::CheckOptions;
 use crate::common::{NodeId, SlotRange};
 use crate::demo::DemoOptions;
 use crate::demo::load::Source;
@@ -31,8 +32,47 @@ pub struct Cli {
 pub enum Command {
     /// Serve one node until SIGINT or SIGTERM.
     Serve(Box<ServeArgs>),
+    /// Look at the data directory of a stopped node: is the database whole, and can all records of migrations be read?
+    Check(CheckArgs),
     /// Split a shard between two nodes, kill one in the middle, migrate slots back, and prove that nothing is lost.
     Demo(DemoArgs),
+}
+
+/// Of `node check`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  node check --data data/n1
+  node check --data data/n1 --drop active/08192-16383.m1.task --target-discarded
+  node check --data data/n2 --drop m1 --json
+
+For each record that cannot be read it says what can be done about it. A dropped one is kept below DIR/migrations/dropped/.
+
+Exit codes: 0 everything can be read, 1 something cannot, or could not be done (it says what), 2 wrong usage.")]
+pub struct CheckArgs {
+    /// The data directory of a node that does not run.
+    #[arg(long, value_name = "DIR")]
+    data: PathBuf,
+    /// Look at the records only, without reading the whole database first.
+    #[arg(long)]
+    skip_verify: bool,
+    /// Drop this record, which cannot be read: the name that is shown for it.
+    #[arg(long, value_name = "RECORD")]
+    drop: Option<String>,
+    /// With --drop, of a record of slots that this node owns: the target was asked, and has discarded the migration.
+    #[arg(long, requires = "drop")]
+    target_discarded: bool,
+    /// Say it in JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+impl From<CheckArgs> for CheckOptions {
+    fn from(args: CheckArgs) -> Self {
+        let CheckArgs { data, skip_verify, drop, target_discarded, json } = args;
+        let store = StoreOptions { verify: !skip_verify, ..StoreOptions::default() };
+        Self { data, store, drop, target_discarded, json }
+    }
 }
 
 /// Of `node demo`.

@@ -13,8 +13,10 @@
 //! | [`health`] | how the node is, what it tells of itself, and its drain |
 //! | [`trust`] | TLS, the cluster, and who may call |
 //! | [`serve`], [`cli`] | `node serve` |
+//! | [`check`] | `node check` |
 //! | [`demo`] | `node demo` |
 
+pub mod check;
 pub mod cli;
 pub mod common;
 pub mod demo;

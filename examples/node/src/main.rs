@@ -12,8 +12,8 @@ const INTERRUPTED: u8 = 130;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    // The demo speaks for itself; its nodes log into files.
-    let level = if matches!(cli.command, Command::Demo(_)) { "warn" } else { "info" };
+    // The others speak for themselves.
+    let level = if matches!(cli.command, Command::Serve(_)) { "info" } else { "warn" };
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
     let ansi = std::io::stderr().is_terminal();
     tracing_subscriber::fmt().with_env_filter(filter).with_ansi(ansi).with_writer(std::io::stderr).init();
@@ -27,6 +27,9 @@ fn main() -> ExitCode {
     let result = runtime.block_on(async {
         match cli.command {
             Command::Serve(args) => node::serve::serve((*args).into()).await.map(|()| ExitCode::SUCCESS),
+            Command::Check(args) => node::check::check(args.into())
+                .await
+                .map(|whole| if whole { ExitCode::SUCCESS } else { ExitCode::FAILURE }),
             Command::Demo(args) => tokio::select! {
                 // Its nodes are killed when it is dropped, and its temporary directory removed.
                 interrupted = tokio::signal::ctrl_c() => {

@@ -207,29 +207,30 @@ async fn a_damaged_database_is_never_served() {
     goes_on(&pair).await;
 }
 
+/// Cuts the last byte off the record of a migration to the stopped node whose data is in `directory`.
+fn damage_target_record(directory: &Path) {
+    let table = TableDefinition::<&str, (u32, u16, u16, u64, u64, &[u8])>::new("migrations");
+    let database = redb::Database::open(directory.join("node.redb")).unwrap();
+    let txn = database.begin_write().unwrap();
+    {
+        let mut migrations = txn.open_table(table).unwrap();
+        let (generation, start, end, keys, bytes, record) = migrations
+            .get(ID)
+            .unwrap()
+            .map(|row| {
+                let (generation, start, end, keys, bytes, record) = row.value();
+                (generation, start, end, keys, bytes, record.to_vec())
+            })
+            .unwrap();
+        migrations.insert(ID, (generation, start, end, keys, bytes, &record[..record.len() - 1])).unwrap();
+    }
+    txn.commit().unwrap();
+}
+
 #[tokio::test]
 async fn a_damaged_record_of_a_target_keeps_its_slots_from_others() {
     let mut pair = copying().await;
-    let table = TableDefinition::<&str, (u32, u16, u16, u64, u64, &[u8])>::new("migrations");
-    {
-        let database = redb::Database::open(pair.directory.path().join("n2/node.redb")).unwrap();
-        let txn = database.begin_write().unwrap();
-        {
-            let mut migrations = txn.open_table(table).unwrap();
-            let (generation, start, end, keys, bytes, record) = migrations
-                .get(ID)
-                .unwrap()
-                .map(|row| {
-                    let (generation, start, end, keys, bytes, record) = row.value();
-                    (generation, start, end, keys, bytes, record.to_vec())
-                })
-                .unwrap();
-            migrations
-                .insert(ID, (generation, start, end, keys, bytes, &record[..record.len() - 1]))
-                .unwrap();
-        }
-        txn.commit().unwrap();
-    }
+    damage_target_record(&pair.directory.path().join("n2"));
     let log = Log::of(&pair.n2);
     pair.n2.restart().await.unwrap();
     assert!(log.text().contains("cannot be trusted") && log.text().contains("8192-16383"), "{}", log.text());
@@ -245,6 +246,118 @@ async fn a_damaged_record_of_a_target_keeps_its_slots_from_others() {
     low.spec.as_mut().unwrap().slots = Some("0-99".parse::<SlotRange>().unwrap().into());
     begin(&pair.n1, low).await.unwrap();
     reaches(&pair.n1, "low", Direction::Out, MigrationState::Completed).await;
+}
+
+/// What `node check` says of the data of a stopped node, and whether it ends well.
+async fn check(data: &Path, arguments: &[&str]) -> (bool, String, String) {
+    let mut command = tokio::process::Command::new(support::program());
+    let command = command.arg("check").arg("--data").arg(data).args(arguments).kill_on_drop(true);
+    let ended = tokio::time::timeout(Duration::from_secs(60), command.output()).await.unwrap().unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    (ended.status.success(), text(ended.stdout), text(ended.stderr))
+}
+
+async fn check_json(data: &Path, arguments: &[&str]) -> (bool, serde_json::Value) {
+    let (well, said, _) = check(data, &[arguments, &["--json"]].concat()).await;
+    (well, serde_json::from_str(&said).unwrap_or_else(|_| panic!("{said}")))
+}
+
+#[tokio::test]
+async fn a_damaged_record_of_a_target_is_dropped_by_command_and_the_source_copies_again() {
+    let mut pair = copying().await;
+    let data = pair.directory.path().join("n2");
+    let (well, whole) = check_json(&data, &[]).await;
+    assert!(well, "{whole}");
+    let record = &whole["records"][0];
+    assert_eq!((&record["record"], &record["side"]), (&ID.into(), &"target".into()), "{whole}");
+    assert_eq!((&record["slots"], &record["state"]), (&"8192-16383".into(), &"RECEIVING".into()), "{whole}");
+    let (well, _, said) = check(&data, &["--drop", ID]).await;
+    assert!(!well && said.contains("can be read") && said.contains("nodectl migrate cancel"), "{said}");
+
+    damage_target_record(&data);
+    let (well, damaged) = check_json(&data, &[]).await;
+    let record = &damaged["records"][0];
+    assert!(!well && record["state"].is_null(), "{damaged}");
+    assert!(record["problem"].as_str().is_some_and(|problem| problem.contains("decode")), "{damaged}");
+    let staged = record["staged_keys"].as_u64().unwrap();
+    assert!(staged > 20, "{damaged}");
+    let (well, said, _) = check(&data, &[]).await;
+    let command = format!("node check --data {} --drop {ID}", data.display());
+    assert!(!well && said.contains("DAMAGED") && said.contains(&command), "{said}");
+    let (well, _, said) = check(&data, &["--drop", "other"]).await;
+    assert!(!well && said.contains("there is no record \"other\""), "{said}");
+    // A node that runs is left alone.
+    pair.n2.restart().await.unwrap();
+    let (well, _, said) = check(&data, &["--drop", ID]).await;
+    assert!(!well && said.contains("in use"), "{said}");
+    pair.n1.restart().await.unwrap();
+    until("the source is refused", async || {
+        let shown = support::migration::progress(&pair.n1, ID, Direction::Out).await;
+        shown.and_then(|shown| shown.progress?.error).is_some_and(|error| error.reason == "SLOTS_QUARANTINED")
+    })
+    .await;
+    pair.n2.stop().await.unwrap();
+
+    let (well, dropped) = check_json(&data, &["--drop", ID]).await;
+    assert!(well, "{dropped}");
+    assert_eq!(
+        (&dropped["records"], &dropped["dropped"]["staged_keys"]),
+        (&serde_json::json!([]), &staged.into())
+    );
+    let kept = PathBuf::from(dropped["dropped"]["kept_as"].as_str().unwrap());
+    assert!(fs::metadata(&kept).unwrap().len() > 0, "{dropped}");
+    let log = Log::of(&pair.n2);
+    pair.n2.restart().await.unwrap();
+    assert!(!log.text().contains("cannot be trusted"), "{}", log.text());
+    // Nothing was lost: the source copies again, and hands over.
+    until("the source takes the limit off", async || begin(&pair.n1, request(ID, &pair.n2)).await.is_ok())
+        .await;
+    reaches(&pair.n1, ID, Direction::Out, MigrationState::Completed).await;
+    // `foo` is in slot 12182.
+    assert_eq!(call(&mut client(&pair.n2).await, "SET foo 1").await, "OK");
+}
+
+#[tokio::test]
+async fn a_damaged_record_of_a_source_is_dropped_by_command_once_the_target_has_discarded_it() {
+    let mut pair = copying().await;
+    pair.n2.restart().await.unwrap();
+    let data = pair.directory.path().join("n1");
+    let name = format!("active/08192-16383.{ID}.task");
+    let record = data.join("migrations").join(&name);
+    let whole = fs::read(&record).unwrap();
+    fs::write(&record, &whole[..whole.len() - 1]).unwrap();
+    let (well, damaged) = check_json(&data, &[]).await;
+    let shown = &damaged["records"][0];
+    assert!(!well && shown["problem"].is_string() && shown["owned"] == true, "{damaged}");
+    assert_eq!((&shown["record"], &shown["migration_id"]), (&name.as_str().into(), &ID.into()), "{damaged}");
+    // Both could serve the slots if the target had taken them over.
+    let (well, _, said) = check(&data, &["--drop", &name]).await;
+    assert!(
+        !well && said.contains("--target-discarded") && said.contains("nodectl migrate cancel"),
+        "{said}"
+    );
+    assert!(record.exists());
+    support::migration::cancel(&pair.n2, ID).await.unwrap();
+    let (well, said, _) = check(&data, &["--drop", &name, "--target-discarded"]).await;
+    assert!(well && said.contains(&format!("dropped {name}")), "{said}");
+    assert!(!record.exists());
+    assert_eq!(
+        fs::read(data.join(format!("migrations/dropped/08192-16383.{ID}.task"))).unwrap().len(),
+        whole.len() - 1
+    );
+    // The slots are served again, and can be moved.
+    pair.n1.restart().await.unwrap();
+    assert_eq!(call(&mut client(&pair.n1).await, "SET foo 1").await, "OK");
+    begin(&pair.n1, request("again", &pair.n2)).await.unwrap();
+    reaches(&pair.n1, "again", Direction::Out, MigrationState::Completed).await;
+}
+
+#[tokio::test]
+async fn a_directory_that_is_no_node_s_is_not_made_one() {
+    let empty = tempfile::tempdir().unwrap();
+    let (well, _, said) = check(empty.path(), &[]).await;
+    assert!(!well && said.contains("there is no node.redb in it"), "{said}");
+    assert_eq!(fs::read_dir(empty.path()).unwrap().count(), 0);
 }
 
 fn snapshot(node: &str) -> SnapshotToSend {

@@ -9,7 +9,7 @@ use proto_common::slots::SlotRange;
 
 use super::{Dial, Inner, lock};
 use crate::hold::HoldMode;
-use crate::journal::{self, DamagedFile, SourceRecord};
+use crate::journal::{DamagedFile, Journal, SourceRecord};
 use crate::limits::TaskLimits;
 use crate::source::MigrationSource;
 use crate::spec::MigrationSpec;
@@ -36,7 +36,7 @@ impl<S: MigrationSource, D: Dial> Inner<S, D> {
             match self.check_record(&id, &record) {
                 Ok(checked) => self.take_up(id, record, checked).await?,
                 Err((slots, error)) => {
-                    let file = slots.map_or_else(|| id.to_string(), |slots| journal::shown_name(slots, &id));
+                    let file = slots.map_or_else(|| id.to_string(), |slots| Journal::file_of(slots, &id));
                     let problem = format!("cannot be gone on with: {error}");
                     self.quarantine(&DamagedFile { file, slots, problem }).await?;
                 }

@@ -15,7 +15,7 @@ use super::incoming::{Incoming, Slot, guarded};
 use super::record::Record;
 use crate::Reason;
 use crate::target::{MigrationTarget, StoredMigration};
-use crate::v1::MigrationState;
+use crate::v1::{MigrationProgress, MigrationState};
 
 /// How often records that nobody needs are looked for, at least.
 const COLLECT_INTERVAL: Duration = Duration::from_secs(60);
@@ -37,6 +37,16 @@ pub(super) fn read(
         }
     }
     (known, untrusted)
+}
+
+/// What the record of a migration to this node says, read as [`start`](super::MigrationReceiverBuilder::start) reads it; for tools that look at
+/// the store of a node that does not run.
+///
+/// # Errors
+///
+/// What is wrong with it, as the end of a sentence that begins with "the record".
+pub fn read_record(stored: &StoredMigration) -> Result<MigrationProgress, String> {
+    Ok(Record::decode(&stored.id, stored.record.clone())?.progress)
 }
 
 /// Slots as an operator writes them.

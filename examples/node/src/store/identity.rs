@@ -42,6 +42,15 @@ pub struct Identity {
 /// The epoch of the slots that a directory is made with.
 const FIRST_EPOCH: u64 = 1;
 
+/// The node that a database belongs to.
+pub(super) fn node(database: &Database) -> Result<NodeId, StoreError> {
+    let txn = database.begin_read()?;
+    let stored = txn.open_table(tables::META)?.get(KEY_NODE)?.map(|value| value.value().to_vec());
+    let name = String::from_utf8(stored.unwrap_or_default());
+    let node = name.ok().and_then(|name| NodeId::new(name).ok());
+    node.ok_or_else(|| StoreError::Damaged("it does not say which node's it is".into()))
+}
+
 /// Reads who the node of `directory` is, and compares it with what was asked for.
 pub(super) fn load(database: &Database, directory: &Path, init: &Init) -> Result<Identity, StoreError> {
     let mismatch = |what: String| StoreError::Mismatch { path: directory.to_path_buf(), what };

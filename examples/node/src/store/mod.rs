@@ -116,13 +116,28 @@ impl Store {
     ) -> Result<(Self, Identity), StoreError> {
         std::fs::create_dir_all(directory)
             .map_err(|source| StoreError::io(format!("cannot make {}", directory.display()), source))?;
-        let file = directory.join(open::DATABASE_FILE);
-        let (database, identity) = open::open(directory, init, options)?;
+        Self::start(directory, open::open(directory, init, options)?, options)
+    }
+
+    /// Opens the database that is in `directory`, whichever node's it is. Blocks, as [`open`](Self::open) does.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`open`](Self::open); [`StoreError::Mismatch`] where there is none.
+    pub fn open_existing(directory: &Path, options: &StoreOptions) -> Result<(Self, Identity), StoreError> {
+        Self::start(directory, open::open_existing(directory, options)?, options)
+    }
+
+    fn start(
+        directory: &Path,
+        (database, identity): (redb::Database, Identity),
+        options: &StoreOptions,
+    ) -> Result<(Self, Identity), StoreError> {
         let shared = Arc::new(open::load(directory, || Shared::load(database))?);
         let (writer, thread) = Writer::start(Arc::clone(&shared))?;
         let inner = Inner {
             directory: directory.to_path_buf(),
-            file,
+            file: directory.join(open::DATABASE_FILE),
             cache_bytes: u64::try_from(options.cache_bytes).unwrap_or(u64::MAX),
             reserve_bytes: options.reserve_bytes,
             shared,

@@ -37,6 +37,24 @@ pub(super) fn open(
     Ok((database, Identity { fresh, ..found }))
 }
 
+/// Opens the database in `directory` as whichever node's it is.
+pub(super) fn open_existing(
+    directory: &Path,
+    options: &StoreOptions,
+) -> Result<(Database, Identity), StoreError> {
+    let file = directory.join(DATABASE_FILE);
+    if matches!(fs::metadata(&file), Err(error) if error.kind() == io::ErrorKind::NotFound) {
+        let what = format!("there is no {DATABASE_FILE} in it; is it the --data of a node?");
+        return Err(StoreError::Mismatch { path: directory.to_path_buf(), what });
+    }
+    let database = unharmed(&file, || existing(directory, &file, options))?;
+    let identity = unharmed(&file, || {
+        let init = Init { node: identity::node(&database)?, slots: None, others: Vec::new() };
+        identity::load(&database, directory, &init)
+    })?;
+    Ok((database, identity))
+}
+
 /// A crash leaves a whole database or none: a file that is empty or holds no identity is not taken for a new one.
 fn make(directory: &Path, file: &Path, init: &Init, options: &StoreOptions) -> Result<(), StoreError> {
     if let Some(beside) = BESIDE.iter().find(|name| directory.join(name).exists()) {

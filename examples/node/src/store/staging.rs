@@ -223,6 +223,20 @@ impl Store {
             })
             .await
     }
+
+    /// Drops a record and what is staged for it, whatever the record says: for one that nobody can read.
+    pub(crate) async fn drop_migration(&self, id: &MigrationId) -> Result<(), StoreError> {
+        let id = id.clone();
+        self.writer()?
+            .transact(move |txn, rows| {
+                if let Some(mut stored) = Stored::get(txn, &id)? {
+                    stored.drop_staged(rows)?;
+                }
+                txn.open_table(tables::MIGRATIONS)?.remove(id.as_str())?;
+                Ok(())
+            })
+            .await
+    }
 }
 
 fn nothing_staged(id: &MigrationId) -> StoreError {
