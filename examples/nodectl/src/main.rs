@@ -83,6 +83,8 @@ fn start(args: Args, output: &mut Output) -> Result<(), Failure> {
         .enable_all()
         .build()
         .map_err(|error| Failure::failed(format!("cannot start: {error}")))?;
+    #[cfg(feature = "tls")]
+    runtime.spawn(trust::follow());
     let result = runtime.block_on(run(args.command, output));
     runtime.shutdown_timeout(FAREWELL);
     result

@@ -14,6 +14,8 @@ const NAME: &str = "nodectl";
 struct Trust {
     dialer: Dialer,
     name: Option<NodeId>,
+    #[cfg(feature = "tls")]
+    tls: Option<proto::common::tls::Tls>,
 }
 
 /// Set once, before anything is connected.
@@ -78,18 +80,32 @@ fn load(args: TlsArgs) -> Result<Option<Trust>, Failure> {
         let message = format!("--tls-cert is that of {identity}, --cluster is {cluster}");
         return Err(Failure::usage(message));
     }
-    let dialer = Dialer::tls(tls).in_cluster(identity.cluster.as_ref());
-    Ok(Some(Trust { dialer, name: Some(identity.id) }))
+    let dialer = Dialer::tls(tls.clone()).in_cluster(identity.cluster.as_ref());
+    Ok(Some(Trust { dialer, name: Some(identity.id), tls: Some(tls) }))
 }
 
 fn plaintext(cluster: Option<ClusterId>) -> Option<Trust> {
-    cluster.map(|cluster| Trust { dialer: Dialer::plaintext().in_cluster(Some(&cluster)), name: None })
+    cluster.map(|cluster| Trust {
+        dialer: Dialer::plaintext().in_cluster(Some(&cluster)),
+        name: None,
+        #[cfg(feature = "tls")]
+        tls: None,
+    })
 }
 
 #[cfg(not(feature = "tls"))]
 #[allow(clippy::unnecessary_wraps, reason = "with TLS it can fail")]
 fn load(args: TlsArgs) -> Result<Option<Trust>, Failure> {
     Ok(plaintext(args.cluster))
+}
+
+/// Takes new certificates as their files are replaced, as long as it is polled: what takes long outlives a certificate.
+#[cfg(feature = "tls")]
+pub(crate) async fn follow() {
+    if let Some(tls) = TRUST.get().and_then(|trust| trust.tls.as_ref()) {
+        // Whoever connects with one that does not help is told so.
+        tls.follow(proto::common::tls::RELOAD_INTERVAL, |_| {}).await
+    }
 }
 
 /// How nodes are connected to.

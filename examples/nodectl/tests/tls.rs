@@ -11,9 +11,13 @@ use proto::health::HealthRegistry;
 use proto::node::NodeIdentity;
 use tokio::net::TcpListener;
 
+#[path = "../../../proto-common/tests/support/certificates.rs"]
+#[allow(dead_code, reason = "not every test needs all of it")]
+mod certificates;
 mod support;
 
-use support::nodectl;
+use certificates::{Ca, Issue};
+use support::{Node, Running, installed, nodectl, refusing_port, snapshot, tree, until};
 
 fn files(dir: &Path, name: &str) -> TlsFiles {
     let path = |name: String| dir.join(name);
@@ -110,6 +114,59 @@ async fn new_certificates_work_and_are_never_overwritten() {
     // Whoever has given them needs no such advice.
     let elsewhere = nodectl(&format!("transfers --at 127.0.0.1:1 {}", flags(&certs, "operator"))).await;
     assert!(elsewhere.code == Some(1) && !elsewhere.stderr.contains("wants TLS"), "{elsewhere:?}");
+}
+
+/// Certificate and key of `name`, and the CA's certificate, in `dir`. One after the other, so whoever reads them may find two that do not fit.
+fn write(dir: &Path, name: &str, ca: &Ca, issue: &Issue) {
+    let TlsFiles { ca: ca_file, certificate, key } = files(dir, name);
+    let (issued, secret) = ca.issue(issue);
+    for (path, text) in [(ca_file, ca.pem()), (certificate, issued), (key, secret)] {
+        let fresh = path.with_extension("new");
+        std::fs::write(&fresh, text).unwrap();
+        std::fs::rename(fresh, path).unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_push_waits_for_a_certificate_that_has_expired_to_be_renewed() {
+    let dir = tempfile::tempdir().unwrap();
+    let (ca, certs, data) = (Ca::new("one"), dir.path(), dir.path().join("data"));
+    let (path, _) = snapshot(dir.path(), 14 << 20);
+    write(certs, "n1", &ca, &Issue::node("n1"));
+    let alice = || Issue::uri("operator://c1/alice");
+    let expires = certificates::now() + 10;
+    write(certs, "alice", &ca, &Issue { not_after: expires, ..alice() });
+
+    let tls = Tls::from_files(files(certs, "n1")).unwrap();
+    let start = async |port| {
+        let (access, tls) = (Access::new(tls.identity().cluster, RoleTable::new()), tls.clone());
+        Node::start_by(&data, port, access, |listener, server| async move {
+            server.serve_with_incoming(TlsIncoming::new(listener, tls, TlsLimits::default())).await.unwrap();
+        })
+        .await
+    };
+    let (port, address) = refusing_port();
+    let node = start(port).await;
+    let mut push = Running::start(&format!(
+        "push {path} --to {address} --source-shard s1 --target-shard s2 --transfer-id t1 --rate 1MiB --json {}",
+        flags(certs, "alice")
+    ));
+    until("some of it is durable", || node.durable("t1") > 0).await;
+    // What is open goes on; the next connection is refused.
+    until("the certificate has expired", || certificates::now() > expires).await;
+    let before = node.durable("t1");
+    assert!(before < 14 << 20, "it takes longer than that");
+    let node = start(node.kill()).await;
+    push.says("CERTIFICATE_EXPIRED").await;
+    let found = node.durable("t1");
+    assert!(found >= before, "{found} of {before}");
+
+    write(certs, "alice", &ca, &alice());
+    let ended = push.ended().await;
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    assert_eq!(installed(&node).await, tree(path.as_ref()));
+    assert_eq!(ended.last()["event"], "installed");
+    assert!(ended.last()["wire_bytes"].as_u64().unwrap() < (14 << 20) + (2 << 20), "it went on: {ended:?}");
 }
 
 #[tokio::test]

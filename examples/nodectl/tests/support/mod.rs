@@ -11,6 +11,7 @@ use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
+use proto::common::access::Access;
 use proto::common::ids::NodeId;
 use proto::common::tuning::tune_server;
 use proto::node::{Direction, TransferProgress};
@@ -18,10 +19,11 @@ use proto::snapshot::store::{FileSnapshotStore, FileStoreOptions, StoreError};
 use proto::snapshot::{SnapshotReceiver, limits::Limits};
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader, Lines};
-use tokio::net::TcpSocket;
+use tokio::net::{TcpListener, TcpSocket};
 use tokio::process::{Child, ChildStdout, Command};
 use tokio::runtime::{Builder, Runtime};
 use tokio_stream::wrappers::TcpListenerStream;
+use tonic::transport::server::Router;
 
 /// Nothing here takes as long when it works.
 pub(crate) const LIMIT: Duration = Duration::from_secs(60);
@@ -41,6 +43,19 @@ impl Node {
 
     /// The same on a port that is bound already.
     pub(crate) async fn start_on(dir: &Path, port: TcpSocket) -> Self {
+        Self::start_by(dir, port, Access::default(), |listener, server| async move {
+            server.serve_with_incoming(TcpListenerStream::new(listener)).await.unwrap();
+        })
+        .await
+    }
+
+    /// The same for those whom `access` lets in, as `serve` serves.
+    pub(crate) async fn start_by<F: Future<Output = ()> + Send + 'static>(
+        dir: &Path,
+        port: TcpSocket,
+        access: Access,
+        serve: impl FnOnce(TcpListener, Router) -> F + Send + 'static,
+    ) -> Self {
         let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let dir = dir.to_owned();
         let starting = runtime.spawn(async move {
@@ -56,15 +71,15 @@ impl Node {
             };
             let mut limits = Limits::default();
             limits.unsynced_time = Duration::from_millis(50);
-            let builder = SnapshotReceiver::builder(&NodeId::new("n1").unwrap(), store).limits(limits);
-            let receiver = builder.start().await.unwrap();
+            let builder = SnapshotReceiver::builder(&NodeId::new("n1").unwrap(), store);
+            let receiver = builder.limits(limits).access(access).start().await.unwrap();
             let listener = port.listen(64).unwrap();
             let address = listener.local_addr().unwrap();
             let service = receiver.clone().into_service();
-            tokio::spawn(async move {
-                let server = tune_server(tonic::transport::Server::builder()).add_service(service);
-                server.serve_with_incoming(TcpListenerStream::new(listener)).await.unwrap();
-            });
+            tokio::spawn(serve(
+                listener,
+                tune_server(tonic::transport::Server::builder()).add_service(service),
+            ));
             (address, receiver)
         });
         let (address, receiver) = tokio::time::timeout(LIMIT, starting).await.expect("no node").unwrap();
