@@ -428,8 +428,12 @@ fn what_was_read_ahead_is_not_given_out_under_a_new_description() {
         let source = DirectorySource::new(dir.path());
         source.describe(false).await.unwrap();
         assert_eq!(read(&source, 0, 0, None, 1 << 20).await.unwrap().concat(), b"old-0");
+        // Holds the thread, so that the batch is not there at once.
+        let (release, held) = std::sync::mpsc::channel::<()>();
+        drop(tokio::task::spawn_blocking(move || held.recv()));
         let mut slow = std::pin::pin!(source.open(1, 0, None, 1 << 20));
         assert!(futures::poll!(slow.as_mut()).is_pending());
+        drop(release);
         // After the batch that it waits for.
         tokio::task::spawn_blocking(|| ()).await.unwrap();
         write("new");

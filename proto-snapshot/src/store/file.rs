@@ -116,7 +116,8 @@ fn physical_memory() -> u64 {
 /// ([`FileStoreOptions::keep_previous`]). The file system has to tell names apart that differ in case or Unicode normalization.
 ///
 /// The async methods do their work on Tokio's blocking threads. Dropping a future does not stop what it began; whatever needs
-/// the staging area for itself waits for it.
+/// the staging area for itself waits for it. In a memory file system, where nothing waits for a device, large chunks are written by the caller's
+/// thread, at most 1 MiB before other tasks get their turn; a dropped future ends between two of those.
 #[derive(Debug)]
 pub struct FileSnapshotStore {
     shared: Arc<Shared>,
@@ -128,6 +129,8 @@ pub(crate) struct Shared {
     options: FileStoreOptions,
     /// Locked for as long as anything of the store is in use.
     _lock: File,
+    /// Whether the store lies in a memory file system.
+    in_memory: bool,
     space: Arc<Space>,
     handles: Handles,
     index: Index,
@@ -201,6 +204,7 @@ impl FileSnapshotStore {
             settled: Mutex::default(),
             shard_locks: Default::default(),
             hasher: RandomState::new(),
+            in_memory: write::in_memory(&lock),
             _lock: lock,
             layout,
             options,

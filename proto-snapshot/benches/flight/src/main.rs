@@ -113,7 +113,7 @@ async fn main() {
         None => {
             let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
             let address = listener.local_addr().expect("it is bound");
-            let incoming = tonic::transport::server::TcpIncoming::from(listener);
+            let incoming = tonic::transport::server::TcpIncoming::from(listener).with_nodelay(Some(true));
             let server = Server::builder().add_service(FlightServiceServer::new(Receiver));
             tokio::spawn(server.serve_with_incoming(incoming));
             let report = tokio::task::spawn_blocking(move || report_when_asked(address));

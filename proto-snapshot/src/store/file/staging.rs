@@ -4,7 +4,9 @@ use std::collections::HashSet;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{
+    Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError,
+};
 
 use proto_common::durable::RecordLog;
 
@@ -151,6 +153,31 @@ impl FileStaging {
         &self.inner
     }
 
+    async fn write_off_thread(&self, chunks: Vec<StagedChunk>) -> Result<(), StoreError> {
+        self.run("write", move |inner| {
+            let open = inner.open_for_writing()?;
+            inner.write_open(&chunks, open)
+        })
+        .await
+    }
+
+    /// Writes into a memory file system, without a change of threads: that is a copy and no more, which is cheap while the bytes are in the
+    /// cache of the processor that received them, and dear on another one that has to be woken first.
+    async fn write_here(&self, mut chunks: Vec<StagedChunk>) -> Result<(), StoreError> {
+        while !chunks.is_empty() {
+            let rest = chunks.split_off(at_once(&chunks));
+            // Somebody wants the area for himself, and waits, or has it: then this waits, on a thread that may.
+            let open = self.inner.try_open_for_writing();
+            match open.map(|open| open.and_then(|open| self.inner.write_open(&chunks, open))) {
+                Some(result) => self.inner.explained(result)?,
+                None => self.write_off_thread(chunks).await?,
+            }
+            chunks = rest;
+            tokio::task::yield_now().await;
+        }
+        Ok(())
+    }
+
     /// Does `job` on a blocking thread. What it began goes on when the future is dropped.
     async fn run<T: Send + 'static>(
         &self,
@@ -158,11 +185,7 @@ impl FileStaging {
         job: impl FnOnce(&Inner) -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, StoreError> {
         let inner = Arc::clone(&self.inner);
-        blocking(action, move || {
-            let result = job(&inner);
-            result.map_err(|error| inner.shared.space.explain(error, inner.reservation.outstanding()))
-        })
-        .await
+        blocking(action, move || inner.explained(job(&inner))).await
     }
 }
 
@@ -201,13 +224,14 @@ impl Staging for FileStaging {
     }
 
     async fn write(&self, chunks: Vec<StagedChunk>) -> Result<(), StoreError> {
-        self.run("write", move |inner| {
-            let _open = inner.open_for_writing()?;
-            inner.write(&chunks)?;
-            inner.last_activity.store(unix_ms(), Ordering::Relaxed);
-            Ok(())
-        })
-        .await
+        match spread(chunks) {
+            Ok(parts) => {
+                let written = parts.into_iter().map(|part| self.write_off_thread(part));
+                futures::future::join_all(written).await.into_iter().collect()
+            }
+            Err(chunks) if self.inner.shared.in_memory => self.write_here(chunks).await,
+            Err(chunks) => self.write_off_thread(chunks).await,
+        }
     }
 
     async fn sync(&self, records: Vec<ExtentRecord>) -> Result<(), StoreError> {
@@ -287,23 +311,75 @@ impl Staging for FileStaging {
     }
 }
 
+/// Parts of `chunks` for several threads, where that is worth waking them: making a small file costs many times what its bytes do. Of 100,000 files of
+/// 4 KiB in a memory file system, one thread makes 75,000 in a second.
+fn spread(mut chunks: Vec<StagedChunk>) -> Result<Vec<Vec<StagedChunk>>, Vec<StagedChunk>> {
+    /// Small files that are worth a thread.
+    const EACH: usize = 16;
+    /// No more threads: they wait for each other where they make files in one directory.
+    const THREADS: usize = 4;
+    let small = chunks.iter().filter(|chunk| chunk.payload.len() < SMALL).count();
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let parts = (small / EACH).min(cores).min(THREADS);
+    if parts < 2 {
+        return Err(chunks);
+    }
+    let each = chunks.len().div_ceil(parts);
+    let mut spread = Vec::with_capacity(parts);
+    while chunks.len() > each {
+        let rest = chunks.split_off(each);
+        spread.push(std::mem::replace(&mut chunks, rest));
+    }
+    spread.push(chunks);
+    Ok(spread)
+}
+
+/// How many of `chunks`, one at least, are written before other tasks get their turn: about 1 MiB, a fraction of a millisecond.
+fn at_once(chunks: &[StagedChunk]) -> usize {
+    const BYTES: usize = 1 << 20;
+    let mut bytes = 0;
+    let begun = chunks.iter().take_while(|chunk| {
+        let before = bytes;
+        // To make a small file costs about as much as to write so many bytes.
+        bytes += chunk.payload.len().max(SMALL);
+        before == 0 || bytes <= BYTES
+    });
+    begun.count()
+}
+
+/// Chunks below this size are, as a rule, small files.
+const SMALL: usize = 64 << 10;
+
+type Opened<'a> = RwLockReadGuard<'a, Gate>;
+
 impl Inner {
     /// Holds off [`closed_for_writing`](Self::closed_for_writing) while the guard lives.
-    fn open_for_writing(&self) -> Result<RwLockReadGuard<'_, Gate>, StoreError> {
-        let gate = self.alive()?;
-        match *gate {
-            Gate::Open => Ok(gate),
-            Gate::Sealed | Gate::Removed => Err(StoreError::invalid("write", "the snapshot is sealed")),
+    fn open_for_writing(&self) -> Result<Opened<'_>, StoreError> {
+        writable(self.alive()?)
+    }
+
+    /// The same, or `None` where it would have to wait.
+    fn try_open_for_writing(&self) -> Option<Result<Opened<'_>, StoreError>> {
+        match self.gate.try_read() {
+            Ok(gate) => Some(alive(gate).and_then(writable)),
+            Err(TryLockError::Poisoned(error)) => Some(alive(error.into_inner()).and_then(writable)),
+            Err(TryLockError::WouldBlock) => None,
         }
     }
 
     /// Holds off removal while the guard lives.
-    fn alive(&self) -> Result<RwLockReadGuard<'_, Gate>, StoreError> {
-        let gate = self.gate.read().unwrap_or_else(PoisonError::into_inner);
-        match *gate {
-            Gate::Open | Gate::Sealed => Ok(gate),
-            Gate::Removed => Err(StoreError::invalid("use a staging area", "it was removed")),
-        }
+    fn alive(&self) -> Result<Opened<'_>, StoreError> {
+        alive(self.gate.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn write_open(&self, chunks: &[StagedChunk], _open: Opened<'_>) -> Result<(), StoreError> {
+        self.write(chunks)?;
+        self.last_activity.store(unix_ms(), Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn explained<T>(&self, result: Result<T, StoreError>) -> Result<T, StoreError> {
+        result.map_err(|error| self.shared.space.explain(error, self.reservation.outstanding()))
     }
 
     /// Waits for all who use the area, also for those whose futures were dropped, and keeps others out.
@@ -441,4 +517,18 @@ pub(super) fn read_records(
         }
     }
     durable
+}
+
+fn alive(gate: Opened<'_>) -> Result<Opened<'_>, StoreError> {
+    match *gate {
+        Gate::Open | Gate::Sealed => Ok(gate),
+        Gate::Removed => Err(StoreError::invalid("use a staging area", "it was removed")),
+    }
+}
+
+fn writable(gate: Opened<'_>) -> Result<Opened<'_>, StoreError> {
+    match *gate {
+        Gate::Open => Ok(gate),
+        Gate::Sealed | Gate::Removed => Err(StoreError::invalid("write", "the snapshot is sealed")),
+    }
 }

@@ -5,6 +5,7 @@ mod cache;
 mod crash;
 mod damage;
 mod install;
+mod memory;
 mod power;
 mod random;
 mod reuse;

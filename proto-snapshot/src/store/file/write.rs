@@ -312,13 +312,9 @@ fn without(lost: Extent, number: u32, offset: u64, end: u64) -> impl Iterator<It
 /// all of it with zeros at once (0.3 s for 1 GiB, while the sender waits), and has no runs to keep together.
 #[cfg(target_os = "linux")]
 fn allocate(file: &File, size: u64) -> Result<bool, StoreError> {
-    use rustix::fs::{FallocateFlags, fallocate, fstatfs};
+    use rustix::fs::{FallocateFlags, fallocate};
     use rustix::io::Errno;
-    /// `TMPFS_MAGIC` and `RAMFS_MAGIC` of `linux/magic.h`.
-    const IN_MEMORY: [i64; 2] = [0x0102_1994, 0x8584_58f6];
-    #[allow(clippy::useless_conversion, reason = "its type depends on the platform")]
-    let in_memory = fstatfs(file).is_ok_and(|found| IN_MEMORY.contains(&i64::from(found.f_type)));
-    if in_memory {
+    if in_memory(file) {
         return Ok(false);
     }
     match fallocate(file, FallocateFlags::KEEP_SIZE, 0, size) {
@@ -331,4 +327,18 @@ fn allocate(file: &File, size: u64) -> Result<bool, StoreError> {
 #[cfg(not(target_os = "linux"))]
 fn allocate(_file: &File, _size: u64) -> Result<bool, StoreError> {
     Ok(false)
+}
+
+/// Whether `file` lies in a memory file system, where nothing waits for a device.
+#[cfg(target_os = "linux")]
+pub(super) fn in_memory(file: &File) -> bool {
+    /// `TMPFS_MAGIC` and `RAMFS_MAGIC` of `linux/magic.h`.
+    const MAGIC: [i64; 2] = [0x0102_1994, 0x8584_58f6];
+    #[allow(clippy::useless_conversion, reason = "its type depends on the platform")]
+    rustix::fs::fstatfs(file).is_ok_and(|found| MAGIC.contains(&i64::from(found.f_type)))
+}
+
+#[cfg(not(target_os = "linux"))]
+pub(super) fn in_memory(_file: &File) -> bool {
+    false
 }
