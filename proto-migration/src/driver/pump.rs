@@ -24,9 +24,12 @@ use crate::v1::transfer_migration_data_response::Ack;
 /// cost more than it carries.
 const GATHER: Duration = Duration::from_millis(5);
 
-/// Entries of a page, where they are small: to read, encode and stage so many takes about a millisecond at each end, which is how long
-/// a client of a busy node may wait for it.
-const PAGE_ENTRIES: usize = 1024;
+/// Entries of a page of rows, where they are small: to read, encode or check so many takes a few hundred microseconds, which is how long a
+/// client of a busy node may wait for it.
+const ROWS: usize = 256;
+
+/// The same of changes. They come in such numbers only where writers are about to outrun the target, and a page of more costs less for each.
+const CHANGES: usize = 1024;
 
 /// What the driver wants of the pump.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,8 +86,8 @@ impl<S: MigrationSource> Pump<S> {
         }
     }
 
-    fn limit(&self) -> PageLimit {
-        PageLimit { bytes: self.page_bytes.min(self.largest() / 2), entries: PAGE_ENTRIES }
+    fn limit(&self, entries: usize) -> PageLimit {
+        PageLimit { bytes: self.page_bytes.min(self.largest() / 2), entries }
     }
 
     fn largest(&self) -> usize {
@@ -137,14 +140,14 @@ impl<S: MigrationSource> Pump<S> {
 
     async fn send_rows(&mut self) -> Result<(), Error> {
         let Some(cursor) = self.rows.clone() else { return Ok(()) };
-        let page = self.source.read_rows(&self.id, &cursor, self.limit()).await?;
+        let page = self.source.read_rows(&self.id, &cursor, self.limit(ROWS)).await?;
         if page.cursor.len() > MAX_CURSOR_BYTES || (page.cursor.is_empty() && !page.last) {
             return Err(Reason::Internal.error("the store made a cursor that is empty or too long"));
         }
         let batch = self.batch(page.entries)?;
         let len = batch.bytes();
         // A page is kept back for changes, so that a copy never starves them.
-        let reserve = u64::try_from(self.limit().bytes).unwrap_or(u64::MAX);
+        let reserve = u64::try_from(self.limit(ROWS).bytes).unwrap_or(u64::MAX);
         let most = u64::from(self.max_batch_bytes);
         let began = Instant::now();
         self.credit(len.saturating_add(reserve).min(most).max(len)).await?;
@@ -179,7 +182,7 @@ impl<S: MigrationSource> Pump<S> {
     }
 
     async fn send_changes(&mut self) -> Result<(), Error> {
-        let page = self.source.read_changes(&self.id, self.changes, self.limit()).await?;
+        let page = self.source.read_changes(&self.id, self.changes, self.limit(CHANGES)).await?;
         let through = page.through.unwrap_or(self.changes.watermark);
         let stuck = page.entries.is_empty() && page.next == self.changes;
         if stuck || page.next.watermark != through || through < self.changes.watermark {

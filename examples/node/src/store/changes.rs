@@ -24,8 +24,10 @@ use super::visible::VisibleRows;
 use super::{Store, StoreError, counters};
 use crate::common::SlotRange;
 
+/// How many times as long as a page of the copy took to read, the next one waits.
+const REST: u32 = 7;
 /// Rows of a page that is read for digests alone.
-const DIGEST_PAGE: PageLimit = PageLimit { bytes: 1 << 20, entries: 4096 };
+const DIGEST_PAGE: PageLimit = PageLimit { bytes: 256 << 10, entries: 1024 };
 /// Where the size of rows is estimated: so many slots, so many rows of each.
 const SAMPLED_SLOTS: u16 = 16;
 const SAMPLED_ROWS: usize = 16;
@@ -88,9 +90,10 @@ impl Store {
             let id = id.clone();
             self.writer()?.post(move |shared| add_page(shared, &id, number, digest)).await?;
         }
-        // A copy takes at most half of a core from clients that are there.
+        // To read a page costs about as much as each of what becomes of it until it is staged, so a copy takes at most half of a core
+        // in all from clients that are there.
         if self.client_writes() != writes {
-            tokio::time::sleep(begun.elapsed()).await;
+            tokio::time::sleep(begun.elapsed() * REST).await;
         }
         Ok(page)
     }

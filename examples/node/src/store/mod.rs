@@ -214,9 +214,9 @@ impl Store {
         self.inner.shared.paused.add(range)
     }
 
-    /// Returns when everything that was asked of the writer before is done.
+    /// Returns when every deletion in the background that was asked for before is done.
     pub(crate) async fn settle(&self) -> Result<(), StoreError> {
-        self.writer()?.run(|_| ()).await
+        self.writer()?.settle().await
     }
 
     /// Whether slots of `range` are being imported.

@@ -8,19 +8,15 @@ use proto::common::ids::MigrationId;
 use proto::migration::digest::{SlotDigest, SlotDigests, entry_hash, image_hash};
 use proto::migration::entry::Entry;
 use proto::migration::target::{Staged, StoredMigration};
-use redb::{ReadableDatabase as _, ReadableTable as _, WriteTransaction};
+use redb::{Durability, ReadableDatabase as _, ReadableTable as _, WriteTransaction};
 
 use super::log::first_not_in;
 use super::ownership::{Claim, Ownership, adopt_all, load};
 use super::tables::{self, Place, Row};
 use super::txn::RowsTxn;
+use super::writer::Slice;
 use super::{Store, StoreError};
 use crate::common::{SlotRange, slot_of};
-
-/// Entries that are staged in one transaction: a millisecond of work, which is how long clients of other slots wait for it.
-const PART_ENTRIES: usize = 512;
-/// Bytes of keys and values in one transaction; one entry may make it more.
-const PART_BYTES: u64 = 512 << 10;
 
 /// A row of table `migrations`.
 #[derive(Debug, Clone, Default)]
@@ -117,7 +113,7 @@ impl Store {
             .await
     }
 
-    /// See [`apply`](proto::migration::MigrationTarget::apply). In parts, so that clients are served in between; a crash may leave some of
+    /// See [`apply`](proto::migration::MigrationTarget::apply). In slices, so that clients are served in between; a crash may leave some of
     /// them, which come again, and the record is saved with the last one.
     pub(crate) async fn stage(
         &self,
@@ -126,14 +122,21 @@ impl Store {
         record: Bytes,
     ) -> Result<Staged, StoreError> {
         let writer = self.writer()?;
-        let mut parts = parts(entries);
-        let last = parts.pop().unwrap_or_default();
-        for part in parts {
-            let id = id.clone();
-            writer.transact_lazily(move |txn, rows| stage(txn, rows, &id, &part, None)).await?;
+        let mut rest = entries.into_iter();
+        loop {
+            let (id, record) = (id.clone(), record.clone());
+            let (staged, left) = writer
+                .background(move |txn, rows, slice| {
+                    let staged = stage(txn, rows, &id, &mut rest, record, slice)?;
+                    let durability = if rest.len() == 0 { Durability::Immediate } else { Durability::None };
+                    Ok(((staged, rest), durability))
+                })
+                .await?;
+            if left.len() == 0 {
+                return Ok(staged);
+            }
+            rest = left;
         }
-        let id = id.clone();
-        writer.transact(move |txn, rows| stage(txn, rows, &id, &last, Some(record))).await
     }
 
     /// See [`digests`](proto::migration::MigrationTarget::digests).
@@ -243,36 +246,22 @@ fn nothing_staged(id: &MigrationId) -> StoreError {
     StoreError::Refused(format!("nothing is staged for migration {id}"))
 }
 
-fn parts(entries: Vec<Entry>) -> Vec<Vec<Entry>> {
-    let mut parts: Vec<Vec<Entry>> = Vec::new();
-    let mut bytes = 0;
-    for entry in entries {
-        match parts.last_mut().filter(|part| part.len() < PART_ENTRIES && bytes < PART_BYTES) {
-            Some(part) => {
-                bytes += entry.bytes();
-                part.push(entry);
-            }
-            None => {
-                bytes = entry.bytes();
-                parts.push(vec![entry]);
-            }
-        }
-    }
-    parts
-}
-
+/// Stages entries until the slice is over; the record goes with the last one.
 fn stage(
     txn: &WriteTransaction,
     rows: &mut RowsTxn<'_>,
     id: &MigrationId,
-    entries: &[Entry],
-    record: Option<Bytes>,
+    entries: &mut std::vec::IntoIter<Entry>,
+    record: Bytes,
+    slice: &Slice,
 ) -> Result<Staged, StoreError> {
     let mut stored = Stored::get(txn, id)?.filter(Stored::is_staging).ok_or_else(|| nothing_staged(id))?;
     let mut tombstones = txn.open_table(tables::TOMBSTONES)?;
     let mut digests = SlotDigests::new();
     let Staged { mut keys, mut bytes } = stored.staged;
-    for entry in entries {
+    while !slice.is_over()
+        && let Some(entry) = entries.next()
+    {
         let slot = slot_of(&entry.key);
         let place = Place { slot, generation: stored.generation, key: &entry.key };
         let held = rows.inspect(place, |row| Held {
@@ -323,7 +312,7 @@ fn stage(
         };
     }
     stored.staged = Staged { keys, bytes };
-    if let Some(record) = record {
+    if entries.len() == 0 {
         stored.record = record;
     }
     stored.put(txn, id)?;

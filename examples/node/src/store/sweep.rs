@@ -1,14 +1,15 @@
 //! What is deleted in the background: rows whose time has come, rows that are not visible any more, and what is left of migrations.
 //!
-//! All of it is invisible already; this frees the space, in small transactions between those of clients.
+//! All of it is invisible already; this frees the space, in slices between the transactions of clients.
 
 use std::time::{Duration, Instant};
 
-use redb::{ReadableDatabase as _, ReadableTable, WriteTransaction};
+use redb::{Durability, ReadableDatabase as _, ReadableTable, WriteTransaction};
 use tokio_util::sync::CancellationToken;
 
 use super::shared::Shared;
 use super::txn::{RowsTxn, due_rows};
+use super::writer::Slice;
 use super::{Store, StoreError, lock, log, staging, tables, unix_ms};
 use crate::common::SlotRange;
 
@@ -16,8 +17,11 @@ use crate::common::SlotRange;
 const PERIOD: Duration = Duration::from_millis(100);
 /// Pause after a failure, which the log tells each time.
 const AFTER_FAILURE: Duration = Duration::from_secs(10);
-/// Rows of each kind that are deleted in one transaction: a millisecond of work, which is how long clients wait for it.
-const CHUNK: usize = 512;
+/// What is looked for at once, of each kind.
+const CHUNK: usize = 256;
+/// How many times as long as a slice took, its wait for the writer included, the next one waits. Nobody is in need of the space so soon
+/// that clients should notice how it is freed.
+const REST: u32 = 3;
 
 impl Store {
     /// Deletes in the background until `stop`. Errors are logged and tried again.
@@ -53,25 +57,36 @@ impl Store {
         self.inner.measure();
         while self.blocking(is_something_due).await? {
             let paused = self.inner.shared.paused.clone();
-            let deleted =
-                self.writer()?.transact(move |_, rows| rows.delete_expired(CHUNK, &paused.ranges())).await?;
-            if deleted < CHUNK {
+            let begun = Instant::now();
+            let some_left = self
+                .writer()?
+                .background(move |_, rows, slice| {
+                    let some_left = rows.delete_expired(CHUNK, &paused.ranges(), slice)?;
+                    Ok((some_left, Durability::Immediate))
+                })
+                .await?;
+            if !some_left {
                 break;
             }
+            tokio::time::sleep(begun.elapsed()).await;
         }
         let mut deleted = false;
         while self.blocking(is_something_left).await? {
             let begun = Instant::now();
             let shared = std::sync::Arc::clone(&self.inner.shared);
             // What a crash brings back is deleted again.
-            self.writer()?.transact_lazily(move |txn, rows| delete_some(&shared, txn, rows)).await?;
+            self.writer()?
+                .background(move |txn, rows, slice| {
+                    delete_some(&shared, txn, rows, slice)?;
+                    Ok(((), Durability::None))
+                })
+                .await?;
             deleted = true;
-            // Half of the writer's time is left to clients, however much there is to delete.
-            tokio::time::sleep(begun.elapsed()).await;
+            tokio::time::sleep(begun.elapsed() * REST).await;
         }
         if deleted {
             // Only with a transaction that is durable is the space free for use.
-            self.writer()?.transact(|_, _| Ok(())).await?;
+            self.writer()?.background(|_, _, _| Ok(((), Durability::Immediate))).await?;
         }
         Ok(())
     }
@@ -99,19 +114,30 @@ fn is_something_left(shared: &Shared) -> Result<bool, StoreError> {
         || staging::first_dead_sums(&txn.open_table(tables::STAGED)?, &staged)?.is_some())
 }
 
-/// Deletes a chunk of each kind.
-fn delete_some(shared: &Shared, txn: &WriteTransaction, rows: &mut RowsTxn<'_>) -> Result<(), StoreError> {
+/// Deletes some of what there is, until the slice is over.
+fn delete_some(
+    shared: &Shared,
+    txn: &WriteTransaction,
+    rows: &mut RowsTxn<'_>,
+    slice: &Slice,
+) -> Result<(), StoreError> {
+    // Of what the log and what was staged leave, there is at most a chunk at a time; rows take the rest.
+    rows.log().trim(CHUNK)?;
+    if !slice.is_over() {
+        rows.log().remove_dead(CHUNK)?;
+    }
+    if !slice.is_over() {
+        staging::remove_dead(txn, CHUNK)?;
+    }
     let mut garbage = txn.open_table(tables::GARBAGE)?;
     // Looked for in the writer, so that an import that begins sees no deletion of its own rows.
-    if let Some((generation, range)) = next_garbage(&garbage, shared)?
-        && rows.delete_generation(range, generation, CHUNK)? < CHUNK
+    if !slice.is_over()
+        && let Some((generation, range)) = next_garbage(&garbage, shared)?
+        && !rows.delete_generation(range, generation, CHUNK, slice)?
     {
         garbage.remove((generation, range.start()))?;
     }
-    drop(garbage);
-    rows.log().trim(CHUNK)?;
-    rows.log().remove_dead(CHUNK)?;
-    staging::remove_dead(txn, CHUNK)
+    Ok(())
 }
 
 fn next_garbage(

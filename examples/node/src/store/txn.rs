@@ -14,6 +14,7 @@ use super::generations::Generations;
 use super::log::LogTxn;
 use super::shared::Shared;
 use super::tables::{self, Place, Row};
+use super::writer::Slice;
 use super::{StoreError, counters};
 use crate::common::{SlotRange, slot_of};
 
@@ -221,25 +222,29 @@ impl<'t> RowsTxn<'t> {
         Ok(())
     }
 
-    /// Removes at most `limit` rows whose time has come, but for those of `paused` slots; returns how many there were.
-    pub(super) fn delete_expired(&mut self, limit: usize, paused: &[SlotRange]) -> Result<usize, StoreError> {
+    /// Removes rows whose time has come, but for those of `paused` slots, until the slice is over or it was `limit` of them; returns whether
+    /// there may be more.
+    pub(super) fn delete_expired(
+        &mut self,
+        limit: usize,
+        paused: &[SlotRange],
+        slice: &Slice,
+    ) -> Result<bool, StoreError> {
         let mut due = Vec::new();
         for generation in self.generations.all() {
             due_rows(&self.expiry, generation, self.now, paused, limit, &mut due)?;
         }
-        for row in &due {
-            self.delete(Place::of_row(row)?)?;
-        }
-        Ok(due.len())
+        self.delete_rows(&due, limit, slice)
     }
 
-    /// Removes at most `limit` rows that `generation` has in `range`; returns how many there were.
+    /// Removes rows that `generation` has in `range`, until the slice is over or it was `limit` of them; returns whether there may be more.
     pub(super) fn delete_generation(
         &mut self,
         range: SlotRange,
         generation: u32,
         limit: usize,
-    ) -> Result<usize, StoreError> {
+        slice: &Slice,
+    ) -> Result<bool, StoreError> {
         let mut doomed = Vec::new();
         // The counts say in which slots there are any.
         let counted: Vec<u16> = self
@@ -258,10 +263,18 @@ impl<'t> RowsTxn<'t> {
                 doomed.push(entry?.0.value().to_vec());
             }
         }
-        for row in &doomed {
+        self.delete_rows(&doomed, limit, slice)
+    }
+
+    /// Removes these until the slice is over; returns whether there may be more, which there are not if all of fewer than `limit` are.
+    fn delete_rows(&mut self, doomed: &[Vec<u8>], limit: usize, slice: &Slice) -> Result<bool, StoreError> {
+        for (row, left) in doomed.iter().zip((0..doomed.len()).rev()) {
             self.delete(Place::of_row(row)?)?;
+            if slice.is_over() && left > 0 {
+                return Ok(true);
+            }
         }
-        Ok(doomed.len())
+        Ok(doomed.len() >= limit)
     }
 }
 

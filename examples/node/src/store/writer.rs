@@ -2,10 +2,15 @@
 //!
 //! Whatever is queued when a transaction begins goes into it, so the more clients wait for the disk, the
 //! more of them share one sync. A write is answered after the commit that holds it, never before.
+//!
+//! Work in the background has a queue of its own, and is done in slices: one when no client waits, and one after each group of writes. So
+//! a client waits for one slice at most, however many have something to do in the background, and they go on however much clients write.
 
+use std::cell::OnceCell;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use redb::{Durability, WriteTransaction};
 use tokio::sync::{mpsc, oneshot};
@@ -22,17 +27,39 @@ const QUEUE: usize = 1024;
 /// Writes in one transaction: large enough that the disk's sync does not matter any more, small enough
 /// that nobody waits long for others.
 const MAX_OPS: usize = 16 * 1024;
+/// How long a slice of background work goes on before it commits: several times what a commit costs, and little beside what clients
+/// notice.
+const SLICE: Duration = Duration::from_micros(400);
+/// Slices that may wait for the writer; each of the few that work in the background asks for one at a time.
+const SLICES: usize = 64;
 
 /// What the writer is asked for.
 enum Job {
     Writes { ops: Vec<WriteOp>, permits: Permits, reply: oneshot::Sender<Result<Vec<Outcome>, StoreError>> },
-    Alone(Box<dyn FnOnce(&Shared) + Send>),
+    Alone(Work),
+}
+
+type Work = Box<dyn FnOnce(&Shared) + Send>;
+
+/// A slice of background work, in its transaction. Its time begins when it is first asked for, so that each slice gets something done.
+#[derive(Debug, Default)]
+pub(super) struct Slice {
+    ends: OnceCell<Instant>,
+}
+
+impl Slice {
+    /// Whether the rest has to wait for the next one.
+    pub(super) fn is_over(&self) -> bool {
+        let now = Instant::now();
+        now >= *self.ends.get_or_init(|| now + SLICE)
+    }
 }
 
 /// Hands writes to the writer thread. Dropping all clones ends the thread once the queue is empty.
 #[derive(Debug, Clone)]
 pub(super) struct Writer {
     queue: mpsc::Sender<Job>,
+    background: mpsc::Sender<Work>,
 }
 
 impl std::fmt::Debug for Job {
@@ -44,11 +71,12 @@ impl std::fmt::Debug for Job {
 impl Writer {
     pub(super) fn start(shared: Arc<Shared>) -> Result<(Self, JoinHandle<()>), StoreError> {
         let (queue, jobs) = mpsc::channel(QUEUE);
+        let (background, slices) = mpsc::channel(SLICES);
         let thread = std::thread::Builder::new()
             .name("node-writer".into())
-            .spawn(move || run(&shared, jobs))
+            .spawn(move || run(&shared, jobs, slices))
             .map_err(|source| StoreError::io("cannot start the writer thread", source))?;
-        Ok((Self { queue }, thread))
+        Ok((Self { queue, background }, thread))
     }
 
     /// Does `ops` in order and returns their outcomes once they are durable. `permits` are held until then, also
@@ -68,34 +96,52 @@ impl Writer {
         &self,
         work: impl FnOnce(&WriteTransaction, &mut RowsTxn<'_>) -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, StoreError> {
-        self.transact_with(Durability::Immediate, work).await
-    }
-
-    /// [`Writer::transact`], durable with the next transaction that is: for parts of something that is only of use as a whole.
-    pub(super) async fn transact_lazily<T: Send + 'static>(
-        &self,
-        work: impl FnOnce(&WriteTransaction, &mut RowsTxn<'_>) -> Result<T, StoreError> + Send + 'static,
-    ) -> Result<T, StoreError> {
-        self.transact_with(Durability::None, work).await
-    }
-
-    async fn transact_with<T: Send + 'static>(
-        &self,
-        durability: Durability,
-        work: impl FnOnce(&WriteTransaction, &mut RowsTxn<'_>) -> Result<T, StoreError> + Send + 'static,
-    ) -> Result<T, StoreError> {
-        let (job, outcome) = alone(move |shared| commit(shared, durability, work));
-        self.queue.send(job).await.map_err(|_| StoreError::Closed)?;
+        let (job, outcome) = alone(move |shared| transaction(shared, work));
+        self.queue.send(Job::Alone(job)).await.map_err(|_| StoreError::Closed)?;
         outcome.await.map_err(|_| StoreError::Closed)?
     }
 
-    /// Runs `work` in the writer's thread, without a transaction: when everything queued before is done and published.
+    /// [`Writer::transact`] for work that clients do not wait for. `work` does a part that ends with the slice, and says whether that has to
+    /// be durable now, or with the next transaction that is: for parts of something that is only of use as a whole.
+    ///
+    /// Not done when the returned future is dropped before it was begun.
+    pub(super) async fn background<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&WriteTransaction, &mut RowsTxn<'_>, &Slice) -> Result<(T, Durability), StoreError>
+        + Send
+        + 'static,
+    ) -> Result<T, StoreError> {
+        self.in_background(move |shared| commit(shared, |txn, rows| work(txn, rows, &Slice::default())))
+            .await?
+    }
+
+    /// Returns when all background work that was asked for before is done.
+    pub(super) async fn settle(&self) -> Result<(), StoreError> {
+        self.in_background(|_| ()).await
+    }
+
+    async fn in_background<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Shared) -> T + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let (reply, outcome) = oneshot::channel();
+        let work = Box::new(move |shared: &Shared| {
+            // Others may have taken what it was meant for out of its way since.
+            if !reply.is_closed() {
+                let _ = reply.send(work(shared));
+            }
+        });
+        self.background.send(work).await.map_err(|_| StoreError::Closed)?;
+        outcome.await.map_err(|_| StoreError::Closed)
+    }
+
+    /// Runs `work` in the writer's thread, without a transaction: when all that is committed is published.
     pub(super) async fn run<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Shared) -> T + Send + 'static,
     ) -> Result<T, StoreError> {
         let (job, outcome) = alone(move |shared| Ok(work(shared)));
-        self.queue.send(job).await.map_err(|_| StoreError::Closed)?;
+        self.queue.send(Job::Alone(job)).await.map_err(|_| StoreError::Closed)?;
         outcome.await.map_err(|_| StoreError::Closed)?
     }
 
@@ -109,47 +155,76 @@ impl Writer {
         &self,
         work: impl FnOnce(&WriteTransaction, &mut RowsTxn<'_>) -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, StoreError> {
-        let (job, outcome) = alone(move |shared| commit(shared, Durability::Immediate, work));
-        self.queue.blocking_send(job).map_err(|_| StoreError::Closed)?;
+        let (job, outcome) = alone(move |shared| transaction(shared, work));
+        self.queue.blocking_send(Job::Alone(job)).map_err(|_| StoreError::Closed)?;
         outcome.blocking_recv().map_err(|_| StoreError::Closed)?
     }
 }
 
 fn alone<T: Send + 'static>(
     work: impl FnOnce(&Shared) -> Result<T, StoreError> + Send + 'static,
-) -> (Job, oneshot::Receiver<Result<T, StoreError>>) {
+) -> (Work, oneshot::Receiver<Result<T, StoreError>>) {
     let (reply, outcome) = oneshot::channel();
-    let job = Job::Alone(Box::new(move |shared| {
+    let job = Box::new(move |shared: &Shared| {
         // Nobody may be waiting any more; what was committed stays committed.
         let _ = reply.send(work(shared));
-    }));
+    });
     (job, outcome)
 }
 
-fn run(shared: &Shared, mut jobs: mpsc::Receiver<Job>) {
+fn run(shared: &Shared, mut jobs: mpsc::Receiver<Job>, mut background: mpsc::Receiver<Work>) {
     let mut next = None;
-    while let Some(job) = next.take().or_else(|| jobs.blocking_recv()) {
+    loop {
+        let job = match next.take() {
+            Some(job) => Ok(job),
+            None => match wait(&mut jobs, &mut background) {
+                Some(found) => found,
+                None => return,
+            },
+        };
         match job {
-            Job::Alone(work) => work(shared),
-            Job::Writes { ops, permits, reply } => {
-                let mut batch = Batch { size: ops.len(), members: vec![Member { ops, reply, permits }] };
-                while batch.size < MAX_OPS {
-                    match jobs.try_recv() {
-                        Ok(Job::Writes { ops, permits, reply }) => {
-                            batch.size += ops.len();
-                            batch.members.push(Member { ops, reply, permits });
-                        }
-                        Ok(other) => {
-                            next = Some(other);
-                            break;
-                        }
-                        Err(_) => break,
-                    }
+            Ok(Job::Alone(work)) | Err(work) => work(shared),
+            Ok(Job::Writes { ops, permits, reply }) => {
+                next = group(shared, Member { ops, reply, permits }, &mut jobs);
+                if let Ok(work) = background.try_recv() {
+                    work(shared);
                 }
-                batch.commit(shared);
             }
         }
     }
+}
+
+/// The next job, or background work where there is none; none when both queues have ended.
+fn wait(jobs: &mut mpsc::Receiver<Job>, background: &mut mpsc::Receiver<Work>) -> Option<Result<Job, Work>> {
+    futures::executor::block_on(async {
+        tokio::select! {
+            biased;
+            Some(job) = jobs.recv() => Some(Ok(job)),
+            Some(work) = background.recv() => Some(Err(work)),
+            else => None,
+        }
+    })
+}
+
+/// Commits writes together with those that are queued; returns what was found behind them.
+fn group(shared: &Shared, first: Member, jobs: &mut mpsc::Receiver<Job>) -> Option<Job> {
+    let mut batch = Batch { size: first.ops.len(), members: vec![first] };
+    let mut next = None;
+    while batch.size < MAX_OPS {
+        match jobs.try_recv() {
+            Ok(Job::Writes { ops, permits, reply }) => {
+                batch.size += ops.len();
+                batch.members.push(Member { ops, reply, permits });
+            }
+            Ok(other) => {
+                next = Some(other);
+                break;
+            }
+            Err(_) => break,
+        }
+    }
+    batch.commit(shared);
+    next
 }
 
 struct Member {
@@ -166,7 +241,7 @@ struct Batch {
 impl Batch {
     fn commit(self, shared: &Shared) {
         shared.client_writes.fetch_add(1, Ordering::Relaxed);
-        let outcomes = commit(shared, Durability::Immediate, |_, rows| {
+        let outcomes = transaction(shared, |_, rows| {
             self.members
                 .iter()
                 .map(|member| member.ops.iter().map(|op| rows.apply(op)).collect::<Result<Vec<_>, _>>())
@@ -190,20 +265,28 @@ impl Batch {
     }
 }
 
-fn commit<T>(
+/// Runs `work` in a transaction that is durable.
+fn transaction<T>(
     shared: &Shared,
-    durability: Durability,
     work: impl FnOnce(&WriteTransaction, &mut RowsTxn<'_>) -> Result<T, StoreError>,
 ) -> Result<T, StoreError> {
+    commit(shared, |txn, rows| Ok((work(txn, rows)?, Durability::Immediate)))
+}
+
+/// Runs `work` in a transaction that is as durable as it says.
+fn commit<T>(
+    shared: &Shared,
+    work: impl FnOnce(&WriteTransaction, &mut RowsTxn<'_>) -> Result<(T, Durability), StoreError>,
+) -> Result<T, StoreError> {
     let mut txn = shared.database.begin_write()?;
-    txn.set_durability(durability).map_err(redb::Error::from)?;
     let done = (|| {
         let mut rows = RowsTxn::open(&txn, shared, unix_ms())?;
         let value = work(&txn, &mut rows)?;
         Ok((value, rows.finish()?))
     })();
     match done {
-        Ok((value, effects)) => {
+        Ok(((value, durability), effects)) => {
+            txn.set_durability(durability).map_err(redb::Error::from)?;
             match effects.generations.clone() {
                 None => txn.commit()?,
                 Some(generations) => shared.generations.switch(generations, || Ok(txn.commit()?))?,
