@@ -36,8 +36,8 @@ pub struct Limits {
     pub sent_batch_bytes: usize,
     /// Payload bytes that a source may have on the way, per migration. Default 32 MiB.
     pub credit_bytes: u64,
-    /// Payload bytes that are staged in one transaction of the store. Default 1 MiB, so that clients of other slots that wait for
-    /// the same disk wait for milliseconds.
+    /// Payload bytes that the store is given to stage and to make durable at once. Default 1 MiB: one sync for a thousand small entries and
+    /// more, and little enough that what a disk has to keep at once holds clients of other slots up for milliseconds.
     pub apply_bytes: u64,
     /// Payload bytes per second that sources are asked for, per migration. Default: no limit.
     pub bytes_per_second: Option<NonZeroU64>,

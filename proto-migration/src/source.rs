@@ -162,6 +162,10 @@ pub trait MigrationSource: Send + Sync + 'static {
     /// Reads rows behind `cursor` (empty: from the start), in the store's order, in one short read. Keys that have expired but are not
     /// removed yet are rows like any other.
     ///
+    /// The copy goes as fast as this answers and the target stages. Where clients need the processors or the disk, answer later: a pause
+    /// of a few times what the read took leaves them most of both, at either end. Changes wait for the answer, too, so it should not be
+    /// longer than some milliseconds.
+    ///
     /// # Errors
     ///
     /// `STORAGE_FAILED`.

@@ -108,6 +108,9 @@ pub trait MigrationTarget: Send + Sync + 'static {
     /// Stages entries, and returns what is staged then: each is applied if and only if its sequence is higher than that of the entry
     /// that is staged for its key; tombstones are kept as such. Staged rows never expire. All of it is durable on return.
     ///
+    /// A store with one writer at a time does this in many transactions that each take less than a client would notice, and lets the writes
+    /// of clients go before each. Only the last one has to be durable, with the record: what a crash leaves of the others comes again.
+    ///
     /// # Errors
     ///
     /// `STORAGE_FAILED` or `INSUFFICIENT_DISK`, and nothing has changed.

@@ -5,7 +5,7 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use proto::common::ids::MigrationId;
@@ -24,8 +24,10 @@ use super::visible::VisibleRows;
 use super::{Store, StoreError, counters};
 use crate::common::SlotRange;
 
-/// How many times as long as a page of the copy took to read, the next one waits.
-const REST: u32 = 7;
+/// How many times as long as a page of the copy took to read, its answer waits.
+const REST: u32 = 15;
+/// Changes wait for the answer, too, so it is not later than this.
+const LONGEST_REST: Duration = Duration::from_millis(10);
 /// Rows of a page that is read for digests alone.
 const DIGEST_PAGE: PageLimit = PageLimit { bytes: 256 << 10, entries: 1024 };
 /// Where the size of rows is estimated: so many slots, so many rows of each.
@@ -90,10 +92,10 @@ impl Store {
             let id = id.clone();
             self.writer()?.post(move |shared| add_page(shared, &id, number, digest)).await?;
         }
-        // To read a page costs about as much as each of what becomes of it until it is staged, so a copy takes at most half of a core
-        // in all from clients that are there.
+        // Clients that are there have the processors to themselves most of the time: what becomes of a page until it is staged takes
+        // some times as long as to read it.
         if self.client_writes() != writes {
-            tokio::time::sleep(begun.elapsed() * REST).await;
+            tokio::time::sleep((begun.elapsed() * REST).min(LONGEST_REST)).await;
         }
         Ok(page)
     }

@@ -300,3 +300,93 @@ fn commit<T>(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::super::Store;
+    use super::super::test_store::{open, set};
+    use super::*;
+
+    /// Holds the writer's thread until the sender is dropped.
+    async fn held(writer: &Writer) -> std::sync::mpsc::Sender<()> {
+        let (release, released) = std::sync::mpsc::channel();
+        let (here, is_here) = oneshot::channel();
+        let hold = move |_: &Shared| {
+            let _ = here.send(());
+            let _ = released.recv();
+        };
+        writer.post(hold).await.unwrap();
+        is_here.await.unwrap();
+        release
+    }
+
+    /// Asks for a slice that tells how many groups of writes there were before it, and waits until it is queued.
+    async fn ask(
+        store: &Store,
+        writer: &Writer,
+        seen: &Arc<Mutex<Vec<u64>>>,
+    ) -> tokio::task::JoinHandle<Result<(), StoreError>> {
+        let room = writer.background.capacity();
+        let (shared, seen, asking) = (Arc::clone(&store.inner.shared), Arc::clone(seen), writer.clone());
+        let slice = tokio::spawn(async move {
+            let work = move |_: &WriteTransaction, _: &mut RowsTxn<'_>, _: &Slice| {
+                seen.lock().unwrap().push(shared.client_writes.load(Ordering::Relaxed));
+                Ok(((), Durability::None))
+            };
+            asking.background(work).await
+        });
+        while writer.background.capacity() == room {
+            tokio::task::yield_now().await;
+        }
+        slice
+    }
+
+    /// Queues a write.
+    async fn write(store: &Store, writer: &Writer) -> tokio::task::JoinHandle<()> {
+        let room = writer.queue.capacity();
+        let store = store.clone();
+        let write = tokio::spawn(async move { set(&store, "key", "value").await });
+        while writer.queue.capacity() == room {
+            tokio::task::yield_now().await;
+        }
+        write
+    }
+
+    #[tokio::test]
+    async fn writes_go_first_and_each_group_lets_one_slice_pass() {
+        let directory = tempfile::tempdir().unwrap();
+        let (store, _) = open(directory.path(), "a", "0-16383");
+        let writer = store.writer().unwrap();
+        let hold = held(&writer).await;
+        let seen = Arc::default();
+        let slices = [ask(&store, &writer, &seen).await, ask(&store, &writer, &seen).await];
+        let first = write(&store, &writer).await;
+        // Ends the group of the first write.
+        writer.post(|_| ()).await.unwrap();
+        let second = write(&store, &writer).await;
+        drop(hold);
+        for slice in slices {
+            slice.await.unwrap().unwrap();
+        }
+        first.await.unwrap();
+        second.await.unwrap();
+        assert_eq!(*seen.lock().unwrap(), [1, 2]);
+    }
+
+    #[tokio::test]
+    async fn a_slice_that_nobody_waits_for_any_more_is_not_begun() {
+        let directory = tempfile::tempdir().unwrap();
+        let (store, _) = open(directory.path(), "a", "0-16383");
+        let writer = store.writer().unwrap();
+        let hold = held(&writer).await;
+        let seen = Arc::default();
+        let (dropped, kept) = (ask(&store, &writer, &seen).await, ask(&store, &writer, &seen).await);
+        dropped.abort();
+        assert!(dropped.await.unwrap_err().is_cancelled());
+        drop(hold);
+        kept.await.unwrap().unwrap();
+        assert_eq!(seen.lock().unwrap().len(), 1);
+    }
+}
