@@ -101,7 +101,7 @@ impl Store {
     }
 
     /// Grows with the transactions that hold writes of clients.
-    fn client_writes(&self) -> u64 {
+    pub(super) fn client_writes(&self) -> u64 {
         self.inner.shared.client_writes.load(Ordering::Relaxed)
     }
 

@@ -19,8 +19,8 @@ const PERIOD: Duration = Duration::from_millis(100);
 const AFTER_FAILURE: Duration = Duration::from_secs(10);
 /// What is looked for at once, of each kind.
 const CHUNK: usize = 256;
-/// How many times as long as a slice took, its wait for the writer included, the next one waits. Nobody is in need of the space so soon
-/// that clients should notice how it is freed.
+/// How many times as long as a slice took, its wait for the writer included, the next one waits where clients write. Nobody is in need of
+/// the space so soon that they should notice how it is freed.
 const REST: u32 = 7;
 
 impl Store {
@@ -70,19 +70,26 @@ impl Store {
             }
             tokio::time::sleep(begun.elapsed()).await;
         }
-        let mut deleted = false;
+        let (mut deleted, mut written, mut synced) = (false, self.client_writes(), Instant::now());
         while self.blocking(is_something_left).await? {
             let begun = Instant::now();
             let shared = std::sync::Arc::clone(&self.inner.shared);
-            // What a crash brings back is deleted again.
+            // What a crash brings back is deleted again; a sync now and then keeps that little, where no client needs one.
+            let durability = if synced.elapsed() < PERIOD { Durability::None } else { Durability::Immediate };
             self.writer()?
                 .background(move |txn, rows, slice| {
                     delete_some(&shared, txn, rows, slice)?;
-                    Ok(((), Durability::None))
+                    Ok(((), durability))
                 })
                 .await?;
             deleted = true;
-            tokio::time::sleep(begun.elapsed() * REST).await;
+            if matches!(durability, Durability::Immediate) {
+                synced = Instant::now();
+            }
+            let before = std::mem::replace(&mut written, self.client_writes());
+            if written != before {
+                tokio::time::sleep(begun.elapsed() * REST).await;
+            }
         }
         if deleted {
             // Only with a transaction that is durable is the space free for use.
