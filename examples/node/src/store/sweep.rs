@@ -121,25 +121,19 @@ fn is_something_left(shared: &Shared) -> Result<bool, StoreError> {
         || staging::first_dead_sums(&txn.open_table(tables::STAGED)?, &staged)?.is_some())
 }
 
-/// Deletes some of what there is, until the slice is over.
+/// Deletes some of what there is: a chunk of what logs and staging left, and rows until the slice is over, one at least.
 fn delete_some(
     shared: &Shared,
     txn: &WriteTransaction,
     rows: &mut RowsTxn<'_>,
     slice: &Slice,
 ) -> Result<(), StoreError> {
-    // Of what the log and what was staged leave, there is at most a chunk at a time; rows take the rest.
     rows.log().trim(CHUNK)?;
-    if !slice.is_over() {
-        rows.log().remove_dead(CHUNK)?;
-    }
-    if !slice.is_over() {
-        staging::remove_dead(txn, CHUNK)?;
-    }
+    rows.log().remove_dead(CHUNK)?;
+    staging::remove_dead(txn, CHUNK)?;
     let mut garbage = txn.open_table(tables::GARBAGE)?;
     // Looked for in the writer, so that an import that begins sees no deletion of its own rows.
-    if !slice.is_over()
-        && let Some((generation, range)) = next_garbage(&garbage, shared)?
+    if let Some((generation, range)) = next_garbage(&garbage, shared)?
         && !rows.delete_generation(range, generation, CHUNK, slice)?
     {
         garbage.remove((generation, range.start()))?;
