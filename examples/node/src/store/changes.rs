@@ -25,9 +25,9 @@ use super::{Store, StoreError, counters};
 use crate::common::SlotRange;
 
 /// How many times as long as a page of the copy took to read, its answer waits.
-const REST: u32 = 15;
+const REST: u32 = 7;
 /// Changes wait for the answer, too, so it is not later than this.
-const LONGEST_REST: Duration = Duration::from_millis(10);
+const LONGEST_REST: Duration = Duration::from_millis(4);
 /// Rows of a page that is read for digests alone.
 const DIGEST_PAGE: PageLimit = PageLimit { bytes: 256 << 10, entries: 1024 };
 /// Where the size of rows is estimated: so many slots, so many rows of each.

@@ -21,7 +21,7 @@ const AFTER_FAILURE: Duration = Duration::from_secs(10);
 const CHUNK: usize = 256;
 /// How many times as long as a slice took, its wait for the writer included, the next one waits where clients write. Nobody is in need of
 /// the space so soon that they should notice how it is freed.
-const REST: u32 = 7;
+const REST: u32 = 3;
 
 impl Store {
     /// Deletes in the background until `stop`. Errors are logged and tried again.
