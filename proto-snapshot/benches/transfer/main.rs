@@ -216,7 +216,7 @@ fn machine() -> String {
     let kernel = read("/proc/sys/kernel/osrelease");
     let workers = process::workers();
     format!(
-        "{cores} cores of {}, Linux {}, {workers} worker threads at each end",
+        "{cores} cores of {}, Linux {}, worker threads at each end: {workers}",
         cpu.unwrap_or("an unknown CPU"),
         kernel.trim()
     )
