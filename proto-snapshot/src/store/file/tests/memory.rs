@@ -1,5 +1,7 @@
 //! A store in a memory file system, which writes on the async threads.
 
+use std::future::Future as _;
+
 use super::support::*;
 use crate::store::{SnapshotStore as _, Staging as _};
 
@@ -18,14 +20,14 @@ async fn a_write_keeps_no_task_waiting_for_long_nor_for_whoever_has_the_area_to_
 
     // On the only thread of this runtime: were it to wait for the lock, nobody would let that go.
     let rest = chunks.split_off(1);
-    let inner = staging.inner();
-    let area = inner.exclusive();
     {
-        let write = staging.write(chunks.clone());
-        tokio::pin!(write);
-        assert!(futures::poll!(&mut write).is_pending(), "it waits");
+        let area = staging.inner().exclusive();
+        let mut write = std::pin::pin!(staging.write(chunks.clone()));
+        let waker = std::task::Waker::noop();
+        let polled = write.as_mut().poll(&mut std::task::Context::from_waker(waker));
+        assert!(polled.is_pending(), "it waits");
+        drop(area);
     }
-    drop(area);
 
     let write = staging.write(chunks.into_iter().chain(rest).collect());
     tokio::pin!(write);
