@@ -320,7 +320,7 @@ impl<S: SnapshotStore> Inner<S> {
             }
         };
         let stage = if sealed { Stage::Installing } else { Stage::Open };
-        let incoming = Incoming::new(staging, Box::new((admitted, memory)), tracker, stage, &self.limits);
+        let incoming = Incoming::new(staging, admitted, memory, tracker, stage, &self.limits);
         let slot = Slot::new(plan.spec.source_node.clone(), Some(Arc::clone(&incoming)));
         self.slots().insert(id.clone(), slot);
         if sealed {

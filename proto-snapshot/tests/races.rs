@@ -408,3 +408,64 @@ async fn manifests_beyond_the_memory_for_them_wait_for_others_to_end() {
     second.answers.message().await.unwrap().expect("there is room again");
     server.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_manifest_is_charged_for_as_long_as_a_stream_goes_on_with_it() {
+    let target = tempfile::tempdir().unwrap();
+    let mut limits = small_limits();
+    limits.manifest_memory_bytes = 1 << 20;
+    let server = Server::start(builder(target.path()).limits(limits)).await;
+    let mut first = stream(&server, opening("first", 5_000, 1)).await;
+    first.answers.message().await.unwrap().expect("one alone is always taken");
+    // It says what it goes on with, and does not come to the manifest.
+    let mut again = opening("first", 5_000, 1);
+    let Some(Frame::Header(header)) = &mut again[0].frame else { panic!("the header comes first") };
+    header.generation = 2;
+    again.truncate(1);
+    let stalled = stream(&server, again).await;
+    assert_eq!(cancel(&server, "first").await.unwrap(), TransferPhase::Cancelled);
+    let mut second = stream(&server, opening("second", 5_000, 1)).await;
+    let error = Error::from(second.answers.message().await.unwrap_err());
+    assert!(error.is(Reason::TooManyTransfers) && error.is_retryable(), "{error:?}");
+    drop(stalled);
+    let room = async {
+        while stream(&server, opening("second", 5_000, 1)).await.answers.message().await.is_err() {}
+    };
+    tokio::time::timeout(LONG, room).await.expect("there is room again");
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_attempt_that_starts_anew_needs_no_memory_beside_that_of_what_it_discards() {
+    let target = tempfile::tempdir().unwrap();
+    let mut limits = small_limits();
+    (limits.manifest_memory_bytes, limits.transfers) = (1 << 20, 1);
+    let server = Server::start(builder(target.path()).limits(limits)).await;
+    let mut first = stream(&server, opening("first", 5_000, 1)).await;
+    first.answers.message().await.unwrap().expect("one alone is always taken");
+    // Other content, under the next attempt, while the first is still connected.
+    let mut anew = opening("first", 5_000, 2);
+    let Some(Frame::Header(header)) = &mut anew[0].frame else { panic!("the header comes first") };
+    (header.attempt, header.session, header.discard_staged) = (2, vec![2; 16].into(), true);
+    header.content_version = "later".to_owned();
+    let begin = async || match stream(&server, anew.clone()).await.answers.message().await {
+        Ok(answer) => Ok(answer.expect("Accepted")),
+        Err(status) => Err(Error::from(status)),
+    };
+    let accepted = async {
+        // The place of the one that it ended comes free in a moment.
+        while let Err(error) = begin().await {
+            assert!(error.is(Reason::TooManyTransfers), "{error:?}");
+            assert!(!error.message().contains("memory"), "{error:?}");
+        }
+    };
+    tokio::time::timeout(LONG, accepted).await.expect("it is accepted");
+    let ended = loop {
+        match first.answers.message().await {
+            Ok(answer) => drop(answer.expect("the stream ends with an error")),
+            Err(status) => break Error::from(status),
+        }
+    };
+    assert!(ended.is(Reason::Superseded), "{ended:?}");
+    server.stop().await;
+}

@@ -449,7 +449,8 @@ async fn round(
 
 /// A node, its data below `directory`, and what the hostile client, and an honest one called n2, connect with.
 async fn hostile(mut node: NodeProcess, nodes: &Path, evil: Dialer, good: Dialer) {
-    const ROUNDS: u64 = 7;
+    /// At most. The first attacks grow the allocator's arenas, which stay: how many that takes depends on how busy the machine is.
+    const ROUNDS: u64 = 24;
     // glibc gives back what is freed: what is resident is what is held, and not what is kept for the next bulk stream.
     node.stop().await.unwrap();
     node.set_environment(&[
@@ -481,6 +482,11 @@ async fn hostile(mut node: NodeProcess, nodes: &Path, evil: Dialer, good: Dialer
     let mib = |bytes: usize| bytes / MIB;
     let mut after = Vec::new();
     let mut times = Times::default();
+    // Three attacks in a row left no more than 1 MiB.
+    let is_level = |after: &[usize]| match after {
+        [.., then, _, _, now] => *now <= then + MIB,
+        _ => false,
+    };
     for number in 0..ROUNDS {
         // Meanwhile, another peer's snapshots arrive, and clients are served.
         let attack = round(&node, &evil, number, &mut times, &mut rate).await;
@@ -498,13 +504,15 @@ async fn hostile(mut node: NodeProcess, nodes: &Path, evil: Dialer, good: Dialer
         println!("memory: {} MiB before, {} while, {} after", mib(before.0), mib(taken.0), mib(settled));
         println!("file descriptors: {} before, {} while, {} after", before.1, taken.1, usage(&node).1);
         after.push(settled);
+        if is_level(&after) {
+            break;
+        }
     }
     println!("{times}");
     // Both were taken in turns, so a machine that is busy slows both down. Whoever waits for the hostile client waits longer than that.
     assert!(times.drop() < 0.75, "{times}");
-    // The first attacks grow the allocator's arenas, which stay. What grew with each further one is what a peer could exhaust.
-    let growth = after[after.len() - 1].saturating_sub(after[2]);
-    assert!(growth <= 3 * MIB, "{} MiB in the last attacks: {after:?}", mib(growth));
+    // What grows with each attack is what a peer could exhaust.
+    assert!(is_level(&after), "memory grew with every attack: {after:?}");
     assert!(after[0] <= before.0 + 48 * MIB, "{after:?}");
     assert_eq!(outside(), there, "something was written outside of the snapshots");
     let escaped = names(directory).into_iter().find(|name| name.contains("escaped"));

@@ -157,8 +157,8 @@ pub(super) struct Manifests {
     shares: Shares<NodeId>,
 }
 
-/// Memory of one manifest; given back when dropped.
-pub(super) type Charge = Share<NodeId>;
+/// Memory of one manifest, for all who hold it; given back when the last drops it.
+pub(super) type Charge = Arc<Share<NodeId>>;
 
 impl Manifests {
     /// Name, size, digest and the books of one file, without the bytes of its name: a generous estimate.
@@ -174,7 +174,8 @@ impl Manifests {
 
     /// Charges for a manifest of the node `peer` before it is read. The only one of a node, and the only one of all, is taken whatever the limit.
     pub(super) fn charge(&self, peer: &NodeId, files: u64, name_bytes: u64) -> Result<Charge, Error> {
-        self.shares.take_first(Some(peer), Self::cost(files, name_bytes)).map_err(|full| {
+        let taken = self.shares.take_first(Some(peer), Self::cost(files, name_bytes));
+        taken.map(Arc::new).map_err(|full| {
             let message = match full {
                 Full::All { .. } => {
                     "the manifests of the transfers that are staged here fill the memory set aside for them; try again later"
@@ -197,7 +198,7 @@ impl Manifests {
 
     /// Charges for one that is in memory already.
     pub(super) fn take(&self, peer: &NodeId, files: u64, name_bytes: u64) -> Charge {
-        self.shares.adopt(Some(peer), Self::cost(files, name_bytes))
+        Arc::new(self.shares.adopt(Some(peer), Self::cost(files, name_bytes)))
     }
 }
 

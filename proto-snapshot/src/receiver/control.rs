@@ -7,18 +7,17 @@ use proto_common::clock::{millis, now_unix_ms};
 use proto_common::error::Error;
 use proto_common::ids::TransferId;
 use proto_common::v1::Direction;
-use tokio::sync::watch;
+use tokio::sync::{MutexGuard, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::admission::{Charge, Place};
 use super::completion::shutting_down;
 use super::handshake::{CheckedLane, ControlHeader, FEATURES, Frames, ended_early, unexpected};
-use super::identity::{check_same, check_same_shown, initial_progress};
+use super::identity::{check_same, check_same_shown, check_same_spec, initial_progress};
 use super::incoming::{Incoming, Outcome, Stage, StreamPermit, cancelled, replaced};
 use super::session::{Answers, Session, accept};
 use super::{Inner, Slot};
 use crate::extent::{Extent, ExtentRecord};
-use crate::hook::Hold;
 use crate::reason::Reason;
 use crate::spec::{Manifest, TransferPlan, TransferSpec};
 use crate::store::{ShardState, SnapshotStore, Staging, StoreError};
@@ -34,6 +33,16 @@ enum Attached<A: Staging> {
     Completing(Arc<Incoming<A>>),
     /// It was installed before.
     Done(Installed),
+}
+
+/// What is left of a transfer whose streams were ended for another.
+enum Stopped {
+    /// It takes data.
+    Open,
+    /// All is there; its completion goes on.
+    Completing,
+    /// Nothing.
+    Removed,
 }
 
 impl<S: SnapshotStore> Inner<S> {
@@ -99,12 +108,19 @@ impl<S: SnapshotStore> Inner<S> {
         if let Some(fence) = header.fence {
             fence.check(shard.fence, &spec.target_shard)?;
         }
-        // What is staged is in memory already: going on with it takes no more.
+        if header.discard_staged {
+            // Before the new manifest is read: a node's share of the memory need not hold both.
+            self.discard_staged(&header, answers).await?;
+            if place.is_none() {
+                place = Some(self.places.enter(&spec.transfer_id, &spec.source_node, header.priority)?);
+            }
+        }
+        // What is staged is in memory already: going on with it takes no more, and keeps the charge for as long as it keeps the manifest.
         let known = self.find(&spec.transfer_id).filter(|incoming| header.is_of(&incoming.plan));
-        let known = known.map(|incoming| incoming.plan.manifest.clone());
-        let memory = match &known {
-            Some(_) => None,
-            None => Some(self.manifests.charge(&spec.source_node, header.file_count, header.name_bytes)?),
+        let known = known.and_then(|incoming| Some((incoming.memory()?, incoming.plan.manifest.clone())));
+        let (known, memory) = match known {
+            Some((memory, manifest)) => (Some(manifest), memory),
+            None => (None, self.manifests.charge(&spec.source_node, header.file_count, header.name_bytes)?),
         };
         let manifest = header.read_manifest(&mut frames, known, &self.limits).await?;
         let attached = self.attach(&header, manifest, memory, &mut place, answers).await?;
@@ -324,7 +340,7 @@ impl<S: SnapshotStore> Inner<S> {
         self: &Arc<Self>,
         header: &ControlHeader,
         manifest: Manifest,
-        memory: Option<Charge>,
+        memory: Charge,
         place: &mut Option<Place>,
         answers: &Answers,
     ) -> Result<Attached<S::Staging>, Error> {
@@ -363,14 +379,7 @@ impl<S: SnapshotStore> Inner<S> {
                     }
                 }
             };
-            let attach = tokio::select! {
-                biased;
-                attach = slot.attach.lock() => attach,
-                () = answers.closed() => {
-                    self.forget_empty(id, &slot);
-                    return Err(ended_early());
-                }
-            };
+            let attach = self.lock(id, &slot, answers).await?;
             // It may have ended, and been made anew, while we waited.
             if !self.slots().get(id).is_some_and(|current| Arc::ptr_eq(current, &slot)) {
                 continue;
@@ -382,17 +391,106 @@ impl<S: SnapshotStore> Inner<S> {
                 continue;
             }
             let attached = self.attach_in(&slot, header, manifest, memory, place, answers).await;
-            if let (Err(error), Some(incoming)) = (&attached, slot.get())
-                && incoming.expires_unix_ms().is_none()
-            {
-                // Or it would stay as it is for ever, if nobody comes back.
-                self.interrupted(&incoming, error);
-                self.rest(&incoming).await;
-            }
-            drop(attach);
-            self.forget_empty(id, &slot);
+            self.unlock(id, &slot, attach, attached.as_ref().err()).await;
             return attached;
         }
+    }
+
+    /// Discards what is staged under the ID, for an attempt that starts anew.
+    async fn discard_staged(
+        self: &Arc<Self>,
+        header: &ControlHeader,
+        answers: &Answers,
+    ) -> Result<(), Error> {
+        let id = &header.spec.transfer_id;
+        let Some(slot) = self.slots().get(id).cloned() else { return Ok(()) };
+        let attach = self.lock(id, &slot, answers).await?;
+        let discarded = match slot.get() {
+            Some(incoming) => match check_same_spec(&incoming.plan, header) {
+                Ok(()) => self.stop_others(&slot, &incoming, header).await.map(|_| ()),
+                Err(error) => Err(error),
+            },
+            None => Ok(()),
+        };
+        self.unlock(id, &slot, attach, discarded.as_ref().err()).await;
+        discarded
+    }
+
+    /// The right to attach to the slot of `id`.
+    async fn lock<'a>(
+        &self,
+        id: &TransferId,
+        slot: &'a Arc<Slot<S::Staging>>,
+        answers: &Answers,
+    ) -> Result<MutexGuard<'a, ()>, Error> {
+        tokio::select! {
+            biased;
+            attach = slot.attach.lock() => Ok(attach),
+            () = answers.closed() => {
+                self.forget_empty(id, slot);
+                Err(ended_early())
+            }
+        }
+    }
+
+    /// Gives that up, after what may have failed with `error`.
+    async fn unlock(
+        &self,
+        id: &TransferId,
+        slot: &Arc<Slot<S::Staging>>,
+        attach: MutexGuard<'_, ()>,
+        error: Option<&Error>,
+    ) {
+        if let (Some(error), Some(incoming)) = (error, slot.get())
+            && incoming.expires_unix_ms().is_none()
+        {
+            // Or it would stay as it is for ever, if nobody comes back.
+            self.interrupted(&incoming, error);
+            self.rest(&incoming).await;
+        }
+        drop(attach);
+        self.forget_empty(id, slot);
+    }
+
+    /// Ends the streams that write into the transfer, for the claim of `header`, and removes it where that says so.
+    async fn stop_others(
+        &self,
+        slot: &Slot<S::Staging>,
+        incoming: &Arc<Incoming<S::Staging>>,
+        header: &ControlHeader,
+    ) -> Result<Stopped, Error> {
+        let discards = header.discard_staged && incoming.stage() == Stage::Open;
+        if matches!(incoming.stage(), Stage::Verifying | Stage::Installing) {
+            return Ok(Stopped::Completing);
+        }
+        incoming.check_claim(header.claim, header.generation)?;
+        let reason = if incoming.claim() == header.claim {
+            replaced()
+        } else {
+            Reason::Superseded
+                .error(format!(
+                    "attempt {} was claimed by another sender; this one must stop",
+                    header.claim.attempt
+                ))
+                .metadata("attempt", header.claim.attempt.to_string())
+        };
+        incoming.stop_streams(&reason).await;
+        // `End` may have come with the last frames of the old stream.
+        match incoming.stage() {
+            Stage::Open => {}
+            Stage::Closed => return Err(cancelled()),
+            Stage::Verifying | Stage::Installing => return Ok(Stopped::Completing),
+        }
+        if !discards {
+            return Ok(Stopped::Open);
+        }
+        incoming.close()?;
+        incoming.staging.remove().await?;
+        if let Some(shown) = incoming.shown() {
+            incoming.finish(shown);
+        }
+        slot.set(None);
+        Ok(Stopped::Removed)
     }
 
     /// Removes the slot of an ID that nobody made a transfer of.
@@ -410,7 +508,7 @@ impl<S: SnapshotStore> Inner<S> {
         slot: &Slot<S::Staging>,
         header: &ControlHeader,
         manifest: Manifest,
-        memory: Option<Charge>,
+        memory: Charge,
         place: &mut Option<Place>,
         answers: &Answers,
     ) -> Result<Attached<S::Staging>, Error> {
@@ -418,37 +516,10 @@ impl<S: SnapshotStore> Inner<S> {
         let mut existing = slot.get();
         if let Some(incoming) = &existing {
             check_same(&incoming.plan, header, &manifest)?;
-            let discards = header.discard_staged && incoming.stage() == Stage::Open;
-            if matches!(incoming.stage(), Stage::Verifying | Stage::Installing) {
-                return Ok(Attached::Completing(Arc::clone(incoming)));
-            }
-            incoming.check_claim(header.claim, header.generation)?;
-            let reason = if incoming.claim() == header.claim {
-                replaced()
-            } else {
-                Reason::Superseded
-                    .error(format!(
-                        "attempt {} was claimed by another sender; this one must stop",
-                        header.claim.attempt
-                    ))
-                    .metadata("attempt", header.claim.attempt.to_string())
-            };
-            incoming.stop_streams(&reason).await;
-            // `End` may have come with the last frames of the old stream.
-            if incoming.stage() != Stage::Open {
-                return match incoming.stage() {
-                    Stage::Closed => Err(cancelled()),
-                    _ => Ok(Attached::Completing(Arc::clone(incoming))),
-                };
-            }
-            if discards {
-                incoming.close()?;
-                incoming.staging.remove().await?;
-                if let Some(shown) = incoming.shown() {
-                    incoming.finish(shown);
-                }
-                slot.set(None);
-                existing = None;
+            match self.stop_others(slot, incoming, header).await? {
+                Stopped::Open => {}
+                Stopped::Completing => return Ok(Attached::Completing(Arc::clone(incoming))),
+                Stopped::Removed => existing = None,
             }
         }
         let shard = self.store.shard(&spec.target_shard).await?;
@@ -526,24 +597,12 @@ impl<S: SnapshotStore> Inner<S> {
     }
 
     /// Stages a transfer that is new here.
-    async fn create(
-        &self,
-        plan: TransferPlan,
-        memory: Option<Charge>,
-    ) -> Result<Arc<Incoming<S::Staging>>, Error> {
-        let memory = match memory {
-            Some(memory) => memory,
-            // It was staged when its manifest was read, and has ended meanwhile.
-            None => {
-                let manifest = &plan.manifest;
-                self.manifests.charge(&plan.spec.source_node, manifest.file_count(), manifest.name_bytes())?
-            }
-        };
-        let hold: Hold = Box::new((self.hook.admit(&plan).await?, memory));
+    async fn create(&self, plan: TransferPlan, memory: Charge) -> Result<Arc<Incoming<S::Staging>>, Error> {
+        let hold = self.hook.admit(&plan).await?;
         let staging = self.store.stage(&plan).await?;
         let progress = initial_progress(&plan, &self.identity.node_id, TransferPhase::Preparing);
         match self.transfers.registry().insert(Direction::In, plan.spec.transfer_id.as_str(), progress) {
-            Ok(tracker) => Ok(Incoming::new(staging, hold, tracker, Stage::Open, &self.limits)),
+            Ok(tracker) => Ok(Incoming::new(staging, hold, memory, tracker, Stage::Open, &self.limits)),
             Err(error) => {
                 staging.remove().await?;
                 Err(Reason::TooManyTransfers.error(error.message()))

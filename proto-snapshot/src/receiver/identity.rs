@@ -54,16 +54,20 @@ pub(super) fn check_same(
     header: &ControlHeader,
     manifest: &Manifest,
 ) -> Result<(), Error> {
-    let spec = &header.spec;
-    let other_content = header.discard_staged;
-    match plan.spec.difference(spec) {
-        Some("content_version") if other_content => {}
-        Some(field) => return Err(other_specification(spec, &format!("header.{field}"), field)),
-        None => {}
-    }
+    check_same_spec(plan, header)?;
     match plan.manifest.difference(manifest) {
-        Some(what) if !other_content => Err(other_manifest(spec, &what)),
+        Some(what) if !header.discard_staged => Err(other_manifest(&header.spec, &what)),
         _ => Ok(()),
+    }
+}
+
+/// The same, before the manifest is known.
+pub(super) fn check_same_spec(plan: &TransferPlan, header: &ControlHeader) -> Result<(), Error> {
+    let spec = &header.spec;
+    match plan.spec.difference(spec) {
+        Some("content_version") if header.discard_staged => Ok(()),
+        Some(field) => Err(other_specification(spec, &format!("header.{field}"), field)),
+        None => Ok(()),
     }
 }
 

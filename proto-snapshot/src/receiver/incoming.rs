@@ -14,7 +14,7 @@ use tokio::sync::{Notify, OwnedMutexGuard, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::admission::Place;
+use super::admission::{Charge, Place};
 use super::ledger::Ledger;
 use crate::extent::ExtentRecord;
 use crate::hook::Hold;
@@ -43,7 +43,8 @@ pub(super) struct Incoming<A: Staging> {
     wire_bytes: AtomicU64,
     /// `None` once it has moved to the history.
     tracker: Mutex<Option<Tracker<TransferProgress>>>,
-    hold: Mutex<Option<Hold>>,
+    /// What it keeps until it has ended: the hook's, and the memory of its manifest.
+    hold: Mutex<Option<(Hold, Charge)>>,
     /// The end that was written to the history, so that a removal that failed can be repeated.
     ended: Mutex<Option<TransferProgress>>,
 }
@@ -100,6 +101,7 @@ impl<A: Staging> Incoming<A> {
     pub(super) fn new(
         staging: Arc<A>,
         hold: Hold,
+        memory: Charge,
         tracker: Tracker<TransferProgress>,
         stage: Stage,
         limits: &Limits,
@@ -130,7 +132,7 @@ impl<A: Staging> Incoming<A> {
             meter: Mutex::new(Meter::default()),
             wire_bytes: AtomicU64::new(0),
             tracker: Mutex::new(Some(tracker)),
-            hold: Mutex::new(Some(hold)),
+            hold: Mutex::new(Some((hold, memory))),
             ended: Mutex::new(None),
         });
         incoming.show(|_| {});
@@ -543,6 +545,15 @@ impl<A: Staging> Incoming<A> {
         self.tracker.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn hold(&self) -> MutexGuard<'_, Option<(Hold, Charge)>> {
+        self.hold.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The charge for the memory of its manifest, for one who uses that, too; `None` once it has ended.
+    pub(super) fn memory(&self) -> Option<Charge> {
+        self.hold().as_ref().map(|(_, memory)| Charge::clone(memory))
+    }
+
     /// What is shown now; `None` once it has moved to the history.
     pub(super) fn shown(&self) -> Option<TransferProgress> {
         self.tracker().as_ref().map(Tracker::get)
@@ -555,7 +566,7 @@ impl<A: Staging> Incoming<A> {
 
     /// Moves it to the history, as `transfer`.
     pub(super) fn finish(&self, transfer: TransferProgress) {
-        let hold = self.hold.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let hold = self.hold().take();
         drop(hold);
         let tracker = self.tracker().take();
         if let Some(tracker) = tracker {

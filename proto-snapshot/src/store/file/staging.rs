@@ -5,7 +5,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{
-    Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError,
+    Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError,
 };
 
 use proto_common::durable::RecordLog;
@@ -318,8 +318,13 @@ fn spread(mut chunks: Vec<StagedChunk>) -> Result<Vec<Vec<StagedChunk>>, Vec<Sta
     const EACH: usize = 16;
     /// No more threads: they wait for each other where they make files in one directory.
     const THREADS: usize = 4;
+    /// Asked once: where processor time is limited by a control group, the answer is read from files.
+    static CORES: OnceLock<usize> = OnceLock::new();
     let small = chunks.iter().filter(|chunk| chunk.payload.len() < SMALL).count();
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    if small < 2 * EACH {
+        return Err(chunks);
+    }
+    let cores = *CORES.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from));
     let parts = (small / EACH).min(cores).min(THREADS);
     if parts < 2 {
         return Err(chunks);
