@@ -48,13 +48,24 @@ impl Store {
         }
     }
 
-    /// Deletes what is due, and all garbage that there is.
+    /// Deletes what is due, and all garbage that there is, in turns: neither waits for the end of the other, which may take hours.
     ///
     /// # Errors
     ///
     /// What was deleted before stays deleted.
     pub async fn sweep_once(&self) -> Result<(), StoreError> {
         self.inner.measure();
+        loop {
+            let due = self.delete_due(Instant::now() + PERIOD).await?;
+            let garbage = self.delete_garbage(Instant::now() + PERIOD).await?;
+            if !due && !garbage {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Deletes rows whose time has come, until then, one slice at least. Whether some may be left.
+    async fn delete_due(&self, until: Instant) -> Result<bool, StoreError> {
         while self.blocking(is_something_due).await? {
             let paused = self.inner.shared.paused.clone();
             let begun = Instant::now();
@@ -68,34 +79,43 @@ impl Store {
             if !some_left {
                 break;
             }
+            if Instant::now() >= until {
+                return Ok(true);
+            }
             tokio::time::sleep(begun.elapsed()).await;
         }
-        let (mut deleted, mut written, mut synced) = (false, self.client_writes(), Instant::now());
+        Ok(false)
+    }
+
+    /// Deletes what is not visible any more, until then, one slice at least. Whether some may be left.
+    async fn delete_garbage(&self, until: Instant) -> Result<bool, StoreError> {
+        let (mut deleted, mut written) = (false, self.client_writes());
+        let mut some_left = false;
         while self.blocking(is_something_left).await? {
+            if deleted && Instant::now() >= until {
+                some_left = true;
+                break;
+            }
             let begun = Instant::now();
             let shared = std::sync::Arc::clone(&self.inner.shared);
-            // What a crash brings back is deleted again; a sync now and then keeps that little, where no client needs one.
-            let durability = if synced.elapsed() < PERIOD { Durability::None } else { Durability::Immediate };
             self.writer()?
                 .background(move |txn, rows, slice| {
                     delete_some(&shared, txn, rows, slice)?;
-                    Ok(((), durability))
+                    // What a crash brings back is deleted again.
+                    Ok(((), Durability::None))
                 })
                 .await?;
             deleted = true;
-            if matches!(durability, Durability::Immediate) {
-                synced = Instant::now();
-            }
             let before = std::mem::replace(&mut written, self.client_writes());
             if written != before {
                 tokio::time::sleep(begun.elapsed() * REST).await;
             }
         }
         if deleted {
-            // Only with a transaction that is durable is the space free for use.
+            // Only with a transaction that is durable is the space free for use: now and then, and at the end.
             self.writer()?.background(|_, _, _| Ok(((), Durability::Immediate))).await?;
         }
-        Ok(())
+        Ok(some_left)
     }
 }
 
@@ -155,4 +175,53 @@ fn next_garbage(
         }
     }
     Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::super::test_store::{leftovers, open, set, stored_rows, ungated};
+    use super::super::{SetCondition, SetExpiry, WriteOp};
+    use super::*;
+
+    /// More than two slices delete.
+    const ROWS: usize = 2 * CHUNK + 1;
+
+    async fn write(store: &Store, name: &str, expiry: SetExpiry) {
+        let op = |number| WriteOp::Set {
+            key: Bytes::from(format!("{name}{number}")),
+            value: Bytes::from_static(b"value"),
+            expiry,
+            condition: SetCondition::Always,
+            want_old: false,
+        };
+        store.write((0..ROWS).map(op).collect(), ungated()).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn garbage_and_what_is_due_are_deleted_in_turns() {
+        let directory = tempfile::tempdir().unwrap();
+        let (store, _) = open(directory.path(), "a", "0-16383");
+        write(&store, "garbage", SetExpiry::Never).await;
+        let switch = |_: &WriteTransaction, rows: &mut RowsTxn<'_>| {
+            let generation = rows.new_generation()?;
+            rows.switch(SlotRange::FULL, generation)
+        };
+        store.writer().unwrap().transact(switch).await.unwrap();
+        // Late enough that they are written before.
+        let due = unix_ms() + 2_000;
+        write(&store, "due", SetExpiry::At(due)).await;
+        set(&store, "kept", "value").await;
+        while unix_ms() <= due {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        let rows = stored_rows(&store);
+        let past = Instant::now();
+        assert!(store.delete_due(past).await.unwrap(), "one slice is not all");
+        assert!(store.delete_garbage(past).await.unwrap(), "one slice is not all");
+        assert!(stored_rows(&store) < rows - 1, "each deleted some");
+        store.sweep_once().await.unwrap();
+        assert_eq!((stored_rows(&store), leftovers(&store)), (1, [0; 4]));
+    }
 }

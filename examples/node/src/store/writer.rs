@@ -3,8 +3,9 @@
 //! Whatever is queued when a transaction begins goes into it, so the more clients wait for the disk, the
 //! more of them share one sync. A write is answered after the commit that holds it, never before.
 //!
-//! Work in the background has a queue of its own, and is done in slices: one when no client waits, and one after each group of writes. So
-//! a client waits for one slice at most, however many have something to do in the background, and they go on however much clients write.
+//! Work in the background has a queue of its own, and is done in slices: one when no client waits, and one after each group of writes or
+//! other job. So a client waits for one slice at most, however many have something to do in the background, and they go on however much
+//! clients write and others have done alone.
 
 use std::cell::OnceCell;
 use std::sync::Arc;
@@ -27,8 +28,8 @@ const QUEUE: usize = 1024;
 /// Writes in one transaction: large enough that the disk's sync does not matter any more, small enough
 /// that nobody waits long for others.
 const MAX_OPS: usize = 16 * 1024;
-/// How long a slice of background work goes on before it commits: several times what a commit costs, and little beside what clients
-/// notice.
+/// How long a slice of background work goes on, from where it can stop, before it commits: several times what a commit costs, and little
+/// beside what clients notice. What it begins with, a bounded number of rows of logs and staging, comes on top.
 const SLICE: Duration = Duration::from_micros(400);
 /// Slices that may wait for the writer; each of the few that work in the background asks for one at a time.
 const SLICES: usize = 64;
@@ -183,13 +184,17 @@ fn run(shared: &Shared, mut jobs: mpsc::Receiver<Job>, mut background: mpsc::Rec
             },
         };
         match job {
-            Ok(Job::Alone(work)) | Err(work) => work(shared),
+            Ok(Job::Alone(work)) => work(shared),
             Ok(Job::Writes { ops, permits, reply }) => {
                 next = group(shared, Member { ops, reply, permits }, &mut jobs);
-                if let Ok(work) = background.try_recv() {
-                    work(shared);
-                }
             }
+            Err(work) => {
+                work(shared);
+                continue;
+            }
+        }
+        if let Ok(work) = background.try_recv() {
+            work(shared);
         }
     }
 }
@@ -355,13 +360,16 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn writes_go_first_and_each_group_lets_one_slice_pass() {
+    async fn writes_go_first_and_each_group_or_job_lets_one_slice_pass() {
         let directory = tempfile::tempdir().unwrap();
         let (store, _) = open(directory.path(), "a", "0-16383");
         let writer = store.writer().unwrap();
         let hold = held(&writer).await;
         let seen = Arc::default();
-        let slices = [ask(&store, &writer, &seen).await, ask(&store, &writer, &seen).await];
+        let mut slices = Vec::new();
+        for _ in 0..4 {
+            slices.push(ask(&store, &writer, &seen).await);
+        }
         let first = write(&store, &writer).await;
         // Ends the group of the first write.
         writer.post(|_| ()).await.unwrap();
@@ -372,7 +380,8 @@ mod tests {
         }
         first.await.unwrap();
         second.await.unwrap();
-        assert_eq!(*seen.lock().unwrap(), [1, 2]);
+        // After the job that held the writer, the first group, the job behind it, and the second group.
+        assert_eq!(*seen.lock().unwrap(), [0, 1, 1, 2]);
     }
 
     #[tokio::test]
