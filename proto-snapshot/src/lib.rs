@@ -10,6 +10,8 @@ pub mod extent;
 pub mod hook;
 #[cfg(feature = "_rpc")]
 pub mod limits;
+#[cfg(any(feature = "client", feature = "server"))]
+mod memory;
 pub mod reason;
 #[cfg(feature = "server")]
 pub mod receiver;

@@ -15,6 +15,7 @@ use proto_common::path::FileName;
 use rustix::fs::{Mode, OFlags};
 use tokio::sync::mpsc;
 
+use crate::memory::in_memory;
 use crate::spec::ManifestFile;
 
 use super::ahead::Ahead;
@@ -325,37 +326,60 @@ pub(super) async fn read(
         Ok((listing, entry, file))
     })
     .await?;
+    let here = in_memory(&opened);
+    let pieces = Pieces { listing, entry, file: opened, at: offset, end, piece };
+    if here {
+        let next = async |mut pieces: Pieces| {
+            // Others get their turn, however fast this one is sent.
+            tokio::task::yield_now().await;
+            pieces.next().map(|piece| (piece, pieces))
+        };
+        return Ok(futures::stream::unfold(pieces, next).boxed());
+    }
     let (sender, mut receiver) = mpsc::channel(AHEAD);
     // Ends when it has read all, or with the next piece after the receiver is dropped.
-    drop(tokio::task::spawn_blocking(move || send(&listing, &entry, &opened, offset, end, piece, &sender)));
+    drop(tokio::task::spawn_blocking(move || {
+        for piece in pieces {
+            if sender.blocking_send(piece).is_err() {
+                return;
+            }
+        }
+    }));
     Ok(futures::stream::poll_fn(move |cx| receiver.poll_recv(cx)).boxed())
 }
 
-fn send(
-    listing: &Listing,
-    entry: &Entry,
-    file: &File,
-    offset: u64,
+/// What is left to read of a file, piece by piece; ends after the first failure.
+struct Pieces {
+    listing: Arc<Listing>,
+    entry: Entry,
+    file: File,
+    at: u64,
     end: u64,
     piece: usize,
-    to: &mpsc::Sender<Result<Bytes, SourceError>>,
-) {
-    let mut at = offset;
-    while at < end {
-        let len = next(at, end, piece);
-        let mut read = entry.read_into(listing.given.take(), file, at, len);
+}
+
+impl Iterator for Pieces {
+    type Item = Result<Bytes, SourceError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let Self { listing, entry, file, at, end, piece } = self;
+        if at >= end {
+            return None;
+        }
+        let len = next(*at, *end, *piece);
+        let mut read = entry.read_into(listing.given.take(), file, *at, len);
         if let Ok(bytes) = &read {
             listing.given.put(bytes);
         }
-        at += u64::try_from(len).unwrap_or(u64::MAX);
+        *at += u64::try_from(len).unwrap_or(u64::MAX);
         if at >= end {
             // Before the last piece is handed out: a file that changed meanwhile is never sent as a whole.
             read = read.and_then(|bytes| entry.check(file).map(|()| bytes));
         }
-        let failed = read.is_err();
-        if to.blocking_send(read).is_err() || failed {
-            return;
+        if read.is_err() {
+            *at = *end;
         }
+        Some(read)
     }
 }
 

@@ -42,6 +42,13 @@ fn assert_pieces(pieces: &[Bytes], piece: usize, expected: &[u8]) {
     }
 }
 
+/// On a disk, as a rule, and in memory, where there is a file system for that: both are read in their own way.
+fn directories() -> Vec<tempfile::TempDir> {
+    let memory = Path::new("/dev/shm");
+    let memory = memory.is_dir().then(|| tempfile::tempdir_in(memory).unwrap());
+    std::iter::once(tempfile::tempdir().unwrap()).chain(memory).collect()
+}
+
 fn touch_later(path: &Path) {
     let modified = fs::metadata(path).unwrap().modified().unwrap();
     fs::File::options()
@@ -155,37 +162,38 @@ async fn a_directory_of_names_that_are_too_deep_is_refused_without_following_the
 
 #[tokio::test]
 async fn any_extent_is_read_in_exact_pieces() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("file");
-    let content = bytes(300_000);
-    fs::write(&path, &content).unwrap();
-    let source = FileSource::new(&path);
-    let described = source.describe(true).await.unwrap();
-    assert_eq!(described.files[0].name.as_str(), "file");
-    assert_eq!(described.files[0].blake3, Some(Box::new(*blake3::hash(&content).as_bytes())));
-    for (offset, len, piece) in [
-        (0, None, 65536),
-        (0, Some(300_000), 300_000),
-        (0, Some(300_000), 299_999),
-        (1, Some(299_999), 1000),
-        (299_999, Some(1), 10),
-        (300_000, None, 10),
-        (5, Some(0), 10),
-        (100, Some(50_000), 1 << 20),
-    ] {
-        let pieces = read(&source, 0, offset as u64, len, piece).await.unwrap();
-        let end = len.map_or(content.len(), |len| offset + len as usize);
-        assert_pieces(&pieces, piece, &content[offset..end]);
+    for dir in directories() {
+        let path = dir.path().join("file");
+        let content = bytes(300_000);
+        fs::write(&path, &content).unwrap();
+        let source = FileSource::new(&path);
+        let described = source.describe(true).await.unwrap();
+        assert_eq!(described.files[0].name.as_str(), "file");
+        assert_eq!(described.files[0].blake3, Some(Box::new(*blake3::hash(&content).as_bytes())));
+        for (offset, len, piece) in [
+            (0, None, 65536),
+            (0, Some(300_000), 300_000),
+            (0, Some(300_000), 299_999),
+            (1, Some(299_999), 1000),
+            (299_999, Some(1), 10),
+            (300_000, None, 10),
+            (5, Some(0), 10),
+            (100, Some(50_000), 1 << 20),
+        ] {
+            let pieces = read(&source, 0, offset as u64, len, piece).await.unwrap();
+            let end = len.map_or(content.len(), |len| offset + len as usize);
+            assert_pieces(&pieces, piece, &content[offset..end]);
+        }
+        for (file, offset, len) in
+            [(1, 0, None), (0, 300_001, None), (0, 1, Some(300_000)), (0, 1, Some(u64::MAX))]
+        {
+            let error = read(&source, file, offset, len, 1000).await.unwrap_err();
+            assert!(matches!(&error, SourceError::Io { .. }), "{error:?}");
+        }
+        let named = FileSource::new(&path).named(FileName::new("other/name").unwrap());
+        assert_eq!(named.describe(false).await.unwrap().files[0].name.as_str(), "other/name");
+        assert!(read(&named, 0, 0, None, 10).await.is_ok());
     }
-    for (file, offset, len) in
-        [(1, 0, None), (0, 300_001, None), (0, 1, Some(300_000)), (0, 1, Some(u64::MAX))]
-    {
-        let error = read(&source, file, offset, len, 1000).await.unwrap_err();
-        assert!(matches!(&error, SourceError::Io { .. }), "{error:?}");
-    }
-    let named = FileSource::new(&path).named(FileName::new("other/name").unwrap());
-    assert_eq!(named.describe(false).await.unwrap().files[0].name.as_str(), "other/name");
-    assert!(read(&named, 0, 0, None, 10).await.is_ok());
 }
 
 #[tokio::test]
@@ -218,8 +226,9 @@ async fn a_file_that_changed_since_it_was_described_is_not_sent() {
             fs::rename(other, path).unwrap();
         }),
     ];
-    for (what, change) in changes {
-        let dir = tempfile::tempdir().unwrap();
+    for ((what, change), dir) in
+        changes.into_iter().flat_map(|change| directories().into_iter().map(move |dir| (change, dir)))
+    {
         let path = dir.path().join("file");
         fs::write(&path, bytes(200_000)).unwrap();
         let source = FileSource::new(&path);
@@ -240,8 +249,9 @@ async fn a_file_that_changes_while_it_is_read_is_never_read_to_its_end() {
         ("touched", touch_later),
         ("shorter", |path| fs::File::options().write(true).open(path).unwrap().set_len(50_000).unwrap()),
     ];
-    for (what, change) in changes {
-        let dir = tempfile::tempdir().unwrap();
+    for ((what, change), dir) in
+        changes.into_iter().flat_map(|change| directories().into_iter().map(move |dir| (change, dir)))
+    {
         let path = dir.path().join("file");
         fs::write(&path, bytes(100_000)).unwrap();
         let source = FileSource::new(&path);
@@ -260,24 +270,25 @@ async fn a_file_that_changes_while_it_is_read_is_never_read_to_its_end() {
 /// Nobody takes pieces: at most four of them are read.
 #[tokio::test]
 async fn reads_at_most_four_pieces_ahead_and_ends_when_dropped() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("file");
-    fs::write(&path, bytes(100_000)).unwrap();
-    let source = FileSource::new(&path);
-    source.describe(false).await.unwrap();
-    let pieces = source.open(0, 0, None, 1000).await.unwrap();
-    // While it is held up, what comes after the pieces that were read ahead is cut off; whoever reads on sees that.
-    tokio::time::sleep(Duration::from_millis(50)).await;
-    fs::File::options().write(true).open(&path).unwrap().set_len(4000).unwrap();
-    let read: Vec<_> = pieces.collect().await;
-    assert!(read.iter().filter(|piece| piece.is_ok()).count() <= 4, "{}", read.len());
-    assert!(read.last().unwrap().is_err());
-    let pieces = source.open(0, 0, None, 1000).await;
-    assert!(pieces.is_err());
-    fs::write(&path, bytes(100_000)).unwrap();
-    source.describe(false).await.unwrap();
-    drop(source.open(0, 0, None, 10).await.unwrap());
-    // The runtime waits for blocking tasks when it ends: this test would hang if the reader did not.
+    for dir in directories() {
+        let path = dir.path().join("file");
+        fs::write(&path, bytes(100_000)).unwrap();
+        let source = FileSource::new(&path);
+        source.describe(false).await.unwrap();
+        let pieces = source.open(0, 0, None, 1000).await.unwrap();
+        // While it is held up, what comes after the pieces that were read ahead is cut off; whoever reads on sees that.
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        fs::File::options().write(true).open(&path).unwrap().set_len(4000).unwrap();
+        let read: Vec<_> = pieces.collect().await;
+        assert!(read.iter().filter(|piece| piece.is_ok()).count() <= 4, "{}", read.len());
+        assert!(read.last().unwrap().is_err());
+        let pieces = source.open(0, 0, None, 1000).await;
+        assert!(pieces.is_err());
+        fs::write(&path, bytes(100_000)).unwrap();
+        source.describe(false).await.unwrap();
+        drop(source.open(0, 0, None, 10).await.unwrap());
+        // The runtime waits for blocking tasks when it ends: this test would hang if the reader did not.
+    }
 }
 
 #[tokio::test]

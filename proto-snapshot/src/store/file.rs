@@ -35,6 +35,7 @@ use proto_common::durable::{History, RecordLog, sync_dir};
 use proto_common::fence::Fence;
 use proto_common::ids::{ShardId, TransferId};
 
+use crate::memory::in_memory;
 use crate::spec::{FileTotal, TransferPlan};
 
 use super::{Claim, PlacedSnapshot, Recovered, ShardState, SnapshotStore, StagingState, StoreError};
@@ -204,7 +205,7 @@ impl FileSnapshotStore {
             settled: Mutex::default(),
             shard_locks: Default::default(),
             hasher: RandomState::new(),
-            in_memory: write::in_memory(&lock),
+            in_memory: in_memory(&lock),
             _lock: lock,
             layout,
             options,

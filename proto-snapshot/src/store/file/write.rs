@@ -11,6 +11,7 @@ use proto_common::bulk::Payload;
 use proto_common::checksum::Crc64Hasher;
 
 use crate::extent::Extent;
+use crate::memory::in_memory;
 use crate::spec::ManifestFile;
 use crate::store::{StagedChunk, StoreError};
 
@@ -327,18 +328,4 @@ fn allocate(file: &File, size: u64) -> Result<bool, StoreError> {
 #[cfg(not(target_os = "linux"))]
 fn allocate(_file: &File, _size: u64) -> Result<bool, StoreError> {
     Ok(false)
-}
-
-/// Whether `file` lies in a memory file system, where nothing waits for a device.
-#[cfg(target_os = "linux")]
-pub(super) fn in_memory(file: &File) -> bool {
-    /// `TMPFS_MAGIC` and `RAMFS_MAGIC` of `linux/magic.h`.
-    const MAGIC: [i64; 2] = [0x0102_1994, 0x8584_58f6];
-    #[allow(clippy::useless_conversion, reason = "its type depends on the platform")]
-    rustix::fs::fstatfs(file).is_ok_and(|found| MAGIC.contains(&i64::from(found.f_type)))
-}
-
-#[cfg(not(target_os = "linux"))]
-pub(super) fn in_memory(_file: &File) -> bool {
-    false
 }

@@ -305,12 +305,13 @@ async fn records_that_did_not_fit_are_written_later() {
     assert_eq!(recovered.staged.remove(0).records(), [chunk(&files, 0, 0, 400_000).1]);
 }
 
-/// Open descriptors of this process below `dir`.
+/// Open descriptors of this process below `dir`, but for those of the deletion in the background.
 #[cfg(target_os = "linux")]
 fn open_below(dir: &std::path::Path) -> usize {
+    let trash = dir.join("trash");
+    let counts = |at: std::path::PathBuf| at.starts_with(dir) && !at.starts_with(&trash);
     let open = std::fs::read_dir("/proc/self/fd").unwrap();
-    open.filter(|fd| std::fs::read_link(fd.as_ref().unwrap().path()).is_ok_and(|at| at.starts_with(dir)))
-        .count()
+    open.filter(|fd| std::fs::read_link(fd.as_ref().unwrap().path()).is_ok_and(counts)).count()
 }
 
 /// Many transfers may be staged, most of them with nobody who sends: they hold no file open, also after a restart.
