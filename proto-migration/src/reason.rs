@@ -69,7 +69,7 @@ proto_common::reasons! {
         TooManyMigrations "TOO_MANY_MIGRATIONS" ResourceExhausted retry,
         /// No free place for one more watcher.
         TooManyWatchers "TOO_MANY_WATCHERS" ResourceExhausted retry,
-        /// Staging does not fit on the disk; metadata `needed_bytes`, `available_bytes`.
+        /// Staging does not fit on the disk; metadata `needed_bytes`, `available_bytes`, and `peer` where it is that node's share that is used up.
         InsufficientDisk "INSUFFICIENT_DISK" ResourceExhausted retry,
         /// `Prepare` before the copy is complete, or the watermark is not `final_seq`; metadata
         /// `watermark`.

@@ -82,7 +82,7 @@ pub trait MigrationTarget: Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// `STALE_FENCE`, `UNSUPPORTED_VALUE_FORMAT`, `INSUFFICIENT_DISK` (metadata `needed_bytes`, `available_bytes`), or `RANGE_BUSY`
+    /// `STALE_FENCE`, `UNSUPPORTED_VALUE_FORMAT`, `INSUFFICIENT_DISK` (metadata `needed_bytes`, `available_bytes`, and `peer` for a share), or `RANGE_BUSY`
     /// if this node owns a slot of the range itself or cannot take it for another reason that passes.
     fn admit(&self, offer: &Offer<'_>) -> impl Future<Output = Result<(), Error>> + Send;
 

@@ -157,9 +157,10 @@ pub struct ServeArgs {
     /// Disk space that migrations to this node leave free, in MiB; a source that needs it waits.
     #[arg(long, value_name = "MIB", default_value_t = 64)]
     reserve_mib: u64,
-    /// How much of the free disk the snapshots from one node may take while they come in, in percent. A snapshot that needs more is refused.
+    /// How much of the free disk the snapshots from one node may take while they come in, in percent, and how much its migrations. What needs
+    /// more is refused.
     #[arg(long, value_name = "PERCENT", default_value_t = 75, value_parser = clap::value_parser!(u8).range(1..=100))]
-    snapshot_percent_per_peer: u8,
+    disk_percent_per_peer: u8,
     /// Start without reading the whole database first: fast where it is large, and a damaged page is found late or never.
     /// After a crash it is read anyhow.
     #[arg(long)]
@@ -240,7 +241,7 @@ impl From<ServeArgs> for ServeOptions {
             peer,
             cache_mib,
             reserve_mib,
-            snapshot_percent_per_peer,
+            disk_percent_per_peer,
             skip_verify,
             max_request_mib,
             max_clients,
@@ -265,7 +266,6 @@ impl From<ServeArgs> for ServeOptions {
                 reserve_bytes: reserve_mib.saturating_mul(1 << 20),
                 verify: !skip_verify,
             },
-            snapshot_percent_per_peer,
             limits: Limits { request_bytes: max_request_mib.saturating_mul(1 << 20), ..Limits::default() },
             max_clients,
             trust: TrustOptions {
@@ -282,6 +282,7 @@ impl From<ServeArgs> for ServeOptions {
             migrate: MigrateOptions {
                 patience: Duration::from_secs(patience),
                 idle: Duration::from_secs(idle),
+                percent_per_peer: disk_percent_per_peer,
             },
         }
     }

@@ -3,6 +3,7 @@
 //! [`NodeSource`] gives slots away, [`NodeTarget`] takes them over; the runtime of [`proto::migration`] decides when. What is durable is the
 //! store's: generations of rows, the change log, staging. What clients feel is the gate's: holds and delays.
 
+mod room;
 mod run;
 pub(crate) mod slot_map;
 mod source;
@@ -31,12 +32,15 @@ pub struct MigrateOptions {
     pub patience: Duration,
     /// Silence after which the stream of a migration to this node is given up; 3 s or more.
     pub idle: Duration,
+    /// Of the room on the disk, what one node may stage, in percent; 1 to 100. Of the room that there would be without it, so that some is
+    /// left to others.
+    pub percent_per_peer: u8,
 }
 
 impl Default for MigrateOptions {
-    /// 5 s and 30 s.
+    /// 5 s, 30 s, and 75 %.
     fn default() -> Self {
-        Self { patience: Duration::from_secs(5), idle: Duration::from_secs(30) }
+        Self { patience: Duration::from_secs(5), idle: Duration::from_secs(30), percent_per_peer: 75 }
     }
 }
 

@@ -59,8 +59,6 @@ pub struct ServeOptions {
     pub peers: Vec<Peer>,
     /// Of the database.
     pub store: StoreOptions,
-    /// Of the room for snapshots, what one node gets, in percent.
-    pub snapshot_percent_per_peer: u8,
     /// Of the Redis port.
     pub limits: Limits,
     /// Connections to the Redis port.
@@ -169,7 +167,7 @@ pub async fn serve_with<H: InstallHook>(
     let draining = CancellationToken::new();
     let hook = hook(SplitHook::new(node.clone(), guard.clone()));
     let mut files = FileStoreOptions::default();
-    files.percent_per_peer = options.snapshot_percent_per_peer;
+    files.percent_per_peer = options.migrate.percent_per_peer;
     let receiver = grpc::receiver(&node, hook, draining.clone(), files, limits.snapshot.clone()).await?;
     let stop_tasks = stop.child_token();
     let splits = Splits::new(node.clone(), receiver.transfers(), guard.clone(), stop_tasks.clone())?;

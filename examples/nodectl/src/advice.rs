@@ -74,7 +74,7 @@ fn snapshot<'a>(reason: Reason, fact: &impl Fn(&str) -> &'a str, address: &str) 
         }
         Reason::InsufficientDisk if fact("peer") != "?" => format!(
             "it needs {} bytes, and snapshots from {} have {} left of their share: see what else comes from it with \
-             nodectl transfers --at {address} --active, make room on the node, or raise its --snapshot-percent-per-peer",
+             nodectl transfers --at {address} --active, make room on the node, or raise its --disk-percent-per-peer",
             fact("needed_bytes"),
             fact("peer"),
             fact("available_bytes")

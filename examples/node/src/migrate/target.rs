@@ -10,6 +10,7 @@ use proto::migration::hold::Hold;
 use proto::migration::target::{Offer, Staged, StoredMigration, Takeover};
 use proto::migration::{MigrationTarget, Reason};
 
+use super::room::{Room, tombstones};
 use super::{MigrateOptions, NodeHold, check_value_format, failed};
 use crate::gate::HoldMode;
 use crate::node::Node;
@@ -20,19 +21,24 @@ use crate::store::{Claim, StoreError};
 pub struct NodeTarget {
     node: Node,
     options: MigrateOptions,
+    room: Room,
 }
 
 impl NodeTarget {
     /// Of `node`.
     #[must_use]
     pub fn new(node: Node, options: MigrateOptions) -> Self {
-        Self { node, options }
+        Self { node, options, room: Room::new(options.percent_per_peer) }
     }
 }
 
 impl MigrationTarget for NodeTarget {
     async fn load(&self) -> Result<Vec<StoredMigration>, Error> {
-        self.node.store().stored_migrations().await.map_err(failed)
+        let stored = self.node.store().stored_migrations().await.map_err(failed)?;
+        for migration in stored.iter().filter(|migration| migration.slots.is_some()) {
+            self.room.staged(&migration.id, migration.staged, 0);
+        }
+        Ok(stored)
     }
 
     async fn admit(&self, offer: &Offer<'_>) -> Result<(), Error> {
@@ -50,11 +56,18 @@ impl MigrationTarget for NodeTarget {
             let sentence = format!("a snapshot with some of slots {slots} is being imported");
             return Err(Reason::RangeBusy.error(sentence).metadata("holder", "import"));
         }
-        store.check_space(offer.missing_bytes.unwrap_or(0)).map_err(failed)
+        self.room.admit(store, offer)
     }
 
     async fn begin(&self, id: &MigrationId, slots: SlotRange, record: Bytes) -> Result<(), Error> {
-        self.node.store().begin_staging(id, slots, record).await.map_err(failed)
+        match self.node.store().begin_staging(id, slots, record).await {
+            Ok(()) => self.room.begun(id),
+            Err(error) => {
+                self.room.ended(id);
+                return Err(failed(error));
+            }
+        }
+        Ok(())
     }
 
     async fn save(&self, id: &MigrationId, record: Bytes) -> Result<(), Error> {
@@ -63,9 +76,11 @@ impl MigrationTarget for NodeTarget {
 
     async fn apply(&self, id: &MigrationId, entries: Vec<Entry>, record: Bytes) -> Result<Staged, Error> {
         let store = self.node.store();
-        let bytes = entries.iter().map(Entry::bytes).fold(0, u64::saturating_add);
-        store.check_space(bytes).map_err(failed)?;
-        store.stage(id, entries, record).await.map_err(failed)
+        self.room.check(store, id, &entries)?;
+        let tombstones = tombstones(&entries);
+        let staged = store.stage(id, entries, record).await.map_err(failed)?;
+        self.room.staged(id, staged, tombstones);
+        Ok(staged)
     }
 
     async fn digests(&self, id: &MigrationId) -> Result<Vec<SlotDigest>, Error> {
@@ -82,15 +97,19 @@ impl MigrationTarget for NodeTarget {
     async fn commit(&self, takeover: &Takeover<'_>, record: Bytes) -> Result<(), Error> {
         let &Takeover { id, slots, slot_epoch } = takeover;
         let claim = Claim { range: slots, owner: self.node.id().clone(), epoch: slot_epoch };
-        let id = id.clone();
+        let taken = id.clone();
         self.node
-            .change_ownership(move |store| async move { store.take_over(&id, claim, record).await })
+            .change_ownership(move |store| async move { store.take_over(&taken, claim, record).await })
             .await
-            .map_err(failed)
+            .map_err(failed)?;
+        self.room.ended(id);
+        Ok(())
     }
 
     async fn discard(&self, id: &MigrationId, record: Bytes) -> Result<(), Error> {
-        self.node.store().discard_staging(id, record).await.map_err(failed)
+        self.node.store().discard_staging(id, record).await.map_err(failed)?;
+        self.room.ended(id);
+        Ok(())
     }
 
     async fn forget(&self, id: &MigrationId) -> Result<(), Error> {

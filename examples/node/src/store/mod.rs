@@ -60,6 +60,7 @@ pub use ownership::{Claim, NodeAddresses, Ownership};
 pub use read::{Entry, Reader, ScanPosition, Scanned};
 pub use shared::ExpiryPause;
 pub use snapshot::{ExportSummary, Handover, SnapshotHeader, read_header};
+pub(crate) use space::on_disk;
 pub use splits::SplitIntent;
 
 use crate::common::{NodeId, SlotRange};

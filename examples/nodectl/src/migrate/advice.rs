@@ -60,6 +60,13 @@ pub(super) fn about(error: &Error, at: &str, id: &str) -> Option<String> {
              can dial. To try again, choose a new --id"
                 .to_owned()
         }
+        Reason::InsufficientDisk if fact("peer") != "?" => format!(
+            "it needs {} bytes at the target, and migrations from {} have {} left of their share: see what else comes from it there, make \
+             room, or raise the target's --disk-percent-per-peer",
+            fact("needed_bytes"),
+            fact("peer"),
+            fact("available_bytes")
+        ),
         Reason::InsufficientDisk => format!(
             "the target needs {} bytes and has {}: make room there",
             fact("needed_bytes"),

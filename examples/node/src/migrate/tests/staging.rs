@@ -13,7 +13,8 @@ use proto::migration::{MigrationSpec, MigrationTarget as _};
 use super::support::*;
 use crate::common::{NodeId, slot_of};
 use crate::gate::{Access, Verdict};
-use crate::store::{Claim, Handover, test_store};
+use crate::migrate::{MigrateOptions, NodeTarget};
+use crate::store::{Claim, Handover, StoreOptions, test_store};
 
 fn image(value: &str) -> Option<Image> {
     Some(Image { value: bytes(value), expires_unix_ms: None })
@@ -260,4 +261,77 @@ async fn what_the_node_cannot_take_is_refused() {
     assert_eq!((b.node.own_ranges(), b.node.key_count()), (vec![range("0-100")], 0));
     b.target.commit(&takeover(&id, 8), Bytes::new()).await.unwrap();
     assert_eq!(b.node.key_count(), 3);
+}
+
+/// Migrations of one node have a share of the disk, by what they announce and by what they stage.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_migrations_of_one_node_leave_room_to_those_of_others() {
+    const MIB: u64 = 1 << 20;
+    let dir = tempfile::tempdir().unwrap();
+    let disk = rustix::fs::statvfs(dir.path()).unwrap();
+    // About 400 MiB are left, whatever others write to the same disk meanwhile.
+    let reserve_bytes = disk.f_bavail * disk.f_frsize - 400 * MIB;
+    let options = StoreOptions { reserve_bytes, ..StoreOptions::default() };
+    let b = TestNode::open_as(&dir.path().join("b"), "n2", Some(vec![range("0-100")]), &options);
+    let from = |node: &str, slots: &str| MigrationSpec {
+        source_node: NodeId::new(node).unwrap(),
+        ..spec(range(slots))
+    };
+    let offer = async |id: &MigrationId, spec: &MigrationSpec, missing: u64| {
+        let offer = Offer { id, spec, fence: None, missing_bytes: Some(missing) };
+        b.target.admit(&offer).await
+    };
+    let (first, second, other) = (id("first"), id("second"), id("other"));
+    let (one, two, three) = (from("n1", "4096-8191"), from("n1", "8192-12287"), from("n3", "12288-16383"));
+    // Rows take twice their bytes: 240 of 400 MiB, then 120 more, which is beyond 75 %.
+    offer(&first, &one, 120 * MIB).await.unwrap();
+    b.target.begin(&first, one.slots, bytes("1")).await.unwrap();
+    let refused = offer(&second, &two, 60 * MIB).await.unwrap_err();
+    assert!(refused.is_retryable(), "{refused:?}");
+    assert_eq!((refused.reason(), refused.get("peer")), ("INSUFFICIENT_DISK", Some("n1")));
+    assert_eq!(refused.get("needed_bytes"), Some((120 * MIB).to_string().as_str()));
+    // It may come again, and another node may come with as much.
+    offer(&first, &one, 120 * MIB).await.unwrap();
+    offer(&other, &three, 60 * MIB).await.unwrap();
+    b.target.discard(&first, bytes("ended")).await.unwrap();
+    offer(&second, &two, 60 * MIB).await.unwrap();
+
+    // One that announces nothing has no more of it. A hundredth of 400 MiB is two of rows.
+    let strict = MigrateOptions { percent_per_peer: 1, ..MigrateOptions::default() };
+    let target = NodeTarget::new(b.node.clone(), strict);
+    let offered = Offer { id: &second, spec: &two, fence: None, missing_bytes: None };
+    target.admit(&offered).await.unwrap();
+    target.begin(&second, two.slots, bytes("1")).await.unwrap();
+    let value = "v".repeat(1 << 10);
+    let all = many(1, 4096, &value);
+    let (mut staged, mut refused) = (Staged::default(), None);
+    for entries in all.chunks(256) {
+        match target.apply(&second, entries.to_vec(), bytes("2")).await {
+            Ok(now) => staged = now,
+            Err(error) => {
+                refused = Some(error);
+                break;
+            }
+        }
+    }
+    let refused = refused.expect("its share has an end");
+    assert_eq!((refused.reason(), refused.get("peer")), ("INSUFFICIENT_DISK", Some("n1")));
+    assert!((MIB..4 * MIB).contains(&staged.bytes), "{staged:?}");
+    // Also after a restart, and also of tombstones, which are no rows.
+    drop(target);
+    let target = NodeTarget::new(b.node.clone(), strict);
+    target.load().await.unwrap();
+    target.admit(&offered).await.unwrap();
+    assert_eq!(
+        target.apply(&second, all[..512].to_vec(), bytes("3")).await.unwrap_err().reason(),
+        "INSUFFICIENT_DISK"
+    );
+    target.begin(&second, two.slots, bytes("4")).await.unwrap();
+    let dead = |n: u64| Entry { seq: n + 1, key: bytes(&format!("{{dead}}{n:0>8000}")), image: None };
+    let mut tombstones = 0;
+    while target.apply(&second, (0..64).map(|n| dead(tombstones + n)).collect(), bytes("5")).await.is_ok() {
+        tombstones += 64;
+        assert!(tombstones * 8000 < 16 * MIB, "tombstones have no end");
+    }
+    assert!(tombstones > 0);
 }

@@ -47,10 +47,18 @@ impl TestNode {
     }
 
     fn open_with(directory: &Path, name: &str, slots: Option<Vec<SlotRange>>) -> Self {
+        let options = StoreOptions { cache_bytes: 16 << 20, ..StoreOptions::default() };
+        Self::open_as(directory, name, slots, &options)
+    }
+
+    pub(super) fn open_as(
+        directory: &Path,
+        name: &str,
+        slots: Option<Vec<SlotRange>>,
+        options: &StoreOptions,
+    ) -> Self {
         let init = Init { node: NodeId::new(name).unwrap(), slots, others: vec![] };
-        let node =
-            Node::open(directory, &init, &StoreOptions { cache_bytes: 16 << 20, ..StoreOptions::default() })
-                .unwrap();
+        let node = Node::open(directory, &init, options).unwrap();
         let options = MigrateOptions::default();
         Self {
             source: NodeSource::new(node.clone(), options),
