@@ -6,7 +6,7 @@
 mod history;
 mod log;
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
@@ -34,6 +34,27 @@ pub fn write_atomic(path: impl AsRef<Path>, content: &[u8]) -> io::Result<()> {
 pub fn sync_dir(path: impl AsRef<Path>) -> io::Result<()> {
     // Windows cannot open a directory as a file; its file systems order such changes by themselves.
     if cfg!(unix) { File::open(path)?.sync_all() } else { Ok(()) }
+}
+
+/// A path in `directory` where nothing lies yet: `name`, or `name` with the first free number.
+///
+/// # Errors
+///
+/// Those of the file system.
+pub fn free_path(directory: impl AsRef<Path>, name: impl AsRef<OsStr>) -> io::Result<PathBuf> {
+    let mut number = 0_u64;
+    loop {
+        let mut numbered = name.as_ref().to_owned();
+        if number > 0 {
+            numbered.push(format!(".{number}"));
+        }
+        let path = directory.as_ref().join(numbered);
+        match fs::symlink_metadata(&path) {
+            Ok(_) => number += 1,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(path),
+            Err(error) => return Err(error),
+        }
+    }
 }
 
 /// Replaces the file at `path` by what `write` writes, and returns it, open for writing at its end.

@@ -45,6 +45,7 @@ use tokio_util::task::TaskTracker;
 #[cfg(feature = "channel")]
 pub use dial::TcpDial;
 pub use dial::{Dial, DialFn, dial_fn};
+pub use recovery::{Doubt, Doubtful, SoundRecord, Sorted, sort};
 
 use self::calls::Command;
 use self::task::{Task, freeze_backoff};
@@ -156,13 +157,14 @@ impl<S: MigrationSource, D: Dial> MigrationDriverBuilder<S, D> {
     /// in after that.
     ///
     /// Slots of a damaged record are [quarantined](MigrationSource::quarantine) as long as this process lives, since they may have been
-    /// handed over, and calls that want to move them get `SLOTS_QUARANTINED`. The same goes for a record that is whole but overlaps a damaged one. The rest of
-    /// the node serves.
+    /// handed over, and calls that want to move them get `SLOTS_QUARANTINED`. The same goes for a record that is whole but overlaps a damaged one,
+    /// and for one that is gone while the store [logs changes](MigrationSource::logs) for it. The rest of the node serves. [`sort`] says what is
+    /// quarantined, without a driver.
     ///
     /// # Errors
     ///
-    /// The node's ID is none, or the store cannot hold the slots.
-    pub async fn start(self, recovered: Recovered) -> Result<MigrationDriver<S, D>, Error> {
+    /// The node's ID is none, or the store cannot tell its logs or hold the slots.
+    pub async fn start(self, mut recovered: Recovered) -> Result<MigrationDriver<S, D>, Error> {
         let Self { source, dial, identity, journal, limits, migrations, guard } = self;
         let inner = Arc::new(Inner {
             source: Arc::new(source),
@@ -181,8 +183,8 @@ impl<S: MigrationSource, D: Dial> MigrationDriverBuilder<S, D> {
             draining: CancellationToken::new(),
             stopping: CancellationToken::new(),
         });
-        inner.migrations.seed(recovered.finished);
-        inner.take_up_all(recovered.damaged, recovered.active).await?;
+        inner.migrations.seed(std::mem::take(&mut recovered.finished));
+        inner.take_up_all(recovered).await?;
         Ok(MigrationDriver { inner })
     }
 }
@@ -240,6 +242,18 @@ impl<S: MigrationSource, D: Dial> MigrationDriver<S, D> {
     }
 }
 
+/// Keeps others off the slots of a migration.
+fn acquire(guard: &RangeGuard, id: &MigrationId, spec: &MigrationSpec) -> Result<RangeHold, Error> {
+    let held = guard.try_acquire(spec.slots, &format!("migration {id}"));
+    held.map_err(|error| {
+        if !error.is(CommonReason::RangeBusy) {
+            return error;
+        }
+        let refused = Reason::RangeBusy.error(error.message());
+        refused.metadata("holder", error.get("holder").unwrap_or_default())
+    })
+}
+
 impl<S: MigrationSource, D: Dial> Inner<S, D> {
     fn running(&self) -> MutexGuard<'_, HashMap<MigrationId, Handle>> {
         lock(&self.running)
@@ -251,18 +265,6 @@ impl<S: MigrationSource, D: Dial> Inner<S, D> {
 
     fn keep_held(&self, hold: Hold) {
         lock(&self.held).push((hold, None));
-    }
-
-    /// Keeps others off the slots of a migration.
-    fn acquire(&self, id: &MigrationId, spec: &MigrationSpec) -> Result<RangeHold, Error> {
-        let held = self.guard.try_acquire(spec.slots, &format!("migration {id}"));
-        held.map_err(|error| {
-            if !error.is(CommonReason::RangeBusy) {
-                return error;
-            }
-            let refused = Reason::RangeBusy.error(error.message());
-            refused.metadata("holder", error.get("holder").unwrap_or_default())
-        })
     }
 
     fn task(
@@ -365,7 +367,7 @@ impl<S: MigrationSource, D: Dial> Inner<S, D> {
             return Err(Reason::TooManyMigrations.error(text).retry_after(Duration::from_secs(1)));
         }
         let terms = self.source.admit(&spec, fence.map(Fence::from)).await?;
-        let range = self.acquire(&id, &spec)?;
+        let range = acquire(&self.guard, &id, &spec)?;
         let now = now_unix_ms();
         let mut progress = MigrationProgress {
             migration_id: id.to_string(),

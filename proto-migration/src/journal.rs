@@ -9,6 +9,7 @@
 //! The slots are part of a file's name, so that a file whose content is damaged still says which slots must not be served until somebody has
 //! looked: whether they were handed over is what it would have told.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -16,7 +17,7 @@ use std::sync::Arc;
 
 use prost::Message as _;
 use proto_common::checksum::crc64;
-use proto_common::durable::{History, sync_dir, write_atomic};
+use proto_common::durable::{History, free_path, sync_dir, write_atomic};
 use proto_common::error::Error;
 use proto_common::ids::MigrationId;
 use proto_common::slots::SlotRange;
@@ -64,13 +65,20 @@ pub struct SourceRecord {
 pub struct DamagedFile {
     /// The file's name, below the journal's directory.
     pub file: String,
-    /// The slots that its name says.
-    pub slots: Option<SlotRange>,
+    /// The slots that it may be about: those that its name says and those that its content says, where either can be read. Of a file of a
+    /// migration (see [`is_of_a_migration`](Self::is_of_a_migration)), empty means that nobody knows, not that there are none.
+    pub slots: Vec<SlotRange>,
     /// What is wrong with it.
     pub problem: String,
 }
 
 impl DamagedFile {
+    /// Whether it lies where only the files of migrations do.
+    #[must_use]
+    pub fn is_of_a_migration(&self) -> bool {
+        self.file.starts_with(ACTIVE)
+    }
+
     /// The migration that the file's name says.
     #[must_use]
     pub fn migration_id(&self) -> Option<MigrationId> {
@@ -119,7 +127,7 @@ impl Journal {
         let (records, cut) = history.load()?;
         recovered.damaged.extend(cut.map(|cut| DamagedFile {
             file: "history".to_owned(),
-            slots: None,
+            slots: Vec::new(),
             problem: cut.to_string(),
         }));
         recovered.finished =
@@ -137,18 +145,21 @@ impl Journal {
                 continue;
             }
             let named = parse_name(&shown);
-            let damaged = |problem: String| DamagedFile {
-                file: format!("{ACTIVE}{}", proto_common::text::printable(&shown, 200)),
-                slots: named.as_ref().map(|(slots, _)| *slots),
-                problem,
+            let content = read(&path);
+            // Whole, it says which slots are in doubt, whatever became of its name.
+            let told = content.as_ref().ok().and_then(slots_of);
+            let read = match &named {
+                None => Err("is not named like a migration".to_owned()),
+                Some((slots, id)) => content.and_then(|record| consistent(record, *slots, id)),
             };
-            let Some((slots, id)) = &named else {
-                recovered.damaged.push(damaged("is not named like a migration".to_owned()));
-                continue;
-            };
-            match read(&path).and_then(|record| consistent(record, *slots, id)) {
-                Ok(record) => recovered.active.push((id.clone(), record)),
-                Err(problem) => recovered.damaged.push(damaged(problem)),
+            match (read, named) {
+                (Ok(record), Some((_, id))) => recovered.active.push((id, record)),
+                (Ok(_), None) => {}
+                (Err(problem), named) => {
+                    let mut slots: Vec<_> = named.into_iter().map(|(slots, _)| slots).chain(told).collect();
+                    slots.dedup();
+                    recovered.damaged.push(DamagedFile { file: file_shown(&name), slots, problem });
+                }
             }
         }
         let directory = directory.to_path_buf();
@@ -162,24 +173,33 @@ impl Journal {
     }
 
     /// Moves a [damaged file](DamagedFile) to `dropped/`, durably, and returns its path there: the next start knows nothing of the migration, and
-    /// its slots belong to whoever the store says owns them. For a node that does not run. Blocks.
+    /// its slots belong to whoever the store says owns them. What lies in `dropped/` already stays. For a node that does not run. Blocks.
     ///
     /// Whoever calls this knows from the target that the migration was discarded, or from the store that the slots were given up; otherwise both
     /// nodes may serve them.
     ///
     /// # Errors
     ///
-    /// Those of the file system; of kind `InvalidInput` if `file` is not the name of a file of a migration.
+    /// Those of the file system; of kind `NotFound` if no file of a migration is shown as `file`, `InvalidInput` if more than one is.
     pub fn set_aside(&self, file: &str) -> io::Result<PathBuf> {
-        let plain = |name: &&str| !name.is_empty() && !name.contains('/') && !name.starts_with('.');
-        let name = file.strip_prefix(ACTIVE).filter(plain);
-        let name =
-            name.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "not a file of a migration"))?;
         let Shared { directory, active, .. } = &*self.shared;
+        // Looked for by what is shown of it: a name may hold what cannot be shown, and nothing but a name that is there is believed.
+        let mut found = Vec::new();
+        for entry in fs::read_dir(active)? {
+            let name = entry?.file_name();
+            if file_shown(&name) == file {
+                found.push(name);
+            }
+        }
+        let name = match found.as_slice() {
+            [name] => name,
+            [] => return Err(io::Error::new(io::ErrorKind::NotFound, "there is no such file of a migration")),
+            _ => return Err(io::Error::new(io::ErrorKind::InvalidInput, "more than one file is shown so")),
+        };
         let dropped = directory.join("dropped");
         fs::create_dir_all(&dropped)?;
         sync_dir(directory)?;
-        let kept_as = dropped.join(name);
+        let kept_as = free_path(&dropped, name)?;
         fs::rename(active.join(name), &kept_as)?;
         sync_dir(&dropped)?;
         sync_dir(active)?;
@@ -248,6 +268,16 @@ async fn blocking(
     }
 }
 
+/// How a file in `active/` is called for people, whatever its name holds.
+fn file_shown(name: &OsStr) -> String {
+    format!("{ACTIVE}{}", proto_common::text::printable(&name.to_string_lossy(), 200))
+}
+
+/// The slots of a record.
+fn slots_of(record: &SourceRecord) -> Option<SlotRange> {
+    SlotRange::from_wire(record.progress.as_ref()?.spec.as_ref()?.slots).ok()
+}
+
 fn file_name(slots: SlotRange, id: &MigrationId) -> String {
     format!("{:05}-{:05}.{id}.task", slots.start(), slots.end() - 1)
 }
@@ -306,8 +336,8 @@ fn read(path: &Path) -> Result<SourceRecord, String> {
 /// A file that was renamed by hand would be believed for other slots.
 fn consistent(record: SourceRecord, slots: SlotRange, id: &MigrationId) -> Result<SourceRecord, String> {
     let progress = record.progress.as_ref().ok_or("holds no progress")?;
-    let spec = progress.spec.as_ref().ok_or("holds no specification")?;
-    if progress.migration_id != id.as_str() || SlotRange::from_wire(spec.slots) != Ok(slots) {
+    progress.spec.as_ref().ok_or("holds no specification")?;
+    if progress.migration_id != id.as_str() || slots_of(&record) != Some(slots) {
         return Err("holds another migration than its name says".to_owned());
     }
     Ok(record)
@@ -395,7 +425,10 @@ mod tests {
             let (_, recovered) = Journal::open(dir.path(), 10).unwrap();
             assert_eq!(recovered.active, []);
             let damaged = &recovered.damaged[0];
-            assert_eq!((damaged.file.as_str(), damaged.slots), ("active/00100-00199.m1.task", Some(slots())));
+            assert_eq!(
+                (damaged.file.as_str(), damaged.slots.as_slice()),
+                ("active/00100-00199.m1.task", &[slots()][..])
+            );
             assert_eq!(fs::read(&path).unwrap(), content, "what is damaged stays for whoever looks");
         }
     }
@@ -417,17 +450,48 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_file_that_was_renamed_is_not_believed() {
+    async fn a_file_that_was_renamed_is_not_believed_and_all_its_slots_are_told() {
         let dir = tempfile::tempdir().unwrap();
         let (journal, _) = Journal::open(dir.path(), 10).unwrap();
-        for other in ["00100-00198.m1.task", "00100-00199.m9.task", "notes.txt"] {
+        let range = |start, end| SlotRange::new(start, end).unwrap();
+        for (other, told) in [
+            ("00300-00399.m1.task", vec![range(300, 400), slots()]),
+            ("00100-00199.m9.task", vec![slots()]),
+            ("notes.txt", vec![slots()]),
+            (".00100-00199.m1.task.swp", vec![slots()]),
+            ("\u{1b}[2J.task", vec![slots()]),
+        ] {
             journal.save(&id("m1"), slots(), &record("m1", 1)).await.unwrap();
             fs::rename(dir.path().join("active/00100-00199.m1.task"), dir.path().join("active").join(other))
                 .unwrap();
             let (_, recovered) = Journal::open(dir.path(), 10).unwrap();
             assert_eq!(recovered.active, [], "{other}");
-            assert_eq!(recovered.damaged.len(), 1, "{other}");
-            fs::remove_file(dir.path().join("active").join(other)).unwrap();
+            let [damaged] = recovered.damaged.as_slice() else { panic!("{other}: {recovered:?}") };
+            assert_eq!(damaged.slots, told, "{other}");
+            assert!(damaged.is_of_a_migration(), "{other}");
+            // Whatever it is called, it can be set aside by the name that is shown.
+            journal.set_aside(&damaged.file).unwrap();
+            assert_eq!(fs::read_dir(dir.path().join("active")).unwrap().count(), 0, "{other}");
+        }
+        // Neither name nor content: nobody knows.
+        fs::write(dir.path().join("active/notes.txt"), b"notes").unwrap();
+        let (_, recovered) = Journal::open(dir.path(), 10).unwrap();
+        assert_eq!(recovered.damaged[0].slots, []);
+    }
+
+    #[tokio::test]
+    async fn what_was_set_aside_before_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let (journal, _) = Journal::open(dir.path(), 10).unwrap();
+        let file = Journal::file_of(slots(), &id("m1"));
+        let kept: Vec<_> = ["first", "second", "third"]
+            .map(|content| {
+                fs::write(dir.path().join(&file), content).unwrap();
+                (journal.set_aside(&file).unwrap(), content)
+            })
+            .into();
+        for (path, content) in kept {
+            assert_eq!(fs::read_to_string(path).unwrap(), content);
         }
     }
 }

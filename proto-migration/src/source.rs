@@ -215,6 +215,14 @@ pub trait MigrationSource: Send + Sync + 'static {
     /// `STORAGE_FAILED`, and nothing is held.
     fn hold(&self, slots: SlotRange, mode: HoldMode) -> impl Future<Output = Result<Hold, Error>> + Send;
 
+    /// The change logs that are open, with their migrations and slots, at the start of the process. One that no record of the journal belongs to
+    /// shows that the record is lost: its slots are [quarantined](Self::quarantine).
+    ///
+    /// # Errors
+    ///
+    /// The store cannot be read; the driver does not start.
+    fn logs(&self) -> impl Future<Output = Result<Vec<(MigrationId, SlotRange)>, Error>> + Send;
+
     /// Serves no request for `slots` as long as the result lives: a damaged record leaves open whether they were handed over. `why` names
     /// it, without paths, for what clients are told. By default they are held, and get what those get that have waited for too long;
     /// better is to refuse them at once and say why.

@@ -1,7 +1,7 @@
 //! What a store does to take slots over: stage rows that nobody sees, and make them visible at once.
 //!
-//! With what is staged the store keeps a record, opaque to it, in the same transaction: so what the [receiver](crate::receiver)
-//! knows of a migration and what is staged of it never differ, whatever crashes.
+//! With what is staged the store keeps a record, opaque to it, saved in the transaction that completes what the record tells: so whatever crashes or
+//! fails, all that the [receiver](crate::receiver) knows to be staged is. A part of what came last may be staged beyond that; it comes again, and counts once.
 
 use std::future::Future;
 
@@ -113,7 +113,8 @@ pub trait MigrationTarget: Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// `STORAGE_FAILED` or `INSUFFICIENT_DISK`, and nothing has changed.
+    /// `STORAGE_FAILED` or `INSUFFICIENT_DISK`: the record has not changed; some of the entries may be staged already. The source sends what the record
+    /// does not tell again, as it is then, on its next stream.
     fn apply(
         &self,
         id: &MigrationId,
@@ -159,11 +160,12 @@ pub trait MigrationTarget: Send + Sync + 'static {
     /// `STORAGE_FAILED`, and nothing has changed.
     fn discard(&self, id: &MigrationId, record: Bytes) -> impl Future<Output = Result<(), Error>> + Send;
 
-    /// Removes the record of a migration for which nothing is staged. Does nothing where there is none.
+    /// Removes the record of a migration of which nothing is needed any more. What is staged is at most what [`apply`](Self::apply) left of a first
+    /// batch that failed; it is dropped in the same transaction, as by [`discard`](Self::discard). Does nothing where there is no record.
     ///
     /// # Errors
     ///
-    /// `STORAGE_FAILED`.
+    /// `STORAGE_FAILED`, and nothing has changed.
     fn forget(&self, id: &MigrationId) -> impl Future<Output = Result<(), Error>> + Send;
 
     /// Holds all requests for `slots`, which are not this node's yet, instead of redirecting them, as long as the hold lives.

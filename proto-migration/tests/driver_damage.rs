@@ -8,9 +8,12 @@ mod support;
 use std::sync::Arc;
 
 use proto_common::error::Error;
+use proto_common::guard::RangeGuard;
 use proto_common::slots::{SlotRange, slot_of};
-use proto_migration::Reason;
+use proto_migration::driver::{Doubt, Sorted, sort};
 use proto_migration::hold::HoldMode;
+use proto_migration::journal::Journal;
+use proto_migration::{MigrationSource as _, Reason, v1};
 use support::memory_source::{Answer, MemorySource};
 use support::pair::{Pair, driver};
 
@@ -72,4 +75,89 @@ async fn a_record_that_overlaps_a_damaged_one_does_not_keep_the_node_from_starti
     let damaged = file.replace("m1", "m0");
     std::fs::write(dir.path().join(&damaged), &record[1..]).unwrap();
     quarantined(&dir, &damaged, "with another of the same slots").await;
+}
+
+/// What makes a tool that looks at the journal see what [`quarantined`] sees: the file, and why it is in doubt.
+async fn sorted(dir: &tempfile::TempDir, source: &MemorySource) -> Vec<(String, Doubt)> {
+    let (_, recovered) = Journal::open(dir.path().join("source"), 10).unwrap();
+    let logs = source.logs().await.unwrap();
+    let Sorted { doubtful, .. } = sort(recovered, &logs, &RangeGuard::new());
+    doubtful.into_iter().map(|doubtful| (doubtful.file.file, doubtful.doubt)).collect()
+}
+
+#[tokio::test]
+async fn a_whole_record_that_cannot_be_gone_on_with_is_told_by_the_same_check() {
+    type Spoil = fn(&mut v1::MigrationProgress);
+    let spoils: [(&str, Spoil); 4] = [
+        ("the specification", |progress| progress.spec.as_mut().unwrap().value_format = "Rows".to_owned()),
+        ("the limits", |progress| {
+            progress.limits = Some(v1::MigrationLimits { freeze_timeout_ms: Some(0), ..Default::default() });
+        }),
+        ("a state of a target", |progress| progress.set_state(v1::MigrationState::Receiving)),
+        ("a state that nobody knows", |progress| progress.state = 999),
+    ];
+    let (dir, file, whole) = journal_of_one().await;
+    // The control.
+    assert_eq!(sorted(&dir, &MemorySource::default()).await, []);
+    for (how, spoil) in spoils {
+        std::fs::create_dir_all(dir.path().join("source/active")).unwrap();
+        std::fs::write(dir.path().join(&file), &whole).unwrap();
+        let (journal, recovered) = Journal::open(dir.path().join("source"), 10).unwrap();
+        let (id, mut record) = recovered.active.into_iter().next().unwrap();
+        let progress = record.progress.as_mut().unwrap();
+        spoil(progress);
+        let slots = SlotRange::from_wire(progress.spec.as_ref().unwrap().slots).unwrap();
+        journal.save(&id, slots, &record).await.unwrap();
+        let shown = file.strip_prefix("source/").unwrap().to_owned();
+        assert_eq!(sorted(&dir, &MemorySource::default()).await, [(shown, Doubt::NotUnderstood)], "{how}");
+        quarantined(&dir, &file, how).await;
+    }
+}
+
+#[tokio::test]
+async fn a_whole_record_whose_slots_are_in_doubt_waits() {
+    let (dir, file, record) = journal_of_one().await;
+    let damaged = file.replace("m1", "m0");
+    std::fs::write(dir.path().join(&damaged), &record[1..]).unwrap();
+    let [damaged, whole] = [damaged, file].map(|file| file.strip_prefix("source/").unwrap().to_owned());
+    let found = sorted(&dir, &MemorySource::default()).await;
+    assert_eq!(found, [(damaged, Doubt::Damaged), (whole, Doubt::Held)]);
+}
+
+#[tokio::test]
+async fn a_file_with_another_name_quarantines_what_its_content_says() {
+    let (dir, file, record) = journal_of_one().await;
+    std::fs::remove_file(dir.path().join(file)).unwrap();
+    for name in ["16383-16383.m1.task", "what.bak"] {
+        let other = format!("source/active/{name}");
+        std::fs::create_dir_all(dir.path().join("source/active")).unwrap();
+        std::fs::write(dir.path().join(&other), &record).unwrap();
+        quarantined(&dir, &other, name).await;
+    }
+}
+
+#[tokio::test]
+async fn a_record_that_is_gone_quarantines_the_slots_that_are_logged() {
+    let mut pair = Pair::start().await;
+    let slot = slot_of(b"held");
+    let only = SlotRange::new(slot, slot + 1).unwrap();
+    pair.begin(|request| {
+        let spec = request.spec.as_mut().unwrap();
+        (spec.slots, spec.auto_complete) = (Some(only.into()), false);
+    })
+    .await
+    .unwrap();
+    pair.reaches(v1::MigrationState::Ready).await;
+    pair.source_down().await;
+    let source = pair.source.restarted();
+    assert_eq!(sorted(&pair.dir, &source).await, [], "the control");
+    let file = format!("active/{slot:05}-{slot:05}.m1.task");
+    std::fs::remove_file(pair.dir.path().join("source").join(&file)).unwrap();
+    assert_eq!(sorted(&pair.dir, &source).await, [(file.clone(), Doubt::Missing)]);
+    let (client, stop) = driver(&pair.dir, &source, &Arc::default()).await;
+    assert_eq!((source.held(), source.write(b"free", Some(b"1")).await), (Some(HoldMode::All), Answer::Done));
+    let error = Error::from(client.clone().start_migration(Pair::request("m7")).await.unwrap_err());
+    assert!(error.is(Reason::SlotsQuarantined), "{error:?}");
+    assert_eq!(error.get("holder"), Some(format!("the missing record {file}").as_str()));
+    stop().await;
 }

@@ -280,6 +280,53 @@ async fn a_failing_store_leaves_what_was_durable() {
 }
 
 #[tokio::test]
+async fn a_batch_that_was_staged_in_part_comes_again_and_counts_once() {
+    let mut limits = Limits::default();
+    limits.record_kept = Duration::from_millis(50);
+    let node = Node::with(|builder| builder.limits(limits)).await;
+    let fault = || Fault::FailHalfway(Reason::StorageFailed.error("no"));
+    let id = MigrationId::new("m1").unwrap();
+    let staged = |node: &Node| node.target.disk().staged.get(&id).map_or(0, Rows::len);
+    let batch = |seq| ["a", "b", "c", "d"].map(|key| row(seq, key)).to_vec();
+
+    // Nobody comes back: not even a part is left.
+    let (mut source, _) = node.accept(header(1)).await;
+    node.target.fault("apply", fault());
+    source.bulk(batch(11), false).await;
+    assert_eq!(source.error().await.reason(), "STORAGE_FAILED");
+    assert_eq!(staged(&node), 2, "the test needs a part");
+    drop(source);
+    eventually("the record is dropped", || node.target.disk().records.is_empty()).await;
+    assert_eq!(staged(&node), 0);
+
+    // It comes back at once, and after a crash; meanwhile `b` was deleted, and `a` changed.
+    for crash in [false, true] {
+        let node = Node::start().await;
+        let (mut source, _) = node.accept(header(1)).await;
+        node.target.fault("apply", fault());
+        source.bulk(batch(11), false).await;
+        assert_eq!(source.error().await.reason(), "STORAGE_FAILED");
+        let node = if crash { node.crash().await } else { node };
+        assert_eq!(staged(&node), 2);
+        let (mut source, accepted) = node.accept(header(2)).await;
+        let resume = accepted.resume.unwrap();
+        assert!(resume.cursor.is_empty() && !resume.copied, "{resume:?}");
+        source.bulk(["a", "c", "d"].map(|key| row(13, key)).to_vec(), true).await;
+        source.delta(13, vec![Entry { image: None, ..row(12, "b") }, row(13, "a")]).await;
+        source.prepare(1, &node.target).await;
+        assert!(matches!(source.answer().await.unwrap(), Answer::Prepared(_)));
+        let rows: Vec<_> = node.target.disk().staged[&id]
+            .iter()
+            .map(|(key, (seq, image))| (key.clone(), *seq, image.is_some()))
+            .collect();
+        let expected = [("a", 13, true), ("b", 12, false), ("c", 13, true), ("d", 13, true)];
+        assert_eq!(rows, expected.map(|(key, seq, lives)| (Bytes::from(key), seq, lives)));
+        let progress = node.progress();
+        assert_eq!((progress.progress.unwrap().items_done, progress.delta_entries), (3, 2));
+    }
+}
+
+#[tokio::test]
 async fn places_ranges_and_a_node_that_stops() {
     let mut limits = Limits::default();
     limits.incoming = 1;

@@ -5,8 +5,11 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
+use proto::common::durable::{free_path, sync_dir, write_atomic};
+use proto::common::guard::RangeGuard;
 use proto::common::ids::MigrationId;
-use proto::migration::journal::{Journal, Recovered};
+use proto::migration::driver::{Doubt, Doubtful, Sorted, SoundRecord, sort};
+use proto::migration::journal::{DamagedFile, Journal, Recovered};
 use proto::migration::limits::Limits;
 use proto::migration::receiver::read_record;
 use serde::Serialize;
@@ -56,8 +59,9 @@ struct Record {
     record: String,
     side: Side,
     migration_id: Option<String>,
+    /// Of a target: those that are staged. Of a source that is damaged: all that it may be about; none: nobody knows.
     #[serde(serialize_with = "shown")]
-    slots: Option<SlotRange>,
+    slots: Vec<SlotRange>,
     /// `None` if it is damaged.
     state: Option<String>,
     /// What is wrong with it.
@@ -66,17 +70,23 @@ struct Record {
     advice: Option<String>,
     /// Of a target: keys that are staged.
     staged_keys: Option<u64>,
-    /// Whether this node owns some of the slots.
-    owned: bool,
+    /// Whether this node owns some of the slots; `None`: nobody knows which they are, and it owns some.
+    owned: Option<bool>,
+    /// What is wrong with a source's.
+    #[serde(skip)]
+    doubt: Option<Doubt>,
 }
 
 /// What was dropped.
 #[derive(Debug, Clone, Serialize)]
 struct Dropped {
     record: String,
-    /// Where it lies now.
-    kept_as: PathBuf,
+    /// Where it lies now, if there was anything of it.
+    kept_as: Option<PathBuf>,
+    /// Keys that were staged for it.
     staged_keys: u64,
+    /// Keys of slots that another node owns, which it left here.
+    left_keys: u64,
 }
 
 /// All that `node check` has to say.
@@ -89,11 +99,8 @@ struct Report {
     dropped: Option<Dropped>,
 }
 
-fn shown<S: serde::Serializer>(slots: &Option<SlotRange>, serializer: S) -> Result<S::Ok, S::Error> {
-    match slots {
-        Some(slots) => serializer.collect_str(slots),
-        None => serializer.serialize_none(),
-    }
+fn shown<S: serde::Serializer>(slots: &[SlotRange], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(slots.iter().map(ToString::to_string))
 }
 
 /// Looks at the data directory of a stopped node, and drops what it is told to. Returns whether all that is left can be read.
@@ -147,48 +154,77 @@ impl Stopped {
         self.ownership.ranges_of(&self.node).any(|own| own.overlaps(slots))
     }
 
-    /// All records, those of this node as a source first; and what else is damaged in the journal.
-    async fn records(&self) -> anyhow::Result<(Vec<Record>, Vec<String>)> {
-        let (mut records, mut cut) = (Vec::new(), Vec::new());
+    /// Whether this node owns some of the slots that a damaged record may be about.
+    fn may_own(&self, slots: &[SlotRange]) -> Option<bool> {
+        if slots.is_empty() {
+            // Whichever they are, it owns none of them.
+            self.ownership.ranges_of(&self.node).next().is_none().then_some(false)
+        } else {
+            Some(slots.iter().any(|&slots| self.owns(slots)))
+        }
+    }
+
+    /// What the node would find at its start, sorted as it would.
+    async fn sorted(&self) -> anyhow::Result<(Sorted, Vec<DamagedFile>)> {
         let directory = self.journal();
         // A node that never ran has none, and gets none by being looked at.
-        if directory.exists() {
+        let mut recovered = if directory.exists() {
             let opening = tokio::task::spawn_blocking(move || open(directory));
-            let (_, recovered) = opening.await?.context("cannot read the journal of migrations")?;
-            for (id, record) in recovered.active {
-                let progress = record.progress.unwrap_or_default();
-                let slots = progress.spec.as_ref().and_then(|spec| SlotRange::from_wire(spec.slots).ok());
-                records.push(Record {
-                    record: slots.map_or_else(|| id.to_string(), |slots| Journal::file_of(slots, &id)),
-                    side: Side::Source,
-                    migration_id: Some(id.to_string()),
-                    slots,
-                    state: Some(progress.state().short_name().to_owned()),
-                    problem: None,
-                    advice: None,
-                    staged_keys: None,
-                    owned: slots.is_some_and(|slots| self.owns(slots)),
-                });
-            }
-            for damaged in recovered.damaged {
-                if !damaged.file.starts_with("active/") {
-                    cut.push(format!("{}: {}", damaged.file, damaged.problem));
-                    continue;
-                }
-                let owned = damaged.slots.is_some_and(|slots| self.owns(slots));
-                let id = damaged.migration_id();
-                records.push(Record {
-                    record: damaged.file.clone(),
-                    side: Side::Source,
-                    advice: Some(self.advice_for_source(&damaged.file, id.as_ref(), owned)),
-                    migration_id: id.map(|id| id.to_string()),
-                    slots: damaged.slots,
-                    state: None,
-                    problem: Some(damaged.problem),
-                    staged_keys: None,
-                    owned,
-                });
-            }
+            opening.await?.context("cannot read the journal of migrations")?.1
+        } else {
+            Recovered::default()
+        };
+        let others = recovered.damaged.extract_if(.., |file| !file.is_of_a_migration()).collect();
+        let guard = RangeGuard::new();
+        // Splits have their slots before migrations are gone on with.
+        let splits = self.store.splits()?;
+        let held: Vec<_> = splits
+            .iter()
+            .filter_map(|split| {
+                let slots = SlotRange::new(split.start, split.end).ok()?;
+                guard.try_acquire(slots, &format!("transfer {}", split.transfer)).ok()
+            })
+            .collect();
+        let sorted = sort(recovered, &self.store.open_logs(), &guard);
+        drop(held);
+        Ok((sorted, others))
+    }
+
+    /// All records, those of this node as a source first; and what else is damaged in the journal.
+    async fn records(&self) -> anyhow::Result<(Vec<Record>, Vec<String>)> {
+        let (Sorted { sound, doubtful }, others) = self.sorted().await?;
+        let cut = others.into_iter().map(|file| format!("{}: {}", file.file, file.problem)).collect();
+        let mut records = Vec::new();
+        for SoundRecord { id, spec, record, .. } in sound {
+            let progress = record.progress.unwrap_or_default();
+            records.push(Record {
+                record: Journal::file_of(spec.slots, &id),
+                side: Side::Source,
+                migration_id: Some(id.to_string()),
+                slots: vec![spec.slots],
+                state: Some(progress.state().short_name().to_owned()),
+                problem: None,
+                advice: None,
+                staged_keys: None,
+                owned: Some(self.owns(spec.slots)),
+                doubt: None,
+            });
+        }
+        for Doubtful { file, doubt, .. } in doubtful {
+            let owned = self.may_own(&file.slots);
+            let id = file.migration_id();
+            records.push(Record {
+                side: Side::Source,
+                advice: Some(self.advice_for_source(&file.file, id.as_ref(), doubt, owned)),
+                migration_id: id.map(|id| id.to_string()),
+                slots: file.slots,
+                state: None,
+                problem: Some(file.problem),
+                staged_keys: None,
+                owned,
+                doubt: Some(doubt),
+                record: file.file,
+            });
         }
         for stored in self.store.stored_migrations().await? {
             let read = read_record(&stored);
@@ -196,12 +232,13 @@ impl Stopped {
             records.push(Record {
                 side: Side::Target,
                 migration_id: Some(id.clone()),
-                slots: stored.slots,
+                slots: stored.slots.into_iter().collect(),
                 state: read.as_ref().ok().map(|progress| progress.state().short_name().to_owned()),
                 advice: read.is_err().then(|| self.advice_for_target(&id, stored.slots.is_some())),
                 problem: read.err(),
                 staged_keys: stored.slots.map(|_| stored.staged.keys),
-                owned: stored.slots.is_some_and(|slots| self.owns(slots)),
+                owned: Some(stored.slots.is_some_and(|slots| self.owns(slots))),
+                doubt: None,
                 record: id,
             });
         }
@@ -212,17 +249,31 @@ impl Stopped {
         format!("node check --data {} --drop {name}", self.data.display())
     }
 
-    fn advice_for_source(&self, file: &str, id: Option<&MigrationId>, owned: bool) -> String {
+    fn advice_for_source(&self, file: &str, id: Option<&MigrationId>, doubt: Doubt, owned: Option<bool>) -> String {
         let command = self.command(file);
-        if !owned {
-            return format!("this node owns none of the slots any more, so nothing depends on it: {command}");
+        let first = match doubt {
+            Doubt::Held => {
+                return "the file is whole, and is gone on with once nobody else has its slots: settle that first, as the problem says who".to_owned();
+            }
+            Doubt::NotUnderstood => "if another version of the program wrote it, start that one",
+            Doubt::Damaged | Doubt::Missing => "restore the file, with the database of the same time",
+        };
+        match owned {
+            Some(false) => format!("this node owns none of the slots any more, so nothing depends on it: {command}"),
+            None => format!(
+                "neither its name nor its content says which slots it is about, so none are refused because of it. If it is a file of something else, move it \
+                 away. If not, {first}, under its name. If it is lost, compare with what other nodes know of migrations from here, nodectl migrate list \
+                 --at NODE, and settle those that are not shown here as you would those whose record is missing; then {command} --target-discarded"
+            ),
+            Some(true) => {
+                let id = id.map_or("ID", MigrationId::as_str);
+                format!(
+                    "{first}. If it is lost, ask the target: nodectl migrate progress {id} --at TARGET. If that is committed or completed, let this node run \
+                     until its CLUSTER SLOTS names the target, then stop it and {command}. If not, nodectl migrate cancel {id} --at TARGET, then {command} \
+                     --target-discarded"
+                )
+            }
         }
-        let id = id.map_or("ID", MigrationId::as_str);
-        format!(
-            "restore the file. If it is lost, ask the target: nodectl migrate progress {id} --at TARGET. If that is committed or completed, let this \
-             node run until its CLUSTER SLOTS names the target, then stop it and drop the record. If not, nodectl migrate cancel {id} --at TARGET, \
-             then {command} --target-discarded"
-        )
     }
 
     fn advice_for_target(&self, id: &str, staged: bool) -> String {
@@ -256,31 +307,42 @@ impl Stopped {
         }
         match record.side {
             Side::Source => {
-                if record.owned && !target_discarded {
-                    bail!(
-                        "this node still owns slots of {name}; if the target has taken them over, both would serve them. {}",
-                        record.advice.unwrap_or_default()
-                    );
+                let advice = record.advice.unwrap_or_default();
+                if record.doubt == Some(Doubt::Held) {
+                    bail!("the record {name} is not damaged: it {}. {advice}", record.problem.unwrap_or_default());
                 }
-                if let Some(id) = record.migration_id {
-                    // Nobody would release the changes of its slots any more. Before the file: repeated after a crash.
-                    self.store.keep_migrated(&MigrationId::new(id)?, None).await?;
+                match record.owned {
+                    Some(true) if !target_discarded => bail!(
+                        "this node still owns slots of {name}; if the target has taken them over, both would serve them. {advice}"
+                    ),
+                    None if !target_discarded => bail!(
+                        "this node may own slots of {name}; if a target has taken them over, both would serve them. {advice}"
+                    ),
+                    _ => {}
                 }
-                let (directory, file) = (self.journal(), name.to_owned());
-                let moving = move || open(directory)?.0.set_aside(&file);
-                let kept_as = tokio::task::spawn_blocking(moving).await?;
-                let kept_as = kept_as.with_context(|| format!("cannot move {name} aside"))?;
-                Ok(Dropped { record: name.to_owned(), kept_as, staged_keys: 0 })
+                let id = record.migration_id.map(MigrationId::new).transpose()?;
+                // Nobody would release the changes of its slots any more, nor give up what is not this node's. Before the file: a crash in between
+                // leaves that, so that this is done again.
+                let left_keys = self.store.give_up_lost(&self.node, id.as_ref(), &record.slots).await?;
+                let kept_as = if record.doubt == Some(Doubt::Missing) {
+                    None
+                } else {
+                    let (directory, file) = (self.journal(), name.to_owned());
+                    let moving = move || open(directory)?.0.set_aside(&file);
+                    let moved = tokio::task::spawn_blocking(moving).await?;
+                    Some(moved.with_context(|| format!("cannot move {name} aside"))?)
+                };
+                Ok(Dropped { record: name.to_owned(), kept_as, staged_keys: 0, left_keys })
             }
             Side::Target => {
                 let id = MigrationId::new(name)?;
                 let stored = self.store.stored_migrations().await?.into_iter().find(|stored| stored.id == id);
                 let bytes = stored.map(|stored| stored.record).unwrap_or_default();
-                let kept_as = self.journal().join(DROPPED).join(format!("{id}.record"));
-                let path = kept_as.clone();
-                tokio::task::spawn_blocking(move || keep(&path, &bytes)).await??;
+                let (directory, file) = (self.journal().join(DROPPED), format!("{id}.record"));
+                let kept_as = tokio::task::spawn_blocking(move || keep(&directory, &file, &bytes)).await??;
                 self.store.drop_migration(&id).await?;
-                Ok(Dropped { record: name.to_owned(), kept_as, staged_keys: record.staged_keys.unwrap_or(0) })
+                let staged_keys = record.staged_keys.unwrap_or(0);
+                Ok(Dropped { record: name.to_owned(), kept_as: Some(kept_as), staged_keys, left_keys: 0 })
             }
         }
     }
@@ -291,27 +353,33 @@ fn open(directory: PathBuf) -> std::io::Result<(Journal, Recovered)> {
     Journal::open(directory, Limits::default().history)
 }
 
-/// Writes a file that is there after a crash.
-fn keep(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
-    let failed = || format!("cannot write {}", path.display());
-    if let Some(directory) = path.parent() {
-        std::fs::create_dir_all(directory).with_context(failed)?;
-        if let Some(parent) = directory.parent() {
-            proto::common::durable::sync_dir(parent).with_context(failed)?;
-        }
+/// Writes a file that is there after a crash, beside what lies there already, and returns its path.
+fn keep(directory: &Path, name: &str, bytes: &[u8]) -> anyhow::Result<PathBuf> {
+    let failed = || format!("cannot write {}", directory.join(name).display());
+    std::fs::create_dir_all(directory).with_context(failed)?;
+    if let Some(parent) = directory.parent() {
+        sync_dir(parent).with_context(failed)?;
     }
-    proto::common::durable::write_atomic(path, bytes).with_context(failed)
+    let path = free_path(directory, name).with_context(failed)?;
+    write_atomic(&path, bytes).with_context(failed)?;
+    Ok(path)
 }
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { node, records, cut, dropped } = self;
-        if let Some(Dropped { record, kept_as, staged_keys }) = dropped {
+        if let Some(Dropped { record, kept_as, staged_keys, left_keys }) = dropped {
             write!(f, "dropped {record}")?;
             if *staged_keys > 0 {
                 write!(f, " and {staged_keys} keys that were staged")?;
             }
-            writeln!(f, "; what could not be read is kept as {}", kept_as.display())?;
+            if *left_keys > 0 {
+                write!(f, " and {left_keys} keys of slots that another node owns")?;
+            }
+            match kept_as {
+                Some(kept_as) => writeln!(f, "; what could not be read is kept as {}", kept_as.display())?,
+                None => writeln!(f)?,
+            }
         }
         let damaged = records.iter().filter(|record| record.problem.is_some()).count();
         match (records.len(), damaged) {
@@ -328,10 +396,22 @@ impl fmt::Display for Report {
         }
         let width = records.iter().map(|record| record.record.len()).max().unwrap_or(0);
         for record in records {
-            let slots = record.slots.map_or_else(|| "no slots".to_owned(), |slots| slots.to_string());
+            let slots: Vec<_> = record.slots.iter().map(ToString::to_string).collect();
+            let slots = match (slots.is_empty(), record.side) {
+                (false, _) => slots.join(","),
+                (true, Side::Source) => "any slots".to_owned(),
+                (true, Side::Target) => "no slots".to_owned(),
+            };
             write!(f, "  {:width$}  {}  {slots:11}  ", record.record, record.side)?;
             match &record.problem {
-                Some(problem) => writeln!(f, "DAMAGED: {problem}")?,
+                Some(problem) => {
+                    let how = match record.doubt {
+                        None | Some(Doubt::Damaged | Doubt::NotUnderstood) => "DAMAGED",
+                        Some(Doubt::Missing) => "MISSING",
+                        Some(Doubt::Held) => "HELD",
+                    };
+                    writeln!(f, "{how}: {problem}")?;
+                }
                 None => writeln!(f, "{}", record.state.as_deref().unwrap_or_default())?,
             }
         }
@@ -346,3 +426,6 @@ impl fmt::Display for Report {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

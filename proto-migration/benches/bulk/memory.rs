@@ -58,6 +58,10 @@ impl MigrationSource for MemorySource {
         Ok(0)
     }
 
+    async fn logs(&self) -> Result<Vec<(MigrationId, SlotRange)>, Error> {
+        Ok(Vec::new())
+    }
+
     fn watch_log(&self, _: &MigrationId) -> watch::Receiver<LogState> {
         self.log.subscribe()
     }

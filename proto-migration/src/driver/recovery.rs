@@ -3,85 +3,195 @@
 use std::sync::Arc;
 
 use proto_common::error::Error;
-use proto_common::guard::RangeHold;
+use proto_common::guard::{RangeGuard, RangeHold};
 use proto_common::ids::MigrationId;
 use proto_common::slots::SlotRange;
 
-use super::{Dial, Inner, lock};
+use super::{Dial, Inner, acquire, lock};
+use crate::Reason;
 use crate::hold::HoldMode;
-use crate::journal::{DamagedFile, Journal, SourceRecord};
+use crate::journal::{DamagedFile, Journal, Recovered, SourceRecord};
 use crate::limits::TaskLimits;
 use crate::source::MigrationSource;
 use crate::spec::MigrationSpec;
 use crate::v1::{FreezeOutcome, MigrationGate, MigrationState};
 
-/// A record of an earlier process that can be gone on with, and its slots unless it has ended.
-struct CheckedRecord {
-    spec: MigrationSpec,
+/// A record of an earlier process that can be gone on with.
+#[derive(Debug)]
+pub struct SoundRecord {
+    /// The migration.
+    pub id: MigrationId,
+    /// What it is.
+    pub spec: MigrationSpec,
+    /// What its file holds.
+    pub record: SourceRecord,
     limits: TaskLimits,
+    /// Its slots, unless it has ended.
     range: Option<RangeHold>,
+}
+
+/// Why a record cannot be gone on with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Doubt {
+    /// Its file cannot be trusted.
+    Damaged,
+    /// There is no file, while the store logs changes for it.
+    Missing,
+    /// Its file is whole, and holds what this version cannot go on with.
+    NotUnderstood,
+    /// Its file is whole, and somebody else has the slots, such as a damaged record: it is gone on with once that is settled.
+    Held,
+}
+
+/// What cannot be gone on with, and its slots, which nobody gets as long as this lives.
+#[derive(Debug)]
+pub struct Doubtful {
+    /// The file, be it there or not, and what is wrong with it.
+    pub file: DamagedFile,
+    /// The same in short.
+    pub doubt: Doubt,
+    ranges: Vec<RangeHold>,
+}
+
+/// What an earlier process left, sorted by what becomes of it.
+#[derive(Debug, Default)]
+pub struct Sorted {
+    /// What is gone on with.
+    pub sound: Vec<SoundRecord>,
+    /// What is quarantined.
+    pub doubtful: Vec<Doubtful>,
+}
+
+/// Judges what an earlier process left, as [`start`](super::MigrationDriverBuilder::start) does; for tools that look at a node that does not run,
+/// too. `logs` are the change logs that the store holds open ([`MigrationSource::logs`]); `guard` is that of the node, and of a tool a new one.
+///
+/// Quarantined are damaged files, records that hold what no migration can be gone on with, records whose slots somebody else has, and migrations
+/// whose log is open while no file is there that could be theirs: they began, and whether they handed over is not known.
+#[must_use]
+pub fn sort(recovered: Recovered, logs: &[(MigrationId, SlotRange)], guard: &RangeGuard) -> Sorted {
+    let Recovered { active, damaged, finished: _ } = recovered;
+    let (mut sound, mut doubtful) = (Vec::new(), Vec::new());
+    let mut quarantine = |file: DamagedFile, doubt| {
+        let why = why(&file, doubt);
+        let ranges = file.slots.iter().map(|&slots| guard.quarantine(slots, &why)).collect();
+        doubtful.push(Doubtful { file, doubt, ranges });
+    };
+    // Before the first record is judged: one that overlaps them is in doubt, too.
+    for (id, slots) in logs {
+        let names = |other: &DamagedFile| other.migration_id().as_ref() == Some(id) && other.slots.contains(slots);
+        if !active.iter().any(|(other, _)| other == id) && !damaged.iter().any(names) {
+            let problem = "is not there, while the store logs changes for it".to_owned();
+            let file = DamagedFile { file: Journal::file_of(*slots, id), slots: vec![*slots], problem };
+            quarantine(file, Doubt::Missing);
+        }
+    }
+    for file in damaged {
+        quarantine(file, Doubt::Damaged);
+    }
+    for (id, record) in active {
+        match check(&id, &record, guard) {
+            Ok((spec, limits, range)) => {
+                sound.push(SoundRecord { id, spec, record, limits, range });
+            }
+            Err(Unfit { slots, doubt, error }) => {
+                let file = slots.map_or_else(|| id.to_string(), |slots| Journal::file_of(slots, &id));
+                let problem = format!("cannot be gone on with: {error}");
+                quarantine(DamagedFile { file, slots: slots.into_iter().collect(), problem }, doubt);
+            }
+        }
+    }
+    Sorted { sound, doubtful }
+}
+
+/// For clients and operators.
+fn why(file: &DamagedFile, doubt: Doubt) -> String {
+    let how = match doubt {
+        Doubt::Damaged | Doubt::NotUnderstood => "damaged",
+        Doubt::Missing => "missing",
+        Doubt::Held => "held",
+    };
+    format!("the {how} record {}", file.file)
+}
+
+/// What is wrong with a whole record, and its slots.
+struct Unfit {
+    slots: Option<SlotRange>,
+    doubt: Doubt,
+    error: Error,
+}
+
+/// What has to hold before a record of an earlier process is gone on with.
+fn check(
+    id: &MigrationId,
+    record: &SourceRecord,
+    guard: &RangeGuard,
+) -> Result<(MigrationSpec, TaskLimits, Option<RangeHold>), Unfit> {
+    let progress = record.progress.clone().unwrap_or_default();
+    let slots = progress.spec.as_ref().and_then(|spec| SlotRange::from_wire(spec.slots).ok());
+    let unfit = |doubt| move |error: Error| Unfit { slots, doubt, error };
+    let state = progress.state();
+    if !is_of_a_source(state) {
+        let problem = format!("state {} is none of a source", progress.state);
+        return Err(unfit(Doubt::NotUnderstood)(Reason::InvalidField.field("state", problem)));
+    }
+    let spec = MigrationSpec::from_wire(progress.spec, "spec", None).map_err(unfit(Doubt::NotUnderstood))?;
+    let limits = TaskLimits::from_wire(progress.limits, "limits").map_err(unfit(Doubt::NotUnderstood))?;
+    let range =
+        if state.is_final() { None } else { Some(acquire(guard, id, &spec).map_err(unfit(Doubt::Held))?) };
+    Ok((spec, limits, range))
+}
+
+/// One that a later version made up is none: what follows from it is not known here.
+fn is_of_a_source(state: MigrationState) -> bool {
+    match state {
+        MigrationState::Pending
+        | MigrationState::Copying
+        | MigrationState::CatchingUp
+        | MigrationState::Ready
+        | MigrationState::Freezing
+        | MigrationState::Committing
+        | MigrationState::Cancelling
+        | MigrationState::NeedsOperator
+        | MigrationState::Completed
+        | MigrationState::Cancelled
+        | MigrationState::Failed => true,
+        MigrationState::Unspecified
+        | MigrationState::Receiving
+        | MigrationState::Prepared
+        | MigrationState::Committed => false,
+    }
 }
 
 impl<S: MigrationSource, D: Dial> Inner<S, D> {
     /// Goes on with what can be, and quarantines the rest.
-    pub(super) async fn take_up_all(
-        self: &Arc<Self>,
-        damaged_files: Vec<DamagedFile>,
-        active: Vec<(MigrationId, SourceRecord)>,
-    ) -> Result<(), Error> {
-        for damaged in damaged_files {
-            self.quarantine(&damaged).await?;
+    pub(super) async fn take_up_all(self: &Arc<Self>, recovered: Recovered) -> Result<(), Error> {
+        let Sorted { sound, doubtful } = sort(recovered, &self.source.logs().await?, &self.guard);
+        for doubtful in doubtful {
+            self.quarantine(doubtful).await?;
         }
-        for (id, record) in active {
-            match self.check_record(&id, &record) {
-                Ok(checked) => self.take_up(id, record, checked).await?,
-                Err((slots, error)) => {
-                    let file = slots.map_or_else(|| id.to_string(), |slots| Journal::file_of(slots, &id));
-                    let problem = format!("cannot be gone on with: {error}");
-                    self.quarantine(&DamagedFile { file, slots, problem }).await?;
-                }
-            }
+        for record in sound {
+            self.take_up(record).await?;
         }
         Ok(())
     }
 
     /// Holds the slots of a record that cannot be trusted, as long as this process lives.
-    async fn quarantine(&self, damaged: &DamagedFile) -> Result<(), Error> {
-        let DamagedFile { file, slots, problem } = damaged;
-        let shown = slots.map_or_else(|| "unknown".to_owned(), |slots| slots.to_string());
-        tracing::error!(file, problem, slots = shown, "the journal is damaged");
-        let Some(slots) = *slots else { return Ok(()) };
-        let why = format!("the damaged record {file}");
-        let hold = self.source.quarantine(slots, &why).await?;
-        let range = self.guard.quarantine(slots, &why);
-        lock(&self.held).push((hold, Some(range)));
+    async fn quarantine(&self, doubtful: Doubtful) -> Result<(), Error> {
+        let Doubtful { file, doubt, ranges } = doubtful;
+        let shown: Vec<_> = file.slots.iter().map(ToString::to_string).collect();
+        let shown = if shown.is_empty() { "unknown".to_owned() } else { shown.join(" and ") };
+        tracing::error!(file = file.file, problem = file.problem, slots = shown, "the journal is damaged");
+        let why = why(&file, doubt);
+        for range in ranges {
+            let hold = self.source.quarantine(range.range(), &why).await?;
+            lock(&self.held).push((hold, Some(range)));
+        }
         Ok(())
     }
 
-    /// What has to hold before a record of an earlier process is gone on with; its slots, where it does not.
-    fn check_record(
-        &self,
-        id: &MigrationId,
-        record: &SourceRecord,
-    ) -> Result<CheckedRecord, (Option<SlotRange>, Error)> {
-        let progress = record.progress.clone().unwrap_or_default();
-        let slots = progress.spec.as_ref().and_then(|spec| SlotRange::from_wire(spec.slots).ok());
-        let blame = |error: Error| (slots, error);
-        let final_state = progress.state().is_final();
-        let spec = MigrationSpec::from_wire(progress.spec, "spec", None).map_err(blame)?;
-        let limits = TaskLimits::from_wire(progress.limits, "limits").map_err(blame)?;
-        let range = if final_state { None } else { Some(self.acquire(id, &spec).map_err(blame)?) };
-        Ok(CheckedRecord { spec, limits, range })
-    }
-
-    async fn take_up(
-        self: &Arc<Self>,
-        id: MigrationId,
-        mut record: SourceRecord,
-        checked: CheckedRecord,
-    ) -> Result<(), Error> {
+    async fn take_up(self: &Arc<Self>, sound: SoundRecord) -> Result<(), Error> {
+        let SoundRecord { id, spec, mut record, limits, range } = sound;
         let Some(progress) = record.progress.as_mut() else { return Ok(()) };
-        let CheckedRecord { spec, limits, range } = checked;
         progress.reporter = Some(self.identity.clone());
         progress.connected = false;
         if matches!(progress.state(), MigrationState::Ready | MigrationState::Freezing) {

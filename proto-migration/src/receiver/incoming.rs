@@ -215,7 +215,7 @@ impl Incoming {
         }
     }
 
-    /// Nothing is staged, not even a tombstone, and nothing of it is known that must be kept.
+    /// The source was told of nothing that is staged, not even of a tombstone, and nothing of it is known that must be kept.
     pub(super) fn is_empty(&self) -> bool {
         match self.state() {
             MigrationState::Cancelled => !self.unrecorded,

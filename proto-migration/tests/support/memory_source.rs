@@ -303,6 +303,10 @@ impl MigrationSource for MemorySource {
         }
     }
 
+    async fn logs(&self) -> Result<Vec<(MigrationId, SlotRange)>, Error> {
+        Ok(self.shared.lock().logs.iter().map(|(id, log)| (id.clone(), log.slots)).collect())
+    }
+
     fn watch_log(&self, id: &MigrationId) -> watch::Receiver<LogState> {
         self.log(id, |log, _| log.state.subscribe()).unwrap_or_else(|_| watch::channel(LogState::default()).1)
     }

@@ -30,6 +30,8 @@ pub struct Disk {
 #[derive(Debug, Clone)]
 pub enum Fault {
     Fail(Error),
+    /// `apply` alone: stages the first half of the entries, and fails.
+    FailHalfway(Error),
     Panic,
     /// Does its work, and panics then.
     PanicAfter,
@@ -91,7 +93,7 @@ impl MemoryTarget {
         let fault = self.faults.lock().unwrap().get_mut(name).and_then(VecDeque::pop_front);
         let mut after = false;
         match fault {
-            Some(Fault::Fail(error)) => return Err(error),
+            Some(Fault::Fail(error) | Fault::FailHalfway(error)) => return Err(error),
             Some(Fault::Panic) => panic!("{name} panics"),
             Some(Fault::Wait(gate)) => gate.acquire().await.unwrap().forget(),
             Some(Fault::PanicAfter) => after = true,
@@ -100,6 +102,14 @@ impl MemoryTarget {
         let done = work(&mut self.disk());
         assert!(!after, "{name} panics when it is done");
         done
+    }
+}
+
+fn stage(rows: &mut Rows, entries: Vec<Entry>) {
+    for Entry { seq, key, image } in entries {
+        if rows.get(&key).is_none_or(|(held, _)| seq > *held) {
+            rows.insert(key, (seq, image));
+        }
     }
 }
 
@@ -155,13 +165,14 @@ impl MigrationTarget for MemoryTarget {
     }
 
     async fn apply(&self, id: &MigrationId, entries: Vec<Entry>, record: Bytes) -> Result<Staged, Error> {
+        let fault = self.faults.lock().unwrap().get("apply").and_then(|faults| faults.front().cloned());
+        if matches!(fault, Some(Fault::FailHalfway(_))) {
+            assert!(entries.len() > 1, "there is no half of what comes");
+            stage(self.disk().staged.get_mut(id).expect("begun"), entries[..entries.len() / 2].to_vec());
+        }
         self.call("apply", |disk| {
             let rows = disk.staged.get_mut(id).expect("begun");
-            for Entry { seq, key, image } in entries {
-                if rows.get(&key).is_none_or(|(held, _)| seq > *held) {
-                    rows.insert(key, (seq, image));
-                }
-            }
+            stage(rows, entries);
             let staged = count(rows);
             disk.records.insert(id.clone(), record);
             Ok(staged)
@@ -209,6 +220,7 @@ impl MigrationTarget for MemoryTarget {
     async fn forget(&self, id: &MigrationId) -> Result<(), Error> {
         self.call("forget", |disk| {
             disk.records.remove(id);
+            disk.staged.remove(id);
             Ok(())
         })
         .await

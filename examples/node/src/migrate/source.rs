@@ -134,6 +134,10 @@ impl MigrationSource for NodeSource {
         Ok(Box::new(NodeHold { hold, _expiry: Some(expiry) }))
     }
 
+    async fn logs(&self) -> Result<Vec<(MigrationId, SlotRange)>, Error> {
+        Ok(self.node.store().open_logs())
+    }
+
     async fn quarantine(&self, slots: SlotRange, why: &str) -> Result<Hold, Error> {
         let expiry = self.node.store().pause_expiry(slots);
         let hold = self.node.gate().quarantine(slots, why);

@@ -113,7 +113,7 @@ impl MigrationTarget for NodeTarget {
     }
 
     async fn forget(&self, id: &MigrationId) -> Result<(), Error> {
-        self.node.store().forget_migration(id).await.map_err(failed)
+        self.node.store().drop_migration(id).await.map_err(failed)
     }
 
     fn hold(&self, slots: SlotRange) -> Hold {

@@ -59,6 +59,12 @@ impl Store {
         self.inner.shared.leases.with(id, |lease| lease.slots())
     }
 
+    /// See [`logs`](proto::migration::MigrationSource::logs).
+    pub(crate) fn open_logs(&self) -> Vec<(MigrationId, SlotRange)> {
+        let active = self.inner.shared.leases.active();
+        active.iter().map(|lease| (lease.id.clone(), lease.slots)).collect()
+    }
+
     /// Changes up to `through` are not needed any more. They are removed with later transactions.
     pub(crate) fn release_changes(&self, id: &MigrationId, through: u64) {
         let shared = &self.inner.shared;

@@ -1,5 +1,8 @@
 //! Giving slots up, and keeping them: the end of a split or a migration at the node that owned them.
 
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
 use proto::common::ids::MigrationId;
 use redb::WriteTransaction;
 
@@ -55,6 +58,44 @@ impl Store {
                 nodes.entry(claim.owner.clone()).or_default().grpc = grpc;
                 put_nodes(txn, &nodes)?;
                 give_up(txn, rows, &me, claim.range, std::slice::from_ref(&claim))
+            })
+            .await
+    }
+
+    /// Ends the change log of a migration whose record is lost, if `id` is known, and gives up the rows of those of `ranges` that are known to be
+    /// another node's: nothing else would, as the outcome that the record would have led to is never found out. Slots that this node owns, or that
+    /// nobody is known to own, stay as they are. Returns how many rows clients cannot get back here.
+    ///
+    /// # Errors
+    ///
+    /// Nothing was changed.
+    pub(crate) async fn give_up_lost(
+        &self,
+        me: &NodeId,
+        id: Option<&MigrationId>,
+        ranges: &[SlotRange],
+    ) -> Result<u64, StoreError> {
+        let (me, id, ranges) = (me.clone(), id.cloned(), ranges.to_vec());
+        let shared = Arc::clone(&self.inner.shared);
+        self.writer()?
+            .transact(move |txn, rows| {
+                if let Some(id) = id {
+                    rows.log().close_lease(&id)?;
+                }
+                let ownership = load(&txn.open_table(tables::OWNERSHIP)?)?;
+                let of_others = ownership.claims().iter().filter(|claim| claim.owner != me);
+                let given_up: Vec<SlotRange> = of_others
+                    .flat_map(|claim| ranges.iter().filter_map(|range| range.intersection(claim.range)))
+                    .collect();
+                // Of ranges that overlap, each slot once.
+                let slots: BTreeSet<u16> = given_up.iter().flat_map(|range| range.iter()).collect();
+                let single = |slot: u16| SlotRange::new(slot, slot.saturating_add(1)).ok();
+                let count = slots.into_iter().filter_map(single).map(|slot| shared.counts.sum(slot)).sum();
+                for range in given_up {
+                    let empty = rows.new_generation()?;
+                    rows.switch(range, empty)?;
+                }
+                Ok(count)
             })
             .await
     }

@@ -213,21 +213,8 @@ impl Store {
             .await
     }
 
-    /// See [`forget`](proto::migration::MigrationTarget::forget).
-    pub(crate) async fn forget_migration(&self, id: &MigrationId) -> Result<(), StoreError> {
-        let id = id.clone();
-        self.writer()?
-            .transact(move |txn, _| {
-                if Stored::get(txn, &id)?.is_some_and(|stored| stored.is_staging()) {
-                    return Err(StoreError::Refused(format!("rows are staged for migration {id}")));
-                }
-                txn.open_table(tables::MIGRATIONS)?.remove(id.as_str())?;
-                Ok(())
-            })
-            .await
-    }
-
-    /// Drops a record and what is staged for it, whatever the record says: for one that nobody can read.
+    /// Drops a record and what is staged for it, whatever the record says: for one that nobody can read, and see
+    /// [`forget`](proto::migration::MigrationTarget::forget).
     pub(crate) async fn drop_migration(&self, id: &MigrationId) -> Result<(), StoreError> {
         let id = id.clone();
         self.writer()?

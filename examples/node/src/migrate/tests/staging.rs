@@ -153,8 +153,6 @@ async fn what_was_discarded_or_begun_anew_is_garbage() {
     assert_eq!(test_store::stored_rows(store), 20);
     assert_eq!(b.target.digests(&id).await.unwrap(), counted(&second).of(slots));
 
-    let error = b.target.forget(&id).await.unwrap_err();
-    assert_eq!(error.reason(), "INTERNAL", "rows are staged");
     b.target.discard(&id, bytes("discarded")).await.unwrap();
     let b = b.crash();
     let store = b.node.store();
@@ -211,6 +209,63 @@ async fn a_crash_within_a_batch_leaves_a_part_that_is_in_step() {
     assert_eq!(applying.await.unwrap().unwrap().keys, 6000);
     assert!(copies > 0, "the test needs a copy that was made meanwhile");
     assert_eq!(b.target.digests(&id).await.unwrap(), counted(&entries).of(moving()));
+    b.check();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_that_ends_between_two_parts_comes_again_and_counts_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let b = TestNode::open(&dir.path().join("b"), "n2", "none");
+    let id = id("m");
+    b.target.begin(&id, moving(), bytes("before")).await.unwrap();
+    let entries = many(5, 20_000, "value");
+    let mut applying = Box::pin(b.target.apply(&id, entries.clone(), bytes("after")));
+    loop {
+        tokio::select! {
+            biased;
+            done = &mut applying => panic!("the test needs more than one part: {done:?}"),
+            stored = b.target.load() => {
+                if stored.unwrap()[0].staged.keys > 0 {
+                    break;
+                }
+            }
+        }
+    }
+    drop(applying);
+    // What the writer has begun ends before this does.
+    b.target.save(&id, bytes("before")).await.unwrap();
+    let part = b.target.load().await.unwrap().remove(0);
+    assert!(part.staged.keys > 0 && part.staged.keys < 20_000, "{part:?}");
+    b.check();
+    // Again, in another order, with what changed meanwhile.
+    let mut again = many(6, 3000, "changed");
+    again.extend(entries.iter().rev().cloned());
+    let mut expected = entries;
+    expected.splice(..3000, many(6, 3000, "changed"));
+    let staged = b.target.apply(&id, again, bytes("after")).await.unwrap();
+    assert_eq!(staged, Staged { keys: 20_000, bytes: expected.iter().map(Entry::bytes).sum() });
+    assert_eq!(b.target.digests(&id).await.unwrap(), counted(&expected).of(moving()));
+    assert_eq!(b.target.load().await.unwrap()[0].record, bytes("after"));
+    b.check();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_migration_that_is_forgotten_leaves_nothing_staged() {
+    let dir = tempfile::tempdir().unwrap();
+    let b = TestNode::open(&dir.path().join("b"), "n2", "none");
+    // Begun and no more, and begun with what a first batch that failed leaves.
+    for (name, entries) in [("empty", vec![]), ("part", many(5, 50, "value"))] {
+        let id = id(name);
+        b.target.begin(&id, moving(), bytes("record")).await.unwrap();
+        if !entries.is_empty() {
+            assert_eq!(b.target.apply(&id, entries, bytes("record")).await.unwrap().keys, 50);
+        }
+        b.target.forget(&id).await.unwrap();
+        assert_eq!(b.target.load().await.unwrap(), [], "{name}");
+        b.node.store().sweep_once().await.unwrap();
+        let store = b.node.store();
+        assert_eq!((test_store::stored_rows(store), test_store::leftovers(store)), (0, [0; 4]), "{name}");
+    }
     b.check();
 }
 
