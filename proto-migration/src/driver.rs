@@ -45,7 +45,7 @@ use tokio_util::task::TaskTracker;
 #[cfg(feature = "channel")]
 pub use dial::TcpDial;
 pub use dial::{Dial, DialFn, dial_fn};
-pub use recovery::{Doubt, Doubtful, SoundRecord, Sorted, sort};
+pub use recovery::{Doubt, Doubtful, Sorted, SoundRecord, sort};
 
 use self::calls::Command;
 use self::task::{Task, freeze_backoff};

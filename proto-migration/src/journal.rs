@@ -193,7 +193,9 @@ impl Journal {
         }
         let name = match found.as_slice() {
             [name] => name,
-            [] => return Err(io::Error::new(io::ErrorKind::NotFound, "there is no such file of a migration")),
+            [] => {
+                return Err(io::Error::new(io::ErrorKind::NotFound, "there is no such file of a migration"));
+            }
             _ => return Err(io::Error::new(io::ErrorKind::InvalidInput, "more than one file is shown so")),
         };
         let dropped = directory.join("dropped");

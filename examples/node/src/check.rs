@@ -249,7 +249,13 @@ impl Stopped {
         format!("node check --data {} --drop {name}", self.data.display())
     }
 
-    fn advice_for_source(&self, file: &str, id: Option<&MigrationId>, doubt: Doubt, owned: Option<bool>) -> String {
+    fn advice_for_source(
+        &self,
+        file: &str,
+        id: Option<&MigrationId>,
+        doubt: Doubt,
+        owned: Option<bool>,
+    ) -> String {
         let command = self.command(file);
         let first = match doubt {
             Doubt::Held => {
@@ -259,7 +265,9 @@ impl Stopped {
             Doubt::Damaged | Doubt::Missing => "restore the file, with the database of the same time",
         };
         match owned {
-            Some(false) => format!("this node owns none of the slots any more, so nothing depends on it: {command}"),
+            Some(false) => {
+                format!("this node owns none of the slots any more, so nothing depends on it: {command}")
+            }
             None => format!(
                 "neither its name nor its content says which slots it is about, so none are refused because of it. If it is a file of something else, move it \
                  away. If not, {first}, under its name. If it is lost, compare with what other nodes know of migrations from here, nodectl migrate list \
@@ -309,7 +317,10 @@ impl Stopped {
             Side::Source => {
                 let advice = record.advice.unwrap_or_default();
                 if record.doubt == Some(Doubt::Held) {
-                    bail!("the record {name} is not damaged: it {}. {advice}", record.problem.unwrap_or_default());
+                    bail!(
+                        "the record {name} is not damaged: it {}. {advice}",
+                        record.problem.unwrap_or_default()
+                    );
                 }
                 match record.owned {
                     Some(true) if !target_discarded => bail!(

@@ -16,6 +16,7 @@ use node::demo::processes::NodeProcess;
 use proto::common::ids::{NodeId, ShardId, TransferId};
 use proto::common::slots::SlotRange;
 use proto::common::v1::Priority;
+use proto::migration::journal::Journal;
 use proto::node::health_service_client::HealthServiceClient;
 use proto::node::{Direction, HealthCheckRequest, HealthStatus, MigrationState};
 use proto::snapshot::sender::{SenderOptions, SnapshotSender, SnapshotToSend};
@@ -270,7 +271,8 @@ async fn a_damaged_record_of_a_target_is_dropped_by_command_and_the_source_copie
     assert!(well, "{whole}");
     let record = &whole["records"][0];
     assert_eq!((&record["record"], &record["side"]), (&ID.into(), &"target".into()), "{whole}");
-    assert_eq!((&record["slots"], &record["state"]), (&"8192-16383".into(), &"RECEIVING".into()), "{whole}");
+    let slots = serde_json::json!(["8192-16383"]);
+    assert_eq!((&record["slots"], &record["state"]), (&slots, &"RECEIVING".into()), "{whole}");
     let (well, _, said) = check(&data, &["--drop", ID]).await;
     assert!(!well && said.contains("can be read") && said.contains("nodectl migrate cancel"), "{said}");
 
@@ -350,6 +352,129 @@ async fn a_damaged_record_of_a_source_is_dropped_by_command_once_the_target_has_
     assert_eq!(call(&mut client(&pair.n1).await, "SET foo 1").await, "OK");
     begin(&pair.n1, request("again", &pair.n2)).await.unwrap();
     reaches(&pair.n1, "again", Direction::Out, MigrationState::Completed).await;
+}
+
+/// A file that does not tell what it is keeps nobody from anything, and is not dropped lightly.
+#[tokio::test]
+async fn a_file_that_nobody_can_place_may_be_of_any_slots() {
+    let pair = copying().await;
+    let data = pair.directory.path().join("n1");
+    let active = data.join("migrations/active");
+    for name in ["notes.txt", ".swp", "\u{1b}[31m.task"] {
+        fs::write(active.join(name), b"of an editor").unwrap();
+        let (well, shown) = check_json(&data, &[]).await;
+        let records = shown["records"].as_array().unwrap();
+        let [sound, other] = records.as_slice() else { panic!("{shown}") };
+        assert!(!well && sound["problem"].is_null(), "{shown}");
+        assert_eq!(
+            (&other["owned"], &other["slots"]),
+            (&serde_json::Value::Null, &serde_json::json!([])),
+            "{shown}"
+        );
+        let shown = other["record"].as_str().unwrap();
+        let (well, _, said) = check(&data, &["--drop", shown]).await;
+        assert!(!well && said.contains("may own slots") && said.contains("move it"), "{said}");
+        assert!(active.join(name).exists());
+        let (well, _, said) = check(&data, &["--drop", shown, "--target-discarded"]).await;
+        assert!(well && !active.join(name).exists(), "{said}");
+    }
+    // A node that owns nothing cannot own slots of it: no word of the target is needed.
+    let other = pair.directory.path().join("n2");
+    fs::create_dir_all(other.join("migrations/active")).unwrap();
+    fs::write(other.join("migrations/active/notes.txt"), b"of an editor").unwrap();
+    let (well, _, said) = check(&other, &["--drop", "active/notes.txt"]).await;
+    assert!(well, "{said}");
+}
+
+/// Whether the slots of a migration have gone over, nobody knows without its record; the log that the database keeps for it tells which they are.
+#[tokio::test]
+async fn a_record_that_is_gone_quarantines_its_slots_and_is_dropped_by_command() {
+    let mut pair = copying().await;
+    pair.n2.restart().await.unwrap();
+    let data = pair.directory.path().join("n1");
+    let name = format!("active/08192-16383.{ID}.task");
+    let record = data.join("migrations").join(&name);
+    let whole = fs::read(&record).unwrap();
+    fs::remove_file(&record).unwrap();
+    pair.n1.restart().await.unwrap();
+    let mut redis = client(&pair.n1).await;
+    let refused = call(&mut redis, "GET foo").await;
+    assert_eq!(
+        refused,
+        format!("-CLUSTERDOWN slot 12182 is quarantined because of the missing record {name}")
+    );
+    assert_eq!(call(&mut redis, "SET bar 1").await, "OK");
+    drop(redis);
+    pair.n1.stop().await.unwrap();
+    let (well, said, _) = check(&data, &[]).await;
+    assert!(!well && said.contains("MISSING") && said.contains("nodectl migrate cancel"), "{said}");
+    let (well, _, said) = check(&data, &["--drop", &name]).await;
+    assert!(!well && said.contains("--target-discarded"), "{said}");
+
+    // Restored, it is gone on with.
+    fs::write(&record, &whole).unwrap();
+    assert!(check(&data, &[]).await.0);
+    pair.n1.restart().await.unwrap();
+    goes_on(&pair).await;
+    pair.n1.stop().await.unwrap();
+
+    fs::remove_file(&record).unwrap();
+    support::migration::cancel(&pair.n2, ID).await.unwrap();
+    let (well, dropped) = check_json(&data, &["--drop", &name, "--target-discarded"]).await;
+    assert!(well && dropped["dropped"]["kept_as"].is_null(), "{dropped}");
+    pair.n1.restart().await.unwrap();
+    assert_eq!(call(&mut client(&pair.n1).await, "SET foo 1").await, "OK");
+    begin(&pair.n1, request("again", &pair.n2)).await.unwrap();
+    reaches(&pair.n1, "again", Direction::Out, MigrationState::Completed).await;
+}
+
+/// What a node quarantines, `node check` shows and drops.
+#[tokio::test]
+async fn a_record_of_a_source_that_decodes_and_cannot_be_gone_on_with_is_shown_and_dropped() {
+    let mut pair = copying().await;
+    pair.n2.restart().await.unwrap();
+    let data = pair.directory.path().join("n1");
+    let name = format!("active/08192-16383.{ID}.task");
+    let (journal, recovered) = Journal::open(data.join("migrations"), 10).unwrap();
+    let (id, mut record) = recovered.active.into_iter().next().unwrap();
+    record.progress.as_mut().unwrap().spec.as_mut().unwrap().value_format =
+        "Rows of another version".to_owned();
+    journal.save(&id, support::migration::slots(), &record).await.unwrap();
+    pair.n1.restart().await.unwrap();
+    let refused = call(&mut client(&pair.n1).await, "GET foo").await;
+    assert_eq!(
+        refused,
+        format!("-CLUSTERDOWN slot 12182 is quarantined because of the damaged record {name}")
+    );
+    pair.n1.stop().await.unwrap();
+    let (well, shown) = check_json(&data, &[]).await;
+    let record = &shown["records"][0];
+    assert!(!well && record["problem"].as_str().is_some_and(|text| text.contains("value_format")), "{shown}");
+    assert!(record["advice"].as_str().is_some_and(|text| text.contains("another version")), "{shown}");
+    support::migration::cancel(&pair.n2, ID).await.unwrap();
+    let (well, _, said) = check(&data, &["--drop", &name, "--target-discarded"]).await;
+    assert!(well, "{said}");
+    pair.n1.restart().await.unwrap();
+    assert_eq!(call(&mut client(&pair.n1).await, "SET foo 1").await, "OK");
+}
+
+/// A record that is whole and in the way of nobody but a damaged one is not dropped with it.
+#[tokio::test]
+async fn a_whole_record_that_waits_for_a_damaged_one_is_not_dropped() {
+    let pair = copying().await;
+    let data = pair.directory.path().join("n1");
+    let active = data.join("migrations/active");
+    fs::write(active.join("16000-16383.other.task"), b"damaged").unwrap();
+    let held = format!("active/08192-16383.{ID}.task");
+    let (well, said, _) = check(&data, &[]).await;
+    assert!(!well && said.contains("HELD") && said.contains("the file is whole"), "{said}");
+    let (well, _, said) = check(&data, &["--drop", &held, "--target-discarded"]).await;
+    assert!(!well && said.contains("is not damaged"), "{said}");
+    let (well, _, said) =
+        check(&data, &["--drop", "active/16000-16383.other.task", "--target-discarded"]).await;
+    assert!(well, "{said}");
+    let (_, shown) = check_json(&data, &[]).await;
+    assert_eq!(shown["records"][0]["record"], held.as_str(), "{shown}");
 }
 
 #[tokio::test]

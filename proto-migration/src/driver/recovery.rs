@@ -78,7 +78,8 @@ pub fn sort(recovered: Recovered, logs: &[(MigrationId, SlotRange)], guard: &Ran
     };
     // Before the first record is judged: one that overlaps them is in doubt, too.
     for (id, slots) in logs {
-        let names = |other: &DamagedFile| other.migration_id().as_ref() == Some(id) && other.slots.contains(slots);
+        let names =
+            |other: &DamagedFile| other.migration_id().as_ref() == Some(id) && other.slots.contains(slots);
         if !active.iter().any(|(other, _)| other == id) && !damaged.iter().any(names) {
             let problem = "is not there, while the store logs changes for it".to_owned();
             let file = DamagedFile { file: Journal::file_of(*slots, id), slots: vec![*slots], problem };

@@ -36,11 +36,15 @@ async fn moving(data: &Path, owned_by_others: &[&str]) -> u64 {
     let claim = |slots: &&str| Claim { range: range(slots), owner: owner.clone(), epoch: 2 };
     store.adopt(owned_by_others.iter().map(claim).collect()).await.unwrap();
     let moved = owned_by_others.iter().map(|slots| store.rows_in(range(slots))).sum();
-    store.close();
+    closed(store);
     let active = data.join("migrations/active");
     fs::create_dir_all(&active).unwrap();
     fs::write(data.join("migrations").join(FILE), b"damaged").unwrap();
     moved
+}
+
+fn closed(store: Store) {
+    store.close();
 }
 
 fn opened(data: &Path) -> Store {
@@ -72,7 +76,7 @@ async fn rows_that_this_node_owns_stay_whatever_is_dropped() {
     assert!(refused.to_string().contains("still owns slots"), "{refused}");
     let store = opened(data);
     assert_eq!((stored_rows(&store), store.open_logs().len()), (200, 1), "nothing was changed");
-    store.close();
+    closed(store);
     assert!(check(options(data, Some(FILE), true)).await.unwrap());
     let store = opened(data);
     store.sweep_once().await.unwrap();
@@ -95,13 +99,13 @@ async fn a_drop_that_was_cut_short_is_gone_on_with() {
     let store = opened(data);
     let (me, id) = (NodeId::new("n1").unwrap(), MigrationId::new("m").unwrap());
     assert_eq!(store.give_up_lost(&me, Some(&id), &[range("0-8191"), range("0-99")]).await.unwrap(), moved);
-    store.close();
+    closed(store);
     assert!(!check(options(data, None, false)).await.unwrap(), "the file is still there");
     assert!(check(options(data, Some(FILE), false)).await.unwrap());
     let store = opened(data);
     store.sweep_once().await.unwrap();
     assert_eq!((stored_rows(&store), leftovers(&store)), (200 - moved, [0; 4]));
-    store.close();
+    closed(store);
     // The other way about, the log would tell.
     let directory = tempfile::tempdir().unwrap();
     let data = directory.path();
