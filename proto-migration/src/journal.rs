@@ -70,13 +70,15 @@ pub struct DamagedFile {
     pub slots: Vec<SlotRange>,
     /// What is wrong with it.
     pub problem: String,
+    /// Whether it is a copy of the file of a migration, which lies beside it and is whole: no slots are in doubt because of it.
+    pub is_copy: bool,
 }
 
 impl DamagedFile {
-    /// Whether it lies where only the files of migrations do.
+    /// Whether it may be all that is left of a migration: it lies where only their files do, and is no [copy](Self::is_copy).
     #[must_use]
     pub fn is_of_a_migration(&self) -> bool {
-        self.file.starts_with(ACTIVE)
+        self.file.starts_with(ACTIVE) && !self.is_copy
     }
 
     /// The migration that the file's name says.
@@ -129,6 +131,7 @@ impl Journal {
             file: "history".to_owned(),
             slots: Vec::new(),
             problem: cut.to_string(),
+            is_copy: false,
         }));
         recovered.finished =
             records.iter().filter_map(|record| MigrationProgress::decode(record.as_slice()).ok()).collect();
@@ -136,6 +139,7 @@ impl Journal {
             .map(|entry| entry.map(|entry| entry.file_name()))
             .collect::<io::Result<_>>()?;
         names.sort();
+        let mut doubtful = Vec::new();
         for name in names {
             let shown = name.to_string_lossy().into_owned();
             let path = active.join(&name);
@@ -147,7 +151,7 @@ impl Journal {
             let named = parse_name(&shown);
             let content = read(&path);
             // Whole, it says which slots are in doubt, whatever became of its name.
-            let told = content.as_ref().ok().and_then(slots_of);
+            let told = content.as_ref().ok().and_then(|record| Some((id_of(record)?, slots_of(record)?)));
             let read = match &named {
                 None => Err("is not named like a migration".to_owned()),
                 Some((slots, id)) => content.and_then(|record| consistent(record, *slots, id)),
@@ -156,11 +160,31 @@ impl Journal {
                 (Ok(record), Some((_, id))) => recovered.active.push((id, record)),
                 (Ok(_), None) => {}
                 (Err(problem), named) => {
-                    let mut slots: Vec<_> = named.into_iter().map(|(slots, _)| slots).chain(told).collect();
-                    slots.dedup();
-                    recovered.damaged.push(DamagedFile { file: file_shown(&name), slots, problem });
+                    doubtful.push((file_shown(&name), named.map(|(slots, _)| slots), told, problem));
                 }
             }
+        }
+        for (file, named, told, problem) in doubtful {
+            let original = told.as_ref().filter(|(id, slots)| {
+                recovered.active.iter().any(|(other, record)| other == id && slots_of(record) == Some(*slots))
+            });
+            let damaged = match (named, original) {
+                (None, Some((id, slots))) => DamagedFile {
+                    problem: format!(
+                        "is a copy of {}, which is whole: move it away",
+                        Self::file_of(*slots, id)
+                    ),
+                    slots: Vec::new(),
+                    is_copy: true,
+                    file,
+                },
+                _ => {
+                    let mut slots: Vec<_> = named.into_iter().chain(told.map(|(_, slots)| slots)).collect();
+                    slots.dedup();
+                    DamagedFile { file, slots, problem, is_copy: false }
+                }
+            };
+            recovered.damaged.push(damaged);
         }
         let directory = directory.to_path_buf();
         Ok((Self { shared: Arc::new(Shared { directory, active, history }) }, recovered))
@@ -273,6 +297,11 @@ async fn blocking(
 /// How a file in `active/` is called for people, whatever its name holds.
 fn file_shown(name: &OsStr) -> String {
     format!("{ACTIVE}{}", proto_common::text::printable(&name.to_string_lossy(), 200))
+}
+
+/// The migration of a record.
+fn id_of(record: &SourceRecord) -> Option<MigrationId> {
+    MigrationId::new(record.progress.as_ref()?.migration_id.as_str()).ok()
 }
 
 /// The slots of a record.

@@ -137,6 +137,23 @@ async fn a_file_with_another_name_quarantines_what_its_content_says() {
 }
 
 #[tokio::test]
+async fn a_copy_beside_a_whole_record_holds_nothing_back() {
+    let (dir, file, record) = journal_of_one().await;
+    std::fs::write(dir.path().join(format!("{file}.bak")), &record).unwrap();
+    let (_, recovered) = Journal::open(dir.path().join("source"), 10).unwrap();
+    assert_eq!(recovered.active.len(), 1);
+    let [copy] = recovered.damaged.as_slice() else { panic!("{recovered:?}") };
+    assert!(copy.is_copy && !copy.is_of_a_migration() && copy.slots.is_empty(), "{copy:?}");
+    let shown = file.strip_prefix("source/").unwrap();
+    assert!(copy.problem.contains(shown), "{copy:?}");
+    let sorted = sort(recovered, &[], &RangeGuard::new());
+    assert_eq!(sorted.sound.len(), 1, "its slots are its own");
+    // Without the record, it is what is left of that.
+    std::fs::remove_file(dir.path().join(&file)).unwrap();
+    quarantined(&dir, &format!("{file}.bak"), "a copy alone").await;
+}
+
+#[tokio::test]
 async fn a_record_that_is_gone_quarantines_the_slots_that_are_logged() {
     let mut pair = Pair::start().await;
     let slot = slot_of(b"held");

@@ -82,7 +82,12 @@ pub fn sort(recovered: Recovered, logs: &[(MigrationId, SlotRange)], guard: &Ran
             |other: &DamagedFile| other.migration_id().as_ref() == Some(id) && other.slots.contains(slots);
         if !active.iter().any(|(other, _)| other == id) && !damaged.iter().any(names) {
             let problem = "is not there, while the store logs changes for it".to_owned();
-            let file = DamagedFile { file: Journal::file_of(*slots, id), slots: vec![*slots], problem };
+            let file = DamagedFile {
+                file: Journal::file_of(*slots, id),
+                slots: vec![*slots],
+                problem,
+                is_copy: false,
+            };
             quarantine(file, Doubt::Missing);
         }
     }
@@ -97,7 +102,8 @@ pub fn sort(recovered: Recovered, logs: &[(MigrationId, SlotRange)], guard: &Ran
             Err(Unfit { slots, doubt, error }) => {
                 let file = slots.map_or_else(|| id.to_string(), |slots| Journal::file_of(slots, &id));
                 let problem = format!("cannot be gone on with: {error}");
-                quarantine(DamagedFile { file, slots: slots.into_iter().collect(), problem }, doubt);
+                let slots = slots.into_iter().collect();
+                quarantine(DamagedFile { file, slots, problem, is_copy: false }, doubt);
             }
         }
     }
@@ -179,6 +185,10 @@ impl<S: MigrationSource, D: Dial> Inner<S, D> {
     /// Holds the slots of a record that cannot be trusted, as long as this process lives.
     async fn quarantine(&self, doubtful: Doubtful) -> Result<(), Error> {
         let Doubtful { file, doubt, ranges } = doubtful;
+        if file.is_copy {
+            tracing::warn!(file = file.file, problem = file.problem, "the journal has a file too many");
+            return Ok(());
+        }
         let shown: Vec<_> = file.slots.iter().map(ToString::to_string).collect();
         let shown = if shown.is_empty() { "unknown".to_owned() } else { shown.join(" and ") };
         tracing::error!(file = file.file, problem = file.problem, slots = shown, "the journal is damaged");

@@ -113,7 +113,9 @@ impl MigrationTarget for NodeTarget {
     }
 
     async fn forget(&self, id: &MigrationId) -> Result<(), Error> {
-        self.node.store().drop_migration(id).await.map_err(failed)
+        self.node.store().drop_migration(id).await.map_err(failed)?;
+        self.room.ended(id);
+        Ok(())
     }
 
     fn hold(&self, slots: SlotRange) -> Hold {

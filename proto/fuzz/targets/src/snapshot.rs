@@ -29,8 +29,8 @@ type Byte = (u32, u64);
 struct Model {
     snapshot: Snapshot,
     missing: BTreeSet<Byte>,
-    /// Bytes that are not the snapshot's were taken as if they were.
-    poisoned: bool,
+    /// Bytes that are not the snapshot's, and were taken as if they were.
+    poisoned: BTreeSet<Byte>,
     /// What is missing is not known: ask.
     unsure: bool,
     attempt: u64,
@@ -58,7 +58,7 @@ pub fn run(data: &[u8]) {
         let mut model = Model {
             missing: all(&snapshot),
             snapshot,
-            poisoned: false,
+            poisoned: BTreeSet::new(),
             unsure: false,
             attempt: 0,
             generation: 0,
@@ -207,6 +207,7 @@ impl Model {
         } else {
             assert_eq!(missing, self.missing, "other bytes are there than were taken");
         }
+        self.poisoned.retain(|byte| !missing.contains(byte));
         self.missing = missing;
         Ok(Some(stream))
     }
@@ -282,7 +283,7 @@ impl Model {
                 }
                 17 | 18 => {
                     stream.say(Frame::End(self.snapshot.end())).await;
-                    match (self.missing.is_empty(), self.poisoned) {
+                    match (self.missing.is_empty(), !self.poisoned.is_empty()) {
                         (true, false) => return Ok(Ending::Installed),
                         (true, true) => &["FILE_CHECKSUM_MISMATCH"],
                         (false, _) => &["MISSING_EXTENTS", "FILE_CHECKSUM_MISMATCH"],
@@ -303,7 +304,7 @@ impl Model {
                     chunk.crc64nvme = crc64(&payload);
                     chunk.payload = payload.into();
                     self.take(&chunk);
-                    self.poisoned = true;
+                    self.poisoned.insert((file, offset));
                     stream.say(Frame::Chunk(chunk)).await;
                     continue;
                 }
@@ -363,7 +364,7 @@ impl Model {
     async fn finish(&mut self, client: &Client, store: &Path) {
         let sent = self.snapshot.send(client).await;
         if let Err(error) = &sent
-            && self.poisoned
+            && !self.poisoned.is_empty()
             && !self.cancelled
         {
             // Which of the bytes are wrong nobody can tell: the way out is what the message says.
