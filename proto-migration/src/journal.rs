@@ -178,8 +178,10 @@ impl Journal {
                     is_copy: true,
                     file,
                 },
-                _ => {
-                    let mut slots: Vec<_> = named.into_iter().chain(told.map(|(_, slots)| slots)).collect();
+                (named, original) => {
+                    // Those of an original are its own.
+                    let told = told.as_ref().filter(|_| original.is_none()).map(|(_, slots)| *slots);
+                    let mut slots: Vec<_> = named.into_iter().chain(told).collect();
                     slots.dedup();
                     DamagedFile { file, slots, problem, is_copy: false }
                 }

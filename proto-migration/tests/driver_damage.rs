@@ -148,6 +148,12 @@ async fn a_copy_beside_a_whole_record_holds_nothing_back() {
     assert!(copy.problem.contains(shown), "{copy:?}");
     let sorted = sort(recovered, &[], &RangeGuard::new());
     assert_eq!(sorted.sound.len(), 1, "its slots are its own");
+    // Under the name of another record, it leaves those slots in doubt, and not its own.
+    let (other, name) = (SlotRange::new(0, 1).unwrap(), "active/00000-00000.m0.task");
+    std::fs::rename(dir.path().join(format!("{file}.bak")), dir.path().join("source").join(name)).unwrap();
+    let (_, recovered) = Journal::open(dir.path().join("source"), 10).unwrap();
+    assert_eq!((recovered.active.len(), recovered.damaged[0].slots.as_slice()), (1, &[other][..]));
+    std::fs::rename(dir.path().join("source").join(name), dir.path().join(format!("{file}.bak"))).unwrap();
     // Without the record, it is what is left of that.
     std::fs::remove_file(dir.path().join(&file)).unwrap();
     quarantined(&dir, &format!("{file}.bak"), "a copy alone").await;
