@@ -116,12 +116,10 @@ impl FileName {
     }
 }
 
-impl FileName {
-    /// Its bytes, in the order of which names are in the order of their components: a separator ends a component, so it comes before
-    /// whatever may stand in one, and no name contains a zero.
-    fn ordered_bytes(&self) -> impl Iterator<Item = u8> {
-        self.0.bytes().map(|byte| if byte == b'/' { 0 } else { byte })
-    }
+/// Where a byte of a name stands in the order of names, which is that of their components: a separator ends a component, so it comes before
+/// whatever may stand in one, and no name contains a zero.
+fn rank(byte: u8) -> u8 {
+    if byte == b'/' { 0 } else { byte }
 }
 
 fn check(name: &str) -> Result<(), FileNameProblem> {
@@ -176,7 +174,9 @@ pub fn check_tree<'a>(names: impl IntoIterator<Item = &'a FileName>) -> Result<(
 /// By components, so that a directory's files are neighbours: `a/b` comes before `a-b`, although `-` sorts before `/`.
 impl Ord for FileName {
     fn cmp(&self, other: &Self) -> Ordering {
-        self.ordered_bytes().cmp(other.ordered_bytes())
+        let (own, others) = (self.0.as_bytes(), other.0.as_bytes());
+        let differing = own.iter().zip(others).find(|(own, other)| own != other);
+        differing.map_or_else(|| own.len().cmp(&others.len()), |(own, other)| rank(*own).cmp(&rank(*other)))
     }
 }
 

@@ -124,6 +124,9 @@ pub fn tune_server_within<L>(
 ///
 /// The server's own setting does not reach a listener that it did not open, and with Nagle's algorithm a small answer waits
 /// for the peer's delayed acknowledgement of the one before: 40 ms on Linux.
+///
+/// A listener of `tokio::net::TcpListener::bind` has room for 128 connections that wait to be accepted. Where more may come at once, make it by
+/// `tokio::net::TcpSocket::listen` with room for them: one that finds none comes again after a second, which is TCP's first pause.
 #[cfg(feature = "listen")]
 #[must_use]
 pub fn incoming(

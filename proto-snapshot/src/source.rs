@@ -22,6 +22,7 @@ mod stream;
     reason = "the numbers of test data are small"
 )]
 mod tests;
+mod walk;
 
 pub use dir::DirectorySource;
 pub use file::FileSource;

@@ -252,29 +252,31 @@ impl TryFrom<request::File> for ManifestFile {
     type Error = Error;
 
     fn try_from(file: request::File) -> Result<Self, Error> {
-        Self::check(file, "file")
+        Self::check(file, || "file".to_owned())
     }
 }
 
 impl ManifestFile {
-    /// Checks a file that came in the field `path`.
-    pub(crate) fn check(file: request::File, path: &str) -> Result<Self, Error> {
+    /// Checks a file that came in the field `path`, which is asked for where something is wrong: there may be very many files.
+    pub(crate) fn check(file: request::File, path: impl Fn() -> String) -> Result<Self, Error> {
         let request::File { name, size, blake3 } = file;
         let name = FileName::new(&name)
-            .map_err(|error| Reason::InvalidFileName.field(&format!("{path}.name"), error.to_string()))?;
+            .map_err(|error| Reason::InvalidFileName.field(&format!("{}.name", path()), error.to_string()))?;
         if let Some(size) = size
             && i64::try_from(size).is_err()
         {
             return Err(Reason::SnapshotTooLarge.field(
-                &format!("{path}.size"),
+                &format!("{}.size", path()),
                 format!("{name} has {size} bytes, at most 2^63 - 1 are possible"),
             ));
         }
         let blake3 = match blake3 {
             None => None,
             Some(digest) => Some(<[u8; 32]>::try_from(digest.as_ref()).map(Box::new).map_err(|_| {
-                Reason::InvalidField
-                    .field(&format!("{path}.blake3"), format!("has {} bytes, a digest has 32", digest.len()))
+                Reason::InvalidField.field(
+                    &format!("{}.blake3", path()),
+                    format!("has {} bytes, a digest has 32", digest.len()),
+                )
             })?),
         };
         Ok(Self { name, size, blake3 })

@@ -19,6 +19,9 @@ const COPIED: usize = 16 << 10;
 /// What takes the place of a payload while prost decodes the rest of its message.
 const TOKEN: u8 = 1;
 
+/// What there is, as a rule, around a payload, in bytes: room that does not have to grow.
+const AROUND: usize = 64;
+
 /// Why there is no next message.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -146,7 +149,7 @@ impl<M: BulkMessage> Decoder<M> {
 
 /// Decodes one message.
 fn decode<M: BulkMessage>(message: Payload) -> Result<Received<M>, DecodeError> {
-    let mut small = BytesMut::new();
+    let mut small = BytesMut::with_capacity(AROUND);
     let Some(payload) = lift::<M>(message.clone().reader(), &mut small) else {
         // A message with groups, which nobody sends and prost skips, or one that is broken: prost says how.
         let mut message = M::decode(message.into_bytes())?;
@@ -173,7 +176,7 @@ fn lift<M: BulkMessage>(mut message: Reader, small: &mut BytesMut) -> Option<Pay
             continue;
         };
         let mut frame = delimited(&mut message)?.reader();
-        let mut kept = BytesMut::new();
+        let mut kept = BytesMut::with_capacity(AROUND);
         while frame.has_remaining() {
             let (tag, wire_type) = decode_key(&mut frame).ok()?;
             if tag != payload_tag || wire_type != WireType::LengthDelimited {

@@ -278,7 +278,7 @@ impl ControlHeader {
                 return Err(mismatch("a page that is not the last has no files".to_owned()));
             }
             for file in page.files {
-                let file = ManifestFile::check(file, &format!("manifest.files[{count}]"))?;
+                let file = ManifestFile::check(file, || format!("manifest.files[{count}]"))?;
                 name_bytes = name_bytes.saturating_add(file.name.as_str().len() as u64);
                 let number = count;
                 count += 1;

@@ -4,11 +4,13 @@
 //! writes. It ends in a fixed order: the writer finishes what it has, then the right to write is given up.
 
 use std::collections::HashMap;
+use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::BytesMut;
+use futures::FutureExt as _;
 use proto_common::bulk::Payload;
 use proto_common::error::Error;
 use proto_common::ids::NodeId;
@@ -30,7 +32,7 @@ use crate::v1::transfer_split_snapshot_response::{Accepted, Ack, Extent as WireE
 use crate::v1::{TransferPhase, TransferSplitSnapshotResponse};
 
 /// Chunks between the socket and the writer. Credit bounds their payload bytes, and [`OWNED`] what these keep alive.
-const QUEUE: usize = 256;
+const QUEUE: usize = 1024;
 /// A payload below this size gets memory of its own: as the slice of an HTTP/2 frame that it came as, it keeps all of that, up to 512 KiB, whatever
 /// else was in there, and credit would not bound the memory of the queue. A longer one keeps at most the frames at its two ends, eight times
 /// its size. How large a frame was does not show in its slices, so small files that came together in one are copied too: they are in the
@@ -39,6 +41,15 @@ const OWNED: usize = 128 << 10;
 /// Chunks that the writer takes at once, so that small files do not cost a change of threads each; half of the queue, so that the rest is
 /// filled meanwhile.
 const BATCH: usize = QUEUE / 2;
+/// Bytes of a batch, but for its last chunk: a quarter of the default credit, since the sender gets that back when all of it is written.
+const BATCH_BYTES: usize = 2 << 20;
+/// Credit of a stream that has brought nothing yet; a chunk where that is larger. What is promised cannot be taken back: where many transfers begin at
+/// once, the first would have the whole credit of one that is alone, and be ahead by that for good.
+const FIRST_CREDIT: u64 = 1 << 20;
+/// Bytes of chunks that are taken before the session looks at everything else: small ones that are here already cost less than that look.
+const AT_ONCE: u64 = 128 << 10;
+/// The same for frames, which may be empty.
+const FRAMES: u32 = 64;
 /// How long an `Ack` may wait for more to tell, where the sender can go on without. Each costs a system call and a wake-up at both
 /// ends: one for each MiB took 5 % of what a receiver does.
 const ACK_DELAY: Duration = Duration::from_millis(5);
@@ -124,8 +135,11 @@ pub(super) struct BudgetShare {
 }
 
 impl BudgetShare {
-    fn grant(&self, limits: &Limits) -> u64 {
-        self.budget.grant(&self.peer, limits)
+    /// What the stream may send beyond the `received` bytes that it has brought: its share, and at first no more than [`FIRST_CREDIT`], then twice
+    /// that, and so on.
+    fn grant(&self, limits: &Limits, received: u64) -> u64 {
+        let begun = received.saturating_add(FIRST_CREDIT.max(limits.chunk_bytes.into()));
+        self.budget.grant(&self.peer, limits).min(begun)
     }
 }
 
@@ -193,7 +207,7 @@ struct Written {
 impl<A: Staging> Session<'_, A> {
     /// Credit that is given before the first `Ack`.
     pub(super) fn first_credit(budget: &BudgetShare, limits: &Limits) -> u64 {
-        budget.grant(limits)
+        budget.grant(limits, 0)
     }
 
     /// Takes chunks until `End` (whose totals it returns, with the last `Ack`) or, on a lane, until the sender half-closes.
@@ -242,9 +256,8 @@ impl<A: Staging> Session<'_, A> {
         let Limits { slowest_bytes, slowest_time, bytes_per_second, .. } = *self.limits;
         let mut pace = Pace::new(slowest_bytes, slowest_time, bytes_per_second, incoming.wire_bytes());
         let mut ack_at = None;
-        let mut taken = 0_u64;
+        let mut begun = Begun::default();
         let began = Instant::now();
-        let mut totals = Totals::default();
         let mut last_ack = Ack { credit_limit: *credit, ..Ack::default() };
         loop {
             tokio::select! {
@@ -268,7 +281,7 @@ impl<A: Staging> Session<'_, A> {
                 }
                 _ = changes.changed() => {
                     let ack = self.ack(incoming, written, *credit);
-                    if self.cannot_wait(&ack, &last_ack, taken) && self.tell(ack, credit, &mut last_ack) {
+                    if self.cannot_wait(&ack, &last_ack, begun.taken) && self.tell(ack, credit, &mut last_ack) {
                         ack_at = None;
                     } else {
                         ack_at.get_or_insert_with(|| Instant::now() + ACK_DELAY);
@@ -281,34 +294,17 @@ impl<A: Staging> Session<'_, A> {
                 }
                 frame = self.frames.next(), if in_hand.is_none() => {
                     deadline = Instant::now() + self.limits.idle;
-                    match frame? {
-                        Some((Frame::Chunk(chunk), payload)) if !totals.begun() => {
-                            let bytes = payload.len() as u64;
-                            if taken.saturating_add(bytes) > *credit {
-                                return Err(Reason::CreditExceeded.field(
-                                    "chunk.payload",
-                                    format!("{taken} bytes were sent, {bytes} more exceed the credit of {credit}"),
-                                ));
-                            }
-                            let checked = self.check(incoming, &chunk, payload)?;
-                            taken += bytes;
-                            // Claimed from here on, so it must be written, whatever comes.
-                            if let Err(error) = queue.try_send(checked) {
-                                *in_hand = Some(error.into_inner());
-                            }
+                    let (mut frame, before) = (frame?, begun.taken);
+                    for more in (0..FRAMES).rev() {
+                        if let ControlFlow::Break(totals) = self.take(frame, incoming, &mut begun, *credit, queue, in_hand)? {
+                            return Ok(totals);
                         }
-                        Some((Frame::Heartbeat(_), _)) => {}
-                        Some((Frame::End(end), _)) if self.control => {
-                            if totals.add(end, incoming)? {
-                                return Ok(Some(totals.files));
-                            }
+                        // Small chunks that are here do not each get a look at everything else.
+                        if more == 0 || in_hand.is_some() || begun.taken - before >= AT_ONCE {
+                            break;
                         }
-                        Some((other, _)) => {
-                            let expected = if self.control { "a chunk or the end" } else { "a chunk" };
-                            return Err(unexpected(&other, expected));
-                        }
-                        None if self.control => return Err(ended_early()),
-                        None => return Ok(None),
+                        let Some(next) = self.frames.next().now_or_never() else { break };
+                        frame = next?;
                     }
                 }
                 () = tokio::time::sleep_until(deadline), if in_hand.is_none() => return Err(idle(self.limits.idle)),
@@ -323,6 +319,49 @@ impl<A: Staging> Session<'_, A> {
                 }
             }
         }
+    }
+
+    /// Takes one frame, or the end of the stream. Breaks with the totals, or without any on a lane, when nothing more comes.
+    fn take(
+        &self,
+        frame: Option<(Frame, Payload)>,
+        incoming: &Incoming<A>,
+        begun: &mut Begun,
+        credit: u64,
+        queue: &mpsc::Sender<(StagedChunk, u64)>,
+        in_hand: &mut Option<(StagedChunk, u64)>,
+    ) -> Result<ControlFlow<Option<Vec<FileTotal>>>, Error> {
+        let Begun { taken, totals } = begun;
+        match frame {
+            Some((Frame::Chunk(chunk), payload)) if !totals.begun() => {
+                let bytes = payload.len() as u64;
+                if taken.saturating_add(bytes) > credit {
+                    return Err(Reason::CreditExceeded.field(
+                        "chunk.payload",
+                        format!("{taken} bytes were sent, {bytes} more exceed the credit of {credit}"),
+                    ));
+                }
+                let checked = self.check(incoming, &chunk, payload)?;
+                *taken += bytes;
+                // Claimed from here on, so it must be written, whatever comes.
+                if let Err(error) = queue.try_send(checked) {
+                    *in_hand = Some(error.into_inner());
+                }
+            }
+            Some((Frame::Heartbeat(_), _)) => {}
+            Some((Frame::End(end), _)) if self.control => {
+                if totals.add(end, incoming)? {
+                    return Ok(ControlFlow::Break(Some(std::mem::take(&mut totals.files))));
+                }
+            }
+            Some((other, _)) => {
+                let expected = if self.control { "a chunk or the end" } else { "a chunk" };
+                return Err(unexpected(&other, expected));
+            }
+            None if self.control => return Err(ended_early()),
+            None => return Ok(ControlFlow::Break(None)),
+        }
+        Ok(ControlFlow::Continue(()))
     }
 
     /// Checks a chunk and claims its bytes.
@@ -363,7 +402,7 @@ impl<A: Staging> Session<'_, A> {
         let chunk = u64::from(self.limits.chunk_bytes);
         let fresh = ack.credit_limit.saturating_sub(last.credit_limit);
         ack.durable_bytes != last.durable_bytes
-            || fresh >= (self.budget.grant(self.limits) / 4).max(chunk)
+            || fresh >= (self.budget.grant(self.limits, ack.received_bytes) / 4).max(chunk)
             || last.credit_limit.saturating_sub(taken) < chunk
     }
 
@@ -385,7 +424,7 @@ impl<A: Staging> Session<'_, A> {
         Ack {
             received_bytes: received,
             durable_bytes: incoming.ledger().durable_bytes(),
-            credit_limit: received.saturating_add(self.budget.grant(self.limits)).max(credit),
+            credit_limit: received.saturating_add(self.budget.grant(self.limits, received)).max(credit),
             phase: TransferPhase::Transferring.into(),
         }
     }
@@ -408,8 +447,16 @@ async fn write_all<A: Staging>(
     written: Arc<Written>,
     limits: Limits,
 ) -> Result<(), Error> {
-    let mut batch = Vec::with_capacity(BATCH);
-    while chunks.recv_many(&mut batch, BATCH).await > 0 {
+    let mut batch = Vec::new();
+    while let Some(first) = chunks.recv().await {
+        let mut size = 0;
+        let mut next = Some(first);
+        while let Some(chunk) = next {
+            size += chunk.0.payload.len();
+            batch.push(chunk);
+            let full = batch.len() == BATCH || size >= BATCH_BYTES;
+            next = if full { None } else { chunks.try_recv().ok() };
+        }
         let records: Vec<_> = batch
             .iter()
             .map(|(chunk, crc)| ExtentRecord {
@@ -433,6 +480,14 @@ async fn write_all<A: Staging>(
         incoming.written(&records, &limits);
     }
     Ok(())
+}
+
+/// What a stream has brought.
+#[derive(Debug, Default)]
+struct Begun {
+    /// Payload bytes.
+    taken: u64,
+    totals: Totals,
 }
 
 /// The pages of `End`.
@@ -524,13 +579,16 @@ mod tests {
         let (greedy, modest) = (NodeId::new("n9").unwrap(), NodeId::new("n1").unwrap());
         let budget = Arc::new(Budget::default());
         let one = budget.join(&modest);
-        assert_eq!(one.grant(&limits), limits.stream_credit_bytes, "alone");
+        let long = limits.stream_credit_bytes;
+        assert_eq!(one.grant(&limits, long), limits.stream_credit_bytes, "alone");
+        let rises: Vec<_> = [0, 1, 3, 6, 7].map(|mib| one.grant(&limits, mib << 20) >> 20).to_vec();
+        assert_eq!(rises, [1, 2, 4, 7, 8], "at first less, up to what it gets alone");
         let many: Vec<_> = (0..100).map(|_| budget.join(&greedy)).collect();
-        assert_eq!(one.grant(&limits), 8 << 20, "half of it");
-        assert_eq!(many[0].grant(&limits), u64::from(limits.chunk_bytes), "a chunk at least");
+        assert_eq!(one.grant(&limits, long), 8 << 20, "half of it");
+        assert_eq!(many[0].grant(&limits, long), u64::from(limits.chunk_bytes), "a chunk at least");
         drop(many);
         let _lane = budget.join(&modest);
-        assert_eq!(one.grant(&limits), 8 << 20);
+        assert_eq!(one.grant(&limits, long), 8 << 20);
         drop(one);
         assert_eq!(budget.streams().len(), 1);
     }

@@ -63,12 +63,19 @@ impl Checksums {
         let mut unread = Vec::new();
         let Some(read) = read.as_ref() else { return unread };
         for (number, _) in read.manifest.numbered() {
-            let known = read.books.get(number);
-            let (gaps, rest) = missing.split_at(missing.partition_point(|gap| gap.file <= number));
+            let gaps = missing.iter().take_while(|gap| gap.file <= number).count();
+            let (gaps, rest) = missing.split_at(gaps);
             missing = rest;
             // What is beyond the start of an open end is sent.
             let open = gaps.last().filter(|gap| gap.len.is_none()).map(|gap| gap.offset);
             let end = open.or(read.end(number));
+            if let [all] = gaps
+                && all.offset == 0
+                && (open.is_some() || all.len == end)
+            {
+                continue;
+            }
+            let known = read.books.get(number);
             let mut runs = known.runs().map(|(offset, len, _)| (offset, offset + len)).peekable();
             let mut gaps = gaps.iter().map(|gap| (gap.offset, gap.end())).peekable();
             let mut at = 0;
@@ -135,8 +142,14 @@ mod tests {
     #[test]
     fn what_is_neither_known_nor_missing_is_unread() {
         let checksums = Checksums::default();
-        checksums.start(&manifest(&[Some(100), Some(0), None, None, Some(10)]));
         let span = |file, offset, len| Span { file, offset, len };
+        checksums.start(&manifest(&[Some(3), None]));
+        assert_eq!(checksums.unread(&[span(0, 0, Some(3)), span(1, 0, None)]), []);
+        assert_eq!(
+            checksums.unread(&[span(0, 0, Some(2)), span(1, 1, None)]),
+            [span(0, 2, Some(1)), span(1, 0, Some(1))]
+        );
+        checksums.start(&manifest(&[Some(100), Some(0), None, None, Some(10)]));
         for (file, offset, len) in [(0, 20, 10), (0, 50, 50), (2, 0, 8)] {
             checksums.add(file, offset, len, 0);
         }

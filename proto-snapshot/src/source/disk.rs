@@ -1,6 +1,5 @@
 //! Reading files off the async threads and ahead of the socket.
 
-use std::ffi::OsStr;
 use std::fs::{File, Metadata};
 use std::io;
 use std::os::fd::OwnedFd;
@@ -183,7 +182,7 @@ impl Entry {
     }
 
     /// The whole file, of `len` bytes, opened in `dir` as `name`. Whether it is still what was described is asked once, after it was read.
-    fn read_in(&self, dir: &OwnedFd, name: &OsStr, len: usize) -> Result<Bytes, SourceError> {
+    fn read_in(&self, dir: &OwnedFd, name: &str, len: usize) -> Result<Bytes, SourceError> {
         let flags = OFlags::RDONLY | OFlags::CLOEXEC;
         let opened = rustix::fs::openat(dir, name, flags, Mode::empty());
         let file = File::from(opened.map_err(|error| self.failed(error.into()))?);
@@ -243,16 +242,24 @@ impl Listing {
 
     /// A hash over name, inode, modification time and size of all files.
     fn content_version(&self) -> String {
+        /// What is hashed at once: enough for the widest vectors.
+        const AT_ONCE: usize = 32 << 10;
         let mut hasher = blake3::Hasher::new();
+        let mut bytes = Vec::with_capacity(AT_ONCE + (4 << 10));
         for Entry { name, identity: Identity { inode, size, modified } } in &self.entries {
-            hasher.update(name.as_str().as_bytes());
+            bytes.extend_from_slice(name.as_str().as_bytes());
             // No name contains it, so no two listings make the same bytes.
-            hasher.update(&[0]);
-            hasher.update(&inode.to_le_bytes());
-            hasher.update(&size.to_le_bytes());
-            hasher.update(&modified.0.to_le_bytes());
-            hasher.update(&modified.1.to_le_bytes());
+            bytes.push(0);
+            bytes.extend_from_slice(&inode.to_le_bytes());
+            bytes.extend_from_slice(&size.to_le_bytes());
+            bytes.extend_from_slice(&modified.0.to_le_bytes());
+            bytes.extend_from_slice(&modified.1.to_le_bytes());
+            if bytes.len() >= AT_ONCE {
+                hasher.update(&bytes);
+                bytes.clear();
+            }
         }
+        hasher.update(&bytes);
         format!("stat-{}", hasher.finalize().to_hex())
     }
 }
@@ -260,7 +267,8 @@ impl Listing {
 /// Reads whole small files one after the other, as a rule those of one directory, which it keeps open.
 pub(super) struct WholeReader<'a> {
     listing: &'a Listing,
-    dir: Option<(PathBuf, OwnedFd)>,
+    /// The directory of the last one, below the root.
+    dir: Option<(String, OwnedFd)>,
 }
 
 impl<'a> WholeReader<'a> {
@@ -270,15 +278,16 @@ impl<'a> WholeReader<'a> {
 
     /// All `len` bytes of `entry`.
     pub(super) fn read(&mut self, entry: &Entry, len: usize) -> Result<Bytes, SourceError> {
-        let path = self.listing.place.path(&entry.name);
-        let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
-            return Err(entry.failed(io::ErrorKind::InvalidInput.into()));
+        let Place::Below(root) = &self.listing.place else {
+            return entry.read_once(&self.listing.place, 0, len);
         };
+        let name = entry.name.as_str();
+        let (parent, name) = name.rsplit_once('/').unwrap_or(("", name));
         let dir = match &self.dir {
             Some((at, dir)) if at == parent => dir,
             _ => {
                 let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-                let opened = rustix::fs::open(parent, flags, Mode::empty());
+                let opened = rustix::fs::open(root.join(parent), flags, Mode::empty());
                 let opened = opened.map_err(|error| entry.failed(error.into()))?;
                 &self.dir.insert((parent.to_owned(), opened)).1
             }

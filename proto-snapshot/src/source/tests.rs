@@ -86,6 +86,26 @@ async fn a_directory_is_listed_in_order_with_what_identifies_it() {
 }
 
 #[tokio::test]
+async fn many_directories_and_a_very_large_one_are_listed_in_order() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut expected = Vec::new();
+    for number in 0..2000 {
+        // Twenty directories within each other's neighbours, and all others in one.
+        let name = match number % 20 {
+            0 => format!("{}/deep/{number:04}", number / 100),
+            _ => format!("flat/{number:04}"),
+        };
+        let path = dir.path().join(&name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, bytes(number % 7)).unwrap();
+        expected.push((FileName::new(&name).unwrap(), Some(number as u64 % 7)));
+    }
+    expected.sort();
+    let files = DirectorySource::new(dir.path()).describe(false).await.unwrap().files;
+    assert_eq!(files.into_iter().map(|file| (file.name, file.size)).collect::<Vec<_>>(), expected);
+}
+
+#[tokio::test]
 async fn whatever_changes_the_content_changes_the_version() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a");

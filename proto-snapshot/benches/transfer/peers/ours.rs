@@ -14,13 +14,16 @@ use proto_snapshot::sender::{SenderOptions, SnapshotSender, SnapshotToSend};
 use proto_snapshot::source::{DirectorySource, FileSource};
 use proto_snapshot::spec::SnapshotPoint;
 use proto_snapshot::store::{FileSnapshotStore, FileStoreOptions, SnapshotStore};
-use tokio::net::TcpListener;
+use tokio::net::TcpSocket;
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 
 use crate::memory::{DiscardStore, MemorySource};
 use crate::payload::Payload;
 use crate::side::{Before, Sent, Side, report_when_asked};
+
+/// Connections that wait to be accepted; of most listeners 128.
+const BACKLOG: u32 = 1024;
 
 /// Listens, with whatever store it is.
 pub async fn receive(side: &Side) {
@@ -38,7 +41,10 @@ async fn serve<S: SnapshotStore>(store: S, chunk: usize) {
     limits.chunk_bytes = u32::try_from(chunk).unwrap();
     let receiver = SnapshotReceiver::builder(&NodeId::new("n2").unwrap(), store).limits(limits);
     let receiver = receiver.start().await.unwrap();
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    // As many wait to be accepted as begin at once: one that finds no room tries again after a second, and then measures that.
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind(([127, 0, 0, 1], 0).into()).unwrap();
+    let listener = socket.listen(BACKLOG).unwrap();
     let address = listener.local_addr().unwrap();
     let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
     let server = tune_server(Server::builder()).add_service(receiver.into_service());

@@ -280,8 +280,15 @@ fn mark(dirs: &mut HashSet<PathBuf>, dir: &Path) {
 
 /// Writes all pieces from `offset` on, with as few calls as the system allows.
 pub(super) fn write_all_at(file: &File, payload: &Payload, mut offset: u64) -> io::Result<()> {
-    let mut all: Vec<IoSlice<'_>> = payload.io_slices().collect();
-    let mut rest = all.as_mut_slice();
+    // A small file is one piece, and not worth a list.
+    let (mut one, mut many);
+    let mut rest = if let [all] = payload.slices() {
+        one = [IoSlice::new(all)];
+        one.as_mut_slice()
+    } else {
+        many = payload.io_slices().collect::<Vec<_>>();
+        many.as_mut_slice()
+    };
     while !rest.is_empty() {
         let now = &rest[..rest.len().min(MAX_PIECES)];
         match rustix::io::pwritev(file, now, offset) {
