@@ -3,8 +3,9 @@
 //! Policy of this border: a batch is checked as a whole before any of it is applied, and an error names the
 //! entry and the field. Inside, an entry is either an image or a tombstone; nothing else can be expressed.
 
-use bytes::{Buf, Bytes};
+use bytes::{Buf, Bytes, BytesMut};
 use prost::Message as _;
+use prost::encoding::{WireType, encode_key, encode_varint, encoded_len_varint, key_len};
 use proto_common::error::Error;
 use proto_common::slots::{SlotRange, slot_of};
 
@@ -49,23 +50,82 @@ impl Entry {
     }
 }
 
-impl From<Entry> for wire::Entry {
-    fn from(entry: Entry) -> Self {
-        let Entry { seq, key, image } = entry;
-        match image {
-            None => Self { seq, tombstone: true, expires_unix_ms: None, key, value: Bytes::new() },
-            Some(Image { value, expires_unix_ms }) => {
-                Self { seq, tombstone: false, expires_unix_ms, key, value }
-            }
-        }
-    }
+/// Numbers of the fields of `Entry` and `Entries`.
+mod field {
+    pub(super) const ENTRIES: u32 = 1;
+    pub(super) const SEQ: u32 = 1;
+    pub(super) const TOMBSTONE: u32 = 2;
+    pub(super) const EXPIRES: u32 = 3;
+    pub(super) const KEY: u32 = 2046;
+    pub(super) const VALUE: u32 = 2047;
 }
 
 /// Encodes entries as the payload of a batch.
 #[must_use]
-pub fn encode(entries: Vec<Entry>) -> Bytes {
-    let entries = wire::Entries { entries: entries.into_iter().map(wire::Entry::from).collect() };
-    entries.encode_to_vec().into()
+pub fn encode(entries: &[Entry]) -> Bytes {
+    // By hand: prost encodes a list of messages, which had to be made of the entries first.
+    let len = |entry| {
+        let len = encoded_len(entry);
+        1 + encoded_len_varint(len as u64) + len
+    };
+    let mut buffer = BytesMut::with_capacity(entries.iter().map(len).sum());
+    let to = &mut buffer;
+    for entry in entries {
+        let Entry { seq, key, image } = entry;
+        encode_key(field::ENTRIES, WireType::LengthDelimited, to);
+        encode_varint(encoded_len(entry) as u64, to);
+        number(field::SEQ, *seq, to);
+        match image {
+            None => {
+                number(field::TOMBSTONE, 1, to);
+                bytes(field::KEY, key, to);
+            }
+            Some(Image { value, expires_unix_ms }) => {
+                if let Some(expires) = expires_unix_ms {
+                    encode_key(field::EXPIRES, WireType::Varint, to);
+                    encode_varint(*expires, to);
+                }
+                bytes(field::KEY, key, to);
+                bytes(field::VALUE, value, to);
+            }
+        }
+    }
+    buffer.freeze()
+}
+
+/// Bytes of an `Entry` on the wire.
+fn encoded_len(entry: &Entry) -> usize {
+    let Entry { seq, key, image } = entry;
+    let bytes = |tag, bytes: &Bytes| match bytes.len() {
+        0 => 0,
+        len => key_len(tag) + encoded_len_varint(len as u64) + len,
+    };
+    let seq = if *seq == 0 { 0 } else { key_len(field::SEQ) + encoded_len_varint(*seq) };
+    let image = match image {
+        None => key_len(field::TOMBSTONE) + 1,
+        Some(Image { value, expires_unix_ms }) => {
+            let expires = expires_unix_ms.map_or(0, |at| key_len(field::EXPIRES) + encoded_len_varint(at));
+            expires + bytes(field::VALUE, value)
+        }
+    };
+    seq + image + bytes(field::KEY, key)
+}
+
+/// A number, which is left out where it is 0.
+fn number(tag: u32, value: u64, to: &mut BytesMut) {
+    if value != 0 {
+        encode_key(tag, WireType::Varint, to);
+        encode_varint(value, to);
+    }
+}
+
+/// Bytes, which are left out where there are none.
+fn bytes(tag: u32, value: &Bytes, to: &mut BytesMut) {
+    if !value.is_empty() {
+        encode_key(tag, WireType::LengthDelimited, to);
+        encode_varint(value.len() as u64, to);
+        to.extend_from_slice(value);
+    }
 }
 
 /// Decodes a payload whose checksum is right and checks every entry of it. Keys and values share the payload's
@@ -142,6 +202,14 @@ mod tests {
         Entry { seq, key: Bytes::copy_from_slice(key), image }
     }
 
+    fn wire_entry(entry: Entry) -> wire::Entry {
+        let Entry { seq, key, image } = entry;
+        let tombstone = image.is_none();
+        let (value, expires_unix_ms) =
+            image.map_or_else(Default::default, |image| (image.value, image.expires_unix_ms));
+        wire::Entry { seq, tombstone, expires_unix_ms, key, value }
+    }
+
     fn one(entry: wire::Entry, slots: SlotRange) -> Result<Vec<Entry>, Error> {
         let payload = wire::Entries { entries: vec![entry] }.encode_to_vec();
         decode(&payload[..], 1, slots, "bulk")
@@ -177,7 +245,7 @@ mod tests {
     fn a_payload_that_is_no_batch_is_refused() {
         let error = decode(Bytes::from_static(b"\xff\xff"), 0, SlotRange::FULL, "delta").unwrap_err();
         assert_eq!(error.reason(), "MALFORMED_BATCH");
-        let payload = encode(vec![entry(1, b"k", None)]);
+        let payload = encode(&[entry(1, b"k", None)]);
         let error = decode(payload, 2, SlotRange::FULL, "delta").unwrap_err();
         assert_eq!((error.reason(), &*error.violations()[0].field), ("MALFORMED_BATCH", "delta.entry_count"));
     }
@@ -198,7 +266,10 @@ mod tests {
                     image: image.map(|(value, expires_unix_ms)| Image { value: value.into(), expires_unix_ms }),
                 })
                 .collect();
-            let payload = encode(entries.clone());
+            let payload = encode(&entries);
+            // To the byte what prost makes of them.
+            let of_prost = wire::Entries { entries: entries.iter().cloned().map(wire_entry).collect() };
+            prop_assert_eq!(&payload[..], of_prost.encode_to_vec());
             let overhead = payload.len() - entries.iter().map(|e| usize::try_from(e.bytes()).unwrap()).sum::<usize>();
             prop_assert!(overhead <= ENTRY_OVERHEAD * entries.len());
             let count = u32::try_from(entries.len()).unwrap();

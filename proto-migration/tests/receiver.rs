@@ -215,6 +215,33 @@ async fn credit_is_a_limit_and_grows_as_batches_are_applied() {
     assert_eq!(accepted.resume.unwrap().staged_keys, 2, "what was checked is durable");
 }
 
+/// A fast source has no more to spend long before an acknowledgement is due.
+#[tokio::test(start_paused = true)]
+async fn a_good_part_of_the_credit_is_given_back_at_once() {
+    const INTERVAL: Duration = Duration::from_millis(10);
+    let mut limits = Limits::default();
+    (limits.batch_bytes, limits.credit_bytes) = (64 << 10, 400_000);
+    let node = Node::with(|builder| builder.limits(limits)).await;
+    let (mut source, _) = node.accept(header(1)).await;
+    let of = |key: &str, len| Entry {
+        image: Some(Image { value: vec![0; len].into(), expires_unix_ms: None }),
+        ..row(10, key)
+    };
+    source.bulk(vec![of("a", 1)], false).await;
+    source.durable().await;
+    // The clock stands still as long as anybody works.
+    let began = tokio::time::Instant::now();
+    source.bulk(vec![of("b", 40_000)], false).await;
+    source.durable().await;
+    assert!(began.elapsed() >= INTERVAL, "a tenth of it is no hurry: {:?}", began.elapsed());
+    let began = tokio::time::Instant::now();
+    for key in ["c", "d", "e"] {
+        source.bulk(vec![of(key, 40_000)], false).await;
+    }
+    source.acked(|ack| ack.credit_limit >= 540_000).await;
+    assert!(began.elapsed() < INTERVAL, "{:?}", began.elapsed());
+}
+
 #[tokio::test]
 async fn a_prepare_is_refused_and_the_stream_goes_on() {
     let node = Node::start().await;

@@ -20,23 +20,33 @@ use tokio::sync::watch;
 
 use crate::payload::Payload;
 
+/// Bytes of a key.
+const KEY: usize = 16;
+
 /// Rows of one size, of which nobody changes any.
 pub struct MemorySource {
     payload: Payload,
-    rows: u64,
+    /// All of them, one behind the other.
+    keys: Bytes,
     value: usize,
     log: watch::Sender<LogState>,
 }
 
 impl MemorySource {
     pub fn new(payload: Payload, rows: u64, value: usize) -> Self {
-        Self { payload, rows, value, log: watch::Sender::new(LogState::default()) }
+        let keys = (0..rows).flat_map(|number| format!("key:{number:012}").into_bytes()).collect();
+        Self { payload, keys, value, log: watch::Sender::new(LogState::default()) }
+    }
+
+    fn rows(&self) -> u64 {
+        (self.keys.len() / KEY) as u64
     }
 
     fn row(&self, number: u64) -> Entry {
         let value = self.payload.at(number * self.value as u64, self.value);
         let image = Some(Image { value, expires_unix_ms: None });
-        Entry { seq: 1, key: format!("key:{number:012}").into(), image }
+        let at = number as usize * KEY;
+        Entry { seq: 1, key: self.keys.slice(at..at + KEY), image }
     }
 }
 
@@ -51,7 +61,7 @@ impl Held for Nobody {
 
 impl MigrationSource for MemorySource {
     async fn admit(&self, _: &MigrationSpec, _: Option<Fence>) -> Result<SourceTerms, Error> {
-        Ok(SourceTerms { slot_epoch: 0, estimated_keys: Some(self.rows), estimated_bytes: None })
+        Ok(SourceTerms { slot_epoch: 0, estimated_keys: Some(self.rows()), estimated_bytes: None })
     }
 
     async fn open_log(&self, _: &MigrationId, _: SlotRange, _: Option<u64>) -> Result<u64, Error> {
@@ -70,10 +80,10 @@ impl MigrationSource for MemorySource {
         let from = cursor.as_ref().try_into().map_or(0, u64::from_be_bytes);
         let each = self.row(from).bytes();
         let fit = (limit.bytes as u64 / each).clamp(1, limit.entries as u64);
-        let end = (from + fit).min(self.rows);
+        let end = (from + fit).min(self.rows());
         let entries = (from..end).map(|number| self.row(number)).collect();
         let cursor = Bytes::copy_from_slice(&end.to_be_bytes());
-        Ok(RowPage { entries, cursor, last: end == self.rows })
+        Ok(RowPage { entries, cursor, last: end == self.rows() })
     }
 
     async fn read_changes(

@@ -144,7 +144,7 @@ impl<S: MigrationSource> Pump<S> {
         if page.cursor.len() > MAX_CURSOR_BYTES || (page.cursor.is_empty() && !page.last) {
             return Err(Reason::Internal.error("the store made a cursor that is empty or too long"));
         }
-        let batch = self.batch(page.entries)?;
+        let batch = self.batch(&page.entries)?;
         let len = batch.bytes();
         // A page is kept back for changes, so that a copy never starves them.
         let reserve = u64::try_from(self.limit(ROWS).bytes).unwrap_or(u64::MAX);
@@ -197,7 +197,7 @@ impl<S: MigrationSource> Pump<S> {
         }
         let changes = u64::try_from(page.entries.len()).unwrap_or(u64::MAX);
         let change_bytes: u64 = page.entries.iter().map(Entry::bytes).sum();
-        let batch = self.batch(page.entries)?;
+        let batch = self.batch(&page.entries)?;
         let len = batch.bytes();
         let began = Instant::now();
         self.credit(len).await?;
@@ -242,7 +242,7 @@ impl<S: MigrationSource> Pump<S> {
         self.sent.borrow().number + 1
     }
 
-    fn batch(&self, entries: Vec<Entry>) -> Result<Batch, Error> {
+    fn batch(&self, entries: &[Entry]) -> Result<Batch, Error> {
         let count = u32::try_from(entries.len()).unwrap_or(u32::MAX);
         if let Some(entry) = entries.iter().find(|entry| self.is_too_large(entry)) {
             let (slot, size) = (slot_of(&entry.key), entry.bytes());

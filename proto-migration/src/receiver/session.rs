@@ -36,7 +36,8 @@ use crate::v1::{MigrationDecision, TransferMigrationDataResponse};
 
 /// Things to do between the reader and the applier; the bytes among them are bounded by credit.
 const QUEUE: usize = 64;
-/// Shortest time between two `Ack` that nobody asked for.
+/// Shortest time between two `Ack` that nobody asked for, unless a good part of the credit is back: at 2.8 GiB/s, a source spends all of 32 MiB in
+/// this time and the delay of a timer.
 const ACK_INTERVAL: Duration = Duration::from_millis(10);
 
 /// The answers of one stream.
@@ -293,7 +294,11 @@ impl<T: MigrationTarget> Reader<'_, T> {
                 () = self.inner.stopping.cancelled() => return Err(shutting_down()),
                 () = self.answers.closed() => return Err(ended_early()),
                 () = self.flow.changed.notified() => {
-                    ack_at.get_or_insert(last_ack + ACK_INTERVAL);
+                    if self.owes_credit() && self.ack(false) {
+                        (ack_at, last_ack) = (None, Instant::now());
+                    } else {
+                        ack_at.get_or_insert(last_ack + ACK_INTERVAL);
+                    }
                 }
                 () = tokio::time::sleep_until(ack_at.unwrap_or(deadline)), if ack_at.is_some() => {
                     (ack_at, last_ack) = (None, Instant::now());
@@ -437,6 +442,13 @@ impl<T: MigrationTarget> Reader<'_, T> {
             }
             _ => {}
         }
+    }
+
+    /// Whether a quarter of the credit, or more, is there to be given again.
+    fn owes_credit(&self) -> bool {
+        let credit = self.inner.credit();
+        self.transfer
+            && self.flow.done().bytes.saturating_add(credit).saturating_sub(self.credit) >= credit / 4
     }
 
     /// Tells how far things are; false where the peer does not keep up.

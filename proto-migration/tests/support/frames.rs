@@ -265,14 +265,14 @@ pub fn row(seq: u64, key: &str) -> Entry {
 
 pub fn bulk(number: u64, entries: Vec<Entry>, last: bool) -> Bulk {
     let entry_count = u32::try_from(entries.len()).unwrap();
-    let payload = encode(entries);
+    let payload = encode(&entries);
     let cursor = Bytes::from(format!("behind {number}"));
     Bulk { number, entry_count, cursor, last, crc64nvme: crc64(&payload), payload }
 }
 
 pub fn delta(number: u64, prev_seq: u64, through_seq: u64, entries: Vec<Entry>) -> Delta {
     let entry_count = u32::try_from(entries.len()).unwrap();
-    let payload = encode(entries);
+    let payload = encode(&entries);
     Delta { number, entry_count, prev_seq, through_seq, crc64nvme: crc64(&payload), payload }
 }
 
