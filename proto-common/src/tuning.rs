@@ -125,8 +125,7 @@ pub fn tune_server_within<L>(
 /// The server's own setting does not reach a listener that it did not open, and with Nagle's algorithm a small answer waits
 /// for the peer's delayed acknowledgement of the one before: 40 ms on Linux.
 ///
-/// A listener of `tokio::net::TcpListener::bind` has room for 128 connections that wait to be accepted. Where more may come at once, make it by
-/// `tokio::net::TcpSocket::listen` with room for them: one that finds none comes again after a second, which is TCP's first pause.
+/// Where many peers may come at once, [`listen`] makes the listener.
 #[cfg(feature = "listen")]
 #[must_use]
 pub fn incoming(
@@ -143,6 +142,29 @@ pub fn incoming_within(
     limits: ConnectionLimits,
 ) -> Limited<tonic::transport::server::TcpIncoming> {
     Limited::new(listener.into().with_nodelay(Some(true)), limits)
+}
+
+/// Connections that may wait to be accepted, as far as the system allows (`net.core.somaxconn` of Linux: 4096).
+///
+/// One that finds no room comes again after a second, which is TCP's first pause: of 200 that came at once, 30 did with the 128 of
+/// [`TcpListener::bind`](tokio::net::TcpListener::bind).
+#[cfg(feature = "listen")]
+const BACKLOG: u32 = 1024;
+
+/// A listener at `address` with room for 1024 connections that wait to be accepted. Must be called within a Tokio runtime.
+///
+/// # Errors
+///
+/// Those of the system, such as an address that is in use.
+#[cfg(feature = "listen")]
+pub fn listen(address: std::net::SocketAddr) -> std::io::Result<tokio::net::TcpListener> {
+    use tokio::net::TcpSocket;
+    let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    // As `TcpListener::bind` does: a restart finds its address free although connections of before are still being closed.
+    #[cfg(unix)]
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
 }
 
 #[cfg(all(test, feature = "channel"))]

@@ -241,3 +241,24 @@ async fn accepted_connections_do_not_wait_for_delayed_acknowledgements() {
     let (address, tuned) = listener().await;
     assert!(nodelay(address, tuning::incoming(tuned), |limited| limited.get_ref()).await);
 }
+
+/// Nobody accepts, so each connection needs room that waits; one without would come again for ever.
+#[tokio::test]
+async fn many_connections_may_wait_to_be_accepted() {
+    const CONNECTIONS: usize = 300;
+    let most = std::fs::read_to_string("/proc/sys/net/core/somaxconn");
+    if most.is_ok_and(|most| most.trim().parse::<usize>().unwrap() < CONNECTIONS) {
+        return eprintln!("SKIPPED: the system lets fewer than {CONNECTIONS} wait");
+    }
+    let listener = tuning::listen("127.0.0.1:0".parse().unwrap()).unwrap();
+    let address = listener.local_addr().unwrap();
+    let mut open = Vec::new();
+    for number in 0..CONNECTIONS {
+        let connecting = tokio::time::timeout(Duration::from_secs(20), TcpStream::connect(address));
+        open.push(connecting.await.unwrap_or_else(|_| panic!("connection {number} found no room")).unwrap());
+    }
+    // The address is another's while it is held, and free right after.
+    assert_eq!(tuning::listen(address).unwrap_err().kind(), std::io::ErrorKind::AddrInUse);
+    drop((listener, open));
+    tuning::listen(address).unwrap();
+}

@@ -36,7 +36,7 @@ pub struct Limits {
     /// credit, in equal parts to the source nodes that send. Each stream gets at least one chunk. Default 128 MiB.
     pub receive_budget_bytes: u64,
     /// Credit of one stream at most, in bytes. Default 8 MiB: what fills a 10 Gbit/s link at 5 ms, and
-    /// the size of the HTTP/2 stream window.
+    /// the size of the HTTP/2 stream window. It begins with 1 MiB, or a chunk, and gets as much more as the stream has brought.
     pub stream_credit_bytes: u64,
     /// Payload bytes per second that senders are asked for, per transfer. Default: no limit.
     pub bytes_per_second: Option<std::num::NonZeroU64>,

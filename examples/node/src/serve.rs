@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use proto::common::guard::RangeGuard;
+use proto::common::tuning::listen;
 use proto::snapshot::hook::InstallHook;
 use proto::snapshot::store::FileStoreOptions;
 use tokio::net::TcpListener;
@@ -134,8 +135,8 @@ pub async fn serve_with<H: InstallHook>(
 
     let (trust, id, listen) = (options.trust.clone(), options.id.clone(), options.grpc);
     let trust = tokio::task::spawn_blocking(move || Trust::load(trust, &id, listen)).await??;
-    let resp = bind(options.resp, "--resp").await?;
-    let grpc = bind(options.grpc, "--grpc").await?;
+    let resp = bind(options.resp, "--resp")?;
+    let grpc = bind(options.grpc, "--grpc")?;
     let init = Init {
         node: options.id.clone(),
         slots: options.slots.clone(),
@@ -282,9 +283,8 @@ pub async fn serve_with<H: InstallHook>(
     result
 }
 
-async fn bind(address: SocketAddr, flag: &str) -> anyhow::Result<TcpListener> {
-    TcpListener::bind(address)
-        .await
+fn bind(address: SocketAddr, flag: &str) -> anyhow::Result<TcpListener> {
+    listen(address)
         .with_context(|| format!("cannot listen on {address}; is it in use? Choose another {flag}"))
 }
 

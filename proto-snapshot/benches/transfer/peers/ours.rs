@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use proto_common::ids::{NodeId, ShardId, TransferId};
 use proto_common::slots::SlotRange;
-use proto_common::tuning::tune_server;
+use proto_common::tuning::{listen, tune_server};
 use proto_common::v1::Priority;
 use proto_snapshot::SnapshotReceiver;
 use proto_snapshot::limits::Limits;
@@ -14,16 +14,12 @@ use proto_snapshot::sender::{SenderOptions, SnapshotSender, SnapshotToSend};
 use proto_snapshot::source::{DirectorySource, FileSource};
 use proto_snapshot::spec::SnapshotPoint;
 use proto_snapshot::store::{FileSnapshotStore, FileStoreOptions, SnapshotStore};
-use tokio::net::TcpSocket;
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 
 use crate::memory::{DiscardStore, MemorySource};
 use crate::payload::Payload;
 use crate::side::{Before, Sent, Side, report_when_asked};
-
-/// Connections that wait to be accepted; of most listeners 128.
-const BACKLOG: u32 = 1024;
 
 /// Listens, with whatever store it is.
 pub async fn receive(side: &Side) {
@@ -41,10 +37,7 @@ async fn serve<S: SnapshotStore>(store: S, chunk: usize) {
     limits.chunk_bytes = u32::try_from(chunk).unwrap();
     let receiver = SnapshotReceiver::builder(&NodeId::new("n2").unwrap(), store).limits(limits);
     let receiver = receiver.start().await.unwrap();
-    // As many wait to be accepted as begin at once: one that finds no room tries again after a second, and then measures that.
-    let socket = TcpSocket::new_v4().unwrap();
-    socket.bind(([127, 0, 0, 1], 0).into()).unwrap();
-    let listener = socket.listen(BACKLOG).unwrap();
+    let listener = listen(([127, 0, 0, 1], 0).into()).unwrap();
     let address = listener.local_addr().unwrap();
     let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
     let server = tune_server(Server::builder()).add_service(receiver.into_service());
