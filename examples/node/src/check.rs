@@ -8,6 +8,7 @@ use anyhow::{Context as _, bail};
 use proto::common::durable::{free_path, sync_dir, write_atomic};
 use proto::common::guard::RangeGuard;
 use proto::common::ids::MigrationId;
+use proto::common::text::printable;
 use proto::migration::driver::{Doubt, Doubtful, Sorted, SoundRecord, sort};
 use proto::migration::journal::{DamagedFile, Journal, Recovered};
 use proto::migration::limits::Limits;
@@ -421,7 +422,7 @@ impl fmt::Display for Report {
                         Some(Doubt::Missing) => "MISSING",
                         Some(Doubt::Held) => "HELD",
                     };
-                    writeln!(f, "{how}: {problem}")?;
+                    writeln!(f, "{how}: {}", printable(problem, 512))?;
                 }
                 None => writeln!(f, "{}", record.state.as_deref().unwrap_or_default())?,
             }

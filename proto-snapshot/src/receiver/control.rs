@@ -459,7 +459,6 @@ impl<S: SnapshotStore> Inner<S> {
         incoming: &Arc<Incoming<S::Staging>>,
         header: &ControlHeader,
     ) -> Result<Stopped, Error> {
-        let discards = header.discard_staged && incoming.stage() == Stage::Open;
         if matches!(incoming.stage(), Stage::Verifying | Stage::Installing) {
             return Ok(Stopped::Completing);
         }
@@ -481,7 +480,7 @@ impl<S: SnapshotStore> Inner<S> {
             Stage::Closed => return Err(cancelled()),
             Stage::Verifying | Stage::Installing => return Ok(Stopped::Completing),
         }
-        if !discards {
+        if !header.discard_staged {
             return Ok(Stopped::Open);
         }
         incoming.close()?;

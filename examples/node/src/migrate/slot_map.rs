@@ -6,6 +6,7 @@ use std::time::Duration;
 use proto::common::dial::NodeChannel;
 use proto::common::error::Error;
 use proto::common::slots::SlotRange;
+use proto::common::text::printable;
 use proto::migration::driver::Dial;
 use proto::node::health_service_client::HealthServiceClient;
 use proto::node::{GetNodeStatusRequest, NodeStatus, NodeStatusSection, SlotOwner};
@@ -124,7 +125,7 @@ async fn ask(channel: NodeChannel, me: &NodeId, revision: Option<(u64, u64)>) ->
 async fn learn(node: &Node, asked: &NodeId, told: &Told) -> Result<(), crate::store::StoreError> {
     if told.node_id != asked.as_str() {
         // Another node has this address now; what it says of itself is learned under its own name.
-        tracing::debug!(asked = %asked, found = told.node_id, "another node answers");
+        tracing::debug!(asked = %asked, found = printable(&told.node_id, 128), "another node answers");
         return Ok(());
     }
     let known = node.nodes();
@@ -132,7 +133,7 @@ async fn learn(node: &Node, asked: &NodeId, told: &Told) -> Result<(), crate::st
     let own =
         NodeAddresses { grpc: told.status.node_address.clone(), resp: told.status.client_address.clone() };
     // A node knows best where it is.
-    if !own.grpc.is_empty() && !own.resp.is_empty() && known.get(asked) != Some(&own) {
+    if !own.grpc.is_empty() && !own.resp.is_empty() && own.can_be_shown() && known.get(asked) != Some(&own) {
         nodes.insert(asked.clone(), own);
     }
     let mut claims = Vec::new();
@@ -166,6 +167,8 @@ fn read(owner: &SlotOwner) -> Option<(Claim, NodeAddresses)> {
     let range = SlotRange::from_wire(owner.slots).ok()?;
     let id = NodeId::new(&owner.node_id).ok()?;
     let addresses = NodeAddresses { grpc: owner.node_address.clone(), resp: owner.client_address.clone() };
+    // Not known is better than what cannot be shown.
+    let addresses = if addresses.can_be_shown() { addresses } else { NodeAddresses::default() };
     Some((Claim { range, owner: id, epoch: owner.epoch }, addresses))
 }
 
@@ -200,5 +203,53 @@ impl<D: Dial<Channel = NodeChannel>> Dial for LearningDial<D> {
 
     fn check(&self, address: &str) -> Result<(), Error> {
         self.dial.check(address)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::{Init, StoreOptions};
+
+    #[tokio::test]
+    async fn what_cannot_be_shown_of_an_address_is_not_learned() {
+        let dir = tempfile::tempdir().unwrap();
+        let id = |name: &str| NodeId::new(name).unwrap();
+        let init = Init { node: id("n1"), slots: Some(vec![]), others: vec![] };
+        let node = Node::open(dir.path(), &init, &StoreOptions::default()).unwrap();
+        let tell = async |address: &str, epoch: u64| {
+            let owner = |node: &str, start: u32| SlotOwner {
+                slots: Some(proto::common::v1::SlotRange { start, end: start + 1 }),
+                node_id: node.into(),
+                epoch,
+                node_address: address.into(),
+                client_address: address.into(),
+            };
+            let status = NodeStatus {
+                node_address: address.into(),
+                client_address: address.into(),
+                slot_owners: vec![owner("n2", 1), owner("n3", 2)],
+                ..NodeStatus::default()
+            };
+            learn(&node, &id("n2"), &Told { node_id: "n2".into(), revision: (1, epoch), status })
+                .await
+                .unwrap();
+        };
+        let long = "x".repeat(300);
+        for (epoch, address) in (1..).zip(["h:1\nn9 h:2", "h:1\x1b[2J", "h :1", "h\u{202e}:1", long.as_str()])
+        {
+            tell(address, epoch).await;
+            assert_eq!(node.nodes().get(&id("n2")), None, "{address:?}");
+            assert_eq!(node.nodes().get(&id("n3")), None, "{address:?}");
+        }
+        // Who owns what is learned all the same.
+        assert_eq!(node.gate().ownership().of(2).map(|claim| claim.owner.clone()), Some(id("n3")));
+        tell("[::1]:7001", 9).await;
+        for name in ["n2", "n3"] {
+            assert_eq!(
+                node.nodes().get(&id(name)).map(|known| known.resp.clone()),
+                Some("[::1]:7001".into())
+            );
+        }
     }
 }

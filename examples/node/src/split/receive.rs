@@ -96,7 +96,12 @@ fn has_rows(plan: &TransferPlan) -> bool {
 /// Tells the sender, without paths; the log has the rest.
 fn refused(error: StoreError) -> Error {
     match &error {
-        StoreError::Database(_) | StoreError::Io { .. } | StoreError::Closed => {
+        StoreError::Database(_)
+        | StoreError::Io { .. }
+        | StoreError::NoSpace { .. }
+        | StoreError::DamagedFile { .. }
+        | StoreError::Mismatch { .. }
+        | StoreError::Closed => {
             tracing::warn!(%error, "a snapshot cannot be merged yet");
             let what = match &error {
                 StoreError::Database(redb) if matches!(**redb, redb::Error::PreviousIo) => {

@@ -17,6 +17,18 @@ pub struct NodeAddresses {
     pub resp: String,
 }
 
+impl NodeAddresses {
+    /// Whether both can be handed on as they are, to clients, logs and terminals: one that another node tells could hold a line that is not its
+    /// own, or an escape sequence. No statement that there is anybody.
+    pub(crate) fn can_be_shown(&self) -> bool {
+        /// The longest name of a host, and a port.
+        const MOST: usize = 253 + 6;
+        let shown =
+            |address: &String| address.len() <= MOST && address.bytes().all(|byte| byte.is_ascii_graphic());
+        shown(&self.grpc) && shown(&self.resp)
+    }
+}
+
 /// A slot range with its owner.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Claim {

@@ -100,10 +100,16 @@ impl Handover {
     ///
     /// # Errors
     ///
-    /// An id is none.
+    /// An id is none, or an address is none that can be shown.
     pub fn nodes(&self) -> Result<BTreeMap<NodeId, NodeAddresses>, StoreError> {
         let node = |(id, addresses): (&String, &NodeAddresses)| {
-            Ok((NodeId::new(id).map_err(|error| damaged(&error.to_string()))?, addresses.clone()))
+            let id = NodeId::new(id).map_err(|error| damaged(&error.to_string()))?;
+            if !addresses.can_be_shown() {
+                return Err(damaged(&format!(
+                    "an address of node {id} has characters that no address has, or too many"
+                )));
+            }
+            Ok((id, addresses.clone()))
         };
         self.nodes.iter().map(node).collect()
     }
