@@ -6,7 +6,7 @@
 //!
 //! | violation | code | reason |
 //! |---|---|---|
-//! | no certificate, or one that names nobody, where one is needed | UNAUTHENTICATED | UNAUTHENTICATED |
+//! | no certificate, or one that names nobody, where one is needed; plaintext from another machine, unless that is allowed | UNAUTHENTICATED | UNAUTHENTICATED |
 //! | certificate or metadata [`CLUSTER_METADATA`] of another cluster; metadata `cluster_id` | FAILED_PRECONDITION | WRONG_CLUSTER |
 //! | the role may not call the method, or not for these shards and slots; metadata `method`, `role` | PERMISSION_DENIED | PERMISSION_DENIED |
 //! | a message claims another node than the certificate's; metadata `node_id` | PERMISSION_DENIED | PERMISSION_DENIED |
@@ -71,7 +71,27 @@ pub trait Authorizer: Send + Sync + 'static {
     }
 }
 
-/// Everybody may do everything. For plaintext on loopback, where there is nobody to tell apart.
+/// Everybody on this machine may do everything, and whoever has a certificate of the cluster. A caller in plaintext from an address that
+/// is not loopback may do nothing, wherever the server listens. Connections without addresses, such as those in memory, are this machine's.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct AllowLocal;
+
+impl Authorizer for AllowLocal {
+    fn authorize(&self, call: &Call<'_>) -> Result<(), Error> {
+        let from = call.peer.address().map(|address| address.ip().to_canonical());
+        match from {
+            Some(from) if call.peer.identity().is_none() && !from.is_loopback() => {
+                let message = format!(
+                    "the caller is at {from} and has shown no certificate; in plaintext this node serves its own machine only"
+                );
+                Err(Error::new(CommonReason::Unauthenticated, message))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Everybody may do everything, from wherever. For plaintext in a network that nobody else reaches; elsewhere it gives the data away.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct AllowAll;
 
@@ -105,10 +125,10 @@ impl std::fmt::Debug for Access {
     }
 }
 
-/// [`AllowAll`], in the cluster without a name.
+/// [`AllowLocal`], in the cluster without a name.
 impl Default for Access {
     fn default() -> Self {
-        Self::new(None, AllowAll)
+        Self::new(None, AllowLocal)
     }
 }
 

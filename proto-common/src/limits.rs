@@ -20,15 +20,16 @@ pub struct ConnectionLimits {
     /// answers pings. Counted as `IDLE_CONNECTION`.
     pub idle: Duration,
     /// Streams at once on one connection. Default 320: the 256 watches that a connection may have, and calls beside them. A client waits with
-    /// more; one that does not is told `REFUSED_STREAM`.
+    /// more; one that does not is told `REFUSED_STREAM`, which is counted.
     pub streams_per_connection: u32,
-    /// Headers of a request, in bytes, as HTTP/2 counts them. Default 16 KiB. More are answered with status 431, or end the connection.
+    /// Headers of a request, in bytes, as HTTP/2 counts them. Default 16 KiB. More are answered with status 431, which HTTP/2 counts nowhere; far
+    /// more end the connection with `ENHANCE_YOUR_CALM`, which is counted.
     pub header_bytes: u32,
     /// Streams that a client has reset before they were looked at, per connection. Default 20. More end the connection with
-    /// `ENHANCE_YOUR_CALM`: the defence against rapid resets (CVE-2023-44487).
+    /// `ENHANCE_YOUR_CALM`, which is counted: the defence against rapid resets (CVE-2023-44487).
     pub pending_resets: usize,
     /// Streams that this side has reset because of the client's errors, per connection. Default 1024. More end the connection with
-    /// `ENHANCE_YOUR_CALM` (CVE-2025-8671).
+    /// `ENHANCE_YOUR_CALM`, which is counted (CVE-2025-8671).
     pub error_resets: usize,
 }
 

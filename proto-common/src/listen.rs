@@ -1,6 +1,9 @@
 //! Connections within limits: how many, from whom, and how long one may say nothing.
 //!
-//! [`Limited`] stands between whatever accepts connections (TCP, or TLS with its handshake) and tonic's `serve_with_incoming`.
+//! [`Limited`] stands between whatever accepts connections (TCP, or TLS with its handshake) and tonic's `serve_with_incoming`. What HTTP/2
+//! then refuses by itself is counted here, too, by the name that RFC 9113 has for it.
+
+mod refused;
 
 use std::collections::HashMap;
 use std::io;
@@ -16,6 +19,7 @@ use tokio::time::{Instant, Sleep, sleep};
 use tokio_stream::Stream;
 use tonic::transport::server::Connected;
 
+use self::refused::Refused;
 use crate::limits::ConnectionLimits;
 use crate::refusals;
 
@@ -165,13 +169,14 @@ pub struct LimitedConnection<IO> {
     last_read: Instant,
     /// Since when the peer takes nothing of what is written. HTTP/2 does not read meanwhile.
     blocked: Option<Instant>,
+    refused: Refused,
 }
 
 impl<IO> LimitedConnection<IO> {
     fn new(io: IO, place: Place, preface: Duration, idle: Duration) -> Self {
         let deadline = Box::pin(sleep(preface));
         let last_read = Instant::now();
-        Self { io, _place: place, preface: PREFACE_LEN, idle, deadline, last_read, blocked: None }
+        Self { io, _place: place, preface: PREFACE_LEN, idle, deadline, last_read, blocked: None, refused: Refused::default() }
     }
 
     /// What is limited.
@@ -233,6 +238,9 @@ impl<IO: AsyncRead + Unpin> AsyncRead for LimitedConnection<IO> {
 impl<IO: AsyncWrite + Unpin> AsyncWrite for LimitedConnection<IO> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.io).poll_write(cx, buf);
+        if let Poll::Ready(Ok(len)) = written {
+            self.refused.written(buf.get(..len).unwrap_or(buf), refusals::count);
+        }
         self.unless_blocked(cx, written)
     }
 
@@ -252,6 +260,13 @@ impl<IO: AsyncWrite + Unpin> AsyncWrite for LimitedConnection<IO> {
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.io).poll_write_vectored(cx, bufs);
+        if let Poll::Ready(Ok(mut len)) = written {
+            for buf in bufs {
+                let now = len.min(buf.len());
+                self.refused.written(&buf[..now], refusals::count);
+                len -= now;
+            }
+        }
         self.unless_blocked(cx, written)
     }
 

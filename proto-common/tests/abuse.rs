@@ -3,22 +3,25 @@
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "a test fails by panicking")]
 
 use std::cell::Cell;
+use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use proto_common::limits::ConnectionLimits;
-use proto_common::refusals::count_of;
-use proto_common::tuning::{incoming_within, tune_server_within};
+use proto_common::refusals::counts;
+use proto_common::tuning::{FRAME_SIZE, incoming_within, tune_server_within};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::sync::{Mutex, MutexGuard};
 use tonic::Status;
 use tonic::body::Body;
 use tonic::codegen::{Service, http};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+const DATA: u8 = 0;
 const HEADERS: u8 = 1;
 const RST_STREAM: u8 = 3;
 const SETTINGS: u8 = 4;
@@ -158,6 +161,17 @@ async fn closed(stream: &mut TcpStream) {
     assert!(read_until(stream, |_, _, _| None::<()>).await.is_none());
 }
 
+/// The same, when the server has not said a word.
+async fn closed_at_once(stream: &mut TcpStream) {
+    let said = read_until(stream, |kind, _, payload| Some((kind, payload.to_vec()))).await;
+    assert_eq!(said, None);
+}
+
+/// With which code the server ends the connection.
+async fn gone_away(stream: &mut TcpStream) -> Option<u32> {
+    read_until(stream, |kind, _, payload| (kind == GOAWAY).then(|| code(4, payload))).await
+}
+
 /// How a flood ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Flood {
@@ -190,77 +204,125 @@ async fn flood_once(address: SocketAddr, pieces: impl Iterator<Item = Vec<u8>> +
     ended
 }
 
-/// Floods again and again, while the calls of another peer are answered, each in time; how every flood ended.
-async fn flood<P: Iterator<Item = Vec<u8>> + Send + 'static>(
+/// A server whose limit is exceeded, and another peer that is connected to it before. One at a time, so that what is counted is known.
+struct Scene {
     address: SocketAddr,
-    pieces: impl Fn() -> P,
-) -> Flood {
-    const CALLS: u32 = 20;
-    const IN_TIME: Duration = Duration::from_secs(5);
-    let mut other = hello(2, address).await;
-    let answered = Cell::new(0);
-    let over = Cell::new(false);
-    let calls = async {
-        for id in (1..).step_by(2) {
-            let began = Instant::now();
-            assert!(answers(&mut other, id).await, "the flood is in the way of another peer");
-            assert!(began.elapsed() < IN_TIME, "the flood delays another peer by {:?}", began.elapsed());
-            answered.set(answered.get() + 1);
-            if over.get() {
-                return;
+    other: TcpStream,
+    call: u32,
+    before: BTreeMap<String, u64>,
+    _alone: MutexGuard<'static, ()>,
+}
+
+impl Scene {
+    /// The address of the other peer.
+    const OTHER: u8 = 99;
+
+    async fn new(change: impl FnOnce(&mut ConnectionLimits)) -> Self {
+        static ALONE: Mutex<()> = Mutex::const_new(());
+        let alone = ALONE.lock().await;
+        let mut limits = ConnectionLimits::default();
+        change(&mut limits);
+        let address = serve(limits).await;
+        let mut other = hello(Self::OTHER, address).await;
+        assert!(answers(&mut other, 1).await);
+        Self { address, other, call: 3, before: counts(), _alone: alone }
+    }
+
+    /// A call on the connection that the other peer has had all the time.
+    async fn goes_on(&mut self) {
+        assert!(answers(&mut self.other, self.call).await, "the connection of another peer has suffered");
+        self.call += 2;
+    }
+
+    /// That, and one on a new connection.
+    async fn others_go_on(&mut self) {
+        self.goes_on().await;
+        assert!(answers(&mut hello(Self::OTHER - 1, self.address).await, 1).await, "nobody else gets in");
+    }
+
+    /// Floods again and again, while the calls of the other peer are answered, each in time. Every flood has to end like this; how many
+    /// there were.
+    async fn flood<P: Iterator<Item = Vec<u8>> + Send + 'static>(
+        &mut self,
+        pieces: impl Fn() -> P,
+        end: Flood,
+    ) -> u64 {
+        const CALLS: u32 = 20;
+        const IN_TIME: Duration = Duration::from_secs(5);
+        let address = self.address;
+        let answered = Cell::new(0);
+        let over = Cell::new(false);
+        let calls = async {
+            while !over.get() {
+                let began = Instant::now();
+                self.goes_on().await;
+                assert!(began.elapsed() < IN_TIME, "the flood delays another peer by {:?}", began.elapsed());
+                answered.set(answered.get() + 1);
             }
-        }
-    };
-    let floods = async {
-        let ended = flood_once(address, pieces()).await;
-        while answered.get() < CALLS {
-            assert_eq!(flood_once(address, pieces()).await, ended);
-        }
-        over.set(true);
-        ended
-    };
-    tokio::join!(floods, calls).0
+        };
+        let floods = async {
+            let mut floods = 0;
+            while floods == 0 || answered.get() < CALLS {
+                assert_eq!(flood_once(address, pieces()).await, end);
+                floods += 1;
+            }
+            over.set(true);
+            floods
+        };
+        tokio::join!(floods, calls).0
+    }
+
+    /// What was refused since the start.
+    fn refused(&self) -> BTreeMap<String, u64> {
+        let since = |(reason, count): (String, u64)| {
+            let count = count - self.before.get(&reason).copied().unwrap_or(0);
+            (count > 0).then_some((reason, count))
+        };
+        counts().into_iter().filter_map(since).collect()
+    }
+
+    /// Exactly this was refused, and nothing else.
+    fn has_refused(&self, reason: &str, times: u64) {
+        assert_eq!(self.refused(), BTreeMap::from([(reason.to_owned(), times)]));
+    }
+}
+
+/// A connection that finds a place, however long it takes until one is free.
+async fn served(host: u8, to: SocketAddr) {
+    let served = async { while !answers(&mut hello(host, to).await, 1).await {} };
+    tokio::time::timeout(PATIENCE, served).await.unwrap();
 }
 
 #[tokio::test]
-async fn more_connections_than_allowed_are_closed_and_others_go_on() {
-    let mut limits = ConnectionLimits::default();
-    limits.connections = 3;
-    limits.connections_per_peer = 2;
-    let address = serve(limits).await;
-    let before = (count_of("TOO_MANY_CONNECTIONS"), count_of("TOO_MANY_CONNECTIONS_OF_PEER"));
-    let mut first = hello(2, address).await;
-    assert!(answers(&mut first, 1).await);
-    let mut second = hello(2, address).await;
-    assert!(answers(&mut second, 1).await);
-    closed(&mut hello(2, address).await).await;
-    assert_eq!(count_of("TOO_MANY_CONNECTIONS_OF_PEER"), before.1 + 1);
-    let mut other = hello(3, address).await;
-    assert!(answers(&mut other, 1).await, "the quota of one peer is not another's");
-    closed(&mut hello(4, address).await).await;
-    assert_eq!(count_of("TOO_MANY_CONNECTIONS"), before.0 + 1);
+async fn one_connection_more_than_allowed_is_closed() {
+    let mut scene = Scene::new(|limits| limits.connections = 2).await;
+    let mut last = hello(2, scene.address).await;
+    assert!(answers(&mut last, 1).await);
+    closed_at_once(&mut hello(3, scene.address).await).await;
+    scene.has_refused("TOO_MANY_CONNECTIONS", 1);
+    scene.goes_on().await;
+    assert!(answers(&mut last, 3).await);
+    drop(last);
+    served(3, scene.address).await;
+}
+
+#[tokio::test]
+async fn one_connection_more_than_a_peer_may_have_is_closed() {
+    let mut scene = Scene::new(|limits| limits.connections_per_peer = 2).await;
+    let (mut first, mut second) = (hello(2, scene.address).await, hello(2, scene.address).await);
+    assert!(answers(&mut first, 1).await && answers(&mut second, 1).await);
+    closed_at_once(&mut hello(2, scene.address).await).await;
+    scene.has_refused("TOO_MANY_CONNECTIONS_OF_PEER", 1);
+    scene.others_go_on().await;
     assert!(answers(&mut first, 3).await);
-    // A place comes free with a connection.
     drop(second);
-    let again = async {
-        loop {
-            let mut again = hello(2, address).await;
-            if answers(&mut again, 1).await {
-                return;
-            }
-        }
-    };
-    tokio::time::timeout(PATIENCE, again).await.unwrap();
+    served(2, scene.address).await;
 }
 
 #[tokio::test]
-async fn a_slow_preface_and_a_silent_connection_are_closed() {
-    let mut limits = ConnectionLimits::default();
-    limits.preface = Duration::from_millis(200);
-    limits.idle = Duration::from_millis(600);
-    let address = serve(limits).await;
-    let before = (count_of("SLOW_PREFACE"), count_of("IDLE_CONNECTION"));
-    let mut slow = from(2, address).await;
+async fn a_slow_preface_ends_its_connection() {
+    let mut scene = Scene::new(|limits| limits.preface = Duration::from_millis(200)).await;
+    let mut slow = from(2, scene.address).await;
     // A byte now and then does not help.
     let drip = async {
         for byte in PREFACE {
@@ -272,20 +334,39 @@ async fn a_slow_preface_and_a_silent_connection_are_closed() {
         panic!("all of it was taken");
     };
     tokio::time::timeout(PATIENCE, drip).await.unwrap();
-    assert_eq!(count_of("SLOW_PREFACE"), before.0 + 1);
-    let mut silent = hello(2, address).await;
-    assert!(answers(&mut silent, 1).await);
-    closed(&mut silent).await;
-    assert_eq!(count_of("IDLE_CONNECTION"), before.1 + 1);
+    scene.has_refused("SLOW_PREFACE", 1);
+    scene.others_go_on().await;
 }
 
 #[tokio::test]
-async fn more_streams_than_allowed_are_refused() {
+async fn a_silent_connection_is_closed() {
+    const IDLE: Duration = Duration::from_secs(2);
+    let mut scene = Scene::new(|limits| limits.idle = IDLE).await;
+    let mut silent = hello(2, scene.address).await;
+    assert!(answers(&mut silent, 1).await);
+    let began = Instant::now();
+    let over = Cell::new(false);
+    let talks = async {
+        while !over.get() {
+            scene.goes_on().await;
+            tokio::time::sleep(IDLE / 40).await;
+        }
+    };
+    let is_silent = async {
+        closed(&mut silent).await;
+        over.set(true);
+    };
+    tokio::join!(is_silent, talks);
+    assert!(began.elapsed() >= IDLE * 9 / 10, "{:?}", began.elapsed());
+    scene.has_refused("IDLE_CONNECTION", 1);
+    scene.others_go_on().await;
+}
+
+#[tokio::test]
+async fn one_stream_more_than_allowed_is_refused() {
     const REFUSED_STREAM: u32 = 7;
-    let mut limits = ConnectionLimits::default();
-    limits.streams_per_connection = 4;
-    let address = serve(limits).await;
-    let mut stream = hello(2, address).await;
+    let mut scene = Scene::new(|limits| limits.streams_per_connection = 4).await;
+    let mut stream = hello(2, scene.address).await;
     // What the limit is, the server says first; from its acknowledgement on it holds.
     stream.write_all(&frame(SETTINGS, 1, 0, &[])).await.unwrap();
     let said = read_until(&mut stream, |kind, _, payload| {
@@ -299,39 +380,83 @@ async fn more_streams_than_allowed_are_refused() {
     let refused =
         read_until(&mut stream, |kind, id, payload| (kind == RST_STREAM).then(|| (id, code(0, payload))));
     assert_eq!(refused.await, Some((9, REFUSED_STREAM)));
+    scene.has_refused("REFUSED_STREAM", 1);
+    scene.others_go_on().await;
+    // One that its client gives up makes room on the same connection.
+    stream.write_all(&frame(RST_STREAM, 0, 1, &8_u32.to_be_bytes())).await.unwrap();
+    assert!(answers(&mut stream, 11).await);
 }
 
 #[tokio::test]
 async fn large_headers_are_refused_on_their_stream_alone() {
-    let mut limits = ConnectionLimits::default();
     // hyper's own default is the same as ours.
-    limits.header_bytes = 4 << 10;
-    let address = serve(limits).await;
-    let mut stream = hello(2, address).await;
+    let mut scene = Scene::new(|limits| limits.header_bytes = 4 << 10).await;
+    let mut stream = hello(2, scene.address).await;
     let value = "x".repeat(3_000);
     // Never answered once it is let in.
     let large = block("/test.Test/Never", &[("a", &value), ("b", &value)]);
     stream.write_all(&frame(HEADERS, 5, 1, &large)).await.unwrap();
-    let refused = read_until(&mut stream, |kind, id, payload| match kind {
-        // `:status 431` is no entry of HPACK's table, so its digits are Huffman-coded or plain: that it ends the stream is what counts.
-        HEADERS | RST_STREAM if id == 1 => Some(()),
-        GOAWAY => panic!("{payload:?}"),
+    let answer = read_until(&mut stream, |kind, id, payload| match kind {
+        HEADERS if id == 1 => Some(payload.to_vec()),
+        RST_STREAM | GOAWAY => panic!("{payload:?}"),
         _ => None,
     });
-    assert!(refused.await.is_some());
+    // `:status` (the 8th name of HPACK's table) with a literal of three bytes: 431 by Huffman's code.
+    assert_eq!(answer.await.as_deref(), Some(&[0x48, 0x83, 0x69, 0x90, 0xff][..]));
+    assert_eq!(scene.refused(), BTreeMap::new());
+    scene.others_go_on().await;
     assert!(answers(&mut stream, 3).await, "the connection goes on");
 }
 
 #[tokio::test]
+async fn far_too_large_headers_end_their_connection() {
+    let mut scene = Scene::new(|limits| limits.header_bytes = 4 << 10).await;
+    let mut stream = hello(2, scene.address).await;
+    let value = "x".repeat(4_000);
+    let large = block("/test.Test/Never", &[("a", value.as_str()); 20]);
+    stream.write_all(&frame(HEADERS, 5, 1, &large)).await.unwrap();
+    assert_eq!(gone_away(&mut stream).await, Some(ENHANCE_YOUR_CALM));
+    scene.has_refused("ENHANCE_YOUR_CALM", 1);
+    scene.others_go_on().await;
+}
+
+#[tokio::test]
+async fn a_frame_larger_than_allowed_ends_its_connection() {
+    const FRAME_SIZE_ERROR: u32 = 6;
+    let mut scene = Scene::new(|_| {}).await;
+    for (over, expected) in [(0, None), (1, Some(FRAME_SIZE_ERROR))] {
+        let mut stream = hello(2, scene.address).await;
+        stream.write_all(&frame(HEADERS, 4, 1, &block("/test.Test/Never", &[]))).await.unwrap();
+        let (mut from_server, mut to_server) = stream.split();
+        // It is refused by its head; the rest may find nobody.
+        let data = frame(DATA, 0, 1, &vec![0; FRAME_SIZE as usize + over]);
+        let send = async {
+            let _ = to_server.write_all(&[data, frame(PING, 0, 0, &[9; 8])].concat()).await;
+        };
+        let answer = read_until(&mut from_server, |kind, _, payload| match kind {
+            GOAWAY => Some(Some(code(4, payload))),
+            PING if payload == [9; 8] => Some(None),
+            _ => None,
+        });
+        let (answer, ()) = tokio::join!(answer, send);
+        assert_eq!(answer, Some(expected), "{over} bytes more");
+    }
+    scene.has_refused("FRAME_SIZE_ERROR", 1);
+    scene.others_go_on().await;
+}
+
+#[tokio::test]
 async fn a_header_block_that_never_ends_ends_its_connection() {
-    let address = serve(ConnectionLimits::default()).await;
+    let mut scene = Scene::new(|_| {}).await;
     let pieces = || {
         let piece = fields(&[("a", &"x".repeat(15_000))]);
         let rest = std::iter::repeat_n(frame(CONTINUATION, 0, 1, &piece), 10_000);
         std::iter::once(frame(HEADERS, 0, 1, &block("/x", &[]))).chain(rest)
     };
     // 150 MB of one header block, if they were taken.
-    assert_eq!(flood(address, pieces).await, Flood::GoneAway(ENHANCE_YOUR_CALM));
+    let floods = scene.flood(pieces, Flood::GoneAway(ENHANCE_YOUR_CALM)).await;
+    scene.has_refused("ENHANCE_YOUR_CALM", floods);
+    scene.others_go_on().await;
 }
 
 /// Streams that their client resets as soon as it has opened them.
@@ -346,30 +471,34 @@ fn resets(numbers: std::ops::Range<u32>) -> Vec<u8> {
 
 #[tokio::test]
 async fn rapid_resets_end_their_connection() {
-    let address = serve(ConnectionLimits::default()).await;
+    let mut scene = Scene::new(|_| {}).await;
     // Written in large pieces, as an attacker would.
     let pieces = || (0..400).map(|piece| resets(piece * 500..(piece + 1) * 500));
-    assert_eq!(flood(address, pieces).await, Flood::GoneAway(ENHANCE_YOUR_CALM));
+    let floods = scene.flood(pieces, Flood::GoneAway(ENHANCE_YOUR_CALM)).await;
+    scene.has_refused("ENHANCE_YOUR_CALM", floods);
+    scene.others_go_on().await;
 }
 
 #[tokio::test]
-async fn no_more_streams_than_allowed_are_reset_before_they_are_looked_at() {
+async fn one_stream_more_than_allowed_is_reset_before_it_is_looked_at() {
     // Ten in one write, so that none of them is looked at before all have come.
-    for (pending_resets, ended) in [(10, Flood::Taken), (2, Flood::GoneAway(ENHANCE_YOUR_CALM))] {
-        let mut limits = ConnectionLimits::default();
-        limits.pending_resets = pending_resets;
-        let address = serve(limits).await;
-        assert_eq!(flood_once(address, std::iter::once(resets(0..10))).await, ended, "{pending_resets}");
+    for (pending_resets, ended) in [(10, Flood::Taken), (9, Flood::GoneAway(ENHANCE_YOUR_CALM))] {
+        let mut scene = Scene::new(|limits| limits.pending_resets = pending_resets).await;
+        let pieces = std::iter::once(resets(0..10));
+        assert_eq!(flood_once(scene.address, pieces).await, ended, "{pending_resets}");
+        match ended {
+            Flood::GoneAway(_) => scene.has_refused("ENHANCE_YOUR_CALM", 1),
+            _ => assert_eq!(scene.refused(), BTreeMap::new()),
+        }
+        scene.others_go_on().await;
     }
 }
 
 #[tokio::test]
-async fn no_more_streams_than_allowed_are_reset_because_of_errors() {
+async fn one_stream_more_than_allowed_is_reset_because_of_errors() {
     const FLOW_CONTROL_ERROR: u32 = 3;
-    let mut limits = ConnectionLimits::default();
-    limits.error_resets = 3;
-    let address = serve(limits).await;
-    let mut stream = hello(2, address).await;
+    let mut scene = Scene::new(|limits| limits.error_resets = 3).await;
+    let mut stream = hello(2, scene.address).await;
     for id in [1, 3, 5, 7] {
         // An open stream whose window becomes larger than HTTP/2 allows.
         let open = frame(HEADERS, 5, id, &block("/test.Test/Never", &[]));
@@ -383,16 +512,20 @@ async fn no_more_streams_than_allowed_are_reset_because_of_errors() {
         let expected = if id < 7 { (RST_STREAM, FLOW_CONTROL_ERROR) } else { (GOAWAY, ENHANCE_YOUR_CALM) };
         assert_eq!(answer.await, Some(expected), "stream {id}");
     }
+    scene.has_refused("ENHANCE_YOUR_CALM", 1);
+    scene.others_go_on().await;
 }
 
 /// Neither is an error to HTTP/2: both are answered, and cost whoever sends them as much.
 #[tokio::test]
 async fn floods_of_pings_and_settings_are_in_nobodys_way() {
-    let address = serve(ConnectionLimits::default()).await;
+    let mut scene = Scene::new(|_| {}).await;
     for kind in [PING, SETTINGS] {
         let one = frame(kind, 0, 0, if kind == PING { &[7; 8] } else { &[] });
         let piece: Vec<u8> = one.iter().copied().cycle().take(one.len() * 1000).collect();
         let pieces = || std::iter::repeat_n(piece.clone(), 200);
-        assert_eq!(flood(address, pieces).await, Flood::Taken);
+        scene.flood(pieces, Flood::Taken).await;
     }
+    assert_eq!(scene.refused(), BTreeMap::new());
+    scene.others_go_on().await;
 }

@@ -5,65 +5,26 @@
 use std::path::Path;
 use std::time::Duration;
 
-use proto_common::access::{Access, Authorizer as _, Call, Guarded, READS, RoleTable};
+use proto_common::access::{Authorizer as _, Call, READS, RoleTable};
 use proto_common::connect::Connect as _;
 use proto_common::dial::Dialer;
-use proto_common::error::{CommonReason, Error};
-use proto_common::tls::{Tls, TlsError, TlsFiles, TlsIncoming, TlsLimits, TlsPem, TlsProblem};
-use proto_common::tuning::tune_server;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::{TcpListener, TcpStream};
+use proto_common::error::CommonReason;
+use proto_common::tls::{Tls, TlsFiles, TlsPem, TlsProblem};
+use tokio::io::AsyncWriteExt as _;
+use tokio::net::TcpListener;
 use tokio::time::timeout;
-use tonic::transport::Server;
 
 #[path = "support/certificates.rs"]
 mod certificates;
 #[path = "support/echo.rs"]
 mod echo;
+#[path = "support/handshake.rs"]
+#[allow(dead_code, reason = "not every test needs all of it")]
+mod handshake;
 
 use certificates::{Ca, DAY, Issue, now};
-use echo::{Echo, call, call_of};
-
-/// A method that everybody may call.
-const READ: &str = "GetTransferProgress";
-const PATIENCE: Duration = Duration::from_secs(20);
-
-fn tls(ca: &Ca, trusted: &Ca, issue: &Issue) -> Result<Tls, TlsError> {
-    let (certificate, key) = ca.issue(issue);
-    Tls::from_pem(TlsPem { ca: trusted.pem().into(), certificate: certificate.into(), key: key.into() })
-}
-
-fn node(ca: &Ca, id: &str) -> Tls {
-    tls(ca, ca, &Issue::node(id)).unwrap()
-}
-
-/// A server with that certificate; its address.
-async fn serve_with(tls: Tls, limits: TlsLimits) -> String {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap().to_string();
-    let access = Access::new(tls.identity().cluster, RoleTable::new());
-    tokio::spawn(async move {
-        let incoming = TlsIncoming::new(listener, tls, limits);
-        tune_server(Server::builder())
-            .add_service(Guarded::new(Echo, access))
-            .serve_with_incoming(incoming)
-            .await
-            .unwrap();
-    });
-    address
-}
-
-async fn serve(tls: Tls) -> String {
-    serve_with(tls, TlsLimits::default()).await
-}
-
-/// Connects and calls; what the server says of the caller.
-async fn ask(tls: &Tls, address: &str, expected: Option<&str>) -> Result<String, Error> {
-    let expected = expected.map(|id| id.parse().unwrap());
-    let dial = Dialer::tls(tls.clone()).to(address, expected.as_ref())?;
-    let channel = timeout(PATIENCE, dial.connect()).await.expect("a connection or an error in time")?;
-    timeout(PATIENCE, call(channel, READ)).await.expect("an answer in time")
-}
+use echo::{call, call_of};
+use handshake::{PATIENCE, READ, ask, node, serve, tls};
 
 #[tokio::test]
 async fn both_sides_know_whom_they_talk_to() {
@@ -164,38 +125,6 @@ async fn a_client_that_the_server_does_not_trust_hears_why() {
     assert!(error.message().contains(&format!("{address} does not trust who signed")), "{error:?}");
 }
 
-/// A TLS connection to `address` whose client shows no certificate and takes any of the server's by name `n1.test`.
-async fn without_certificate(ca: &Ca, address: &str) -> tokio_rustls::client::TlsStream<TcpStream> {
-    use rustls::pki_types::pem::PemObject as _;
-    use rustls::pki_types::{CertificateDer, ServerName};
-
-    let mut roots = rustls::RootCertStore::empty();
-    roots.add(CertificateDer::from_pem_slice(ca.pem().as_bytes()).unwrap()).unwrap();
-    let provider = std::sync::Arc::new(rustls::crypto::ring::default_provider());
-    let mut config = rustls::ClientConfig::builder_with_provider(provider)
-        .with_protocol_versions(&[&rustls::version::TLS13])
-        .unwrap()
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    config.alpn_protocols = vec![b"h2".to_vec()];
-    let stream = TcpStream::connect(address).await.unwrap();
-    let name = ServerName::try_from("n1.test").unwrap();
-    tokio_rustls::TlsConnector::from(std::sync::Arc::new(config)).connect(name, stream).await.unwrap()
-}
-
-/// rustls itself, with the CA and no certificate.
-#[tokio::test]
-async fn a_client_without_certificate_is_refused() {
-    let ca = Ca::new("one");
-    let address =
-        serve(tls(&ca, &ca, &Issue { dns: Some("n1.test".to_owned()), ..Issue::node("n1") }).unwrap()).await;
-    let mut stream = without_certificate(&ca, &address).await;
-    let mut answer = Vec::new();
-    let ended = timeout(PATIENCE, stream.read_to_end(&mut answer)).await.unwrap();
-    assert!(ended.unwrap_err().to_string().contains("CertificateRequired"));
-    assert!(answer.is_empty(), "nothing was served");
-}
-
 #[tokio::test]
 async fn plaintext_and_tls_do_not_mix() {
     let ca = Ca::new("one");
@@ -218,33 +147,6 @@ async fn plaintext_and_tls_do_not_mix() {
     {
         assert_eq!(dialer.to(address, None).unwrap_err().reason(), "INVALID_FIELD");
     }
-}
-
-#[tokio::test]
-async fn stalled_handshakes_end_and_stand_in_nobodys_way() {
-    let ca = Ca::new("one");
-    let mut limits = TlsLimits::default();
-    (limits.handshakes, limits.handshake) = (4, Duration::from_secs(300));
-    let address = serve_with(node(&ca, "n1"), limits).await;
-    let mut stalled = Vec::new();
-    for _ in 0..20 {
-        stalled.push(TcpStream::connect(&address).await.unwrap());
-    }
-    ask(&node(&ca, "n2"), &address, None).await.expect("all places are taken by those that stall");
-    // The places are bounded: all but four were ended to make room, within less than the time limit.
-    let mut ended = 0;
-    for stream in &mut stalled {
-        let over = timeout(Duration::from_millis(500), stream.read_u8()).await;
-        ended += usize::from(matches!(over, Ok(Err(_))));
-    }
-    assert!(ended >= 16, "{ended}");
-
-    limits.handshake = Duration::from_millis(200);
-    let address = serve_with(node(&ca, "n1"), limits).await;
-    let mut stalled = TcpStream::connect(&address).await.unwrap();
-    stalled.write_all(&[0x16, 3, 1]).await.unwrap();
-    let over = timeout(PATIENCE, stalled.read_u8()).await.expect("ended by the time limit");
-    assert!(over.is_err());
 }
 
 #[test]
@@ -374,27 +276,5 @@ fn a_role_counts_for_the_services_of_the_table_alone() {
         // A user's service may have a method of that name which changes much.
         let refused = may("store.v1.Store").unwrap_err();
         assert!(refused.is(CommonReason::PermissionDenied), "{refused:?}");
-    }
-}
-
-/// Certificates of another cluster by the same CA. The client would refuse the server itself, so the server is asked alone.
-#[tokio::test]
-async fn another_cluster_and_a_certificate_that_names_nobody_are_refused_by_the_server_too() {
-    use proto_common::peer::Peer;
-    use tonic::codegen::Service as _;
-
-    let mut guarded = Guarded::new(Echo, Access::new(Some("c1".parse().unwrap()), RoleTable::new()));
-    for (peer, reason) in [
-        (Peer::certified(Some("node://c2/n1".parse().unwrap()), None), CommonReason::WrongCluster),
-        (Peer::certified(Some("node:///n1".parse().unwrap()), None), CommonReason::WrongCluster),
-        (Peer::certified(None, None), CommonReason::Unauthenticated),
-        (Peer::anonymous(), CommonReason::Unauthenticated),
-    ] {
-        let mut request = tonic::codegen::http::Request::new(tonic::body::Body::empty());
-        *request.uri_mut() = format!("http://n1/any/{READ}").parse().unwrap();
-        request.extensions_mut().insert(peer.clone());
-        let answer = guarded.call(request).await.unwrap();
-        let status = tonic::Status::from_header_map(answer.headers()).unwrap();
-        assert!(Error::from(status).is(reason), "{peer:?}");
     }
 }

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use anyhow::{Context as _, bail};
-use proto::common::access::{Access, RoleTable};
+use proto::common::access::{Access, AllowAll, AllowLocal, RoleTable};
 use proto::common::dial::Dialer;
 use proto::common::ids::ClusterId;
 use proto::common::peer::Role;
@@ -28,6 +28,8 @@ pub struct TrustOptions {
 pub struct Trust {
     tls: Option<Tls>,
     cluster: Option<ClusterId>,
+    /// Callers of other machines are served in plaintext.
+    from_anywhere: bool,
 }
 
 impl Trust {
@@ -48,7 +50,7 @@ impl Trust {
                 }
                 tracing::warn!(%listen, "the gRPC port is plaintext: whoever reaches it may do everything");
             }
-            return Ok(Self { tls: None, cluster });
+            return Ok(Self { tls: None, cluster, from_anywhere: insecure_plaintext });
         };
         if insecure_plaintext {
             bail!("--insecure-plaintext and --tls-cert exclude each other");
@@ -65,7 +67,7 @@ impl Trust {
             let named = cluster.as_ref().map_or("", ClusterId::as_str);
             bail!("--tls-cert {certificate} is that of {identity}, --cluster is {named}");
         }
-        Ok(Self { cluster: identity.cluster, tls: Some(tls) })
+        Ok(Self { cluster: identity.cluster, tls: Some(tls), from_anywhere: false })
     }
 
     /// The certificates, with TLS.
@@ -87,12 +89,13 @@ impl Trust {
         dialer.in_cluster(self.cluster.as_ref())
     }
 
-    /// Who may call: with TLS by role, in plaintext everybody.
+    /// Who may call: with TLS by role, in plaintext this machine, and everybody only if the command line says so.
     #[must_use]
     pub fn access(&self) -> Access {
         match &self.tls {
             Some(_) => Access::new(self.cluster.clone(), RoleTable::new()),
-            None => Access::new(self.cluster.clone(), proto::common::access::AllowAll),
+            None if self.from_anywhere => Access::new(self.cluster.clone(), AllowAll),
+            None => Access::new(self.cluster.clone(), AllowLocal),
         }
     }
 

@@ -74,6 +74,11 @@ impl TlsConnector {
         let failed = |error: io::Error| self.explain(error, address, &loaded);
         let mut stream =
             tokio_rustls::TlsConnector::from(Arc::new(config)).connect(name, stream).await.map_err(failed)?;
+        // rustls takes a server that chooses no protocol at all.
+        if stream.get_ref().1.alpn_protocol() != Some(ALPN) {
+            let none = rustls::Error::NoApplicationProtocol;
+            return Err(failed(io::Error::new(io::ErrorKind::InvalidData, none)));
+        }
         match timeout(FIRST_WORDS, stream.fill_buf()).await {
             Ok(Ok([])) => Err(unavailable(address, "it closed the connection after the TLS handshake")),
             Ok(Err(error)) => Err(failed(error)),
@@ -93,6 +98,7 @@ impl TlsConnector {
                 self.their_certificate(problem, address, loaded, now)
             }
             rustls::Error::AlertReceived(alert) => our_certificate(*alert, address, loaded, now),
+            rustls::Error::NoApplicationProtocol => (CommonReason::TlsFailed, no_http2(address)),
             rustls::Error::InvalidMessage(_) => {
                 (CommonReason::TlsFailed, format!("{address} does not speak TLS; is it a plaintext port?"))
             }
@@ -166,9 +172,7 @@ fn our_certificate(
         AlertDescription::CertificateRequired => {
             (CommonReason::Unauthenticated, format!("{address} wants a certificate, and got none"))
         }
-        AlertDescription::NoApplicationProtocol => {
-            (CommonReason::TlsFailed, format!("{address} speaks TLS, and no HTTP/2 over it"))
-        }
+        AlertDescription::NoApplicationProtocol => (CommonReason::TlsFailed, no_http2(address)),
         AlertDescription::ProtocolVersion => {
             (CommonReason::TlsFailed, format!("{address} does not speak TLS 1.3"))
         }
@@ -177,6 +181,10 @@ fn our_certificate(
             format!("{address} refuses the connection or {ours}: TLS alert {other:?}"),
         ),
     }
+}
+
+fn no_http2(address: &str) -> String {
+    format!("{address} speaks TLS, and no HTTP/2 over it")
 }
 
 fn unavailable(address: &str, why: &str) -> Error {

@@ -7,6 +7,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use rustls::CertificateError;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::{AbortHandle, Id, JoinSet};
@@ -16,7 +17,8 @@ use tokio_rustls::server::TlsStream;
 use tokio_stream::Stream;
 use tonic::transport::server::Connected;
 
-use super::{Tls, certificate};
+use super::{ALPN, Tls, certificate};
+use crate::error::{CommonReason, Reason as _};
 use crate::listen::AcceptPause;
 use crate::peer::Peer;
 use crate::refusals;
@@ -26,9 +28,9 @@ use crate::refusals;
 #[non_exhaustive]
 pub struct TlsLimits {
     /// Handshakes under way at once. Default 256. One more ends the oldest one of the address that has most of them, so that
-    /// whoever stalls them stands in nobody's way but its own.
+    /// whoever stalls them stands in nobody's way but its own; counted as `TOO_MANY_HANDSHAKES`.
     pub handshakes: usize,
-    /// Longest handshake. Default 10 s.
+    /// Longest handshake. Default 10 s. After that the connection is closed; counted as `SLOW_HANDSHAKE`.
     pub handshake: Duration,
 }
 
@@ -50,7 +52,8 @@ struct Handshake {
 /// Connections whose handshake is done, for tonic's `serve_with_incoming`. Each is made with the certificate that is current
 /// when it is accepted.
 ///
-/// A handshake that fails ends its connection, is logged, and is no item of the stream. Dropping it ends those under way.
+/// A handshake that fails ends its connection, is logged, counted ([`refusals`]: `TLS_FAILED`, `UNKNOWN_CA`,
+/// `CERTIFICATE_EXPIRED`, `UNAUTHENTICATED`), and is no item of the stream. Dropping it ends those under way.
 #[derive(Debug)]
 pub struct TlsIncoming {
     listener: TcpListener,
@@ -88,7 +91,15 @@ impl TlsIncoming {
             let done = async {
                 stream.set_nodelay(true)?;
                 let stream = acceptor.accept(stream).await?;
-                let certificates = stream.get_ref().1.peer_certificates().unwrap_or_default();
+                let session = stream.get_ref().1;
+                // rustls refuses who offers other protocols, and takes who offers none.
+                if session.alpn_protocol() != Some(ALPN) {
+                    return Err(io::Error::new(
+                        io::ErrorKind::InvalidData,
+                        rustls::Error::NoApplicationProtocol,
+                    ));
+                }
+                let certificates = session.peer_certificates().unwrap_or_default();
                 let identity = certificates.first().and_then(certificate::identity);
                 Ok(TlsConnection { peer: Peer::certified(identity, Some(address)), stream })
             };
@@ -120,6 +131,22 @@ impl TlsIncoming {
     }
 }
 
+/// What a handshake that failed is counted as. A connection that just broke off, as those of many probes do, was refused by nobody.
+fn reason(error: &io::Error) -> Option<CommonReason> {
+    let error = error.get_ref()?.downcast_ref::<rustls::Error>()?;
+    Some(match error {
+        rustls::Error::NoCertificatesPresented => CommonReason::Unauthenticated,
+        rustls::Error::InvalidCertificate(
+            CertificateError::Expired | CertificateError::ExpiredContext { .. },
+        ) => CommonReason::CertificateExpired,
+        // The latter for another CA of the same name.
+        rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer | CertificateError::BadSignature) => {
+            CommonReason::UnknownCa
+        }
+        _ => CommonReason::TlsFailed,
+    })
+}
+
 impl Stream for TlsIncoming {
     type Item = io::Result<TlsConnection>;
 
@@ -131,6 +158,9 @@ impl Stream for TlsIncoming {
                     match (done, address) {
                         (Ok(connection), _) => return Poll::Ready(Some(Ok(connection))),
                         (Err(error), Some(address)) => {
+                            if let Some(reason) = reason(&error) {
+                                refusals::count(reason.as_str());
+                            }
                             tracing::info!(peer = %address, %error, "TLS handshake failed");
                         }
                         (Err(_), None) => {}
