@@ -71,8 +71,19 @@ pub trait Authorizer: Send + Sync + 'static {
     }
 }
 
+impl<A: Authorizer + ?Sized> Authorizer for Box<A> {
+    fn authorize(&self, call: &Call<'_>) -> Result<(), Error> {
+        (**self).authorize(call)
+    }
+
+    fn role(&self, identity: &PeerIdentity) -> Role {
+        (**self).role(identity)
+    }
+}
+
 /// Everybody on this machine may do everything, and whoever has a certificate of the cluster. A caller in plaintext from an address that
-/// is not loopback may do nothing, wherever the server listens. Connections without addresses, such as those in memory, are this machine's.
+/// is not loopback may do nothing, wherever the server listens; nor may one by TLS that tonic does itself, which shows its certificate to nobody
+/// here. Connections without addresses, such as those in memory, are this machine's.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct AllowLocal;
 

@@ -176,7 +176,16 @@ impl<IO> LimitedConnection<IO> {
     fn new(io: IO, place: Place, preface: Duration, idle: Duration) -> Self {
         let deadline = Box::pin(sleep(preface));
         let last_read = Instant::now();
-        Self { io, _place: place, preface: PREFACE_LEN, idle, deadline, last_read, blocked: None, refused: Refused::default() }
+        Self {
+            io,
+            _place: place,
+            preface: PREFACE_LEN,
+            idle,
+            deadline,
+            last_read,
+            blocked: None,
+            refused: Refused::default(),
+        }
     }
 
     /// What is limited.

@@ -152,8 +152,11 @@ async fn plaintext_is_for_this_machine_unless_everybody_is_allowed() {
     }
     for address in far {
         let peer = plaintext(address);
-        decides(AllowLocal, &[(peer.clone(), None, unauthenticated), (peer.clone(), Some("c1"), unauthenticated)])
-            .await;
+        decides(
+            AllowLocal,
+            &[(peer.clone(), None, unauthenticated), (peer.clone(), Some("c1"), unauthenticated)],
+        )
+        .await;
         decides(AllowAll, &[(peer.clone(), None, None), (peer, Some("c2"), wrong)]).await;
     }
     decides(AllowLocal, &[(Peer::anonymous(), None, None), (certified("node://c1/n2"), None, None)]).await;
@@ -174,7 +177,8 @@ async fn over_plaintext_the_cluster_is_the_one_that_the_call_names() {
         address
     };
     let cluster = || Some("c1".parse().unwrap());
-    let (local, certified) = (serve(Access::new(cluster(), AllowLocal)), serve(Access::new(cluster(), SameCluster)));
+    let (local, certified) =
+        (serve(Access::new(cluster(), AllowLocal)), serve(Access::new(cluster(), SameCluster)));
     for (address, named, expected) in [
         (&local, None, None),
         (&local, Some("c1"), None),

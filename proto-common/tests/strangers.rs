@@ -76,7 +76,8 @@ impl Scene {
     /// Exactly this was refused since the start, or since the last time.
     fn has_refused(&mut self, expected: &[(&str, u64)]) {
         let before = std::mem::replace(&mut self.before, counts());
-        let since = self.before.iter().map(|(reason, count)| (&**reason, count - before.get(reason).unwrap_or(&0)));
+        let since =
+            self.before.iter().map(|(reason, count)| (&**reason, count - before.get(reason).unwrap_or(&0)));
         let since: BTreeMap<&str, u64> = since.filter(|(_, count)| *count > 0).collect();
         assert_eq!(since, expected.iter().copied().collect());
     }
@@ -102,7 +103,9 @@ impl Stranger {
         let mut config = match self.shows {
             Some((certificate, key)) => {
                 let chain = vec![CertificateDer::from_pem_slice(certificate.as_bytes()).unwrap()];
-                config.with_client_auth_cert(chain, PrivateKeyDer::from_pem_slice(key.as_bytes()).unwrap()).unwrap()
+                config
+                    .with_client_auth_cert(chain, PrivateKeyDer::from_pem_slice(key.as_bytes()).unwrap())
+                    .unwrap()
             }
             None => config.with_no_client_auth(),
         };
@@ -153,14 +156,22 @@ async fn strangers_hear_why_and_are_counted_and_in_nobodys_way() {
             "peer sent no certificates",
         ),
         (
-            Stranger { version: &TLS13, alpn: &["h2"], shows: Some(Ca::new("other").issue(&Issue::node("n3"))) },
+            Stranger {
+                version: &TLS13,
+                alpn: &["h2"],
+                shows: Some(Ca::new("other").issue(&Issue::node("n3"))),
+            },
             alert(AlertDescription::UnknownCA),
             "UNKNOWN_CA",
             "invalid peer certificate: UnknownIssuer",
         ),
         // Another CA of the same name.
         (
-            Stranger { version: &TLS13, alpn: &["h2"], shows: Some(Ca::new("one").issue(&Issue::node("n3"))) },
+            Stranger {
+                version: &TLS13,
+                alpn: &["h2"],
+                shows: Some(Ca::new("one").issue(&Issue::node("n3"))),
+            },
             alert(AlertDescription::DecryptError),
             "UNKNOWN_CA",
             "invalid peer certificate: BadSignature",
@@ -178,7 +189,10 @@ async fn strangers_hear_why_and_are_counted_and_in_nobodys_way() {
         let cause = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()).cloned();
         assert_eq!(cause, heard, "{logged}: {error:?}");
         if heard.is_none() {
-            assert!(matches!(error.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset), "{error:?}");
+            assert!(
+                matches!(error.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset),
+                "{error:?}"
+            );
         }
         let line = log.text().lines().find(|line| line.contains("TLS handshake failed")).map(str::to_owned);
         let line = line.expect("the server logs it");
@@ -204,12 +218,13 @@ async fn a_server_that_speaks_no_http2_is_not_taken() {
         let (certificate, key) = ca.issue(&Issue::node("n1"));
         let chain = vec![CertificateDer::from_pem_slice(certificate.as_bytes()).unwrap()];
         let key = PrivateKeyDer::from_pem_slice(key.as_bytes()).unwrap();
-        let mut config = ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
-            .with_protocol_versions(&[&TLS13])
-            .unwrap()
-            .with_no_client_auth()
-            .with_single_cert(chain, key)
-            .unwrap();
+        let mut config =
+            ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+                .with_protocol_versions(&[&TLS13])
+                .unwrap()
+                .with_no_client_auth()
+                .with_single_cert(chain, key)
+                .unwrap();
         config.alpn_protocols = alpn.iter().map(|name: &&str| name.as_bytes().to_vec()).collect();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
@@ -286,8 +301,11 @@ async fn the_key_is_in_no_log_and_no_debug() {
     show(&files);
     let server = Tls::from_files(files).unwrap();
     let (of_client, key_of_client) = ca.issue(&Issue::node("n2"));
-    let pem =
-        TlsPem { ca: ca.pem().into(), certificate: of_client.clone().into(), key: key_of_client.clone().into() };
+    let pem = TlsPem {
+        ca: ca.pem().into(),
+        certificate: of_client.clone().into(),
+        key: key_of_client.clone().into(),
+    };
     show(&pem);
     let client = Tls::from_pem(pem).unwrap();
 

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use proto_common::access::{Access, Authorizer, Call};
+use proto_common::access::{Access, AllowAll, Authorizer, Call};
 use proto_common::error::Error;
 use proto_common::peer::Peer;
 use proto_common::refusals::count_of;
@@ -432,7 +432,8 @@ async fn watches_are_bounded_for_the_node_and_for_each_connection() {
 async fn a_peer_has_its_share_of_the_watches_over_all_its_connections() {
     let mut limits = Limits::default();
     limits.watches_per_peer = 3;
-    let registry = HealthRegistry::builder(identity()).limits(limits).build();
+    let anybody = Access::new(None, AllowAll);
+    let registry = HealthRegistry::builder(identity()).limits(limits).access(anybody).build();
     let open = async |peer: Peer| {
         let mut request = Request::new(WatchHealthRequest::default());
         request.extensions_mut().insert(peer);

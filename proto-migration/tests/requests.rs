@@ -64,7 +64,7 @@ async fn half_a_request_is_not_waited_for_and_a_large_one_not_at_all() {
                     .header("content-type", "application/grpc")
                     .body(Body::new(Half { declared, sent: false }))
                     .unwrap();
-            let began = Instant::now();
+            let (began, before) = (Instant::now(), count_of(reason));
             let mut response = service.call(request).await.unwrap();
             let mut status = Status::from_header_map(response.headers());
             while let Some(frame) =
@@ -76,6 +76,7 @@ async fn half_a_request_is_not_waited_for_and_a_large_one_not_at_all() {
             let error = Error::from(status.expect("a status"));
             assert_eq!((error.code(), error.reason()), (code, reason), "{method}: {error:?}");
             assert_eq!(began.elapsed().as_secs(), waited, "{method}");
+            assert!(count_of(reason) > before, "{method}: {reason}");
         }
     }
 }

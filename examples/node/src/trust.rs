@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use anyhow::{Context as _, bail};
-use proto::common::access::{Access, AllowAll, AllowLocal, RoleTable};
+use proto::common::access::{Access, AllowAll, AllowLocal, Authorizer, RoleTable};
 use proto::common::dial::Dialer;
 use proto::common::ids::ClusterId;
 use proto::common::peer::Role;
@@ -92,10 +92,14 @@ impl Trust {
     /// Who may call: with TLS by role, in plaintext this machine, and everybody only if the command line says so.
     #[must_use]
     pub fn access(&self) -> Access {
+        Access::new(self.cluster.clone(), self.authorizer())
+    }
+
+    fn authorizer(&self) -> Box<dyn Authorizer> {
         match &self.tls {
-            Some(_) => Access::new(self.cluster.clone(), RoleTable::new()),
-            None if self.from_anywhere => Access::new(self.cluster.clone(), AllowAll),
-            None => Access::new(self.cluster.clone(), AllowLocal),
+            Some(_) => Box::new(RoleTable::new()),
+            None if self.from_anywhere => Box::new(AllowAll),
+            None => Box::new(AllowLocal),
         }
     }
 
@@ -117,20 +121,56 @@ impl Trust {
 mod tests {
     use super::*;
 
+    fn load(insecure_plaintext: bool, listen: &str) -> anyhow::Result<Trust> {
+        let options = TrustOptions { insecure_plaintext, ..TrustOptions::default() };
+        Trust::load(options, &"n1".parse().unwrap(), listen.parse().unwrap())
+    }
+
+    /// What is logged meanwhile.
+    fn logged(of: impl FnOnce()) -> String {
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        let writer = std::sync::Mutex::new(writer);
+        let subscriber = tracing_subscriber::fmt().with_ansi(false).with_writer(writer).finish();
+        tracing::subscriber::with_default(subscriber, of);
+        let mut text = String::new();
+        std::io::Read::read_to_string(&mut reader, &mut text).unwrap();
+        text
+    }
+
     #[test]
     fn plaintext_beyond_loopback_takes_a_flag() {
-        let load = |insecure_plaintext, listen: &str| {
-            let options = TrustOptions { insecure_plaintext, ..TrustOptions::default() };
-            Trust::load(options, &"n1".parse().unwrap(), listen.parse().unwrap())
-        };
-        load(false, "127.0.0.1:0").unwrap();
-        load(false, "[::1]:0").unwrap();
-        load(true, "0.0.0.0:0").unwrap();
-        for listen in ["0.0.0.0:7101", "[::]:7101", "192.0.2.1:7101"] {
+        let far = ["0.0.0.0:7101", "[::]:7101", "192.0.2.1:7101"];
+        for listen in ["127.0.0.1:0", "[::1]:0"] {
+            let text = logged(|| drop(load(false, listen).unwrap()));
+            assert_eq!(text, "", "{listen}");
+        }
+        for listen in far {
+            let text = logged(|| drop(load(true, listen).unwrap()));
+            let warning = "the gRPC port is plaintext: whoever reaches it may do everything";
             assert!(
-                load(false, listen).unwrap_err().to_string().contains("--insecure-plaintext"),
-                "{listen}"
+                text.contains(" WARN ") && text.contains(warning) && text.contains(listen),
+                "{listen}: {text}"
             );
+            let refused = load(false, listen).unwrap_err().to_string();
+            assert!(refused.contains("--insecure-plaintext") && refused.contains(listen), "{refused}");
+        }
+    }
+
+    #[test]
+    fn callers_of_other_machines_take_it_too() {
+        use proto::common::access::{Authorizer as _, Call};
+        use proto::common::peer::Peer;
+
+        let may = |trust: &Trust, address: &str| {
+            let peer = Peer::plaintext(Some(address.parse().unwrap()));
+            trust
+                .authorizer()
+                .authorize(&Call::new(&peer, "node.health.v1.HealthService", "HealthCheck"))
+                .is_ok()
+        };
+        let (local, anybody) = (load(false, "127.0.0.1:0").unwrap(), load(true, "127.0.0.1:0").unwrap());
+        for (address, near) in [("127.0.0.1:1", true), ("192.0.2.7:1", false)] {
+            assert_eq!((may(&local, address), may(&anybody, address)), (near, true), "{address}");
         }
     }
 }

@@ -5,6 +5,8 @@
 #[path = "../../../proto-common/tests/support/certificates.rs"]
 #[allow(dead_code, reason = "not every test needs all of it")]
 mod certificates;
+#[path = "../../../proto-common/tests/support/secret.rs"]
+mod secret;
 #[allow(dead_code, unreachable_pub)]
 mod support;
 
@@ -30,7 +32,15 @@ use proto::node::{
     MigrationSpec, MigrationState, NodeIdentity, SlotRange, StartMigrationRequest,
     TransferMigrationDataRequest, TransferPhase, TransferSplitSnapshotRequest,
 };
+use secret::Secret;
 use support::{call, client, load, program, until};
+
+/// Puts a file in its place, whole at every moment.
+fn put(path: &Path, text: &str) {
+    let fresh = path.with_extension("new");
+    std::fs::write(&fresh, text).unwrap();
+    std::fs::rename(fresh, path).unwrap();
+}
 
 /// Certificates of a node in `directory/<id>`, signed by `ca`, which trusts all of `trusted`. Whole at every moment for who reads
 /// them one after the other, except between two of the three: then the node keeps what it has.
@@ -45,9 +55,7 @@ fn issue(directory: &Path, id: &str, ca: &Ca, trusted: &[&Ca], issue: &Issue) {
     let (certificate, key) = ca.issue(issue);
     let bundle: String = trusted.iter().map(|ca| ca.pem()).collect();
     for (name, text) in [("ca.crt", bundle), ("node.crt", certificate), ("node.key", key)] {
-        let fresh = directory.join(format!("{name}.new"));
-        std::fs::write(&fresh, text).unwrap();
-        std::fs::rename(fresh, directory.join(name)).unwrap();
+        put(&directory.join(name), &text);
     }
 }
 
@@ -417,6 +425,88 @@ async fn certificates_and_the_ca_rotate_under_a_split_and_a_migration() {
     .await;
 }
 
+/// The call is refused by what its head says: its request never comes.
+#[tokio::test]
+async fn a_call_for_another_cluster_is_refused_before_its_request_is_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let n1 = NodeProcess::start_with(&program(), "n1", dir.path(), "0-16383", &["--cluster", "c1"]).await;
+    let n1 = n1.unwrap();
+    let in_cluster = async |name: &str| {
+        let dialer = Dialer::plaintext().in_cluster(Some(&name.parse().unwrap()));
+        dialer.to(&n1.addresses().grpc, None).unwrap().connect().await.unwrap()
+    };
+    let (ours, theirs) = (in_cluster("c1").await, in_cluster("c2").await);
+    for (path, _) in methods() {
+        let mut grpc = tonic::client::Grpc::new(theirs.clone());
+        grpc.ready().await.unwrap();
+        let never = tonic::Request::new(futures::stream::pending::<()>());
+        // Well before the node gives up waiting for a request, after 30 s.
+        let answer = tokio::time::timeout(
+            Duration::from_secs(15),
+            grpc.streaming(never, path.parse().unwrap(), Empty),
+        );
+        let refused = answer.await.unwrap_or_else(|_| panic!("{path} waits for the request"));
+        let refused = Error::from(refused.map(drop).unwrap_err());
+        assert!(refused.is(CommonReason::WrongCluster) && !refused.is_retryable(), "{path}: {refused:?}");
+        assert_eq!(refused.get("cluster_id"), Some("c1"), "{path}: {refused:?}");
+        // Meanwhile another one is answered.
+        poke(ours.clone(), "/node.health.v1.HealthService/HealthCheck").await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn the_key_of_a_node_is_in_no_log() {
+    let (dir, ca) = (tempfile::tempdir().unwrap(), Ca::new("one"));
+    let key_file = dir.path().join("tls-n1").join("node.key");
+    let key = || std::fs::read_to_string(&key_file).unwrap();
+    write(dir.path(), "n1", &ca, &[&ca]);
+    let mut keys = vec![key()];
+    let mut n1 = start(dir.path(), "n1", "0-16383").await;
+    n1.stop().await.unwrap();
+    n1.set_environment(&[("RUST_LOG", "trace")]);
+    n1.restart().await.unwrap();
+    let log = || std::fs::read_to_string(n1.log()).unwrap();
+    let operator = tls(&ca, &[&ca], "operator://c1/alice");
+    let calls = async || {
+        let channel = connect(operator.clone(), &n1).await.unwrap();
+        poke(channel, "/node.health.v1.HealthService/GetNodeStatus").await.unwrap();
+    };
+    calls().await;
+    // Another one, and what cannot be one.
+    write(dir.path(), "n1", &ca, &[&ca]);
+    keys.push(key());
+    until("the new certificate is taken", async || log().contains("new certificates are in use")).await;
+    calls().await;
+    let (first, rest) = keys[1].split_once('\n').unwrap();
+    let half = keys[1][..keys[1].len() / 2].to_owned();
+    let damaged =
+        [half, format!("{first}\n*{}", &rest[1..]), format!("{first}\nAAAA{}", &rest[4..]), keys[0].clone()];
+    for (number, damaged) in damaged.iter().enumerate() {
+        put(&key_file, damaged);
+        until("it is refused", async || {
+            log().matches("the new certificates cannot be used").count() > number
+        })
+        .await;
+    }
+    calls().await;
+    let mut command = tokio::process::Command::new(program());
+    command
+        .args(["serve", "--id", "n1", "--grpc", "127.0.0.1:0", "--resp", "127.0.0.1:0"])
+        .env("RUST_LOG", "trace");
+    for (flag, name) in [("--tls-ca", "ca.crt"), ("--tls-cert", "node.crt"), ("--tls-key", "node.key")] {
+        command.arg(flag).arg(dir.path().join("tls-n1").join(name));
+    }
+    command.arg("--data").arg(dir.path().join("data")).kill_on_drop(true);
+    let ended = tokio::time::timeout(Duration::from_secs(60), command.output()).await.unwrap().unwrap();
+    let stderr = String::from_utf8_lossy(&ended.stderr).into_owned();
+    assert!(!ended.status.success() && stderr.contains("key does not match certificate"), "{stderr}");
+    let text = log() + &stderr;
+    assert!(text.contains("TRACE"), "nothing is logged in detail");
+    for key in &keys {
+        Secret::of(key).is_not_in(key, &text);
+    }
+}
+
 #[tokio::test]
 async fn what_is_wrong_with_the_flags_is_said() {
     let (dir, ca) = (tempfile::tempdir().unwrap(), Ca::new("one"));
@@ -525,6 +615,11 @@ async fn every_method_refuses_calls_for_another_cluster_in_plaintext() {
         assert!(is_refused(poke(theirs.clone(), &path).await), "{path}");
         assert!(is_refused(poke(nameless.clone(), &path).await), "{path}");
         assert!(!is_refused(poke(ours.clone(), &path).await), "{path}");
+    }
+    // A client that names none is let in.
+    let silent = Dialer::plaintext().to(&n1.addresses().grpc, None).unwrap().connect().await.unwrap();
+    for (path, _) in methods() {
+        assert!(!is_refused(poke(silent.clone(), &path).await), "{path}");
     }
     // Nodes name theirs, also where no message does.
     let n2 =

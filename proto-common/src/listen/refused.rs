@@ -119,7 +119,10 @@ mod tests {
             assert!(found(&other, &[99]).is_empty());
         }
         // Frames that are too short for a code, which h2 does not write.
-        assert!(found(&[frame(SETTINGS, &[]), frame(GOAWAY, &[11]), frame(RST_STREAM, &[])].concat(), &[1]).is_empty());
+        assert!(
+            found(&[frame(SETTINGS, &[]), frame(GOAWAY, &[11]), frame(RST_STREAM, &[])].concat(), &[1])
+                .is_empty()
+        );
     }
 
     proptest! {

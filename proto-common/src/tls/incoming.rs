@@ -140,9 +140,9 @@ fn reason(error: &io::Error) -> Option<CommonReason> {
             CertificateError::Expired | CertificateError::ExpiredContext { .. },
         ) => CommonReason::CertificateExpired,
         // The latter for another CA of the same name.
-        rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer | CertificateError::BadSignature) => {
-            CommonReason::UnknownCa
-        }
+        rustls::Error::InvalidCertificate(
+            CertificateError::UnknownIssuer | CertificateError::BadSignature,
+        ) => CommonReason::UnknownCa,
         _ => CommonReason::TlsFailed,
     })
 }

@@ -40,7 +40,14 @@ impl Secret {
             let hex = |to: &mut String, byte: u8| write!(to, "{byte:02x}").unwrap();
             let short = |to: &mut String, byte: u8| write!(to, "{byte:x}").unwrap();
             let prefixed = |to: &mut String, byte: u8| write!(to, "0x{byte:02x}").unwrap();
-            [join(",", &number), join("", &hex), join(",", &hex), join(":", &hex), join(",", &short), join(",", &prefixed)]
+            [
+                join(",", &number),
+                join("", &hex),
+                join(",", &hex),
+                join(":", &hex),
+                join(",", &short),
+                join(",", &prefixed),
+            ]
         });
         let escaped = self.parts.iter().map(|part| part.escape_ascii().to_string().to_lowercase());
         let found = forms.chain(escaped).find(|form| lower.contains(form));
@@ -52,7 +59,9 @@ impl Secret {
         let der = base64(&key_pem.lines().filter(|line| !line.starts_with('-')).collect::<String>());
         let hex = der.iter().fold(String::new(), |hex, byte| hex + &format!("{byte:02X}"));
         let string = format!("b\"{}\"", der.escape_ascii());
-        for way in [key_pem.to_owned(), format!("{der:?}"), format!("{der:#?}"), format!("{der:02x?}"), hex, string] {
+        for way in
+            [key_pem.to_owned(), format!("{der:?}"), format!("{der:#?}"), format!("{der:02x?}"), hex, string]
+        {
             assert!(self.shown_in(&format!("key: {way}")).is_some(), "it would not be found: {way}");
         }
         let shown = self.shown_in(text);

@@ -72,7 +72,7 @@ impl NodeHealth {
 }
 
 /// What tonic refuses before a handler sees it.
-fn refused(refusal: Refusal) -> Error {
+pub(crate) fn refused(refusal: Refusal) -> Error {
     match refusal {
         Refusal::Compressed { encoding } => Reason::UnsupportedCompression
             .error(format!("messages in {encoding} are not taken; send them as they are"))

@@ -7,6 +7,7 @@ use futures::StreamExt as _;
 use futures::stream::{self, BoxStream};
 use proto_common::access::Guarded;
 use proto_common::prompt::{MAX_REQUEST_BYTES, Prompt};
+use proto_common::refusal::WithDetails;
 use tonic::{Request, Response, Status};
 
 use crate::grpc_health_v1::health_check_response::ServingStatus;
@@ -14,12 +15,12 @@ use crate::grpc_health_v1::health_server::{Health, HealthServer};
 use crate::grpc_health_v1::{HealthCheckRequest, HealthCheckResponse, HealthListRequest, HealthListResponse};
 use crate::limits::STANDARD_LIST;
 use crate::server::core::Inner;
-use crate::server::service::{MAX_SERVICE_NAME, shutting_down};
+use crate::server::service::{MAX_SERVICE_NAME, refused, shutting_down};
 use crate::server::verdict::Snapshot;
 use crate::server::watch::{Cursor, Event};
 
 /// [`StandardHealth`] as it is added to a tonic server.
-pub type StandardHealthService = Guarded<Prompt<HealthServer<StandardHealth>>>;
+pub type StandardHealthService = Guarded<WithDetails<Prompt<HealthServer<StandardHealth>>>>;
 
 /// The standard health service of a node. See [`HealthRegistry::standard_service`](super::HealthRegistry::standard_service).
 #[derive(Clone)]
@@ -37,7 +38,7 @@ impl StandardHealth {
     pub(crate) fn server(inner: Arc<Inner>) -> StandardHealthService {
         let access = inner.access.clone();
         let service = HealthServer::new(Self { inner }).max_decoding_message_size(MAX_REQUEST_BYTES);
-        Guarded::new(Prompt::new(service), access)
+        Guarded::new(WithDetails::new(Prompt::new(service), refused), access)
     }
 }
 
