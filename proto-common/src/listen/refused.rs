@@ -73,6 +73,9 @@ impl Refused {
             // The first frame of either side (RFC 9113, 3.4).
             self.speaks = if kind == SETTINGS { Speaks::Http2 } else { Speaks::Else };
         }
+        if self.speaks == Speaks::Else {
+            return None;
+        }
         self.skip = self.payload() - (seen - HEAD);
         let code = self.head[HEAD..seen].last_chunk().map(|code| u32::from_be_bytes(*code))?;
         // RFC 9113, 7.

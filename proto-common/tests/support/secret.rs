@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 /// The secret part of a key.
 pub(crate) struct Secret {
-    /// Each 8 bytes of it.
+    /// Each 8 bytes of it, and of its PEM form.
     parts: Vec<Vec<u8>>,
     /// Each 16 characters of its PEM form; the rest of that is the public key, which may be shown.
     pem: Vec<String>,
@@ -17,8 +17,8 @@ impl Secret {
         let der = base64(&body);
         // Version 1, then an octet string of 32 bytes (RFC 5915).
         let at = 5 + der.windows(5).position(|window| window == [2, 1, 1, 4, 32]).unwrap();
-        let parts = der[at..at + 32].windows(8).map(<[u8]>::to_vec).collect();
         let of_secret = &body.as_bytes()[at.div_ceil(3) * 4..(at + 32) / 3 * 4];
+        let parts = der[at..at + 32].windows(8).chain(of_secret.windows(8)).map(<[u8]>::to_vec).collect();
         let pem = of_secret.windows(16).map(|window| String::from_utf8(window.to_vec()).unwrap()).collect();
         Self { parts, pem }
     }
