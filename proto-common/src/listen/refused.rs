@@ -41,10 +41,10 @@ impl Refused {
             self.head[self.len..self.len + taken].copy_from_slice(now);
             self.len += taken;
             bytes = rest;
-            if self.len == self.wanted() {
-                if let Some(reason) = self.frame() {
-                    refused(reason);
-                }
+            if self.len == self.wanted()
+                && let Some(reason) = self.frame()
+            {
+                refused(reason);
             }
         }
     }

@@ -59,9 +59,10 @@ impl Secret {
         let der = base64(&key_pem.lines().filter(|line| !line.starts_with('-')).collect::<String>());
         let hex = der.iter().fold(String::new(), |hex, byte| hex + &format!("{byte:02X}"));
         let string = format!("b\"{}\"", der.escape_ascii());
-        for way in
-            [key_pem.to_owned(), format!("{der:?}"), format!("{der:#?}"), format!("{der:02x?}"), hex, string]
-        {
+        let pem = key_pem.as_bytes();
+        let numbers = [format!("{der:?}"), format!("{der:#?}"), format!("{pem:?}"), format!("{pem:x?}")];
+        let texts = [key_pem.to_owned(), format!("{der:02x?}"), hex, string];
+        for way in numbers.into_iter().chain(texts) {
             assert!(self.shown_in(&format!("key: {way}")).is_some(), "it would not be found: {way}");
         }
         let shown = self.shown_in(text);
