@@ -24,6 +24,7 @@ use tonic::codegen::{Service as _, http};
 use tonic::transport::Server;
 
 #[path = "support/echo.rs"]
+#[allow(dead_code, reason = "not every test needs all of it")]
 mod echo;
 
 use echo::{Echo, call_of};
