@@ -78,6 +78,14 @@ impl RangeGuard {
         self.hold(&mut lock(&self.held), range, why, true)
     }
 
+    /// All that is [quarantined](Self::quarantine), and why.
+    #[must_use]
+    pub fn quarantines(&self) -> Vec<(SlotRange, Arc<str>)> {
+        let held = lock(&self.held);
+        let quarantined = held.holds.iter().filter(|entry| entry.quarantined);
+        quarantined.map(|entry| (entry.range, Arc::clone(&entry.owner))).collect()
+    }
+
     fn hold(&self, held: &mut Held, range: SlotRange, owner: &str, quarantined: bool) -> RangeHold {
         let number = held.next;
         held.next += 1;
@@ -164,6 +172,9 @@ mod tests {
         let _there = guard.try_acquire(range(0, 10), "transfer t1").unwrap();
         let first = guard.quarantine(range(5, 20), "the damaged record a");
         let second = guard.quarantine(range(19, 30), "the damaged record b");
+        let _held = guard.try_acquire(range(40, 50), "somebody").unwrap();
+        let all = [(range(5, 20), "the damaged record a"), (range(19, 30), "the damaged record b")];
+        assert_eq!(guard.quarantines(), all.map(|(range, why)| (range, why.into())));
         for (slots, file) in [(range(0, 6), "a"), (range(15, 16), "a"), (range(29, 40), "b")] {
             let refused = guard.try_acquire(slots, "migration m1").unwrap_err();
             assert!(refused.is(CommonReason::SlotsQuarantined) && !refused.is_retryable(), "{refused:?}");

@@ -2,7 +2,7 @@
 //!
 //! | path | content |
 //! |---|---|
-//! | `active/<first slot>-<last slot>.<id>.task` | one migration: `[magic: 4][len: u32][crc: u64][bytes]`, little-endian, replaced atomically |
+//! | `active/<first slot>-<last slot>.<id>.task` | one migration, with a checksum, replaced atomically |
 //! | `history` | the last that ended, in either direction |
 //! | `dropped/` | damaged files that an operator has [set aside](Journal::set_aside); nothing reads them |
 //!
@@ -16,7 +16,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use prost::Message as _;
-use proto_common::checksum::crc64;
 use proto_common::durable::{History, free_path, sync_dir, write_atomic};
 use proto_common::error::Error;
 use proto_common::ids::MigrationId;
@@ -25,12 +24,12 @@ use proto_common::v1::Fence;
 
 use crate::Reason;
 use crate::failpoint::reached;
+use crate::sealed::{HEADER_LEN, Kind};
 use crate::v1::MigrationProgress;
 
-const MAGIC: [u8; 4] = *b"NMJ1";
+const KIND: Kind = Kind { name: *b"NMJ", version: 1 };
 /// What the names of the files of migrations that run begin with.
 const ACTIVE: &str = "active/";
-const HEADER_LEN: usize = 16;
 /// Largest record. What a progress remembers is bounded far below it.
 const MAX_RECORD_BYTES: usize = 4 << 20;
 
@@ -79,6 +78,12 @@ impl DamagedFile {
     #[must_use]
     pub fn is_of_a_migration(&self) -> bool {
         self.file.starts_with(ACTIVE) && !self.is_copy
+    }
+
+    /// The file's name without a directory: what peers and clients are told.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        self.file.strip_prefix(ACTIVE).unwrap_or(&self.file)
     }
 
     /// The migration that the file's name says.
@@ -243,7 +248,7 @@ impl Journal {
     /// `STORAGE_FAILED`; the old or the new record is there.
     pub async fn save(&self, id: &MigrationId, slots: SlotRange, record: &SourceRecord) -> Result<(), Error> {
         let path = self.shared.active.join(file_name(slots, id));
-        let content = encode(&record.encode_to_vec());
+        let content = KIND.seal(record);
         let state = record.progress.as_ref().map(MigrationProgress::state).unwrap_or_default();
         reached("save.before", state);
         blocking("save a migration", move || write_atomic(path, &content)).await?;
@@ -323,47 +328,13 @@ fn parse_name(name: &str) -> Option<(SlotRange, MigrationId)> {
     Some((slots, MigrationId::new(id).ok()?))
 }
 
-fn encode(record: &[u8]) -> Vec<u8> {
-    let len = u32::try_from(record.len()).unwrap_or(u32::MAX).to_le_bytes();
-    let mut file = Vec::with_capacity(HEADER_LEN + record.len());
-    file.extend_from_slice(&MAGIC);
-    file.extend_from_slice(&len);
-    file.extend_from_slice(&crc(len, record).to_le_bytes());
-    file.extend_from_slice(record);
-    file
-}
-
-fn crc(len: [u8; 4], record: &[u8]) -> u64 {
-    let mut covered = Vec::with_capacity(4 + record.len());
-    covered.extend_from_slice(&len);
-    covered.extend_from_slice(record);
-    crc64(&covered)
-}
-
 fn read(path: &Path) -> Result<SourceRecord, String> {
     let len = fs::metadata(path).map_err(|error| error.to_string())?.len();
     if len > (MAX_RECORD_BYTES + HEADER_LEN) as u64 {
         return Err(format!("has {len} bytes, more than any record"));
     }
     let file = fs::read(path).map_err(|error| error.to_string())?;
-    let Some((header, record)) = file.split_first_chunk::<HEADER_LEN>() else {
-        return Err(format!("has {} bytes, less than its header", file.len()));
-    };
-    let (magic, rest) = header.split_at(4);
-    if magic != MAGIC {
-        return Err("does not begin like a record".to_owned());
-    }
-    let (len, stored) = rest.split_at(4);
-    let (Ok(len), Ok(stored)) = (<[u8; 4]>::try_from(len), <[u8; 8]>::try_from(stored)) else {
-        return Err("has no whole header".to_owned());
-    };
-    if usize::try_from(u32::from_le_bytes(len)) != Ok(record.len()) {
-        return Err(format!("says {} bytes and holds {}", u32::from_le_bytes(len), record.len()));
-    }
-    if crc(len, record) != u64::from_le_bytes(stored) {
-        return Err("does not match its checksum".to_owned());
-    }
-    SourceRecord::decode(record).map_err(|error| format!("does not decode: {error}"))
+    KIND.open(&file)
 }
 
 /// A file that was renamed by hand would be believed for other slots.
@@ -446,21 +417,15 @@ mod tests {
         journal.save(&id("m1"), slots(), &record("m1", 1)).await.unwrap();
         let path = dir.path().join("active/00100-00199.m1.task");
         let good = fs::read(&path).unwrap();
-        let mut bad: Vec<Vec<u8>> = (0..good.len()).map(|len| good[..len].to_vec()).collect();
-        for bit in 0..good.len() * 8 {
-            let mut flipped = good.clone();
-            flipped[bit / 8] ^= 1 << (bit % 8);
-            bad.push(flipped);
-        }
-        bad.push([good.as_slice(), b"x"].concat());
-        for content in bad {
+        for (how, content) in crate::sealed::damages(&good) {
             fs::write(&path, &content).unwrap();
             let (_, recovered) = Journal::open(dir.path(), 10).unwrap();
-            assert_eq!(recovered.active, []);
+            assert_eq!(recovered.active, [], "{how}");
             let damaged = &recovered.damaged[0];
             assert_eq!(
                 (damaged.file.as_str(), damaged.slots.as_slice()),
-                ("active/00100-00199.m1.task", &[slots()][..])
+                ("active/00100-00199.m1.task", &[slots()][..]),
+                "{how}"
             );
             assert_eq!(fs::read(&path).unwrap(), content, "what is damaged stays for whoever looks");
         }

@@ -26,6 +26,8 @@ mod reason;
 #[cfg(feature = "server")]
 pub mod receiver;
 #[cfg(feature = "server")]
+mod sealed;
+#[cfg(feature = "server")]
 pub mod service;
 #[cfg(all(feature = "client", feature = "server"))]
 pub mod source;

@@ -37,7 +37,7 @@ use self::control::Calls;
 use self::handshake::RANDOM_ID_BYTES;
 use self::incoming::{Incoming, Slot};
 use self::places::Places;
-pub use self::recovery::read_record;
+pub use self::recovery::{UnreadRecord, read_records};
 use crate::Reason;
 use crate::decisions::Decisions;
 use crate::journal::Journal;
@@ -99,7 +99,7 @@ struct Inner<T: MigrationTarget> {
     places: Places,
     slots: Mutex<HashMap<MigrationId, Arc<Slot>>>,
     /// Those whose record cannot be read, and their slots, as long as this lives.
-    untrusted: HashMap<MigrationId, Option<RangeHold>>,
+    untrusted: HashMap<MigrationId, Vec<RangeHold>>,
     tasks: TaskTracker,
     stopping: CancellationToken,
     draining: AtomicBool,
@@ -136,8 +136,8 @@ impl<T: MigrationTarget> MigrationReceiverBuilder<T> {
 
     /// Recovers what an earlier process left, holds what it had prepared, and starts.
     ///
-    /// A record that cannot be read is reported to the log and left as it is; streams of its migration, and whoever wants to move the slots
-    /// that are staged for it, are refused with `SLOTS_QUARANTINED`.
+    /// A record that cannot be read is reported to the log and left as it is; streams of its migration, and whoever wants to move slots that
+    /// are in doubt because of it ([`UnreadRecord::slots`]), are refused with `SLOTS_QUARANTINED`. All else goes on.
     ///
     /// # Errors
     ///
@@ -155,7 +155,7 @@ impl<T: MigrationTarget> MigrationReceiverBuilder<T> {
             return Err(Reason::InvalidField.field("limits.batch_bytes", problem));
         }
         let stored = incoming::guarded(async { target.load().await }).await?;
-        let (known, untrusted) = recovery::read(stored, &guard);
+        let (known, untrusted) = recovery::sort(stored, &guard);
         let inner = Arc::new(Inner {
             target: Arc::new(target),
             identity,

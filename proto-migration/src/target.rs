@@ -47,8 +47,8 @@ pub struct StoredMigration {
     pub record: Bytes,
     /// What is staged.
     pub staged: Staged,
-    /// The slots that rows are staged for, as the store knows them; `None` where none are staged. With a record that cannot be read,
-    /// nobody may move them.
+    /// The slots that rows are staged for, as the store knows them without the record; `None` where none are staged. With a record that
+    /// cannot be read, nobody may move them.
     pub slots: Option<SlotRange>,
 }
 

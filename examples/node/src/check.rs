@@ -12,7 +12,7 @@ use proto::common::text::printable;
 use proto::migration::driver::{Doubt, Doubtful, Sorted, SoundRecord, sort};
 use proto::migration::journal::{DamagedFile, Journal, Recovered};
 use proto::migration::limits::Limits;
-use proto::migration::receiver::read_record;
+use proto::migration::receiver::{UnreadRecord, read_records};
 use serde::Serialize;
 
 use crate::common::{NodeId, SlotRange};
@@ -60,7 +60,7 @@ struct Record {
     record: String,
     side: Side,
     migration_id: Option<String>,
-    /// Of a target: those that are staged. Of a source that is damaged: all that it may be about; none: nobody knows.
+    /// Of a target: those that are staged, and of one that is damaged those that it tells. Of a source that is damaged: all that it may be about; none: nobody knows.
     #[serde(serialize_with = "shown")]
     slots: Vec<SlotRange>,
     /// `None` if it is damaged.
@@ -227,18 +227,23 @@ impl Stopped {
                 record: file.file,
             });
         }
-        for stored in self.store.stored_migrations().await? {
-            let read = read_record(&stored);
+        for (stored, read) in read_records(self.store.stored_migrations().await?) {
             let id = stored.id.to_string();
+            let (slots, state, problem) = match read {
+                Ok(progress) => {
+                    (stored.slots.into_iter().collect(), Some(progress.state().short_name().to_owned()), None)
+                }
+                Err(UnreadRecord { problem, slots }) => (slots, None, Some(problem)),
+            };
             records.push(Record {
                 side: Side::Target,
                 migration_id: Some(id.clone()),
-                slots: stored.slots.into_iter().collect(),
-                state: read.as_ref().ok().map(|progress| progress.state().short_name().to_owned()),
-                advice: read.is_err().then(|| self.advice_for_target(&id, stored.slots.is_some())),
-                problem: read.err(),
+                advice: problem.is_some().then(|| self.advice_for_target(&id, stored.slots.is_some())),
+                owned: Some(slots.iter().any(|&slots| self.owns(slots))),
+                slots,
+                state,
+                problem,
                 staged_keys: stored.slots.map(|_| stored.staged.keys),
-                owned: Some(stored.slots.is_some_and(|slots| self.owns(slots))),
                 doubt: None,
                 record: id,
             });

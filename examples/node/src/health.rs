@@ -15,6 +15,7 @@ mod peers;
 use std::sync::Arc;
 
 use anyhow::Context as _;
+use proto::common::guard::RangeGuard;
 use proto::health::client::MonitorOptions;
 use proto::health::limits::Limits;
 use proto::health::server::checks::SyncedWrite;
@@ -39,7 +40,7 @@ pub struct Health {
 }
 
 impl Health {
-    /// In the state STARTING, with its checks running. `transfers`, `splits` and `migrations` say what moves. Ends with
+    /// In the state STARTING, with its checks running. `transfers`, `splits` and `migrations` say what moves, `guard` what must not. Ends with
     /// [`Drain::shut_down`].
     ///
     /// # Errors
@@ -49,6 +50,7 @@ impl Health {
         node: &Node,
         transfers: &Transfers,
         splits: &Splits,
+        guard: &RangeGuard,
         migrations: Arc<dyn Migrations>,
         limits: Limits,
     ) -> anyhow::Result<Self> {
@@ -72,7 +74,7 @@ impl Health {
         ] {
             registry.add_service(service);
         }
-        checks::add(&registry, node, transfers, &write).context("cannot check the node's health")?;
+        checks::add(&registry, node, transfers, guard, &write).context("cannot check the node's health")?;
         Ok(Self { registry, monitor, tasks })
     }
 

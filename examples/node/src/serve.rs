@@ -176,7 +176,7 @@ pub async fn serve_with<H: InstallHook>(
     splits.resume()?;
     let migrating = Migrating::start(&node, guard.clone(), options.migrate, limits.migration.clone()).await?;
     let told = migrate::told(&migrating);
-    let health = Health::start(&node, &receiver.transfers(), &splits, told, limits.health.clone())?;
+    let health = Health::start(&node, &receiver.transfers(), &splits, &guard, told, limits.health.clone())?;
     let services = grpc::services(&node, receiver.clone(), &migrating, health.registry())?;
     let connections = CONNECTIONS.min(options.grace / 4);
     let resp =

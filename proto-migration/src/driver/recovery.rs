@@ -110,14 +110,14 @@ pub fn sort(recovered: Recovered, logs: &[(MigrationId, SlotRange)], guard: &Ran
     Sorted { sound, doubtful }
 }
 
-/// For clients and operators.
+/// For peers, clients and operators. Of the server's paths it names the file alone, without which an operator could not settle it.
 fn why(file: &DamagedFile, doubt: Doubt) -> String {
     let how = match doubt {
         Doubt::Damaged | Doubt::NotUnderstood => "damaged",
         Doubt::Missing => "missing",
         Doubt::Held => "held",
     };
-    format!("the {how} record {}", file.file)
+    format!("the {how} record {}", file.name())
 }
 
 /// What is wrong with a whole record, and its slots.

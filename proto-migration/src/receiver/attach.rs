@@ -13,6 +13,7 @@ use super::handshake::{CheckedHeader, FEATURES, ended_early};
 use super::incoming::{Incoming, Permit, Slot, Stop, guarded};
 use super::outcome::{discard_reason, discarded};
 use super::record::Record;
+use super::recovery::damaged;
 use super::session::Answers;
 use crate::Reason;
 use crate::failpoint::reached;
@@ -191,7 +192,7 @@ impl<T: MigrationTarget> Inner<T> {
                     "the record of migration {} at this node cannot be read; an operator has to look at it",
                     slot.id
                 ))
-                .metadata("holder", format!("the damaged record of migration {}", slot.id)));
+                .metadata("holder", damaged(&slot.id)));
         }
         if let Ok(ended) = self.migrations.get(Some(Direction::In), &slot.id)
             && matches!(ended.state(), MigrationState::Completed | MigrationState::Cancelled)

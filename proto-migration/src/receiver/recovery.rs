@@ -1,6 +1,6 @@
 //! What an earlier process left, what a panic left, and what nobody comes back for.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use proto_common::v1::Direction;
 
 use super::Inner;
 use super::incoming::{Incoming, Slot, guarded};
-use super::record::Record;
+use super::record::{Record, Unread};
 use crate::Reason;
 use crate::target::{MigrationTarget, StoredMigration};
 use crate::v1::{MigrationProgress, MigrationState};
@@ -20,38 +20,68 @@ use crate::v1::{MigrationProgress, MigrationState};
 /// How often records that nobody needs are looked for, at least.
 const COLLECT_INTERVAL: Duration = Duration::from_secs(60);
 
-/// Reads records; those that cannot be read are left alone, and nobody gets their slots.
-pub(super) fn read(
+/// A record of a migration to this node that cannot be trusted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UnreadRecord {
+    /// What is wrong with it, as the end of a sentence that begins with "the record".
+    pub problem: String,
+    /// The slots that nobody may move because of it: those that rows are staged for, which the store knows without it, and those that it tells itself where
+    /// that can be read, unless they are told by a whole record of the migration that it names. Empty where nothing is staged: what was committed or given up
+    /// is in the store, and leaves nothing in doubt.
+    pub slots: Vec<SlotRange>,
+}
+
+/// Reads records as [`start`](super::MigrationReceiverBuilder::start) does; for tools that look at the store of a node that does not run, too.
+#[must_use]
+pub fn read_records(
+    stored: Vec<StoredMigration>,
+) -> Vec<(StoredMigration, Result<MigrationProgress, UnreadRecord>)> {
+    let read = read_all(stored).into_iter();
+    read.map(|(stored, read)| (stored, read.map(|record| record.progress))).collect()
+}
+
+fn read_all(stored: Vec<StoredMigration>) -> Vec<(StoredMigration, Result<Record, UnreadRecord>)> {
+    let read: Vec<_> = stored.into_iter().map(|stored| (Record::decode(&stored), stored)).collect();
+    let whole: HashSet<MigrationId> =
+        read.iter().filter(|(read, _)| read.is_ok()).map(|(_, stored)| stored.id.clone()).collect();
+    let mut all = Vec::with_capacity(read.len());
+    for (read, stored) in read {
+        let read = read.map_err(|Unread { problem, told }| {
+            // Those of a migration whose own record is whole are not in doubt.
+            let told = told.filter(|(id, _)| MigrationId::new(id).map_or(true, |id| !whole.contains(&id)));
+            let mut slots: Vec<_> = stored.slots.into_iter().chain(told.map(|(_, slots)| slots)).collect();
+            slots.dedup();
+            UnreadRecord { problem, slots }
+        });
+        all.push((stored, read));
+    }
+    all
+}
+
+/// Sorts records; those that cannot be read are left alone, and nobody gets their slots.
+pub(super) fn sort(
     stored: Vec<StoredMigration>,
     guard: &RangeGuard,
-) -> (Vec<Incoming>, HashMap<MigrationId, Option<RangeHold>>) {
+) -> (Vec<Incoming>, HashMap<MigrationId, Vec<RangeHold>>) {
     let (mut known, mut untrusted) = (Vec::new(), HashMap::new());
-    for StoredMigration { id, record, staged, slots } in stored {
-        match Record::decode(&id, record) {
+    for (StoredMigration { id, staged, .. }, read) in read_all(stored) {
+        match read {
             Ok(record) => known.push(Incoming::new(record, staged)),
-            Err(problem) => {
-                tracing::error!(migration_id = %id, problem, slots = shown(slots), "the record of a migration cannot be trusted; left as it is");
-                let why = format!("the damaged record of migration {id}");
-                untrusted.insert(id, slots.map(|slots| guard.quarantine(slots, &why)));
+            Err(UnreadRecord { problem, slots }) => {
+                let shown: Vec<_> = slots.iter().map(ToString::to_string).collect();
+                let shown = if shown.is_empty() { "none".to_owned() } else { shown.join(" and ") };
+                tracing::error!(migration_id = %id, problem, slots = shown, "the record of a migration cannot be trusted; left as it is");
+                let why = damaged(&id);
+                untrusted.insert(id, slots.into_iter().map(|slots| guard.quarantine(slots, &why)).collect());
             }
         }
     }
     (known, untrusted)
 }
 
-/// What the record of a migration to this node says, read as [`start`](super::MigrationReceiverBuilder::start) reads it; for tools that look at
-/// the store of a node that does not run.
-///
-/// # Errors
-///
-/// What is wrong with it, as the end of a sentence that begins with "the record".
-pub fn read_record(stored: &StoredMigration) -> Result<MigrationProgress, String> {
-    Ok(Record::decode(&stored.id, stored.record.clone())?.progress)
-}
-
-/// Slots as an operator writes them.
-fn shown(slots: Option<SlotRange>) -> String {
-    slots.map_or_else(|| "none".to_owned(), |slots| slots.to_string())
+/// How a record that cannot be read is called, by peers and operators.
+pub(super) fn damaged(id: &MigrationId) -> String {
+    format!("the damaged record of migration {id}")
 }
 
 impl<T: MigrationTarget> Inner<T> {
@@ -135,7 +165,7 @@ impl<T: MigrationTarget> Inner<T> {
             }
             return Ok(());
         };
-        let record = Record::decode(&slot.id, found.record).map_err(|problem| {
+        let record = Record::decode(&found).map_err(|Unread { problem, .. }| {
             Reason::StorageFailed.error(format!("the record of migration {} {problem}", slot.id))
         })?;
         incoming.record = record;

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use proto::common::guard::RangeGuard;
 use proto::common::ids::ComponentName;
 use proto::health::HealthRegistry;
 use proto::health::server::checks::{SyncedWrite, event_loop_lag, free_space, recent_failures};
@@ -29,6 +30,7 @@ pub(super) fn add(
     registry: &HealthRegistry,
     node: &Node,
     transfers: &Transfers,
+    guard: &RangeGuard,
     write: &SyncedWrite,
 ) -> anyhow::Result<()> {
     let component = |name: &str| ComponentName::new(name).map(Component::new);
@@ -41,7 +43,7 @@ pub(super) fn add(
     let space = free_space(node.store().directory(), degraded, unhealthy);
     registry.check(component("space")?.critical(), default(), space)?;
 
-    let quarantined = quarantined(node.gate().clone());
+    let quarantined = quarantined(node.gate().clone(), guard.clone());
     registry.check(component("quarantine")?, Schedule { failure_threshold: 1, ..default() }, quarantined)?;
 
     let node = node.clone();
@@ -71,20 +73,27 @@ pub(super) fn add(
     Ok(())
 }
 
-/// Slots that are not served because a damaged record leaves open whose they are. The others are: the node is degraded, not down.
-fn quarantined(gate: Gate) -> Check {
+/// Slots that are not served because a damaged record leaves open whose they are, or that nobody may move because of one. The others are: the node is
+/// degraded, not down.
+fn quarantined(gate: Gate, guard: RangeGuard) -> Check {
     Check::new(move || {
-        let all = gate.quarantines();
+        let mut all: Vec<_> =
+            gate.quarantines().into_iter().map(|(slots, why)| (slots, why, "not served")).collect();
+        for (slots, why) in guard.quarantines() {
+            if !all.iter().any(|(other, because, _)| *other == slots && *because == why) {
+                all.push((slots, why, "not moved"));
+            }
+        }
         async move {
             match all.first() {
                 None => CheckResult::healthy(),
-                Some((slots, why)) => {
+                Some((slots, why, what)) => {
                     let more = match all.len() {
                         1 => String::new(),
                         all => format!(", and {} more", all - 1),
                     };
                     CheckResult::degraded(format!(
-                        "slots {slots} are not served because of {why}{more}; stop the node, and repair or remove it"
+                        "slots {slots} are {what} because of {why}{more}; stop the node, and see what node check says"
                     ))
                 }
             }
