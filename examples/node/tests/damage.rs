@@ -18,12 +18,12 @@ use proto::common::slots::SlotRange;
 use proto::common::v1::Priority;
 use proto::migration::journal::Journal;
 use proto::node::health_service_client::HealthServiceClient;
-use proto::node::{Direction, HealthCheckRequest, HealthStatus, MigrationState};
+use proto::node::{Direction, HealthCheckRequest, HealthStatus, MigrationDecision, MigrationState};
 use proto::snapshot::sender::{SenderOptions, SnapshotSender, SnapshotToSend};
 use proto::snapshot::source::FileSource;
 use proto::snapshot::spec::SnapshotPoint;
 use redb::{ReadableDatabase as _, ReadableTable as _, TableDefinition};
-use support::migration::{ID, Pair, Slow, begin, limits, reaches, request};
+use support::migration::{ID, Pair, Slow, begin, limits, reaches, request, resolve};
 use support::{call, client, fill, start, until};
 
 /// How a file is damaged: its new content.
@@ -215,6 +215,27 @@ async fn a_damaged_database_is_never_served() {
     pair.n2.restart().await.unwrap();
     pair.n1.restart().await.unwrap();
     goes_on(&pair).await;
+
+    // A node whose database cannot be restored comes back without it, and an operator decides of its migrations.
+    pair.n2.stop().await.unwrap();
+    let whole = fs::read(two.join("node.redb")).unwrap();
+    fs::write(two.join("node.redb"), &whole[..whole.len() / 2]).unwrap();
+    let log = Log::of(&pair.n2);
+    pair.n2.restart().await.unwrap_err();
+    assert!(
+        log.text().contains("node.redb is damaged") && log.text().contains("start the node anew"),
+        "{}",
+        log.text()
+    );
+    let (well, _, said) = check(&two, &[]).await;
+    assert!(!well && said.contains("node.redb is damaged"), "{said}");
+    fs::rename(&two, pair.directory.path().join("aside")).unwrap();
+    pair.n2.restart().await.unwrap();
+    let stopped = reaches(&pair.n1, ID, Direction::Out, MigrationState::NeedsOperator).await;
+    resolve(&pair.n1, &stopped, MigrationDecision::Discarded).await.unwrap();
+    begin(&pair.n1, request("again", &pair.n2)).await.unwrap();
+    reaches(&pair.n1, "again", Direction::Out, MigrationState::Completed).await;
+    assert_eq!(call(&mut client(&pair.n2).await, "SET foo 1").await, "OK");
 }
 
 /// Cuts the last byte off the record of a migration to the stopped node whose data is in `directory`.

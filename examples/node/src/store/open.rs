@@ -32,9 +32,11 @@ pub(super) fn open(
     if fresh {
         make(directory, &file, init, options)?;
     }
-    let database = unharmed(&file, || existing(directory, &file, options))?;
-    let found = unharmed(&file, || identity::load(&database, directory, init))?;
-    Ok((database, Identity { fresh, ..found }))
+    unharmed(&file, || {
+        let database = existing(directory, &file, options)?;
+        let found = identity::load(&database, directory, init)?;
+        Ok((database, Identity { fresh, ..found }))
+    })
 }
 
 /// Opens the database in `directory` as whichever node's it is.
@@ -47,12 +49,12 @@ pub(super) fn open_existing(
         let what = format!("there is no {DATABASE_FILE} in it; is it the --data of a node?");
         return Err(StoreError::Mismatch { path: directory.to_path_buf(), what });
     }
-    let database = unharmed(&file, || existing(directory, &file, options))?;
-    let identity = unharmed(&file, || {
+    unharmed(&file, || {
+        let database = existing(directory, &file, options)?;
         let init = Init { node: identity::node(&database)?, slots: None, others: Vec::new() };
-        identity::load(&database, directory, &init)
-    })?;
-    Ok((database, identity))
+        let identity = identity::load(&database, directory, &init)?;
+        Ok((database, identity))
+    })
 }
 
 /// A crash leaves a whole database or none: a file that is empty or holds no identity is not taken for a new one.
@@ -127,3 +129,7 @@ pub(super) fn load<T>(
 ) -> Result<T, StoreError> {
     unharmed(&directory.join(DATABASE_FILE), work)
 }
+
+#[cfg(test)]
+#[path = "open_tests.rs"]
+mod tests;

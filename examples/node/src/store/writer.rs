@@ -92,12 +92,12 @@ impl Writer {
         outcome.await.map_err(|_| StoreError::Closed)?
     }
 
-    /// Runs `work` in a transaction of its own and commits it if that returns `Ok`.
+    /// Runs `work` in a transaction of its own and commits it if that returns `Ok`, in two phases: for the few that decide something. See [`Phases`].
     pub(super) async fn transact<T: Send + 'static>(
         &self,
         work: impl FnOnce(&WriteTransaction, &mut RowsTxn<'_>) -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, StoreError> {
-        let (job, outcome) = alone(move |shared| transaction(shared, work));
+        let (job, outcome) = alone(move |shared| transaction(shared, Phases::Two, work));
         self.queue.send(Job::Alone(job)).await.map_err(|_| StoreError::Closed)?;
         outcome.await.map_err(|_| StoreError::Closed)?
     }
@@ -112,8 +112,10 @@ impl Writer {
         + Send
         + 'static,
     ) -> Result<T, StoreError> {
-        self.in_background(move |shared| commit(shared, |txn, rows| work(txn, rows, &Slice::default())))
-            .await?
+        self.in_background(move |shared| {
+            commit(shared, Phases::One, |txn, rows| work(txn, rows, &Slice::default()))
+        })
+        .await?
     }
 
     /// Returns when all background work that was asked for before is done.
@@ -151,12 +153,12 @@ impl Writer {
         self.queue.send(Job::Alone(Box::new(work))).await.map_err(|_| StoreError::Closed)
     }
 
-    /// [`Writer::transact`] for threads that may block. Panics on an async thread.
+    /// [`Writer::transact`] in one phase, for threads that may block. Panics on an async thread.
     pub(super) fn transact_blocking<T: Send + 'static>(
         &self,
         work: impl FnOnce(&WriteTransaction, &mut RowsTxn<'_>) -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, StoreError> {
-        let (job, outcome) = alone(move |shared| transaction(shared, work));
+        let (job, outcome) = alone(move |shared| transaction(shared, Phases::One, work));
         self.queue.blocking_send(Job::Alone(job)).map_err(|_| StoreError::Closed)?;
         outcome.blocking_recv().map_err(|_| StoreError::Closed)?
     }
@@ -246,7 +248,7 @@ struct Batch {
 impl Batch {
     fn commit(self, shared: &Shared) {
         shared.client_writes.fetch_add(1, Ordering::Relaxed);
-        let outcomes = transaction(shared, |_, rows| {
+        let outcomes = transaction(shared, Phases::One, |_, rows| {
             self.members
                 .iter()
                 .map(|member| member.ops.iter().map(|op| rows.apply(op)).collect::<Result<Vec<_>, _>>())
@@ -270,20 +272,33 @@ impl Batch {
     }
 }
 
+/// How often a commit is synced. After a crash, redb cannot tell damage in a commit of one phase from one that was torn, and takes the one before; a
+/// commit of two phases was whole when it was made the last, so that its damage is damage.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phases {
+    /// Once: for rows, whose time is that of the disk's sync.
+    One,
+    /// Twice: for who owns what, and for records of what moves.
+    Two,
+}
+
 /// Runs `work` in a transaction that is durable.
 fn transaction<T>(
     shared: &Shared,
+    phases: Phases,
     work: impl FnOnce(&WriteTransaction, &mut RowsTxn<'_>) -> Result<T, StoreError>,
 ) -> Result<T, StoreError> {
-    commit(shared, |txn, rows| Ok((work(txn, rows)?, Durability::Immediate)))
+    commit(shared, phases, |txn, rows| Ok((work(txn, rows)?, Durability::Immediate)))
 }
 
 /// Runs `work` in a transaction that is as durable as it says.
 fn commit<T>(
     shared: &Shared,
+    phases: Phases,
     work: impl FnOnce(&WriteTransaction, &mut RowsTxn<'_>) -> Result<(T, Durability), StoreError>,
 ) -> Result<T, StoreError> {
     let mut txn = shared.database.begin_write()?;
+    txn.set_two_phase_commit(phases == Phases::Two);
     let done = (|| {
         let mut rows = RowsTxn::open(&txn, shared, unix_ms())?;
         let value = work(&txn, &mut rows)?;
