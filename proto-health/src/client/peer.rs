@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use bytes::Bytes;
 use proto_common::clock::millis;
 use proto_common::ids::NodeId;
 use proto_common::text::printable;
@@ -13,6 +14,8 @@ use crate::v1::{HealthReport, HealthStatus, NodeState, PeerState, PeerStatus, Re
 
 /// How much of what a peer says is kept, in bytes.
 const SHOWN_LEN: usize = 256;
+/// Bytes of a store's ID, as `NodeIdentity` has it; of a longer one no more are kept.
+const STORE_ID_LEN: usize = 16;
 
 /// A change of what is thought of a peer.
 #[derive(Debug, Clone, PartialEq)]
@@ -77,12 +80,30 @@ pub struct Opinion {
     pub unix_ms: u64,
 }
 
+/// What is kept of an identity, which may be as large as a message.
+#[derive(Debug, Clone)]
+struct Known {
+    node_id: NodeId,
+    store_id: Bytes,
+    incarnation: u64,
+}
+
+impl Known {
+    /// `None`: it names no node.
+    fn of(identity: &NodeIdentity) -> Option<Self> {
+        let node_id = NodeId::new(&identity.node_id).ok()?;
+        let store_id = &identity.store_id[..identity.store_id.len().min(STORE_ID_LEN)];
+        // A part of the message would keep all of it.
+        Some(Self { node_id, store_id: Bytes::copy_from_slice(store_id), incarnation: identity.incarnation })
+    }
+}
+
 #[derive(Debug)]
 pub(crate) struct Peer {
     pub(crate) address: String,
     /// Who has to answer there, if that was given.
     expected: Option<NodeId>,
-    identity: Option<NodeIdentity>,
+    identity: Option<Known>,
     sequence: u64,
     detector: Detector,
     pub(crate) state: PeerState,
@@ -130,7 +151,7 @@ impl Peer {
 
     /// Who it is: who answered, or who has to.
     pub(crate) fn node_id(&self) -> Option<NodeId> {
-        let answered = self.identity.as_ref().and_then(|identity| NodeId::new(&identity.node_id).ok());
+        let answered = self.identity.as_ref().map(|identity| identity.node_id.clone());
         answered.or_else(|| self.expected.clone())
     }
 
@@ -173,14 +194,18 @@ impl Peer {
         events: &mut Vec<PeerEvent>,
     ) {
         let Some(origin) = answer.origin else { return };
-        let Some(identity) = origin.identity.clone() else { return };
+        let Some(identity) = &origin.identity else { return };
+        let who = || printable(&identity.node_id, SHOWN_LEN);
         if let Some(expected) = &self.expected
             && identity.node_id != expected.as_str()
         {
-            let who = printable(&identity.node_id, SHOWN_LEN);
-            self.broken = format!("it is node {who} that answers there, not {expected}");
+            self.broken = format!("it is node {} that answers there, not {expected}", who());
             return;
         }
+        let Some(identity) = Known::of(identity) else {
+            self.broken = format!("what answers there calls itself {:?}, which names no node", who());
+            return;
+        };
         match &self.identity {
             Some(known) if identity.node_id == known.node_id => {
                 if identity.incarnation < known.incarnation {
@@ -230,13 +255,7 @@ impl Peer {
         }
     }
 
-    fn restarted(
-        &mut self,
-        identity: &NodeIdentity,
-        now: Duration,
-        unix_ms: u64,
-        events: &mut Vec<PeerEvent>,
-    ) {
+    fn restarted(&mut self, identity: &Known, now: Duration, unix_ms: u64, events: &mut Vec<PeerEvent>) {
         let Some(known) = self.identity.take() else { return };
         let new_store = known.store_id != identity.store_id;
         self.detector.reset();
@@ -246,7 +265,7 @@ impl Peer {
         self.message = if known.node_id == identity.node_id {
             format!("it was restarted{}", if new_store { ", with another disk" } else { "" })
         } else {
-            format!("another node than {} answers there", printable(&known.node_id, SHOWN_LEN))
+            format!("another node than {} answers there", known.node_id)
         };
         let change = PeerChange::Restarted { from: known.incarnation, to: identity.incarnation, new_store };
         self.identity = Some(identity.clone());

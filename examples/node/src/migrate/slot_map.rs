@@ -79,6 +79,7 @@ impl Asked {
     }
 }
 
+#[derive(Debug)]
 struct Told {
     /// Incarnation of the node, and revision of its map.
     revision: (u64, u64),
@@ -208,6 +209,10 @@ impl<D: Dial<Channel = NodeChannel>> Dial for LearningDial<D> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+    use proptest::strategy::ValueTree as _;
+    use proptest::test_runner::TestRunner;
+
     use super::*;
     use crate::store::{Init, StoreOptions};
 
@@ -251,5 +256,55 @@ mod tests {
                 Some("[::1]:7001".into())
             );
         }
+    }
+
+    /// What may be true, what is not, and what cannot be.
+    fn told() -> impl Strategy<Value = (String, Told)> {
+        let name = || prop_oneof!["n[1-4]", "[a-z0-9.-]{0,140}", ".{0,20}"];
+        let address = || prop_oneof!["127[.]0[.]0[.]1:[0-9]{1,5}", ".{0,20}", "[a-z]{250,260}"];
+        let epoch = || prop_oneof![19 => 0..1000_u64, 1 => any::<u64>()];
+        let slots = prop::option::of((0..20_000_u32, 0..20_000_u32));
+        let owner = (slots, name(), epoch(), address(), address());
+        let owner = owner.prop_map(|(slots, node_id, epoch, node_address, client_address)| SlotOwner {
+            slots: slots.map(|(start, end)| proto::common::v1::SlotRange { start, end }),
+            node_id,
+            epoch,
+            node_address,
+            client_address,
+        });
+        let status = (address(), address(), prop::collection::vec(owner, 0..8));
+        (name(), name(), prop::bool::weighted(0.8), status).prop_map(|(asked, other, itself, status)| {
+            let (node_address, client_address, slot_owners) = status;
+            let node_id = if itself { asked.clone() } else { other };
+            let status = NodeStatus { node_address, client_address, slot_owners, ..NodeStatus::default() };
+            (asked, Told { node_id, revision: (1, 1), status })
+        })
+    }
+
+    #[tokio::test]
+    async fn whatever_is_told_no_slot_becomes_ones_own_and_nodes_can_be_shown() {
+        let dir = tempfile::tempdir().unwrap();
+        let me = NodeId::new("n1").unwrap();
+        let own: SlotRange = "0-99".parse().unwrap();
+        let init = Init { node: me.clone(), slots: Some(vec![own]), others: vec![] };
+        let node = Node::open(dir.path(), &init, &StoreOptions::default()).unwrap();
+        let mut runner = TestRunner::deterministic();
+        let mut learned = 0;
+        for _ in 0..300 {
+            let (asked, told) = told().new_tree(&mut runner).unwrap().current();
+            let Ok(asked) = NodeId::new(asked) else { continue };
+            let before = node.gate().ownership();
+            learn(&node, &asked, &told).await.unwrap();
+            let after = node.gate().ownership();
+            if told.node_id != asked.as_str() {
+                assert_eq!(*before, *after, "{told:?}: another node answers");
+            }
+            learned += usize::from(before != after);
+            assert!(after.ranges_of(&me).all(|range| own.contains_range(range)), "{told:?}");
+            let sorted = after.claims().iter().is_sorted_by(|a, b| a.range.end() <= b.range.start());
+            assert!(sorted, "{after:?}");
+            assert!(node.nodes().values().all(NodeAddresses::can_be_shown), "{told:?}");
+        }
+        assert!(learned > 10, "{learned}");
     }
 }

@@ -13,6 +13,7 @@ use std::path::Path;
 
 use anyhow::Context as _;
 
+pub mod answers;
 pub mod damage;
 pub mod grpc;
 mod harness;
@@ -21,6 +22,7 @@ pub mod journal;
 pub mod manifest;
 pub mod migration;
 pub mod mutate;
+pub mod records;
 mod sender;
 pub mod snapshot;
 pub mod staging;
@@ -72,7 +74,8 @@ pub struct Target {
 }
 
 /// All of them.
-pub const TARGETS: [Target; 8] = [
+pub const TARGETS: [Target; 10] = [
+    Target { name: "answers", about: "what a peer answers to the one that watches it", run: answers::run },
     Target { name: "grpc", about: "raw bytes as the body of every call of every service", run: grpc::run },
     Target {
         name: "ids",
@@ -90,6 +93,7 @@ pub const TARGETS: [Target; 8] = [
         about: "sequences of frames to a migration's target, against a model",
         run: migration::run,
     },
+    Target { name: "records", about: "damaged records of a migration's target", run: records::run },
     Target {
         name: "snapshot",
         about: "sequences of frames to a snapshot's receiver, against a model",

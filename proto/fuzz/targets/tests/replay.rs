@@ -33,4 +33,4 @@ macro_rules! replays {
     };
 }
 
-replays! { grpc ids journal manifest migration snapshot staging status }
+replays! { answers grpc ids journal manifest migration records snapshot staging status }
