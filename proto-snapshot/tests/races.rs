@@ -368,31 +368,6 @@ async fn an_attempt_that_has_expired_is_not_resumed_and_the_next_is() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_snapshot_in_too_many_pieces_is_refused_and_what_came_stays() {
-    let target = tempfile::tempdir().unwrap();
-    let mut limits = small_limits();
-    limits.extents = 16;
-    let server = Server::start(builder(target.path()).limits(limits)).await;
-    let mut opened = stream(&server, opening("t", 1, 1 << 20)).await;
-    opened.answers.message().await.unwrap().expect("Accepted");
-    let payload = bytes::Bytes::from_static(b"x");
-    let crc64nvme = proto_common::checksum::crc64(&payload);
-    for number in 0..40_u64 {
-        let chunk = Chunk { file: 0, offset: number * 2, crc64nvme, payload: payload.clone() };
-        opened.frames.send(request(Frame::Chunk(chunk))).await.unwrap();
-    }
-    let error = loop {
-        match opened.answers.message().await {
-            Ok(answer) => drop(answer.expect("the stream ends with an error")),
-            Err(status) => break Error::from(status),
-        }
-    };
-    assert!(error.is(Reason::TooFragmented), "{error:?}");
-    until("what came is durable", || durable(&server, "t") == 17).await;
-    server.stop().await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn manifests_beyond_the_memory_for_them_wait_for_others_to_end() {
     let target = tempfile::tempdir().unwrap();
     let mut limits = small_limits();

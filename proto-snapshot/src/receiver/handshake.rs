@@ -265,7 +265,7 @@ impl ControlHeader {
         limits: &Limits,
     ) -> Result<Manifest, Error> {
         let mut files: Vec<ManifestFile> = Vec::new();
-        let (mut count, mut name_bytes) = (0_usize, 0_u64);
+        let (mut count, mut name_bytes, mut total_bytes) = (0_usize, 0_u64, 0_u64);
         let mismatch = |what: String| Reason::ManifestMismatch.field("manifest.files", what);
         loop {
             let page = match frames.next_within(limits.first_frame).await? {
@@ -281,6 +281,19 @@ impl ControlHeader {
                 let file = ManifestFile::check(file, || format!("manifest.files[{count}]"))?;
                 name_bytes = name_bytes.saturating_add(file.name.as_str().len() as u64);
                 let number = count;
+                // The header says nothing of it where one size is unknown.
+                total_bytes = total_bytes.saturating_add(file.size.unwrap_or(0));
+                if total_bytes > limits.snapshot_bytes {
+                    return Err(Reason::SnapshotTooLarge
+                        .field(
+                            &format!("manifest.files[{number}].size"),
+                            format!(
+                                "{} makes the snapshot larger than the {} bytes that are taken",
+                                file.name, limits.snapshot_bytes
+                            ),
+                        )
+                        .metadata("limit", limits.snapshot_bytes.to_string()));
+                }
                 count += 1;
                 if count as u64 > self.file_count || name_bytes > self.name_bytes {
                     return Err(mismatch(format!(

@@ -34,7 +34,7 @@ pub(super) struct Ledger {
     max_runs: usize,
     /// Files that are known to be empty.
     empty_files: u64,
-    /// Largest file of unknown size.
+    /// Of all files together: what a manifest that leaves sizes open may grow to.
     max_bytes: u64,
 }
 
@@ -79,6 +79,9 @@ impl Ledger {
             ));
         };
         let end = extent.offset.checked_add(extent.len).filter(|end| i64::try_from(*end).is_ok());
+        if file.size.is_none() && end.is_some_and(|end| end > self.max_bytes) {
+            return Err(self.too_large());
+        }
         let size = file.size.unwrap_or(self.max_bytes);
         if end.is_none_or(|end| end > size) {
             return Err(Reason::ExtentOutOfBounds
@@ -95,9 +98,18 @@ impl Ledger {
         Ok(())
     }
 
+    fn too_large(&self) -> Error {
+        let problem = format!("makes the snapshot larger than the {} bytes that are taken", self.max_bytes);
+        Reason::SnapshotTooLarge.field("chunk.offset", problem).metadata("limit", self.max_bytes.to_string())
+    }
+
     /// Claims the bytes of a chunk for the stream that brings it.
     pub(super) fn claim(&mut self, extent: Extent) -> Result<(), Error> {
         self.check_bounds(extent)?;
+        let claimed = self.durable_bytes + self.unsynced_bytes() + self.unwritten_bytes;
+        if claimed.saturating_add(extent.len) > self.max_bytes {
+            return Err(self.too_large());
+        }
         let before = self.claimed.get(extent.file).run_count();
         // Checksums of claims are not used; those of what is written are.
         self.claimed.insert(extent, 0).map_err(|overlap| {

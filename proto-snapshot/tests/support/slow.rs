@@ -1,6 +1,6 @@
 //! A store in a directory whose writes wait until they are told to go on.
 
-#![allow(unreachable_pub, missing_docs, reason = "a part of a test binary")]
+#![allow(dead_code, unreachable_pub, missing_docs, reason = "each test binary uses a part of it")]
 
 use std::sync::Arc;
 
@@ -18,20 +18,34 @@ use tokio::sync::watch;
 #[derive(Debug, Clone)]
 pub struct Brake {
     held: watch::Sender<bool>,
-    /// Writes that have begun.
+    /// Writes that have begun, of those that it may hold.
     pub begun: watch::Sender<usize>,
+    /// The source node whose writes it holds; `None`: of all.
+    of: Option<&'static str>,
 }
 
 impl Brake {
     pub fn held() -> Self {
-        Self { held: watch::Sender::new(true), begun: watch::Sender::new(0) }
+        Self { held: watch::Sender::new(true), begun: watch::Sender::new(0), of: None }
+    }
+
+    /// Holds the writes of one source node.
+    pub fn held_for(node: &'static str) -> Self {
+        Self { of: Some(node), ..Self::held() }
+    }
+
+    pub fn hold(&self) {
+        self.held.send_replace(true);
     }
 
     pub fn release(&self) {
         self.held.send_replace(false);
     }
 
-    async fn pass(&self) {
+    async fn pass(&self, plan: &TransferPlan) {
+        if self.of.is_some_and(|node| plan.spec.source_node.as_str() != node) {
+            return;
+        }
         self.begun.send_modify(|begun| *begun += 1);
         self.held.subscribe().wait_for(|held| !held).await.unwrap();
     }
@@ -110,7 +124,7 @@ impl Staging for SlowStaging {
     }
 
     async fn write(&self, chunks: Vec<StagedChunk>) -> Result<(), StoreError> {
-        self.brake.pass().await;
+        self.brake.pass(self.staging.plan()).await;
         self.staging.write(chunks).await
     }
 

@@ -1,0 +1,848 @@
+//! Every limit of `docs/limits.md`: a node that exceeds it gets the error that is said there, which is counted under its reason, and while it
+//! holds whatever it got, other nodes go on and begin.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failed expectation is a failed test")]
+
+#[path = "support/slow.rs"]
+mod slow;
+#[path = "support/stalled.rs"]
+mod stalled;
+mod support;
+
+use std::any::Any;
+use std::collections::BTreeMap;
+use std::sync::Mutex as SyncMutex;
+use std::time::Duration;
+
+use bytes::Bytes;
+use proto_common::checksum::{combine, crc64};
+use proto_common::error::{Code, Error};
+use proto_common::ids::{NodeId, ShardId};
+use proto_common::refusals::counts;
+use proto_common::v1::Direction;
+use proto_snapshot::SnapshotReceiver;
+use proto_snapshot::limits::{Limits, MAX_MESSAGE_BYTES};
+use proto_snapshot::sender::{SenderOptions, SnapshotSender, SnapshotToSend};
+use proto_snapshot::source::DirectorySource;
+use proto_snapshot::store::{FileSnapshotStore, FileStoreOptions};
+use proto_snapshot::v1::split_snapshot_service_client::SplitSnapshotServiceClient;
+use proto_snapshot::v1::transfer_split_snapshot_request::{
+    File, Frame, Header, Heartbeat, LaneHeader, Manifest,
+};
+use proto_snapshot::v1::{TransferPhase, TransferProgress, WatchTransferProgressRequest};
+use slow::{Brake, SlowStore};
+use stalled::{SIZE, Stalled};
+use support::{LONG, Server, make_tree, small_limits, snapshot, until};
+use tokio::sync::Mutex;
+use tokio::task::JoinHandle;
+
+const CHUNK: u64 = 64 << 10;
+const MIB: u64 = 1 << 20;
+/// The node that exceeds limits.
+const OFFENDER: &str = "n9";
+
+/// Refusals are counted for the process: one test after the other.
+static ALONE: Mutex<()> = Mutex::const_new(());
+
+/// What the offender is told.
+struct Refusal {
+    code: Code,
+    reason: &'static str,
+    retryable: bool,
+    /// The field that is blamed, where one is.
+    field: Option<&'static str>,
+    /// Metadata by name; `None`: there is none of that name.
+    facts: &'static [(&'static str, Option<&'static str>)],
+}
+
+const TOO_MANY: Refusal = Refusal {
+    code: Code::ResourceExhausted,
+    reason: "TOO_MANY_TRANSFERS",
+    retryable: true,
+    field: None,
+    facts: &[],
+};
+const INVALID: Refusal =
+    Refusal { code: Code::InvalidArgument, reason: "", retryable: false, field: None, facts: &[] };
+const IDLE: Refusal = Refusal { code: Code::DeadlineExceeded, reason: "IDLE_TIMEOUT", ..TOO_MANY };
+const NO_DISK: Refusal = Refusal { reason: "INSUFFICIENT_DISK", ..TOO_MANY };
+
+/// What the offender has, and the refusals that it got.
+#[derive(Default)]
+struct Abuse {
+    refused: Vec<(Error, Refusal)>,
+    held: Vec<Box<dyn Any>>,
+    /// What others do meanwhile, beside their transfers; it ends when these have.
+    others: Vec<JoinHandle<()>>,
+}
+
+impl Abuse {
+    fn refused(mut self, error: impl Into<Option<Error>>, as_what: Refusal) -> Self {
+        self.refused.push((error.into().expect("it is refused"), as_what));
+        self
+    }
+
+    fn holds(mut self, what: impl Any) -> Self {
+        self.held.push(Box::new(what));
+        self
+    }
+}
+
+/// One limit.
+struct Case {
+    limits: Limits,
+    disk: FileStoreOptions,
+    /// Whether nodes are served that come meanwhile; not where the node as a whole is full.
+    newcomers: bool,
+    /// Whether a transfer is under way when it begins; not where that would have to hurry.
+    ongoing: bool,
+}
+
+/// A receiver, and what others send there.
+struct Bench {
+    server: Server<SlowStore>,
+    /// Of the offender's writes.
+    brake: Brake,
+    tree: tempfile::TempDir,
+    sent: SyncMutex<u32>,
+    _target: tempfile::TempDir,
+}
+
+impl Case {
+    fn new(lower: impl FnOnce(&mut Limits)) -> Self {
+        let mut limits = small_limits();
+        lower(&mut limits);
+        Self { limits, disk: FileStoreOptions::default(), newcomers: true, ongoing: true }
+    }
+
+    /// Of the whole node: nobody gets more while it is full.
+    fn of_all(lower: impl FnOnce(&mut Limits)) -> Self {
+        Self { newcomers: false, ..Self::new(lower) }
+    }
+
+    async fn check(self, exceed: impl AsyncFnOnce(&Bench) -> Abuse) {
+        let _alone = ALONE.lock().await;
+        let (tree, target) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        make_tree(tree.path(), 4, 256 << 10, 1);
+        let brake = Brake::held_for(OFFENDER);
+        brake.release();
+        let store = FileSnapshotStore::open(target.path(), self.disk).unwrap();
+        let store = SlowStore { store, brake: brake.clone() };
+        let builder = SnapshotReceiver::builder(&NodeId::new("n2").unwrap(), store).limits(self.limits);
+        let server = Server::start(builder).await;
+        let bench = Bench { server, brake, tree, sent: SyncMutex::new(0), _target: target };
+        let before = counts();
+
+        let ongoing = if self.ongoing { Some(Ongoing::begin(&bench).await) } else { None };
+        let newcomer = async {
+            if self.newcomers {
+                bench.another_sends().await;
+            }
+        };
+        let (abuse, ()) = tokio::join!(exceed(&bench), newcomer);
+        if self.newcomers {
+            bench.another_sends().await;
+        }
+        if let Some(ongoing) = ongoing {
+            ongoing.complete().await;
+        }
+        let Abuse { refused, held, others } = abuse;
+        for other in others {
+            tokio::time::timeout(LONG, other).await.expect("others go on").unwrap();
+        }
+
+        let mut expected = BTreeMap::new();
+        for (error, as_what) in &refused {
+            let Refusal { code, reason, retryable, field, facts } = as_what;
+            let found = (error.code(), error.reason(), error.is_retryable());
+            assert_eq!(found, (*code, *reason, *retryable), "{error:?}");
+            let blamed: Vec<_> =
+                error.violations().iter().map(|violation| violation.field.as_str()).collect();
+            assert_eq!(blamed, field.iter().copied().collect::<Vec<_>>(), "{error:?}");
+            for (name, value) in *facts {
+                assert_eq!(error.get(name), *value, "{name}: {error:?}");
+            }
+            *expected.entry((*reason).to_owned()).or_insert(0) += 1;
+        }
+        let mut counted = counts();
+        for (reason, count) in &mut counted {
+            *count -= before.get(reason).copied().unwrap_or(0);
+        }
+        // What a stream is told whose sender hangs up, and a sender that asks for its transfer before it begins it.
+        for usual in ["STREAM_ENDED_EARLY", "TRANSFER_NOT_FOUND"] {
+            counted.remove(usual);
+        }
+        counted.retain(|_, count| *count > 0);
+        assert_eq!(counted, expected, "each refusal is counted once, and nobody else was refused");
+        drop(held);
+        bench.server.stop().await;
+    }
+}
+
+impl Bench {
+    /// Another node, which nobody has heard of, sends a snapshot, from the beginning to the end.
+    async fn another_sends(&self) {
+        let number = {
+            let mut sent = self.sent.lock().unwrap();
+            *sent += 1;
+            *sent
+        };
+        self.send(&format!("m{number}"), &format!("other-{number}")).await;
+    }
+
+    async fn send(&self, node: &str, id: &str) {
+        let endpoint = proto_common::tuning::endpoint(&self.server.uri()).unwrap();
+        let what = SnapshotToSend {
+            source_node: NodeId::new(node).unwrap(),
+            target_shard: ShardId::new(format!("shard-of-{id}")).unwrap(),
+            ..snapshot(id)
+        };
+        let options = SenderOptions::default();
+        let sender = SnapshotSender::new(endpoint).options(options);
+        let mut sending = sender.send(what, DirectorySource::new(self.tree.path())).unwrap();
+        tokio::time::timeout(LONG, sending.join()).await.expect("it is not held up").unwrap();
+    }
+
+    /// A stream of the offender that is accepted.
+    async fn offender(&self, id: &str) -> Stalled {
+        Stalled::open(&self.server, OFFENDER, id).await.unwrap()
+    }
+
+    /// One that is not.
+    async fn refuses(&self, first: Vec<Frame>) -> Error {
+        Stalled::begin(&self.server, first).await.err().expect("it is refused")
+    }
+
+    fn shown(&self, id: &str) -> Option<TransferProgress> {
+        self.server.receiver.transfers().registry().get(Some(Direction::In), id)
+    }
+}
+
+/// What the offender says first, with a header of the test's making.
+fn begun(id: &str, change: impl FnOnce(&mut Header)) -> Vec<Frame> {
+    let mut first = Stalled::begun(OFFENDER, id, SIZE, 1);
+    let Frame::Header(header) = &mut first[0] else { panic!("the header comes first") };
+    change(header);
+    first
+}
+
+/// The same of files whose sizes, where they are known, are `sizes`.
+fn files(id: &str, sizes: &[Option<u64>]) -> Vec<Frame> {
+    let mut first = begun(id, |header| {
+        (header.file_count, header.name_bytes) = (sizes.len() as u64, sizes.len() as u64);
+        header.total_bytes = sizes.iter().copied().sum();
+    });
+    let named = |(number, size): (u8, &Option<u64>)| File {
+        name: char::from(b'a' + number).to_string(),
+        size: *size,
+        blake3: None,
+    };
+    first[1] = Frame::Manifest(Manifest { files: (0..).zip(sizes).map(named).collect(), last: true });
+    first
+}
+
+fn payload(size: u64) -> Bytes {
+    Bytes::from(vec![7; usize::try_from(size).unwrap()])
+}
+
+/// A transfer of another node that is under way.
+struct Ongoing {
+    stream: Stalled,
+    beating: JoinHandle<()>,
+}
+
+impl Ongoing {
+    const ID: &str = "ongoing";
+
+    async fn begin(bench: &Bench) -> Self {
+        let stream = Stalled::open(&bench.server, "n1", Self::ID).await.unwrap();
+        let frames = stream.frames.clone();
+        let beating = tokio::spawn(async move {
+            let beat = || Frame::Heartbeat(Heartbeat {});
+            while frames.send(stalled::request(beat())).await.is_ok() {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        });
+        Self { stream, beating }
+    }
+
+    async fn complete(self) {
+        let Self { mut stream, beating } = self;
+        let bytes = payload(CHUNK);
+        let mut crc = 0;
+        for offset in (0..SIZE).step_by(bytes.len()) {
+            while stream.credit < offset + CHUNK {
+                stream.hear().await.unwrap();
+            }
+            stream.chunk(offset, &bytes).await;
+            crc = combine(crc, crc64(&bytes), CHUNK);
+        }
+        beating.abort();
+        stream.end(SIZE, crc).await;
+        stream.installed().await;
+    }
+}
+
+// ---- Places.
+
+#[tokio::test(flavor = "multi_thread")]
+async fn transfers() {
+    let full = Refusal { facts: &[("limit", Some("2")), ("peer", None)], ..TOO_MANY };
+    let case = Case::of_all(|limits| limits.transfers = 2);
+    case.check(async |bench| {
+        let held = bench.offender("x1").await;
+        Abuse::default().refused(bench.refuses(begun("x2", |_| {})).await, full).holds(held)
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn transfers_per_peer() {
+    let full = Refusal { facts: &[("limit", Some("2")), ("peer", Some(OFFENDER))], ..TOO_MANY };
+    let case = Case::new(|limits| (limits.transfers, limits.transfers_per_peer) = (5, 2));
+    case.check(async |bench| {
+        let held = [bench.offender("x1").await, bench.offender("x2").await];
+        Abuse::default().refused(bench.refuses(begun("x3", |_| {})).await, full).holds(held)
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_place_that_comes_free_is_given_again() {
+    let _alone = ALONE.lock().await;
+    let target = tempfile::tempdir().unwrap();
+    let mut limits = small_limits();
+    limits.transfers_per_peer = 1;
+    let server = Server::start(support::builder(target.path()).limits(limits)).await;
+    drop(Stalled::open(&server, OFFENDER, "x1").await.unwrap());
+    let again = async {
+        while let Err(error) = Stalled::open(&server, OFFENDER, "x2").await {
+            assert_eq!(error.reason(), "TOO_MANY_TRANSFERS", "{error:?}");
+        }
+    };
+    tokio::time::timeout(LONG, again).await.expect("a place comes free");
+    server.stop().await;
+}
+
+/// Leaves one behind: it is staged, and not connected.
+async fn left_behind(bench: &Bench, id: &str) {
+    drop(bench.offender(id).await);
+    until("it is interrupted", || bench.shown(id).unwrap().phase() == TransferPhase::Interrupted).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn staged() {
+    let full = Refusal { facts: &[("limit", Some("3")), ("peer", None)], ..TOO_MANY };
+    let case = Case::of_all(|limits| limits.staged = 3);
+    case.check(async |bench| {
+        left_behind(bench, "x1").await;
+        let held = bench.offender("x2").await;
+        Abuse::default().refused(bench.refuses(begun("x3", |_| {})).await, full).holds(held)
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn staged_per_peer() {
+    let full = || Refusal { facts: &[("limit", Some("2")), ("peer", Some(OFFENDER))], ..TOO_MANY };
+    let case = Case::new(|limits| limits.staged_per_peer = 2);
+    case.check(async |bench| {
+        left_behind(bench, "x1").await;
+        let held = bench.offender("x2").await;
+        let mut abuse = Abuse::default().holds(held);
+        for id in ["x3", "x4"] {
+            abuse = abuse.refused(bench.refuses(begun(id, |_| {})).await, full());
+        }
+        abuse
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn lanes() {
+    let beyond = Refusal { reason: "INVALID_FIELD", field: Some("lane_header.lane"), ..INVALID };
+    let case = Case::new(|limits| limits.lanes = 3);
+    case.check(async |bench| {
+        let control =
+            Stalled::begin(&bench.server, begun("x1", |header| header.lanes = u32::MAX)).await.unwrap();
+        let lane = |lane| LaneHeader {
+            transfer_id: "x1".to_owned(),
+            attempt: 1,
+            session: vec![1; 16].into(),
+            lane,
+            generation: 1,
+        };
+        let mut held = vec![control];
+        for number in [1, 2] {
+            held.push(Stalled::begin(&bench.server, vec![Frame::LaneHeader(lane(number))]).await.unwrap());
+        }
+        let refused = bench.refuses(vec![Frame::LaneHeader(lane(3))]).await;
+        Abuse::default().refused(refused, beyond).holds(held)
+    })
+    .await;
+}
+
+// ---- Sizes.
+
+#[tokio::test(flavor = "multi_thread")]
+async fn chunk_bytes() {
+    let too_large = Refusal { reason: "CHUNK_TOO_LARGE", field: Some("chunk.payload"), ..INVALID };
+    let case = Case::new(|limits| assert_eq!(u64::from(limits.chunk_bytes), CHUNK));
+    case.check(async |bench| {
+        let mut stream = bench.offender("x1").await;
+        stream.chunk(0, &payload(CHUNK)).await;
+        stream.chunk(CHUNK, &payload(CHUNK + 1)).await;
+        Abuse::default().refused(stream.refusal().await, too_large).holds(stream)
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message() {
+    assert_eq!(MAX_MESSAGE_BYTES, 4 << 20);
+    let too_large =
+        || Refusal { reason: "CHUNK_TOO_LARGE", facts: &[("max_message_bytes", Some("4194304"))], ..INVALID };
+    Case::new(|_| {})
+        .check(async |bench| {
+            let mut stream = bench.offender("x1").await;
+            stream.chunk(0, &payload(MAX_MESSAGE_BYTES as u64)).await;
+            let chunk = stream.refusal().await;
+            let name = "x".repeat(MAX_MESSAGE_BYTES);
+            let page = Manifest { files: vec![File { name, ..File::default() }], last: true };
+            let header = begun("x2", |_| {}).remove(0);
+            let page = bench.refuses(vec![header, Frame::Manifest(page)]).await;
+            let abuse = Abuse::default().refused(chunk, too_large()).refused(page, too_large());
+            abuse.holds(stream)
+        })
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn files_of_a_manifest() {
+    let too_many = || Refusal {
+        reason: "MANIFEST_TOO_LARGE",
+        field: Some("header.file_count"),
+        facts: &[("limit", Some("8"))],
+        ..INVALID
+    };
+    let liar = Refusal { reason: "MANIFEST_MISMATCH", field: Some("manifest.files"), ..INVALID };
+    let case = Case::new(|limits| limits.files = 8);
+    case.check(async |bench| {
+        let mut abuse = Abuse::default();
+        for count in [9, u64::MAX] {
+            let first = begun("x1", |header| header.file_count = count);
+            abuse = abuse.refused(bench.refuses(first).await, too_many());
+        }
+        // It declares few, and brings many.
+        let mut first = files("x1", &[Some(1); 20]);
+        let Frame::Header(header) = &mut first[0] else { panic!("the header comes first") };
+        header.file_count = 8;
+        abuse.refused(bench.refuses(first).await, liar)
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn name_bytes() {
+    let too_long = || Refusal {
+        reason: "MANIFEST_TOO_LARGE",
+        field: Some("header.name_bytes"),
+        facts: &[("limit", Some("100"))],
+        ..INVALID
+    };
+    let liar = Refusal { reason: "MANIFEST_MISMATCH", field: Some("manifest.files"), ..INVALID };
+    let case = Case::new(|limits| limits.name_bytes = 100);
+    case.check(async |bench| {
+        let mut abuse = Abuse::default();
+        for bytes in [101, u64::MAX] {
+            let first = begun("x1", |header| header.name_bytes = bytes);
+            abuse = abuse.refused(bench.refuses(first).await, too_long());
+        }
+        let mut first = begun("x1", |header| header.name_bytes = 100);
+        let Frame::Manifest(manifest) = &mut first[1] else { panic!("the manifest comes then") };
+        manifest.files[0].name = "x".repeat(101);
+        abuse.refused(bench.refuses(first).await, liar)
+    })
+    .await;
+}
+
+/// A file counts as 512 bytes and twice its name.
+const ONE_FILE: u64 = 514;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn manifest_memory_bytes() {
+    let full = Refusal { facts: &[("limit", Some("1100")), ("peer", None)], ..TOO_MANY };
+    let case = Case::of_all(|limits| limits.manifest_memory_bytes = 2 * ONE_FILE + 72);
+    case.check(async |bench| {
+        let held = bench.offender("x1").await;
+        let refused = bench.refuses(begun("x2", |_| {})).await;
+        assert!(refused.message().contains("memory"), "{refused}");
+        Abuse::default().refused(refused, full).holds(held)
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn manifest_memory_per_peer() {
+    let full = Refusal { facts: &[("limit", Some("600")), ("peer", Some(OFFENDER))], ..TOO_MANY };
+    // The others have more files than that: the only manifest of a node is taken.
+    let case = Case::new(|limits| limits.manifest_memory_per_peer = 600);
+    case.check(async |bench| {
+        let held = bench.offender("x1").await;
+        let refused = bench.refuses(begun("x2", |_| {})).await;
+        assert!(refused.message().contains("memory"), "{refused}");
+        Abuse::default().refused(refused, full).holds(held)
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn extents() {
+    let scattered = Refusal { reason: "TOO_FRAGMENTED", field: Some("chunk.offset"), ..INVALID };
+    let case = Case::new(|limits| limits.extents = 16);
+    case.check(async |bench| {
+        let mut stream = bench.offender("x1").await;
+        // One for the file, and as many more as the limit says.
+        for number in 0..18 {
+            stream.chunk(number * 2, &payload(1)).await;
+        }
+        let refused = stream.refusal().await;
+        let durable = || bench.shown("x1").and_then(|shown| shown.progress).map(|shown| shown.bytes_done);
+        until("what came before is durable", || durable() == Some(17)).await;
+        Abuse::default().refused(refused, scattered).holds(stream)
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn snapshot_bytes() {
+    let too_large = |field| Refusal {
+        reason: "SNAPSHOT_TOO_LARGE",
+        field: Some(field),
+        facts: &[("limit", Some("1048576"))],
+        ..INVALID
+    };
+    let case = Case::new(|limits| limits.snapshot_bytes = MIB);
+    case.check(async |bench| {
+        let announced = bench.refuses(files("x1", &[Some(MIB + 1)])).await;
+        // Where a size is unknown, so is the sum, which says nothing of what is known of it.
+        let known = bench.refuses(files("x2", &[None, Some(MIB - 1), Some(2)])).await;
+        let open = async |id: &str, sizes: &[Option<u64>]| {
+            Stalled::begin(&bench.server, files(id, sizes)).await.unwrap()
+        };
+        let mut one = open("x3", &[None]).await;
+        one.chunk(MIB - 1, &payload(2)).await;
+        let one_file = one.refusal().await;
+        let mut all = open("x4", &[None, None]).await;
+        all.chunk_of(0, 0, &payload(CHUNK)).await;
+        for offset in (0..MIB).step_by(usize::try_from(CHUNK).unwrap()) {
+            while all.credit < offset + 2 * CHUNK {
+                all.hear().await.unwrap();
+            }
+            all.chunk_of(1, offset, &payload(CHUNK)).await;
+        }
+        let all_files = all.refusal().await;
+        Abuse::default()
+            .refused(announced, too_large("header.total_bytes"))
+            .refused(known, too_large("manifest.files[2].size"))
+            .refused(one_file, too_large("chunk.offset"))
+            .refused(all_files, too_large("chunk.offset"))
+            .holds((one, all))
+    })
+    .await;
+}
+
+// ---- The disk.
+
+#[tokio::test(flavor = "multi_thread")]
+async fn capacity_bytes() {
+    let full = Refusal { facts: &[("needed_bytes", Some("6291456")), ("peer", None)], ..NO_DISK };
+    let mut case = Case::new(|_| {});
+    (case.disk.capacity_bytes, case.disk.percent_per_peer) = (Some(16 * MIB), 100);
+    case.check(async |bench| {
+        let held = Stalled::open_with(&bench.server, OFFENDER, "x1", 10 * MIB, 1).await.unwrap();
+        let refused = Stalled::open_with(&bench.server, OFFENDER, "x2", 6 * MIB, 1).await.err();
+        Abuse::default().refused(refused, full).holds(held)
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn min_free_bytes() {
+    let full =
+        Refusal { facts: &[("needed_bytes", Some("1048576")), ("available_bytes", Some("0"))], ..NO_DISK };
+    let mut case = Case { ongoing: false, ..Case::of_all(|_| {}) };
+    case.disk.min_free_bytes = u64::MAX / 2;
+    case.check(async |bench| Abuse::default().refused(bench.refuses(begun("x1", |_| {})).await, full)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn percent_per_peer() {
+    let full = Refusal { facts: &[("needed_bytes", Some("2097152")), ("peer", Some(OFFENDER))], ..NO_DISK };
+    let mut case = Case::new(|_| {});
+    (case.disk.capacity_bytes, case.disk.percent_per_peer) = (Some(16 * MIB), 75);
+    case.check(async |bench| {
+        let held = Stalled::open_with(&bench.server, OFFENDER, "x1", 10 * MIB, 1).await.unwrap();
+        let refused = Stalled::open_with(&bench.server, OFFENDER, "x2", 2 * MIB, 1).await.err();
+        Abuse::default().refused(refused, full).holds(held)
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn receive_budget_bytes() {
+    let beyond = Refusal { reason: "CREDIT_EXCEEDED", field: Some("chunk.payload"), ..INVALID };
+    // Half of it for the node that is there, and a quarter of it for each of two streams.
+    let case = Case::new(|limits| limits.receive_budget_bytes = 8 * CHUNK);
+    case.check(async |bench| {
+        bench.brake.hold();
+        let first = bench.offender("x1").await;
+        let mut second = bench.offender("x2").await;
+        assert!(second.credit <= 2 * CHUNK, "{}", second.credit);
+        let credit = second.credit;
+        for offset in (0..=credit).step_by(usize::try_from(CHUNK).unwrap()) {
+            second.chunk(offset, &payload(CHUNK)).await;
+        }
+        bench.brake.begun.subscribe().wait_for(|begun| *begun > 0).await.unwrap();
+        bench.another_sends().await;
+        bench.brake.release();
+        Abuse::default().refused(second.refusal().await, beyond).holds((first, second))
+    })
+    .await;
+}
+
+// ---- Time.
+
+#[tokio::test(flavor = "multi_thread")]
+async fn first_frame() {
+    let case = Case::new(|limits| limits.first_frame = Duration::from_millis(500));
+    case.check(async |bench| {
+        let nothing = bench.refuses(vec![]);
+        let header = bench.refuses(vec![begun("x1", |_| {}).remove(0)]);
+        let page = async {
+            let mut first = begun("x2", |header| header.file_count = 2);
+            let Frame::Manifest(page) = &mut first[1] else { panic!("the manifest comes then") };
+            page.last = false;
+            bench.refuses(first).await
+        };
+        // It says something each time, and never comes to the end: ten times that, for the whole manifest.
+        let never_ends = async {
+            let mut stream =
+                Stalled::say_first(&bench.server, vec![begun("x3", |_| {}).remove(0)]).await.unwrap();
+            let frames = stream.frames.clone();
+            let beating = tokio::spawn(async move {
+                let mut beats = 0;
+                while frames.send(stalled::request(Frame::Heartbeat(Heartbeat {}))).await.is_ok() {
+                    beats += 1;
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+                beats
+            });
+            let refused = stream.refusal().await;
+            drop(stream);
+            assert!(beating.await.unwrap() > 10, "it was refused for its length, not for its silence");
+            assert!(refused.message().contains("5s"), "{refused}");
+            refused
+        };
+        let (nothing, header, page, never_ends) = tokio::join!(nothing, header, page, never_ends);
+        let all = [nothing, header, page, never_ends];
+        all.into_iter().fold(Abuse::default(), |abuse, refused| abuse.refused(refused, IDLE))
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn idle() {
+    let case = Case::new(|limits| limits.idle = Duration::from_secs(1));
+    case.check(async |bench| {
+        let mut silent = bench.offender("x1").await;
+        // A lane is not kept alive by its control stream.
+        let control = bench.offender("x2").await;
+        let mut lane = Stalled::lane(&bench.server, "x2").await;
+        let beating = async {
+            loop {
+                control.say(Frame::Heartbeat(Heartbeat {})).await;
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        };
+        let refused = tokio::select! {
+            both = async { (silent.refusal().await, lane.refusal().await) } => both,
+            () = beating => unreachable!(),
+        };
+        // Silence would be refused from here on.
+        drop(control);
+        Abuse::default().refused(refused.0, IDLE).refused(refused.1, IDLE).holds((silent, lane))
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn slowest() {
+    let slow = Refusal { code: Code::DeadlineExceeded, reason: "TOO_SLOW", ..TOO_MANY };
+    let mut case = Case::new(|limits| {
+        // It has the only place until it is found too slow: then others get that.
+        limits.transfers = 1;
+        (limits.slowest_bytes, limits.slowest_time) = (64 << 10, Duration::from_millis(500));
+    });
+    (case.ongoing, case.newcomers) = (false, false);
+    case.check(async |bench| {
+        let mut stream = bench.offender("x1").await;
+        let frames = stream.frames.clone();
+        let bytes = tokio::spawn(async move {
+            for offset in 0.. {
+                let payload = Bytes::from_static(b"x");
+                for frame in [stalled::chunk(0, offset, &payload), Frame::Heartbeat(Heartbeat {})] {
+                    if frames.send(stalled::request(frame)).await.is_err() {
+                        return offset;
+                    }
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            0
+        });
+        let refused = stream.refusal().await;
+        assert!(refused.message().contains("65536 bytes within 500ms"), "{refused}");
+        bench.another_sends().await;
+        // What it brought is there.
+        let kept = || bench.shown("x1").and_then(|shown| shown.progress).map_or(0, |shown| shown.bytes_done);
+        assert!(kept() > 1, "it was refused for its rate, not for its silence");
+        drop(stream);
+        assert!(bytes.await.unwrap() > 1);
+        Abuse::default().refused(refused, slow)
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn stale_after() {
+    let case = Case::new(|limits| limits.stale_after = Duration::from_millis(300));
+    case.check(async |bench| {
+        drop(bench.offender("x1").await);
+        until("it expired", || bench.shown("x1").unwrap().phase() == TransferPhase::Expired).await;
+        // One that is connected is not stale, however old.
+        let ongoing = bench.shown(Ongoing::ID).unwrap();
+        assert_ne!(ongoing.phase(), TransferPhase::Expired);
+        Abuse::default()
+    })
+    .await;
+}
+
+// ---- What is remembered, and who looks.
+
+#[tokio::test(flavor = "multi_thread")]
+async fn history() {
+    let case = Case::new(|limits| limits.history = 2);
+    case.check(async |bench| {
+        for id in ["x1", "x2", "x3"] {
+            bench.send(OFFENDER, id).await;
+        }
+        assert_eq!(bench.shown("x1"), None, "the oldest is forgotten");
+        assert_eq!(bench.shown("x3").unwrap().phase(), TransferPhase::Installed);
+        let page = bench.server.receiver.transfers().registry().list(|_, _| true, 100, "").unwrap();
+        let finished = page.items.iter().filter(|shown| shown.is_finished()).count();
+        assert!(finished <= 2, "{finished}");
+        assert!(!bench.shown(Ongoing::ID).unwrap().is_finished(), "what runs is never forgotten");
+        Abuse::default()
+    })
+    .await;
+}
+
+type Watch = tonic::Streaming<proto_snapshot::v1::WatchTransferProgressResponse>;
+
+/// A watch of the transfer that is under way. In plaintext, a peer is an address, whatever it opens.
+async fn watch_from(bench: &Bench, address: [u8; 4]) -> Result<Watch, Error> {
+    let endpoint = proto_common::tuning::endpoint(&bench.server.uri()).unwrap();
+    let channel = endpoint.local_address(Some(address.into())).connect().await.unwrap();
+    let request = WatchTransferProgressRequest { transfer_id: Ongoing::ID.to_owned(), ..Default::default() };
+    let mut client = SplitSnapshotServiceClient::new(channel);
+    let mut watch = client.watch_transfer_progress(request).await?.into_inner();
+    assert!(watch.message().await.unwrap().is_some());
+    Ok(watch)
+}
+
+/// Watches until it ends.
+fn watches_on(mut watch: Watch) -> JoinHandle<()> {
+    tokio::spawn(async move {
+        let mut last = None;
+        while let Some(next) = watch.message().await.unwrap() {
+            last = next.transfer;
+        }
+        assert_eq!(last.unwrap().phase(), TransferPhase::Installed);
+    })
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn watchers() {
+    let full =
+        Refusal { reason: "TOO_MANY_WATCHERS", facts: &[("limit", Some("3")), ("peer", None)], ..TOO_MANY };
+    let case = Case::new(|limits| limits.watchers = 3);
+    case.check(async |bench| {
+        let other = watches_on(watch_from(bench, [127, 0, 0, 2]).await.unwrap());
+        let held = [watch_from(bench, [127, 0, 0, 1]).await, watch_from(bench, [127, 0, 0, 1]).await];
+        let held = held.map(Result::unwrap);
+        let refused = watch_from(bench, [127, 0, 0, 1]).await.err();
+        Abuse { others: vec![other], ..Abuse::default() }.refused(refused, full).holds(held)
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn watchers_per_peer() {
+    let full = Refusal {
+        reason: "TOO_MANY_WATCHERS",
+        facts: &[("limit", Some("2")), ("peer", Some("127.0.0.1"))],
+        ..TOO_MANY
+    };
+    let case = Case::new(|limits| (limits.watchers, limits.watchers_per_peer) = (3, 2));
+    case.check(async |bench| {
+        let mut held = Vec::new();
+        for _ in 0..2 {
+            held.push(watch_from(bench, [127, 0, 0, 1]).await.unwrap());
+        }
+        let refused = watch_from(bench, [127, 0, 0, 1]).await.err();
+        let other = watches_on(watch_from(bench, [127, 0, 0, 2]).await.unwrap());
+        Abuse { others: vec![other], ..Abuse::default() }.refused(refused, full).holds(held)
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_watch_that_ends_leaves_its_place() {
+    let case = Case::new(|limits| limits.watchers_per_peer = 1);
+    case.check(async |bench| {
+        drop(watch_from(bench, [127, 0, 0, 1]).await.unwrap());
+        let mut abuse = Abuse::default();
+        let again = async {
+            loop {
+                match watch_from(bench, [127, 0, 0, 1]).await {
+                    Ok(watch) => return abuse.holds(watch),
+                    Err(error) => {
+                        let full = Refusal { reason: "TOO_MANY_WATCHERS", ..TOO_MANY };
+                        abuse = abuse.refused(error, full);
+                    }
+                }
+            }
+        };
+        tokio::time::timeout(LONG, again).await.expect("a place comes free")
+    })
+    .await;
+}
+
+/// So that no row of the table is forgotten here: each limit is lowered, or exceeded by its name.
+#[test]
+fn every_limit_of_the_table_is_here() {
+    let here = include_str!("limits.rs");
+    let table =
+        include_str!("../../docs/limits.md").split("\n## ").find(|part| part.starts_with("Snapshots:"));
+    let rows = table.unwrap().lines().filter_map(|line| line.strip_prefix("| ")?.split('|').next());
+    let mut limits = 0;
+    for name in rows.flat_map(|row| row.split('`').skip(1).step_by(2)) {
+        let name = name.rsplit(':').next().unwrap();
+        assert!(
+            ["limits.", "disk.", "async fn "].iter().any(|at| here.contains(&format!("{at}{name}"))),
+            "no test exceeds {name}"
+        );
+        limits += 1;
+    }
+    assert!(limits >= 24, "the table was found: {limits}");
+}
