@@ -5,13 +5,10 @@ mod support;
 
 use std::time::{Duration, Instant};
 
-use proto_common::error::Error;
 use proto_common::tuning::{endpoint, tune_endpoint, tune_server};
-use proto_health::grpc_health_v1::HealthCheckRequest;
-use proto_health::grpc_health_v1::health_client::HealthClient;
+use proto_health::HealthRegistry;
 use proto_health::v1::WatchHealthRequest;
 use proto_health::v1::health_service_client::HealthServiceClient;
-use proto_health::{HealthRegistry, Reason, limits::Limits};
 use support::*;
 use tokio::net::TcpListener;
 use tonic::transport::server::TcpIncoming;
@@ -38,33 +35,6 @@ async fn serve(registry: &HealthRegistry) -> (String, tokio::task::JoinHandle<()
 
 async fn connect(address: &str) -> Channel {
     endpoint(address).unwrap().connect().await.unwrap()
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_connection_has_its_share_of_watches() {
-    let mut limits = Limits::default();
-    limits.watches_per_connection = 3;
-    let registry = HealthRegistry::builder(identity()).limits(limits).build();
-    let (address, _serving) = serve(&registry).await;
-    let (first, second) = (connect(&address).await, connect(&address).await);
-    let open = async |channel: &Channel| {
-        let opened = HealthClient::new(channel.clone()).watch(HealthCheckRequest::default()).await;
-        opened.map_err(|status| Error::from(&status))
-    };
-    let mut watches = Vec::new();
-    for channel in [&first, &second] {
-        for _ in 0..3 {
-            watches.push(open(channel).await.unwrap());
-        }
-        let refused = open(channel).await.unwrap_err();
-        assert!(refused.is(Reason::TooManyWatchers), "{refused:?}");
-    }
-    drop(watches.remove(0));
-    let began = Instant::now();
-    while open(&first).await.is_err() {
-        assert!(began.elapsed() < Duration::from_secs(20), "a place is free again");
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
 }
 
 /// A reader that reads nothing: its window is full, and then the node stops.

@@ -364,7 +364,10 @@ impl<S: MigrationSource, D: Dial> Inner<S, D> {
         let going = self.migrations.active(Some(Direction::Out)).len();
         if going >= self.limits.outgoing {
             let text = format!("{going} migrations leave this node already; try again when one has ended");
-            return Err(Reason::TooManyMigrations.error(text).retry_after(Duration::from_secs(1)));
+            return Err(Reason::TooManyMigrations
+                .error(text)
+                .metadata("limit", self.limits.outgoing.to_string())
+                .retry_after(Duration::from_secs(1)));
         }
         let terms = self.source.admit(&spec, fence.map(Fence::from)).await?;
         let range = acquire(&self.guard, &id, &spec)?;

@@ -245,10 +245,17 @@ impl Journal {
     ///
     /// # Errors
     ///
-    /// `STORAGE_FAILED`; the old or the new record is there.
+    /// `STORAGE_FAILED`; the old or the new record is there. `INTERNAL` for a record of more than 4 MiB, which would not be read back: the old
+    /// one is there.
     pub async fn save(&self, id: &MigrationId, slots: SlotRange, record: &SourceRecord) -> Result<(), Error> {
         let path = self.shared.active.join(file_name(slots, id));
         let content = KIND.seal(record);
+        let bytes = content.len() - HEADER_LEN;
+        if bytes > MAX_RECORD_BYTES {
+            return Err(Reason::Internal.error(format!(
+                "the record of migration {id} would have {bytes} bytes, more than any record"
+            )));
+        }
         let state = record.progress.as_ref().map(MigrationProgress::state).unwrap_or_default();
         reached("save.before", state);
         blocking("save a migration", move || write_atomic(path, &content)).await?;

@@ -11,7 +11,7 @@ use crate::v1::{FreezeAttempt, MigrationIncident, MigrationPhaseStart, Migration
 pub(crate) const REMEMBERED: usize = 64;
 
 /// Text of an error that a progress keeps, in bytes.
-const ERROR_TEXT_BYTES: usize = 1024;
+pub(crate) const ERROR_TEXT_BYTES: usize = 1024;
 
 /// Reasons of callers that are kept, in bytes.
 pub(crate) const REASON_BYTES: usize = 256;
@@ -72,6 +72,7 @@ fn push<T>(list: &mut Vec<T>, item: T) {
 /// An error as a progress keeps it: its text is cut, since it may be a peer's.
 pub(crate) fn kept(error: &Error) -> TaskError {
     let mut kept = TaskError::from(error.clone());
+    kept.reason = printable(&kept.reason, 64);
     kept.message = printable(&kept.message, ERROR_TEXT_BYTES);
     kept.metadata = kept
         .metadata

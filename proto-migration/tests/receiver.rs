@@ -26,7 +26,7 @@ use proto_migration::v1::transfer_migration_data_response::Frame as Answer;
 use proto_migration::v1::{
     self, MigrationDecision, MigrationState, TransferMigrationDataRequest, TransferMigrationDataResponse,
 };
-use support::frames::{COMMIT, Node, PATIENCE, Source, bulk, delta, eventually, header, resolve, row};
+use support::frames::{COMMIT, Node, Source, bulk, delta, eventually, header, resolve, row};
 use support::memory_target::{Fault, Rows};
 
 #[tokio::test]
@@ -498,39 +498,5 @@ proptest! {
             .map(|(key, (seq, image))| (String::from_utf8(key.to_vec()).unwrap(), (seq, image.is_some())))
             .collect();
         prop_assert_eq!(staged, model);
-    }
-}
-
-#[tokio::test]
-async fn a_source_that_brings_next_to_nothing_is_refused_until_all_rows_are_there() {
-    let mut limits = Limits::default();
-    limits.slowest_time = Duration::from_millis(500);
-    let node = Node::with(|builder| builder.limits(limits)).await;
-    let (mut source, _) = node.accept(header(1)).await;
-    let before = proto_common::refusals::count_of("TOO_SLOW");
-    let since = std::time::Instant::now();
-    let refused = loop {
-        source.bulk(vec![row(10, "a")], false).await;
-        source.send(Frame::Heartbeat(Heartbeat::default())).await;
-        match tokio::time::timeout(Duration::from_millis(20), source.answer()).await {
-            Ok(answer) => break answer.unwrap_err(),
-            Err(_) => assert!(since.elapsed() < PATIENCE, "nobody minds"),
-        }
-    };
-    assert_eq!(refused.reason(), "TOO_SLOW");
-    assert!(refused.is_retryable(), "{refused:?}");
-    assert!(proto_common::refusals::count_of("TOO_SLOW") > before);
-    assert!(source.number > 1, "it was refused for its rate, not for its silence");
-
-    // What it brought is there, and once all rows are, it may wait for as long as it wants.
-    let (mut source, accepted) = node.accept(header(2)).await;
-    assert_eq!(accepted.resume.unwrap().staged_keys, 1);
-    source.bulk(vec![row(10, "b")], true).await;
-    source.durable().await;
-    let waited = std::time::Instant::now();
-    while waited.elapsed() < Duration::from_millis(1500) {
-        source.send(Frame::Heartbeat(Heartbeat::default())).await;
-        let answer = tokio::time::timeout(Duration::from_millis(50), source.answer()).await;
-        assert!(answer.is_err(), "{answer:?}");
     }
 }

@@ -32,6 +32,9 @@ const HEARTBEAT: Duration = Duration::from_millis(500);
 /// swallows what is sent shows in no other way. Four heartbeats, each of which the target answers at once, whatever its store does.
 const COMMIT_SILENCE: Duration = Duration::from_secs(2);
 
+/// Length of the sum of a digest, as `migration.proto` says.
+const SUM_BYTES: usize = 16;
+
 /// How a freeze ended before the commit was decided.
 enum GivenUp {
     TimedOut,
@@ -275,7 +278,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         let (outcome, error, then) = match given_up {
             GivenUp::TimedOut => (FreezeOutcome::TimedOut, timeout_error(), None),
             GivenUp::Refused(error, mismatch) => {
-                self.change().mismatch = mismatch;
+                self.change().mismatch = mismatch.filter(is_one);
                 (FreezeOutcome::Refused, error, None)
             }
             GivenUp::Interrupted(error) => (FreezeOutcome::Interrupted, error.clone(), Some(Ok(error))),
@@ -316,4 +319,10 @@ fn prepare_frame(freeze: u64, final_seq: u64, new_slot_epoch: u64, digests: Vec<
         keys: digests.iter().fold(0, |keys, digest| digest.keys.saturating_add(keys)),
         digests: digests.into_iter().map(Into::into).collect(),
     }
+}
+
+/// Whether a difference that the target told is kept: a digest has 16 bytes, and what has more is something else.
+fn is_one(mismatch: &SlotMismatch) -> bool {
+    let SlotMismatch { slot: _, source, target, slots_differing: _ } = mismatch;
+    [source, target].into_iter().flatten().all(|digest| digest.sum.len() == SUM_BYTES)
 }

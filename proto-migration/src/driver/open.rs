@@ -5,13 +5,13 @@ use std::time::Duration;
 
 use proto_common::clock::now_unix_ms;
 use proto_common::error::Error;
-use proto_common::text::hex;
+use proto_common::text::{hex, printable};
 use proto_common::v1::NodeIdentity;
 use tokio::time::{Instant, timeout};
 
 use super::FEATURES;
 use super::dial::Dial;
-use super::link::Link;
+use super::link::{Link, unexpected};
 use super::task::{Halt, Task};
 use crate::Reason;
 use crate::source::MigrationSource;
@@ -21,6 +21,9 @@ use crate::v1::transfer_migration_data_response::Accepted;
 
 /// How long a target may take to tell the outcome: reads and writes wait for it, and over another connection it may come at once.
 pub(super) const OUTCOME_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Length of a store ID, as `migration.proto` says.
+const STORE_ID_BYTES: usize = 16;
 
 impl<S: MigrationSource, D: Dial> Task<S, D> {
     /// A stream of the next attempt. The attempt is saved before anybody hears of it, and none is claimed where nobody can: an operator
@@ -42,7 +45,11 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         let link = self.meanwhile(opening).await?.unwrap_or_else(|_| Err(silent()))?;
         self.check_target(&link.accepted)?;
         if self.shown().peer.is_none() {
-            self.change().peer.clone_from(&link.accepted.target);
+            self.change().peer = link.accepted.target.clone().map(|target| NodeIdentity {
+                cluster_id: printable(&target.cluster_id, 128),
+                version: printable(&target.version, 64),
+                ..target
+            });
             self.save().await?;
         }
         let skew = i128::from(link.accepted.sent_unix_ms) - i128::from(now_unix_ms());
@@ -87,13 +94,13 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         if let Some(feature) =
             accepted.required_features.iter().find(|feature| !FEATURES.contains(&feature.as_str()))
         {
-            let feature = proto_common::text::printable(feature, 64);
+            let feature = printable(feature, 64);
             let text = format!("the target requires the feature {feature}, which this node does not have");
             return Err(Reason::UnsupportedFeature.error(text).metadata("feature", feature));
         }
         let found = accepted.target.clone().unwrap_or_default();
         if found.node_id != self.spec.target_node.as_str() {
-            let shown = proto_common::text::printable(&found.node_id, 128);
+            let shown = printable(&found.node_id, 128);
             let text = format!(
                 "{} answers at {} where {} was expected",
                 shown,
@@ -102,10 +109,16 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
             );
             return Err(Reason::WrongNode.error(text).metadata("node_id", shown));
         }
+        if found.store_id.len() != STORE_ID_BYTES {
+            let bytes = found.store_id.len();
+            return Err(unexpected(&format!(
+                "the target's store ID has {bytes} bytes instead of {STORE_ID_BYTES}"
+            )));
+        }
         let mine = &self.inner.identity;
         if !mine.cluster_id.is_empty() && !found.cluster_id.is_empty() && mine.cluster_id != found.cluster_id
         {
-            let shown = proto_common::text::printable(&found.cluster_id, 128);
+            let shown = printable(&found.cluster_id, 128);
             let text =
                 format!("{} belongs to cluster {shown}, this node to {}", found.node_id, mine.cluster_id);
             return Err(Reason::WrongCluster.error(text).metadata("cluster_id", shown));

@@ -27,7 +27,7 @@ use crate::failpoint::reached;
 use crate::hold::{Hold, HoldMode};
 use crate::journal::SourceRecord;
 use crate::limits::TaskLimits;
-use crate::progress::{REASON_BYTES, kept};
+use crate::progress::{ERROR_TEXT_BYTES, REASON_BYTES, kept};
 use crate::source::{Handover, LogState, MigrationSource};
 use crate::spec::MigrationSpec;
 use crate::v1::transfer_migration_data_response::Committed;
@@ -362,7 +362,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         self.record.base_seq = base;
         let progress = self.change();
         progress.copy += 1;
-        why.clone_into(&mut progress.copy_reason);
+        progress.copy_reason = printable(why, ERROR_TEXT_BYTES);
         progress.durable_seq = base;
         let task = progress.task();
         (task.bytes_done, task.items_done) = (0, 0);

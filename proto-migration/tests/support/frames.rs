@@ -6,6 +6,7 @@ use std::time::Duration;
 use super::memory_target::{MemoryTarget, Rows, digests_of};
 use bytes::Bytes;
 use proto_common::checksum::crc64;
+use proto_common::connect::GrpcChannel;
 use proto_common::error::Error;
 use proto_common::ids::MigrationId;
 use proto_common::slots::SlotRange;
@@ -109,18 +110,12 @@ impl Node {
     }
 
     pub async fn open(&self, header: Header) -> Source {
-        let (frames, requests) = mpsc::channel(256);
-        let mut client = self.client.clone().max_decoding_message_size(64 << 20);
-        let request = TransferMigrationDataRequest { frame: Some(Frame::Header(header)) };
-        frames.send(request).await.unwrap();
-        let answers = client.transfer_migration_data(ReceiverStream::new(requests)).await.unwrap();
-        Source { frames, answers: answers.into_inner(), number: 0, watermark: 0 }
+        Source::open(self.client.clone(), header).await
     }
 
     pub async fn accept(&self, header: Header) -> (Source, Accepted) {
         let mut source = self.open(header).await;
-        let Answer::Accepted(accepted) = source.next().await.unwrap() else { panic!("not accepted") };
-        source.watermark = accepted.resume.as_ref().map_or(0, |resume| resume.through_seq);
+        let accepted = source.accepted().await.unwrap();
         (source, accepted)
     }
 
@@ -181,6 +176,26 @@ pub struct Source {
 }
 
 impl Source {
+    /// A stream that has said nothing yet.
+    pub async fn silent(client: MigrationServiceClient<impl GrpcChannel>) -> Self {
+        let (frames, requests) = mpsc::channel(256);
+        let mut client = client.max_decoding_message_size(64 << 20);
+        let answers = client.transfer_migration_data(ReceiverStream::new(requests)).await.unwrap();
+        Self { frames, answers: answers.into_inner(), number: 0, watermark: 0 }
+    }
+
+    pub async fn open(client: MigrationServiceClient<impl GrpcChannel>, header: Header) -> Self {
+        let source = Self::silent(client).await;
+        source.send(Frame::Header(header)).await;
+        source
+    }
+
+    pub async fn accepted(&mut self) -> Result<Accepted, Error> {
+        let Answer::Accepted(accepted) = self.next().await? else { panic!("not accepted") };
+        self.watermark = accepted.resume.as_ref().map_or(0, |resume| resume.through_seq);
+        Ok(accepted)
+    }
+
     /// `None`: a frame of a kind that nobody knows.
     pub async fn send(&self, frame: impl Into<Option<Frame>>) {
         // One that has ended reads nothing; it says why in its answer.
@@ -249,10 +264,14 @@ impl Source {
     }
 
     pub async fn prepare(&mut self, freeze: u64, target: &MemoryTarget) {
+        self.prepare_of("m1", freeze, target).await;
+    }
+
+    pub async fn prepare_of(&mut self, id: &str, freeze: u64, target: &MemoryTarget) {
         if self.number > 0 {
             self.durable().await;
         }
-        let id = MigrationId::new("m1").unwrap();
+        let id = MigrationId::new(id).unwrap();
         let prepare = prepare(freeze, self.watermark, &target.disk().staged[&id]);
         self.send(Frame::Prepare(prepare)).await;
     }

@@ -24,6 +24,9 @@ use proto_migration::v1::{
 
 pub type Service = MigrationService;
 
+/// Ends a driver.
+pub type Stop = Box<dyn FnOnce() -> futures::future::BoxFuture<'static, ()>>;
+
 /// Two nodes, of which each can go down and come back.
 pub struct Pair {
     pub dir: tempfile::TempDir,
@@ -34,7 +37,7 @@ pub struct Pair {
     /// What dialling reaches; `None`: nothing.
     pub reachable: Arc<Mutex<Option<Service>>>,
     pub receiver: Option<MigrationReceiver<MemoryTarget>>,
-    pub stop_driver: Option<Box<dyn FnOnce() -> futures::future::BoxFuture<'static, ()>>>,
+    pub stop_driver: Option<Stop>,
     pub client: MigrationServiceClient<Service>,
 }
 
@@ -86,7 +89,11 @@ impl Pair {
 
     /// The source comes back with the same store and journal.
     pub async fn source_up(&mut self) {
-        let (client, stop) = driver(&self.dir, &self.source, &self.reachable).await;
+        self.source_up_within(Limits::default()).await;
+    }
+
+    pub async fn source_up_within(&mut self, limits: Limits) {
+        let (client, stop) = driver_within(&self.dir, &self.source, dial(&self.reachable), limits).await;
         (self.client, self.stop_driver) = (client, Some(stop));
     }
 
@@ -201,10 +208,19 @@ pub async fn driver(
     dir: &tempfile::TempDir,
     source: &MemorySource,
     reachable: &Arc<Mutex<Option<Service>>>,
-) -> (MigrationServiceClient<Service>, Box<dyn FnOnce() -> futures::future::BoxFuture<'static, ()>>) {
+) -> (MigrationServiceClient<Service>, Stop) {
+    driver_within(dir, source, dial(reachable), Limits::default()).await
+}
+
+pub async fn driver_within(
+    dir: &tempfile::TempDir,
+    source: &MemorySource,
+    dial: impl Dial,
+    limits: Limits,
+) -> (MigrationServiceClient<Service>, Stop) {
     let (journal, recovered) = Journal::open(dir.path().join("source"), 10).unwrap();
-    let driver = MigrationDriver::builder(identity("n1", 1), source.clone(), journal, dial(reachable))
-        .limits(Limits::default())
+    let driver = MigrationDriver::builder(identity("n1", 1), source.clone(), journal, dial)
+        .limits(limits)
         .start(recovered)
         .await
         .unwrap();

@@ -141,12 +141,15 @@ impl Stalled {
 
     /// The error that ends it.
     pub async fn refusal(&mut self) -> Error {
-        loop {
-            match self.hear().await {
-                Ok(answer) => assert!(matches!(answer, Answer::Ack(_)), "{answer:?}"),
-                Err(error) => return error,
+        let refusal = async {
+            loop {
+                match self.hear().await {
+                    Ok(answer) => assert!(matches!(answer, Answer::Ack(_)), "{answer:?}"),
+                    Err(error) => return error,
+                }
             }
-        }
+        };
+        tokio::time::timeout(LONG, refusal).await.expect("an end")
     }
 
     /// Waits until the snapshot is installed.
