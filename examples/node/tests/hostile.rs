@@ -20,16 +20,18 @@ use proto::common::connect::Connect as _;
 use proto::common::dial::{Dialer, NodeChannel};
 use proto::common::error::Error;
 use proto::common::ids::{NodeId, ShardId, TransferId};
+use proto::common::limits::ConnectionLimits;
 use proto::common::slots::SlotRange;
 use proto::common::tls::{Tls, TlsPem};
 use proto::common::v1::Priority;
+use proto::node::health_service_client::HealthServiceClient;
 use proto::node::migration_service_client::MigrationServiceClient;
 use proto::node::split_snapshot_service_client::SplitSnapshotServiceClient;
 use proto::node::transfer_split_snapshot_request::{Chunk, File, Frame, Header, LaneHeader, Manifest};
 use proto::node::transfer_split_snapshot_response::Frame as Answer;
 use proto::node::{
     MigrationSpec, NodeIdentity, TransferMigrationDataRequest, TransferSplitSnapshotRequest,
-    TransferSplitSnapshotResponse, WatchTransferProgressRequest,
+    TransferSplitSnapshotResponse, WatchHealthRequest, WatchTransferProgressRequest,
     transfer_migration_data_request as migration, transfer_migration_data_response as migration_answer,
 };
 use proto::snapshot::sender::{SnapshotSender, SnapshotToSend};
@@ -293,6 +295,99 @@ async fn dial(node: &NodeProcess) -> std::io::Result<TcpStream> {
     socket.connect(node.addresses().grpc.parse().unwrap()).await
 }
 
+/// Whether the node has closed it, whatever it said before.
+fn is_closed(connection: &TcpStream) -> bool {
+    loop {
+        match connection.try_read(&mut [0; 256]) {
+            Ok(0) => return true,
+            Ok(_) => {}
+            Err(error) => return error.kind() != std::io::ErrorKind::WouldBlock,
+        }
+    }
+}
+
+/// As many connections without a byte as it gets: those beyond the share of an address are closed at once.
+async fn connections(node: &NodeProcess) -> Vec<TcpStream> {
+    const DIALLED: usize = 400;
+    let share = ConnectionLimits::default().connections_per_peer;
+    let mut open = Vec::new();
+    for _ in 0..DIALLED {
+        open.extend(dial(node).await);
+    }
+    until("those beyond the share are closed", async || {
+        open.iter().filter(|connection| !is_closed(connection)).count() <= share
+    })
+    .await;
+    open
+}
+
+/// As many watches as it gets of a transfer, over one connection, and of the node's health, over another; each kind has its end.
+async fn watches(node: &NodeProcess, evil: &Dialer) -> impl Sized + use<> {
+    let refused = |error: &Error, limit: usize, open: usize| {
+        assert_eq!(error.reason(), "TOO_MANY_WATCHERS", "{error:?}");
+        assert_eq!(error.get("limit"), Some(limit.to_string().as_str()), "{error:?}");
+        assert!(open <= limit, "{open} were opened");
+    };
+    let limits = proto::limits::Limits::default();
+    let (of_peer, of_connection) = (limits.snapshot.watchers_per_peer, limits.health.watches_per_connection);
+    let channels = [channel(node, evil).await, channel(node, evil).await];
+    let mut transfers = Vec::new();
+    let mut client = SplitSnapshotServiceClient::new(channels[0].clone());
+    let error = loop {
+        let transfer_id = "stall-0".to_owned();
+        let request = WatchTransferProgressRequest { transfer_id, ..Default::default() };
+        match client.watch_transfer_progress(request).await {
+            Ok(watch) => transfers.push(watch),
+            Err(status) => break Error::from(status),
+        }
+        assert!(transfers.len() <= of_peer, "watches have an end");
+    };
+    refused(&error, of_peer, transfers.len());
+    assert!(error.get("peer").is_some(), "{error:?}");
+    let mut health = Vec::new();
+    let mut client = HealthServiceClient::new(channels[1].clone());
+    let error = loop {
+        match client.watch_health(WatchHealthRequest::default()).await {
+            Ok(watch) => health.push(watch),
+            Err(status) => break Error::from(status),
+        }
+        assert!(health.len() <= of_connection, "watches have an end");
+    };
+    refused(&error, of_connection, health.len());
+    (transfers, health, channels)
+}
+
+/// What says nothing at all while everything else goes on.
+struct Silent {
+    since: Instant,
+    streams: Vec<Stream>,
+    connections: Vec<TcpStream>,
+    _channel: NodeChannel,
+}
+
+impl Silent {
+    async fn begin(node: &NodeProcess, evil: &Dialer) -> Self {
+        let channel = channel(node, evil).await;
+        let (mut streams, mut connections) = (Vec::new(), Vec::new());
+        for _ in 0..8 {
+            streams.push(Stream::open(&channel, []).await.unwrap());
+            connections.push(dial(node).await.unwrap());
+        }
+        Self { since: Instant::now(), streams, connections, _channel: channel }
+    }
+
+    /// The node has given up all of it, streams and connections.
+    async fn see_refused(mut self) {
+        for stream in &mut self.streams {
+            let refused = tokio::time::timeout(Duration::from_secs(60), stream.refusal()).await;
+            assert_eq!(refused.expect("silence has an end").reason(), "IDLE_TIMEOUT");
+        }
+        assert!(self.since.elapsed() >= proto::limits::Limits::default().snapshot.first_frame);
+        // They had a third of that.
+        until("connections without a byte are closed", async || self.connections.iter().all(is_closed)).await;
+    }
+}
+
 /// What the hostile client holds while others work.
 struct Attack {
     held: Vec<Box<dyn std::any::Any>>,
@@ -330,22 +425,16 @@ async fn attack(node: &NodeProcess, evil: &Dialer, round: u64) -> Attack {
     // Streams without a frame, connections without a byte, watches.
     let mut idle = Vec::new();
     for _ in 0..150 {
-        idle.push(tokio::time::timeout(Duration::from_millis(200), Stream::open(&channel, [])).await);
+        idle.push(Stream::open(&channel, []).await.unwrap());
     }
-    let mut silent = Vec::new();
-    for _ in 0..400 {
-        silent.extend(dial(node).await);
-    }
-    let mut watches = Vec::new();
-    for _ in 0..60 {
-        let transfer_id = "stall-0".to_owned();
-        let request = WatchTransferProgressRequest { transfer_id, ..Default::default() };
-        let mut client = SplitSnapshotServiceClient::new(channel.clone());
-        let watch = client.watch_transfer_progress(request);
-        watches.push(tokio::time::timeout(Duration::from_millis(200), watch).await);
-    }
-    let held: Vec<Box<dyn std::any::Any>> =
-        vec![Box::new((stalled, migrations)), Box::new(idle), Box::new(silent), Box::new((watches, channel))];
+    let connections = connections(node).await;
+    let watches = watches(node, evil).await;
+    let held: Vec<Box<dyn std::any::Any>> = vec![
+        Box::new((stalled, migrations)),
+        Box::new(idle),
+        Box::new(connections),
+        Box::new((watches, channel)),
+    ];
     Attack { held }
 }
 
@@ -459,6 +548,7 @@ async fn hostile(mut node: NodeProcess, nodes: &Path, evil: Dialer, good: Dialer
         ("MALLOC_TRIM_THRESHOLD_", "65536"),
     ]);
     node.restart().await.unwrap();
+    let silent = Silent::begin(&node, &evil).await;
     let directory = nodes.parent().unwrap();
     let file = directory.join("snapshot");
     let content: Vec<u8> = (0..32 * MIB).map(|at| u8::try_from(at * 31 % 251).unwrap()).collect();
@@ -508,6 +598,7 @@ async fn hostile(mut node: NodeProcess, nodes: &Path, evil: Dialer, good: Dialer
             break;
         }
     }
+    silent.see_refused().await;
     println!("{times}");
     // Both were taken in turns, so a machine that is busy slows both down. Whoever waits for the hostile client waits longer than that.
     assert!(times.drop() < 0.75, "{times}");
