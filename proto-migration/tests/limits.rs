@@ -647,11 +647,11 @@ async fn watchers_per_peer() {
 
 // ---- The journal.
 
-/// The file of a record, as the journal's first lines say it is.
+/// The file of a record: kind and version, length, checksum of all other bytes, and the record.
 fn file(record: &[u8]) -> Vec<u8> {
-    let len = u32::try_from(record.len()).unwrap().to_le_bytes();
-    let crc = proto_common::checksum::crc64(&[&len[..], record].concat());
-    [&b"NMJ1"[..], &len, &crc.to_le_bytes(), record].concat()
+    let head = [&b"NMJ\x01"[..], &u32::try_from(record.len()).unwrap().to_le_bytes()].concat();
+    let crc = proto_common::checksum::crc64(&[&head[..], record].concat());
+    [&head[..], &crc.to_le_bytes(), record].concat()
 }
 
 /// A record of exactly `bytes` that is whole.
@@ -702,7 +702,8 @@ async fn a_record_of_the_journal() {
     let mut request = Pair::request("m7");
     request.spec.as_mut().unwrap().slots = Some(slots.into());
     let refused = Error::from(client.clone().start_migration(request).await.unwrap_err());
-    assert!(refused.get("holder").unwrap().contains(&name), "{refused:?}");
+    let bare = path.file_name().unwrap().to_str().unwrap();
+    assert!(refused.get("holder").unwrap().contains(bare), "{refused:?}");
     let mut other = Pair::request("m8");
     other.spec.as_mut().unwrap().slots = Some(one_slot(1).into());
     client.clone().start_migration(other).await.unwrap();
@@ -746,6 +747,22 @@ async fn no_target_makes_a_source_write_a_record_that_it_cannot_read() {
     assert!(progress.freeze_count > 1 && !progress.incidents.is_empty(), "freezes were refused");
     assert_eq!(progress.peer.as_ref().unwrap().store_id.len(), 16);
     assert!(bytes < 256 << 10, "{bytes} bytes are kept of what it said");
+}
+
+/// A target that has lost all whenever it is asked costs a copy each time, but not as many as it can make.
+#[tokio::test(start_paused = true)]
+async fn a_copy_that_starts_again_and_again_is_not_hurried() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = support::memory_source::MemorySource::default();
+    source.write(b"key", Some(b"value")).await;
+    let (hostile, mut came) = hostile_target::HostileTarget::forgetful();
+    let (mut client, stop) = driver_within(&dir, &source, hostile.dial(), Limits::default()).await;
+    client.start_migration(Pair::request("m1")).await.unwrap();
+    let came = came.wait_for(|came| came.len() >= 8).await.unwrap().clone();
+    stop().await;
+    // Each wait is random, up to twice as long as the one before; all of them below a hundredth of that is as good as impossible.
+    let lasted = came[7] - came[1];
+    assert!(lasted >= Duration::from_millis(100), "six copies within {lasted:?}");
 }
 
 /// So that no row of the table is forgotten here: each limit is lowered, or exceeded by its name.

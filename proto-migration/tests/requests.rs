@@ -12,6 +12,7 @@ use bytes::{BufMut as _, Bytes, BytesMut};
 use http_body::{Body as _, Frame};
 use proto_common::error::{Code, Error};
 use proto_common::prompt::{MAX_REQUEST_BYTES, REQUEST_TIME};
+use proto_common::refusals::count_of;
 use support::pair::Pair;
 use tokio::time::Instant;
 use tonic::Status;

@@ -371,7 +371,10 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         } else {
             MigrationState::Copying
         };
-        self.enter(state, MigrationGate::Open).await
+        self.enter(state, MigrationGate::Open).await?;
+        // A target that loses it again and again is not asked as fast as it answers.
+        let wait = self.wait_after(&Error::new(CommonReason::Unavailable, why));
+        self.pause(wait).await
     }
 
     /// What follows from an error: how long to wait before the next stream, `None` to look at the state at once.

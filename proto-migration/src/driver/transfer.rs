@@ -74,6 +74,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
             }
         }
         if !accepted.known && was_known && self.state() != MigrationState::Pending {
+            drop(link);
             self.copy_again("the target had no record of this migration any more").await?;
             return Err(Halt::Changed);
         }

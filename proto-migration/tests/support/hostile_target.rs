@@ -14,7 +14,8 @@ use proto_migration::v1::transfer_migration_data_response::{
     Accepted, Ack, Frame as Answer, PrepareRefused, Resume,
 };
 use proto_migration::v1::*;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -27,6 +28,8 @@ const MUCH: usize = 1_900_000;
 #[derive(Debug, Clone, Default)]
 pub struct HostileTarget {
     streams: Arc<AtomicUsize>,
+    /// When streams came to one that knows of none before.
+    forgetful: Option<Arc<watch::Sender<Vec<Instant>>>>,
     refused: Arc<AtomicUsize>,
 }
 
@@ -41,6 +44,12 @@ impl HostileTarget {
         })
     }
 
+    /// One that has forgotten the migration whenever a stream comes; and when those came.
+    pub fn forgetful() -> (Self, watch::Receiver<Vec<Instant>>) {
+        let (came, seen) = watch::channel(Vec::new());
+        (Self { forgetful: Some(Arc::new(came)), ..Self::default() }, seen)
+    }
+
     /// Streams that came.
     pub fn streams(&self) -> usize {
         self.streams.load(Ordering::SeqCst)
@@ -52,7 +61,12 @@ impl HostileTarget {
     }
 
     async fn serve(self, mut frames: Streaming<TransferMigrationDataRequest>, answers: Answers) {
-        let stream = self.streams.fetch_add(1, Ordering::SeqCst);
+        let mut stream = self.streams.fetch_add(1, Ordering::SeqCst);
+        if let Some(came) = &self.forgetful {
+            came.send_modify(|came| came.push(Instant::now()));
+            // All of them like the first one that is believed.
+            stream = 1;
+        }
         let say = async |frame| {
             let _ = answers.send(Ok(TransferMigrationDataResponse { frame: Some(frame) })).await;
         };
@@ -83,6 +97,7 @@ impl HostileTarget {
                     .await;
                     ack.durable_seq = header.base_seq;
                 }
+                Frame::Bulk(_) if self.forgetful.is_some() => return,
                 Frame::Bulk(_) if stream == 1 => {
                     let lost = Reason::LogLost.error("l".repeat(3 << 20));
                     let _ = answers.send(Err(lost.into())).await;
