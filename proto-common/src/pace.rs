@@ -12,6 +12,8 @@ pub struct Pace {
     within: Duration,
     since: Instant,
     bytes: u64,
+    /// What had come at the end of the span, where not all of it was taken.
+    doubt: Option<u64>,
 }
 
 impl Pace {
@@ -22,17 +24,36 @@ impl Pace {
         let half = asked.map_or(u64::MAX, |asked| {
             u64::try_from(u128::from(asked.get()) * within.as_millis() / 2000).unwrap_or(u64::MAX)
         });
-        Self { least: least.min(half), within, since: Instant::now(), bytes }
+        Self { least: least.min(half), within, since: Instant::now(), bytes, doubt: None }
     }
 
-    /// When to [look](Self::is_kept) next.
+    /// When to [look](Self::look) next.
     #[must_use]
     pub fn due(&self) -> Instant {
-        self.since + self.within
+        let end = self.since + self.within;
+        if self.doubt.is_some() { end + self.patience() } else { end }
+    }
+
+    /// How long what came is given to be taken: long enough for anything but a store that does not keep up.
+    fn patience(&self) -> Duration {
+        (self.within / 8).min(Duration::from_secs(1))
+    }
+
+    /// Ends the span, in which `brought` bytes in all have come, of which `taken` are taken from the peer's hands; whether enough came in it.
+    ///
+    /// Where something waits to be taken, it may be that the peer could bring no more. It is looked at once more, and not held against the peer if what
+    /// waited still does. To look once would not do: whoever has something come at the end of each span could take as long as it likes.
+    pub fn look(&mut self, brought: u64, taken: u64) -> bool {
+        match self.doubt.take() {
+            None if taken < brought => self.doubt = Some(brought),
+            Some(waited) if taken < waited => self.restart(brought),
+            _ => return self.is_kept(brought),
+        }
+        true
     }
 
     /// Begins the next span with `bytes`; whether enough came in the last one.
-    pub fn is_kept(&mut self, bytes: u64) -> bool {
+    fn is_kept(&mut self, bytes: u64) -> bool {
         let brought = bytes.saturating_sub(self.bytes);
         self.restart(bytes);
         brought >= self.least
@@ -40,8 +61,7 @@ impl Pace {
 
     /// Begins anew with `bytes`, whatever came: the peer is not to blame for the time until now.
     pub fn restart(&mut self, bytes: u64) {
-        self.since = Instant::now();
-        self.bytes = bytes;
+        (self.since, self.bytes, self.doubt) = (Instant::now(), bytes, None);
     }
 
     /// In words, for the peer.
@@ -71,5 +91,31 @@ mod tests {
         assert!(slow.is_kept(40) && !slow.is_kept(79));
         let short = Pace::new(100, Duration::from_millis(500), NonZeroU64::new(80), 0);
         assert_eq!(short.expected(), "20 bytes within 500ms");
+    }
+    #[tokio::test(start_paused = true)]
+    async fn what_waits_at_the_end_of_a_span_excuses_nobody_but_who_waits_for_the_store() {
+        let span = Duration::from_secs(80);
+        let next = async |pace: &Pace| {
+            let wait = pace.due() - Instant::now();
+            tokio::time::advance(wait).await;
+            wait
+        };
+        let mut timed = Pace::new(100, span, None, 0);
+        assert_eq!(next(&timed).await, span);
+        assert!(timed.look(5, 4), "it may wait for the store");
+        assert_eq!(next(&timed).await, Duration::from_secs(1));
+        assert!(!timed.look(9, 8), "what waited was taken");
+
+        let mut held_up = Pace::new(100, span, None, 0);
+        for _ in 0..3 {
+            assert_eq!(next(&held_up).await, span);
+            assert!(held_up.look(5, 4));
+            assert_eq!(next(&held_up).await, Duration::from_secs(1));
+            assert!(held_up.look(9, 4), "the store has not taken it");
+        }
+        assert_eq!(next(&held_up).await, span);
+        assert!(held_up.look(200, 4));
+        assert_eq!(next(&held_up).await, Duration::from_secs(1));
+        assert!(held_up.look(200, 200), "enough came");
     }
 }

@@ -322,11 +322,8 @@ impl<T: MigrationTarget> Reader<'_, T> {
                     return Err(idle(idle_after));
                 }
                 () = tokio::time::sleep_until(pace.due()), if self.phase == Phase::Data && !self.checker.copied => {
-                    // What is in hand, or queued, waits for the store, and a source without credit does, too.
-                    let waiting = in_hand.is_some() || queue.capacity() < queue.max_capacity();
-                    if waiting || self.starved.is_some() {
-                        pace.restart(self.checker.taken);
-                    } else if !pace.is_kept(self.checker.taken) {
+                    // What is not durable yet waits for the store, and a source without credit does, too.
+                    if !pace.look(self.checker.taken, self.flow.done().bytes) {
                         return Err(too_slow(&pace.expected()));
                     }
                 }

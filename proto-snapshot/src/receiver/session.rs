@@ -311,10 +311,10 @@ impl<A: Staging> Session<'_, A> {
                 () = tokio::time::sleep_until(deadline), if in_hand.is_none() => return Err(idle(self.limits.idle)),
                 () = tokio::time::sleep_until(pace.due()), if self.control => {
                     // What any stream has taken waits for the store, not for the sender.
-                    let waiting = incoming.ledger().unwritten_bytes() > 0;
-                    if waiting || incoming.is_reading(began.elapsed()) {
-                        pace.restart(incoming.wire_bytes());
-                    } else if !pace.is_kept(incoming.wire_bytes()) {
+                    let (written, unwritten) = (incoming.wire_bytes(), incoming.ledger().unwritten_bytes());
+                    if incoming.is_reading(began.elapsed()) {
+                        pace.restart(written);
+                    } else if !pace.look(written.saturating_add(unwritten), written) {
                         return Err(too_slow(&pace.expected()));
                     }
                 }
