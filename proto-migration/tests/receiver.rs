@@ -26,7 +26,7 @@ use proto_migration::v1::transfer_migration_data_response::Frame as Answer;
 use proto_migration::v1::{
     self, MigrationDecision, MigrationState, TransferMigrationDataRequest, TransferMigrationDataResponse,
 };
-use support::frames::{COMMIT, Node, Source, bulk, delta, eventually, header, resolve, row};
+use support::frames::{COMMIT, Node, Source, bulk, delta, eventually, header, prepare, resolve, row};
 use support::memory_target::{Fault, Rows};
 
 #[tokio::test]
@@ -240,6 +240,37 @@ async fn a_good_part_of_the_credit_is_given_back_at_once() {
     }
     source.acked(|ack| ack.credit_limit >= 540_000).await;
     assert!(began.elapsed() < INTERVAL, "{:?}", began.elapsed());
+}
+
+/// Clients of the source wait from `Prepare` on, while changes that came before may still be applied.
+#[tokio::test]
+async fn the_store_hurries_from_prepare_until_it_is_answered() {
+    let node = Node::start().await;
+    let (mut source, _) = node.accept(header(1)).await;
+    source.bulk(vec![row(10, "a")], true).await;
+    source.durable().await;
+    let gate = Arc::new(tokio::sync::Semaphore::new(0));
+    node.target.fault("apply", Fault::Wait(Arc::clone(&gate)));
+    let last = row(11, "b");
+    source.delta(11, vec![last.clone()]).await;
+    eventually("it is applied", || node.target.calls("apply") == 2).await;
+    assert!(!node.target.hurried());
+    let mut rows = node.target.disk().staged[&MigrationId::new("m1").unwrap()].clone();
+    rows.insert(last.key, (last.seq, last.image));
+    source.send(Frame::Prepare(prepare(1, 11, &rows))).await;
+    eventually("it hurries", || node.target.hurried()).await;
+    gate.add_permits(1);
+    assert!(matches!(source.answer().await.unwrap(), Answer::Prepared(_)));
+    assert!(!node.target.hurried());
+
+    // Nor does it go on where the stream ends before the answer.
+    source.send(Frame::Release(Release { freeze: 1 })).await;
+    node.target.fault("digests", Fault::Wait(Arc::clone(&gate)));
+    source.send(Frame::Prepare(prepare(2, 11, &rows))).await;
+    eventually("it hurries again", || node.target.hurried()).await;
+    drop(source);
+    gate.add_permits(1);
+    eventually("it has ended", || !node.target.hurried()).await;
 }
 
 #[tokio::test]

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use proto_common::clock::millis;
 use proto_common::error::Error;
+use proto_common::ids::MigrationId;
 use tokio::sync::{Notify, mpsc};
 
 use super::Inner;
@@ -41,6 +42,32 @@ pub(super) struct Wanted {
     pub(super) asked: Instant,
     /// The source gave it up meanwhile.
     pub(super) released: Arc<AtomicBool>,
+    /// The store hurries until this is dropped.
+    pub(super) hurried: Hurried,
+}
+
+/// A wish that the store hurries, which ends when this is dropped.
+pub(super) struct Hurried(Box<dyn Fn(bool) + Send + Sync>);
+
+impl Hurried {
+    pub(super) fn new<T: MigrationTarget>(inner: &Arc<Inner<T>>, id: &MigrationId) -> Self {
+        let (inner, id) = (Arc::clone(inner), id.clone());
+        let hurry = move |wanted| inner.target.hurry(&id, wanted);
+        hurry(true);
+        Self(Box::new(hurry))
+    }
+}
+
+impl Drop for Hurried {
+    fn drop(&mut self) {
+        (self.0)(false);
+    }
+}
+
+impl std::fmt::Debug for Hurried {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Hurried")
+    }
 }
 
 /// How far the applier is.
@@ -247,6 +274,7 @@ impl<T: MigrationTarget> Applier<T> {
             self.flow.follow(incoming);
             answer
         };
+        drop(wanted.hurried);
         if wanted.released.load(Ordering::Acquire) {
             return Ok(());
         }

@@ -18,7 +18,7 @@ use tokio::time::Instant;
 use tonic::Status;
 
 use super::Inner;
-use super::applier::{Applier, Done, Flow, Wanted, Work};
+use super::applier::{Applier, Done, Flow, Hurried, Wanted, Work};
 use super::attach::{Attached, estimates};
 use super::batch::Checker;
 use super::handshake::{CheckedHeader, Frames, ended_early, idle, too_slow, unexpected};
@@ -251,7 +251,7 @@ enum Phase {
 }
 
 struct Reader<'a, T: MigrationTarget> {
-    inner: &'a Inner<T>,
+    inner: &'a Arc<Inner<T>>,
     permit: &'a Permit,
     answers: &'a Answers,
     flow: &'a Flow,
@@ -404,7 +404,8 @@ impl<T: MigrationTarget> Reader<'_, T> {
         self.released = Arc::default();
         let at = PreparedAt { freeze, final_seq, new_slot_epoch, attempt: self.permit.attempt };
         let asked = std::time::Instant::now();
-        Ok(Work::Prepare(Wanted { at, digests, asked, released: Arc::clone(&self.released) }))
+        let hurried = Hurried::new(&self.inner, &self.permit.slot().id);
+        Ok(Work::Prepare(Wanted { at, digests, asked, released: Arc::clone(&self.released), hurried }))
     }
 
     /// Shows what the source says of itself.

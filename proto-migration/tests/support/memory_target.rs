@@ -1,7 +1,7 @@
 //! A target's store in memory. What is durable outlives a receiver: a crash is a new receiver over the same store.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use bytes::Bytes;
@@ -45,6 +45,7 @@ pub struct MemoryTarget {
     faults: Arc<Mutex<BTreeMap<&'static str, VecDeque<Fault>>>>,
     calls: Arc<Mutex<BTreeMap<&'static str, usize>>>,
     holds: Arc<AtomicUsize>,
+    hurried: Arc<AtomicBool>,
 }
 
 struct Counted(Arc<AtomicUsize>);
@@ -77,6 +78,11 @@ impl MemoryTarget {
 
     pub fn calls(&self, call: &str) -> usize {
         self.calls.lock().unwrap().get(call).copied().unwrap_or(0)
+    }
+
+    /// Whether it is to hurry now.
+    pub fn hurried(&self) -> bool {
+        self.hurried.load(Ordering::SeqCst)
     }
 
     /// Ranges that are held now.
@@ -162,6 +168,10 @@ impl MigrationTarget for MemoryTarget {
             Ok(())
         })
         .await
+    }
+
+    fn hurry(&self, _: &MigrationId, wanted: bool) {
+        self.hurried.store(wanted, Ordering::SeqCst);
     }
 
     async fn apply(&self, id: &MigrationId, entries: Vec<Entry>, record: Bytes) -> Result<Staged, Error> {

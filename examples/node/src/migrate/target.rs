@@ -83,6 +83,10 @@ impl MigrationTarget for NodeTarget {
         Ok(staged)
     }
 
+    fn hurry(&self, id: &MigrationId, wanted: bool) {
+        self.node.store().hurry(id, wanted);
+    }
+
     async fn digests(&self, id: &MigrationId) -> Result<Vec<SlotDigest>, Error> {
         self.node.store().staged_digests(id).await.map_err(failed)
     }

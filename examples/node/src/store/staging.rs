@@ -15,7 +15,7 @@ use super::ownership::{Claim, Ownership, adopt_all, load};
 use super::tables::{self, Place, Row};
 use super::txn::RowsTxn;
 use super::writer::Slice;
-use super::{Store, StoreError};
+use super::{Store, StoreError, lock};
 use crate::common::{SlotRange, slot_of};
 
 /// A row of table `migrations`.
@@ -125,8 +125,11 @@ impl Store {
         let mut rest = entries.into_iter();
         loop {
             let (id, record) = (id.clone(), record.clone());
+            let hurried = lock(&self.inner.shared.hurried).contains(&id);
             let (staged, left) = writer
                 .background(move |txn, rows, slice| {
+                    let long = Slice::long();
+                    let slice = if hurried { &long } else { slice };
                     let staged = stage(txn, rows, &id, &mut rest, record, slice)?;
                     let durability = if rest.len() == 0 { Durability::Immediate } else { Durability::None };
                     Ok(((staged, rest), durability))
@@ -136,6 +139,16 @@ impl Store {
                 return Ok(staged);
             }
             rest = left;
+        }
+    }
+
+    /// See [`hurry`](proto::migration::MigrationTarget::hurry): slices are longer then, so that fewer of them wait for a group of writes each.
+    pub(crate) fn hurry(&self, id: &MigrationId, wanted: bool) {
+        let mut hurried = lock(&self.inner.shared.hurried);
+        if wanted {
+            hurried.insert(id.clone());
+        } else {
+            hurried.remove(id);
         }
     }
 

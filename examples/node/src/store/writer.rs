@@ -31,6 +31,9 @@ const MAX_OPS: usize = 16 * 1024;
 /// How long a slice of background work goes on, from where it can stop, before it commits: several times what a commit costs, and little
 /// beside what clients notice. What it begins with, a bounded number of rows of logs and staging, comes on top.
 const SLICE: Duration = Duration::from_micros(400);
+/// The same where the clients of another node wait for it with their writes held: longer than some groups of writes, so that few of these come before it
+/// is done.
+const LONG_SLICE: Duration = Duration::from_millis(5);
 /// Slices that may wait for the writer; each of the few that work in the background asks for one at a time.
 const SLICES: usize = 64;
 
@@ -43,16 +46,27 @@ enum Job {
 type Work = Box<dyn FnOnce(&Shared) + Send>;
 
 /// A slice of background work, in its transaction. Its time begins when it is first asked for, so that each slice gets something done.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Slice {
+    lasts: Duration,
     ends: OnceCell<Instant>,
 }
 
+impl Default for Slice {
+    fn default() -> Self {
+        Self { lasts: SLICE, ends: OnceCell::new() }
+    }
+}
+
 impl Slice {
+    pub(super) fn long() -> Self {
+        Self { lasts: LONG_SLICE, ..Self::default() }
+    }
+
     /// Whether the rest has to wait for the next one.
     pub(super) fn is_over(&self) -> bool {
         let now = Instant::now();
-        now >= *self.ends.get_or_init(|| now + SLICE)
+        now >= *self.ends.get_or_init(|| now + self.lasts)
     }
 }
 
