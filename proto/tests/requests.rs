@@ -13,7 +13,7 @@ use proto::common::error::Error;
 use proto::common::prompt::{MAX_REQUEST_BYTES, REQUEST_TIME};
 use proto::health::HealthRegistry;
 use proto::health::grpc_health_v1;
-use proto::node::NodeIdentity;
+use proto::node::{NodeIdentity, health_service_server, split_snapshot_service_server};
 use proto::refusals::count_of;
 use proto::snapshot::store::FileStoreOptions;
 use proto::snapshot::{FileSnapshotStore, SnapshotReceiver};
@@ -68,16 +68,17 @@ async fn call(services: &Routes, path: &str, declared: usize, first: usize) -> (
     (status.map(Error::from).filter(|error| error.reason() != "NOT_FOUND"), waited)
 }
 
-/// The methods of `set` that take one request, by path.
-fn methods(set: &[u8]) -> Vec<String> {
+/// The methods of `service` in `set` that take one request, by path.
+fn methods(set: &[u8], service: &str) -> Vec<String> {
     let files = prost_types::FileDescriptorSet::decode(set).unwrap().file;
     let mut paths = Vec::new();
     for file in &files {
-        for service in &file.service {
-            let unary = service.method.iter().filter(|method| !method.client_streaming());
-            paths.extend(
-                unary.map(|method| format!("/{}.{}/{}", file.package(), service.name(), method.name())),
-            );
+        for found in &file.service {
+            let name = format!("{}.{}", file.package(), found.name());
+            if name == service {
+                let unary = found.method.iter().filter(|method| !method.client_streaming());
+                paths.extend(unary.map(|method| format!("/{name}/{}", method.name())));
+            }
         }
     }
     paths
@@ -95,12 +96,16 @@ async fn half_a_request_is_not_waited_for_and_a_large_one_not_at_all() {
         .add_service(health.standard_service());
     tokio::time::pause();
     let mut seen = 0;
-    for (set, large) in [
-        (proto::snapshot::FILE_DESCRIPTOR_SET, "CHUNK_TOO_LARGE"),
-        (proto::health::FILE_DESCRIPTOR_SET, "INVALID_FIELD"),
-        (grpc_health_v1::FILE_DESCRIPTOR_SET, "INVALID_FIELD"),
+    for (set, service, large) in [
+        (
+            proto::snapshot::FILE_DESCRIPTOR_SET,
+            split_snapshot_service_server::SERVICE_NAME,
+            "CHUNK_TOO_LARGE",
+        ),
+        (proto::health::FILE_DESCRIPTOR_SET, health_service_server::SERVICE_NAME, "INVALID_FIELD"),
+        (grpc_health_v1::FILE_DESCRIPTOR_SET, "grpc.health.v1.Health", "INVALID_FIELD"),
     ] {
-        for path in methods(set) {
+        for path in methods(set, service) {
             for (declared, reason, seconds) in [
                 (MAX_REQUEST_BYTES + 1, large, 0),
                 (MAX_REQUEST_BYTES, "IDLE_TIMEOUT", REQUEST_TIME.as_secs()),

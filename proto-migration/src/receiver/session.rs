@@ -404,7 +404,7 @@ impl<T: MigrationTarget> Reader<'_, T> {
         self.released = Arc::default();
         let at = PreparedAt { freeze, final_seq, new_slot_epoch, attempt: self.permit.attempt };
         let asked = std::time::Instant::now();
-        let hurried = Hurried::new(&self.inner, &self.permit.slot().id);
+        let hurried = Hurried::new(self.inner, &self.permit.slot().id);
         Ok(Work::Prepare(Wanted { at, digests, asked, released: Arc::clone(&self.released), hurried }))
     }
 
