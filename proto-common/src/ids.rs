@@ -15,6 +15,9 @@ use crate::text::printable;
 /// Longest identifier, in bytes.
 pub const MAX_ID_LEN: usize = 128;
 
+/// Length of an ID that is made at random and is no name: of a store (`NodeIdentity.store_id`), or of the session of a stream, in bytes.
+pub const RANDOM_ID_LEN: usize = 16;
+
 /// How much of a refused identifier an error message shows, in bytes.
 const SHOWN_LEN: usize = 64;
 

@@ -92,6 +92,7 @@ mod tests {
         let short = Pace::new(100, Duration::from_millis(500), NonZeroU64::new(80), 0);
         assert_eq!(short.expected(), "20 bytes within 500ms");
     }
+
     #[tokio::test(start_paused = true)]
     async fn what_waits_at_the_end_of_a_span_excuses_nobody_but_who_waits_for_the_store() {
         let span = Duration::from_secs(80);

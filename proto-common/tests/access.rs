@@ -2,13 +2,12 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::task::{Context, Poll};
 
 use bytes::Bytes;
 use http_body::Frame;
+use http_body_util::StreamBody;
 use proto_common::access::{
     Access, AllowAll, AllowLocal, Authorizer, CLUSTER_METADATA, Guarded, RoleTable, SameCluster,
 };
@@ -18,6 +17,7 @@ use proto_common::error::Error;
 use proto_common::peer::Peer;
 use proto_common::refusals::count_of;
 use proto_common::tuning::{incoming, listen, tune_server};
+use tokio_stream::StreamExt as _;
 use tonic::Status;
 use tonic::body::Body;
 use tonic::codegen::{Service as _, http};
@@ -31,30 +31,16 @@ use echo::{Echo, call_of};
 
 const METHOD: &str = "TransferSplitSnapshot";
 
-/// A message without content, which says when it is asked for.
-struct Watched {
-    asked: Arc<AtomicBool>,
-    sent: bool,
-}
-
-impl http_body::Body for Watched {
-    type Data = Bytes;
-    type Error = Status;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        _: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        self.asked.store(true, Ordering::Relaxed);
-        let sent = std::mem::replace(&mut self.sent, true);
-        Poll::Ready((!sent).then(|| Ok(Frame::data(Bytes::from_static(&[0; 5])))))
-    }
-}
-
 /// What comes of a call by `peer` which names `cluster`. A refusal is counted, and nothing was read before it.
 async fn ask(access: &Access, peer: &Peer, cluster: Option<&str>) -> Result<(), Error> {
     let asked = Arc::new(AtomicBool::new(false));
-    let body = Body::new(Watched { asked: Arc::clone(&asked), sent: false });
+    let noted = Arc::clone(&asked);
+    // A message without content, which says when it is asked for.
+    let message = tokio_stream::once(Bytes::from_static(&[0; 5])).map(move |message| {
+        noted.store(true, Ordering::Relaxed);
+        Ok::<_, Status>(Frame::data(message))
+    });
+    let body = Body::new(StreamBody::new(message));
     let mut request = http::Request::post(format!("http://n1/any/{METHOD}"))
         .header("content-type", "application/grpc")
         .body(body)

@@ -3,14 +3,14 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test")]
 
+#[path = "../../proto-common/tests/support/refusals.rs"]
+mod refusals;
 mod support;
 
-use std::any::Any;
-use std::collections::BTreeMap;
 use std::time::Duration;
 
 use prost::Message as _;
-use proto_common::error::{Code, Error};
+use proto_common::error::Error;
 use proto_common::refusals::counts;
 use proto_common::tuning::{endpoint, tune_server};
 use proto_health::HealthRegistry;
@@ -25,27 +25,20 @@ use proto_health::v1::{
     GetNodeStatusRequest, HealthCheckRequest, NodeStatus, ShardStatus, WatchHealthRequest,
     WatchHealthResponse,
 };
+use refusals::{ALONE, Abuse, Refusal, counted, limits_of};
 use support::{DEGRADED, HEALTHY, component, frame, identity, next_status, report};
 use tokio::net::TcpListener;
-use tokio::sync::Mutex;
 use tonic::Streaming;
 use tonic::transport::server::TcpIncoming;
 use tonic::transport::{Channel, Server};
 
-/// Refusals are counted for the process: one test after the other.
-static ALONE: Mutex<()> = Mutex::const_new(());
 /// The peer that exceeds limits, and another one: in plaintext, a peer is an address.
 const OFFENDER: [u8; 4] = [127, 0, 0, 1];
 const OTHER: [u8; 4] = [127, 0, 0, 2];
 /// Shards that the node has.
 const SHARDS: usize = 5;
 
-/// What the offender holds, and how it was refused: the error, its metadata `limit` and `peer`, and a part of its text.
-#[derive(Default)]
-struct Abuse {
-    refused: Vec<(Error, &'static str, Option<&'static str>, &'static str)>,
-    held: Vec<Box<dyn Any>>,
-}
+const TOO_MANY: Refusal = Refusal::too_many("TOO_MANY_WATCHERS");
 
 struct Bench {
     registry: HealthRegistry,
@@ -86,7 +79,7 @@ async fn check(lower: impl FnOnce(&mut Limits), newcomers: bool, exceed: impl As
     // One that watches already, from the beginning to the end.
     let mut watching = bench.watch(&bench.connect(OTHER).await, "raft").await.unwrap();
     assert_eq!(next_status(&mut watching).await, HEALTHY);
-    let Abuse { refused, held } = exceed(&bench).await;
+    let Abuse { refused, held, others: _ } = exceed(&bench).await;
     let mut newcomer = None;
     let other = bench.connect(OTHER).await;
     if newcomers {
@@ -103,21 +96,7 @@ async fn check(lower: impl FnOnce(&mut Limits), newcomers: bool, exceed: impl As
         assert_eq!(next_status(watch).await, DEGRADED);
     }
 
-    let mut expected = BTreeMap::new();
-    for (error, limit, peer, text) in &refused {
-        let found = (error.code(), error.reason(), error.is_retryable());
-        assert_eq!(found, (Code::ResourceExhausted, "TOO_MANY_WATCHERS", true), "{error:?}");
-        assert_eq!((error.get("limit"), error.get("peer")), (Some(*limit), *peer), "{error:?}");
-        assert!(error.message().contains(text), "{error:?}");
-        *expected.entry("TOO_MANY_WATCHERS".to_owned()).or_insert(0) += 1;
-    }
-    let mut counted = counts();
-    for (reason, count) in &mut counted {
-        *count -= before.get(reason).copied().unwrap_or(0);
-    }
-    counted.retain(|_, count| *count > 0);
-    assert_eq!(counted, expected, "each refusal is counted once, and nobody else was refused");
-
+    counted(&before, &refused, &[]);
     drop(held);
     let closing = bench.registry.clone();
     let closing = tokio::spawn(async move { closing.shut_down(Duration::from_secs(20)).await });
@@ -179,8 +158,12 @@ async fn watches() {
         let channel = bench.connect(OFFENDER).await;
         let held = [bench.takes(&channel).await, bench.takes(&channel).await];
         let refused = bench.refuses(&bench.connect(OFFENDER).await).await;
-        let refused = refused.map(|error| (error, "3", None, "3 watches are open at this node already"));
-        Abuse { refused: refused.into(), held: vec![Box::new(held)] }
+        let full = Refusal {
+            facts: &[("limit", Some("3")), ("peer", None)],
+            says: "3 watches are open at this node already",
+            ..TOO_MANY
+        };
+        refused.into_iter().fold(Abuse::default().holds(held), |abuse, error| abuse.refused(error, full))
     })
     .await;
 }
@@ -192,10 +175,16 @@ async fn watches_per_connection() {
         let channel = bench.connect(OFFENDER).await;
         let held = [bench.takes(&channel).await, bench.takes(&channel).await];
         let refused = bench.refuses(&channel).await;
-        let refused = refused.map(|error| (error, "2", None, "2 watches are open on this connection"));
+        let full = Refusal {
+            facts: &[("limit", Some("2")), ("peer", None)],
+            says: "2 watches are open on this connection",
+            ..TOO_MANY
+        };
         // What was refused took nothing: another connection has its own.
         let more = bench.takes(&bench.connect(OFFENDER).await).await;
-        Abuse { refused: refused.into(), held: vec![Box::new((held, more))] }
+        refused
+            .into_iter()
+            .fold(Abuse::default().holds((held, more)), |abuse, error| abuse.refused(error, full))
     })
     .await;
 }
@@ -207,19 +196,24 @@ async fn watches_per_peer() {
         let mut abuse = Abuse::default();
         let first = bench.takes(&bench.connect(OFFENDER).await).await;
         let second = bench.takes(&bench.connect(OFFENDER).await).await;
-        let share = |error| (error, "2", Some("127.0.0.1"), "which is its share");
+        let share = Refusal {
+            facts: &[("limit", Some("2")), ("peer", Some("127.0.0.1"))],
+            says: "which is its share",
+            ..TOO_MANY
+        };
         let channel = bench.connect(OFFENDER).await;
-        abuse.refused.extend(bench.refuses(&channel).await.map(share));
+        for error in bench.refuses(&channel).await {
+            abuse = abuse.refused(error, share);
+        }
         // A place comes back with its watch.
         drop(first);
         let again = loop {
             match bench.watch(&channel, "").await {
                 Ok(watch) => break watch,
-                Err(error) => abuse.refused.push(share(error)),
+                Err(error) => abuse = abuse.refused(error, share),
             }
         };
-        abuse.held.push(Box::new((second, again)));
-        abuse
+        abuse.holds((second, again))
     })
     .await;
 }
@@ -316,7 +310,7 @@ async fn callers() {
         assert!(remembered("friend") && remembered("evil-49"));
         let evil = (0..50).filter(|number| remembered(&format!("evil-{number}"))).count();
         assert_eq!(evil, 2, "the oldest are forgotten");
-        Abuse { held: vec![Box::new(watching)], ..Abuse::default() }
+        Abuse::default().holds(watching)
     })
     .await;
 }
@@ -325,12 +319,9 @@ async fn callers() {
 #[test]
 fn every_limit_of_the_table_is_here() {
     let here = include_str!("limits.rs");
-    let table = include_str!("../../docs/limits.md").split("\n## ").find(|part| part.starts_with("Health:"));
-    let rows = table.unwrap().lines().filter_map(|line| line.strip_prefix("| ")?.split('|').next());
-    let mut limits = 0;
-    for name in rows.flat_map(|row| row.split('`').skip(1).step_by(2)) {
+    let limits = limits_of("Health:");
+    for name in &limits {
         assert!(here.contains(&format!("async fn {name}()")), "no test exceeds {name}");
-        limits += 1;
     }
-    assert!(limits >= 8, "the table was found: {limits}");
+    assert!(limits.len() >= 8, "the table was found: {limits:?}");
 }

@@ -141,6 +141,11 @@ pub fn compare(source: &[SlotDigest], target: &[SlotDigest]) -> Option<v1::SlotM
     })
 }
 
+/// Reads the sum of a digest; `None` where it has not 16 bytes.
+pub(crate) fn sum_from_wire(sum: &[u8]) -> Option<u128> {
+    Some(u128::from_le_bytes(sum.try_into().ok()?))
+}
+
 /// Reads the digests of a `Prepare`: slots of `range`, each with keys, in strictly rising order.
 ///
 /// # Errors
@@ -166,9 +171,9 @@ pub fn from_wire(digests: &[v1::SlotDigest], range: SlotRange) -> Result<Vec<Slo
             if *keys == 0 {
                 return Err(bad("keys", "is 0; slots without keys are left out".to_owned()));
             }
-            let sum = <[u8; 16]>::try_from(&sum[..])
-                .map_err(|_| bad("sum", format!("has {} bytes instead of 16", sum.len())))?;
-            Ok(SlotDigest { slot, keys: *keys, sum: u128::from_le_bytes(sum) })
+            let sum = sum_from_wire(sum)
+                .ok_or_else(|| bad("sum", format!("has {} bytes instead of 16", sum.len())))?;
+            Ok(SlotDigest { slot, keys: *keys, sum })
         })
         .collect()
 }

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use proto_common::error::{CommonReason, Error};
 use proto_common::guard::{RangeGuard, RangeHold};
-use proto_common::ids::{MigrationId, NodeId};
+use proto_common::ids::{MigrationId, NodeId, RANDOM_ID_LEN};
 use proto_common::slots::SlotRange;
 use proto_common::v1::{Direction, NodeIdentity};
 use tokio_util::sync::CancellationToken;
@@ -34,7 +34,6 @@ mod recovery;
 mod session;
 
 use self::control::Calls;
-use self::handshake::RANDOM_ID_BYTES;
 use self::incoming::{Incoming, Slot};
 use self::places::Places;
 pub use self::recovery::{UnreadRecord, read_records};
@@ -146,8 +145,8 @@ impl<T: MigrationTarget> MigrationReceiverBuilder<T> {
     pub async fn start(self) -> Result<MigrationReceiver<T>, Error> {
         let Self { identity, target, journal, limits, migrations, guard, decisions } = self;
         NodeId::new(&identity.node_id).map_err(|error| error.at("identity.node_id"))?;
-        if identity.store_id.len() != RANDOM_ID_BYTES {
-            let problem = format!("has {} bytes instead of {RANDOM_ID_BYTES}", identity.store_id.len());
+        if identity.store_id.len() != RANDOM_ID_LEN {
+            let problem = format!("has {} bytes instead of {RANDOM_ID_LEN}", identity.store_id.len());
             return Err(Reason::InvalidField.field("identity.store_id", problem));
         }
         if !BATCH_BYTES.contains(&limits.batch_bytes) {

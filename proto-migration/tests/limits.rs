@@ -6,10 +6,10 @@
 
 #[path = "support/hostile_target.rs"]
 mod hostile_target;
+#[path = "../../proto-common/tests/support/refusals.rs"]
+mod refusals;
 mod support;
 
-use std::any::Any;
-use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
@@ -34,66 +34,22 @@ use proto_migration::v1::transfer_migration_data_response::Frame as Answer;
 use proto_migration::v1::{
     MigrationProgress, MigrationState, WatchMigrationProgressRequest, WatchMigrationProgressResponse,
 };
+use refusals::{ALONE, Abuse, Refusal, counted, limits_of};
 use support::frames::{COMMIT, Node, PATIENCE, Source, bulk, delta, eventually, header, identity, row};
 use support::memory_target::Fault;
 use support::pair::{Pair, driver, driver_within};
-use tokio::sync::{Mutex, Semaphore};
+use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 use tonic::transport::Channel;
 
 /// The node that exceeds limits.
 const OFFENDER: &str = "n9";
 
-/// Refusals are counted for the process: one test after the other.
-static ALONE: Mutex<()> = Mutex::const_new(());
-
-/// What the offender is told.
-struct Refusal {
-    code: Code,
-    reason: &'static str,
-    retryable: bool,
-    /// The field that is blamed, where one is.
-    field: Option<&'static str>,
-    /// Metadata by name; `None`: there is none of that name.
-    facts: &'static [(&'static str, Option<&'static str>)],
-}
-
-const TOO_MANY: Refusal = Refusal {
-    code: Code::ResourceExhausted,
-    reason: "TOO_MANY_MIGRATIONS",
-    retryable: true,
-    field: None,
-    facts: &[],
-};
-const TOO_LARGE: Refusal = Refusal {
-    code: Code::InvalidArgument,
-    reason: "BATCH_TOO_LARGE",
-    retryable: false,
-    field: None,
-    facts: &[],
-};
+const TOO_MANY: Refusal = Refusal::too_many("TOO_MANY_MIGRATIONS");
+const TOO_LARGE: Refusal = Refusal::invalid("BATCH_TOO_LARGE");
 const IDLE: Refusal = Refusal { code: Code::DeadlineExceeded, reason: "IDLE_TIMEOUT", ..TOO_MANY };
-
-/// What the offender has, and the refusals that it got.
-#[derive(Default)]
-struct Abuse {
-    refused: Vec<(Error, Refusal)>,
-    held: Vec<Box<dyn Any>>,
-    /// What others do meanwhile, beside their migrations; it ends when these have.
-    others: Vec<JoinHandle<()>>,
-}
-
-impl Abuse {
-    fn refused(mut self, error: impl Into<Option<Error>>, as_what: Refusal) -> Self {
-        self.refused.push((error.into().expect("it is refused"), as_what));
-        self
-    }
-
-    fn holds(mut self, what: impl Any) -> Self {
-        self.held.push(Box::new(what));
-        self
-    }
-}
+/// What a stream is told whose source hangs up.
+const USUAL: [&str; 1] = ["STREAM_ENDED_EARLY"];
 
 /// One limit.
 struct Case {
@@ -170,7 +126,7 @@ impl Case {
         for other in others {
             tokio::time::timeout(PATIENCE, other).await.expect("others go on").unwrap();
         }
-        counted(&before, &refused);
+        counted(&before, &refused, &USUAL);
         drop(held);
         bench.node.receiver.shutdown().await;
         drop((bench, stop));
@@ -178,30 +134,6 @@ impl Case {
             tokio::time::timeout(PATIENCE, serving).await.expect("the server stops").unwrap().unwrap();
         }
     }
-}
-
-/// Each of `refused` is what was expected, and counted once since `before`; and nothing else was refused.
-fn counted(before: &BTreeMap<String, u64>, refused: &[(Error, Refusal)]) {
-    let mut expected = BTreeMap::new();
-    for (error, as_what) in refused {
-        let Refusal { code, reason, retryable, field, facts } = as_what;
-        let found = (error.code(), error.reason(), error.is_retryable());
-        assert_eq!(found, (*code, *reason, *retryable), "{error:?}");
-        let blamed: Vec<_> = error.violations().iter().map(|violation| violation.field.as_str()).collect();
-        assert_eq!(blamed, field.iter().copied().collect::<Vec<_>>(), "{error:?}");
-        for (name, value) in *facts {
-            assert_eq!(error.get(name), *value, "{name}: {error:?}");
-        }
-        *expected.entry((*reason).to_owned()).or_insert(0) += 1;
-    }
-    let mut counted = counts();
-    for (reason, count) in &mut counted {
-        *count -= before.get(reason).copied().unwrap_or(0);
-    }
-    // What a stream is told whose source hangs up.
-    counted.remove("STREAM_ENDED_EARLY");
-    counted.retain(|_, count| *count > 0);
-    assert_eq!(counted, expected, "each refusal is counted once, and nobody else was refused");
 }
 
 /// What a source says first that is the node `node` and moves `slots`.
@@ -351,13 +283,13 @@ async fn incoming() {
 
 #[tokio::test]
 async fn incoming_per_peer() {
-    let full = || Refusal { facts: &[("limit", Some("2")), ("peer", Some(OFFENDER))], ..TOO_MANY };
+    let full = Refusal { facts: &[("limit", Some("2")), ("peer", Some(OFFENDER))], ..TOO_MANY };
     let case = Case::new(|limits| (limits.incoming, limits.incoming_per_peer) = (4, 2));
     case.check(async |bench| {
         let held = [bench.accept(offered(1)).await, bench.accept(offered(2)).await];
         let mut abuse = Abuse::default().holds(held);
         for number in [3, 4] {
-            abuse = abuse.refused(bench.refuses(offered(number)).await, full());
+            abuse = abuse.refused(bench.refuses(offered(number)).await, full);
         }
         abuse
     })
@@ -382,7 +314,7 @@ async fn outgoing() {
     assert_eq!(joined.state(), MigrationState::Ready);
     pair.complete(None).await.unwrap();
     pair.reaches(MigrationState::Completed).await;
-    counted(&before, &[(Error::from(refused), full)]);
+    counted(&before, &[(Error::from(refused), full)], &USUAL);
     pair.source_down().await;
 }
 
@@ -532,7 +464,7 @@ async fn slowest() {
 
 #[tokio::test]
 async fn the_disk_of_the_target() {
-    let full = || Refusal { reason: "INSUFFICIENT_DISK", facts: &[("needed_bytes", Some("9"))], ..TOO_MANY };
+    let full = Refusal { reason: "INSUFFICIENT_DISK", facts: &[("needed_bytes", Some("9"))], ..TOO_MANY };
     let mut case = Case::new(|_| {});
     case.beside = false;
     case.check(async |bench| {
@@ -547,7 +479,7 @@ async fn the_disk_of_the_target() {
         fail("apply");
         source.bulk(vec![large(1)], false).await;
         let midway = source.error().await;
-        Abuse::default().refused(announced, full()).refused(midway, full()).holds(source)
+        Abuse::default().refused(announced, full).refused(midway, full).holds(source)
     })
     .await;
 }
@@ -621,7 +553,7 @@ async fn watchers() {
 
 #[tokio::test]
 async fn watchers_per_peer() {
-    let full = || Refusal {
+    let full = Refusal {
         reason: "TOO_MANY_WATCHERS",
         facts: &[("limit", Some("2")), ("peer", Some("127.0.0.1"))],
         ..TOO_MANY
@@ -630,14 +562,14 @@ async fn watchers_per_peer() {
     case.check(async |bench| {
         let first = watch_from(bench, [127, 0, 0, 1]).await.unwrap();
         let second = watch_from(bench, [127, 0, 0, 1]).await.unwrap();
-        let mut abuse = Abuse::default().refused(watch_from(bench, [127, 0, 0, 1]).await.err(), full());
+        let mut abuse = Abuse::default().refused(watch_from(bench, [127, 0, 0, 1]).await.err(), full);
         let other = watches_on(watch_from(bench, [127, 0, 0, 2]).await.unwrap());
         // A place comes back with its watch.
         drop(first);
         let again = loop {
             match watch_from(bench, [127, 0, 0, 1]).await {
                 Ok(watch) => break watch,
-                Err(error) => abuse = abuse.refused(error, full()),
+                Err(error) => abuse = abuse.refused(error, full),
             }
         };
         abuse.others.push(other);
@@ -709,7 +641,7 @@ async fn a_record_of_the_journal() {
     other.spec.as_mut().unwrap().slots = Some(one_slot(1).into());
     client.clone().start_migration(other).await.unwrap();
     let quarantined = Refusal { code: Code::FailedPrecondition, reason: "SLOTS_QUARANTINED", ..TOO_LARGE };
-    counted(&before, &[(refused, quarantined)]);
+    counted(&before, &[(refused, quarantined)], &USUAL);
     stop().await;
 }
 
@@ -770,20 +702,15 @@ async fn a_copy_that_starts_again_and_again_is_not_hurried() {
 #[test]
 fn every_limit_of_the_table_is_here() {
     let here = include_str!("limits.rs");
-    let table =
-        include_str!("../../docs/limits.md").split("\n## ").find(|part| part.starts_with("Migrations:"));
-    let rows = table.unwrap().lines().filter_map(|line| line.strip_prefix("| ")?.split('|').next());
-    let mut limits = 0;
-    for name in rows.flat_map(|row| row.split('`').skip(1).step_by(2)) {
-        // The disk is the store's: of examples/node, see its tests of staging.
-        if name == "MigrationTarget" || name.starts_with("node serve") {
-            continue;
-        }
+    let limits = limits_of("Migrations:");
+    // The disk is the store's: of examples/node, see its tests of staging.
+    let of_store = |name: &str| name == "MigrationTarget" || name.starts_with("node serve");
+    let limits: Vec<_> = limits.into_iter().filter(|name| !of_store(name)).collect();
+    for name in &limits {
         assert!(
             ["limits.", "async fn "].iter().any(|at| here.contains(&format!("{at}{name}"))),
             "no test exceeds {name}"
         );
-        limits += 1;
     }
-    assert!(limits >= 10, "the table was found: {limits}");
+    assert!(limits.len() >= 10, "the table was found: {limits:?}");
 }

@@ -263,10 +263,17 @@ async fn the_store_hurries_from_prepare_until_it_is_answered() {
     assert!(matches!(source.answer().await.unwrap(), Answer::Prepared(_)));
     assert!(!node.target.hurried());
 
-    // Nor does it go on where the stream ends before the answer.
+    // One that panics when it is asked to, and when it may rest, prepares all the same.
     source.send(Frame::Release(Release { freeze: 1 })).await;
-    node.target.fault("digests", Fault::Wait(Arc::clone(&gate)));
+    node.target.fault("hurry", Fault::Panic);
+    node.target.fault("hurry", Fault::Panic);
     source.send(Frame::Prepare(prepare(2, 11, &rows))).await;
+    assert!(matches!(source.answer().await.unwrap(), Answer::Prepared(prepared) if prepared.freeze == 2));
+
+    // Nor does it go on where the stream ends before the answer.
+    source.send(Frame::Release(Release { freeze: 2 })).await;
+    node.target.fault("digests", Fault::Wait(Arc::clone(&gate)));
+    source.send(Frame::Prepare(prepare(3, 11, &rows))).await;
     eventually("it hurries again", || node.target.hurried()).await;
     drop(source);
     gate.add_permits(1);

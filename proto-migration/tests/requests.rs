@@ -5,43 +5,27 @@
 
 mod support;
 
-use std::pin::Pin;
-use std::task::{Context, Poll};
-
-use bytes::{BufMut as _, Bytes, BytesMut};
-use http_body::{Body as _, Frame};
+use bytes::{BufMut as _, BytesMut};
+use http_body::Frame;
+use http_body_util::{BodyExt as _, StreamBody};
 use proto_common::error::{Code, Error};
 use proto_common::prompt::{MAX_REQUEST_BYTES, REQUEST_TIME};
 use proto_common::refusals::count_of;
 use support::pair::Pair;
 use tokio::time::Instant;
+use tokio_stream::StreamExt as _;
 use tonic::Status;
 use tonic::body::Body;
 use tonic::codegen::{Service as _, http};
 
 /// The prefix of a message of `declared` bytes and the first ones of it, and then nothing, for ever.
-struct Half {
-    declared: usize,
-    sent: bool,
-}
-
-impl http_body::Body for Half {
-    type Data = Bytes;
-    type Error = Status;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        _: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        if std::mem::replace(&mut self.sent, true) {
-            return Poll::Pending;
-        }
-        let mut data = BytesMut::new();
-        data.put_u8(0);
-        data.put_u32(u32::try_from(self.declared).unwrap());
-        data.put_bytes(0, 100);
-        Poll::Ready(Some(Ok(Frame::data(data.freeze()))))
-    }
+fn half(declared: usize) -> Body {
+    let mut data = BytesMut::new();
+    data.put_u8(0);
+    data.put_u32(u32::try_from(declared).unwrap());
+    data.put_bytes(0, 100);
+    let first = Ok::<_, Status>(Frame::data(data.freeze()));
+    Body::new(StreamBody::new(tokio_stream::iter([first]).chain(tokio_stream::pending())))
 }
 
 #[tokio::test]
@@ -57,17 +41,13 @@ async fn half_a_request_is_not_waited_for_and_a_large_one_not_at_all() {
             let request =
                 http::Request::post(format!("http://n2/node.migration.v1.MigrationService/{method}"))
                     .header("content-type", "application/grpc")
-                    .body(Body::new(Half { declared, sent: false }))
+                    .body(half(declared))
                     .unwrap();
             let (began, before) = (Instant::now(), count_of(reason));
-            let mut response = service.call(request).await.unwrap();
-            let mut status = Status::from_header_map(response.headers());
-            while let Some(frame) =
-                std::future::poll_fn(|cx| Pin::new(response.body_mut()).poll_frame(cx)).await
-            {
-                let trailers = frame.unwrap().into_trailers();
-                status = status.or_else(|| Status::from_header_map(&trailers.ok()?));
-            }
+            let response = service.call(request).await.unwrap();
+            let of_headers = Status::from_header_map(response.headers());
+            let rest = response.into_body().collect().await.unwrap();
+            let status = of_headers.or_else(|| Status::from_header_map(rest.trailers()?));
             let error = Error::from(status.expect("a status"));
             assert_eq!((error.code(), error.reason()), (code, reason), "{method}: {error:?}");
             assert_eq!(began.elapsed().as_secs(), waited, "{method}");

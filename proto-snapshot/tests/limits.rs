@@ -3,14 +3,14 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failed expectation is a failed test")]
 
+#[path = "../../proto-common/tests/support/refusals.rs"]
+mod refusals;
 #[path = "support/slow.rs"]
 mod slow;
 #[path = "support/stalled.rs"]
 mod stalled;
 mod support;
 
-use std::any::Any;
-use std::collections::BTreeMap;
 use std::sync::Mutex as SyncMutex;
 use std::time::Duration;
 
@@ -30,10 +30,10 @@ use proto_snapshot::v1::transfer_split_snapshot_request::{
     File, Frame, Header, Heartbeat, LaneHeader, Manifest,
 };
 use proto_snapshot::v1::{TransferPhase, TransferProgress, WatchTransferProgressRequest};
+use refusals::{ALONE, Abuse, Refusal, counted, limits_of};
 use slow::{Brake, SlowStore};
 use stalled::{SIZE, Stalled};
 use support::{LONG, Server, make_tree, small_limits, snapshot, until};
-use tokio::sync::Mutex;
 use tokio::task::JoinHandle;
 
 const CHUNK: u64 = 64 << 10;
@@ -41,52 +41,12 @@ const MIB: u64 = 1 << 20;
 /// The node that exceeds limits.
 const OFFENDER: &str = "n9";
 
-/// Refusals are counted for the process: one test after the other.
-static ALONE: Mutex<()> = Mutex::const_new(());
-
-/// What the offender is told.
-struct Refusal {
-    code: Code,
-    reason: &'static str,
-    retryable: bool,
-    /// The field that is blamed, where one is.
-    field: Option<&'static str>,
-    /// Metadata by name; `None`: there is none of that name.
-    facts: &'static [(&'static str, Option<&'static str>)],
-}
-
-const TOO_MANY: Refusal = Refusal {
-    code: Code::ResourceExhausted,
-    reason: "TOO_MANY_TRANSFERS",
-    retryable: true,
-    field: None,
-    facts: &[],
-};
-const INVALID: Refusal =
-    Refusal { code: Code::InvalidArgument, reason: "", retryable: false, field: None, facts: &[] };
+const TOO_MANY: Refusal = Refusal::too_many("TOO_MANY_TRANSFERS");
+const INVALID: Refusal = Refusal::invalid("");
 const IDLE: Refusal = Refusal { code: Code::DeadlineExceeded, reason: "IDLE_TIMEOUT", ..TOO_MANY };
 const NO_DISK: Refusal = Refusal { reason: "INSUFFICIENT_DISK", ..TOO_MANY };
-
-/// What the offender has, and the refusals that it got.
-#[derive(Default)]
-struct Abuse {
-    refused: Vec<(Error, Refusal)>,
-    held: Vec<Box<dyn Any>>,
-    /// What others do meanwhile, beside their transfers; it ends when these have.
-    others: Vec<JoinHandle<()>>,
-}
-
-impl Abuse {
-    fn refused(mut self, error: impl Into<Option<Error>>, as_what: Refusal) -> Self {
-        self.refused.push((error.into().expect("it is refused"), as_what));
-        self
-    }
-
-    fn holds(mut self, what: impl Any) -> Self {
-        self.held.push(Box::new(what));
-        self
-    }
-}
+/// What a stream is told whose sender hangs up, and a sender that asks for its transfer before it begins it.
+const USUAL: [&str; 2] = ["STREAM_ENDED_EARLY", "TRANSFER_NOT_FOUND"];
 
 /// One limit.
 struct Case {
@@ -151,29 +111,7 @@ impl Case {
             tokio::time::timeout(LONG, other).await.expect("others go on").unwrap();
         }
 
-        let mut expected = BTreeMap::new();
-        for (error, as_what) in &refused {
-            let Refusal { code, reason, retryable, field, facts } = as_what;
-            let found = (error.code(), error.reason(), error.is_retryable());
-            assert_eq!(found, (*code, *reason, *retryable), "{error:?}");
-            let blamed: Vec<_> =
-                error.violations().iter().map(|violation| violation.field.as_str()).collect();
-            assert_eq!(blamed, field.iter().copied().collect::<Vec<_>>(), "{error:?}");
-            for (name, value) in *facts {
-                assert_eq!(error.get(name), *value, "{name}: {error:?}");
-            }
-            *expected.entry((*reason).to_owned()).or_insert(0) += 1;
-        }
-        let mut counted = counts();
-        for (reason, count) in &mut counted {
-            *count -= before.get(reason).copied().unwrap_or(0);
-        }
-        // What a stream is told whose sender hangs up, and a sender that asks for its transfer before it begins it.
-        for usual in ["STREAM_ENDED_EARLY", "TRANSFER_NOT_FOUND"] {
-            counted.remove(usual);
-        }
-        counted.retain(|_, count| *count > 0);
-        assert_eq!(counted, expected, "each refusal is counted once, and nobody else was refused");
+        counted(&before, &refused, &USUAL);
         drop(held);
         bench.server.stop().await;
     }
@@ -344,14 +282,14 @@ async fn staged() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn staged_per_peer() {
-    let full = || Refusal { facts: &[("limit", Some("2")), ("peer", Some(OFFENDER))], ..TOO_MANY };
+    let full = Refusal { facts: &[("limit", Some("2")), ("peer", Some(OFFENDER))], ..TOO_MANY };
     let case = Case::new(|limits| limits.staged_per_peer = 2);
     case.check(async |bench| {
         left_behind(bench, "x1").await;
         let held = bench.offender("x2").await;
         let mut abuse = Abuse::default().holds(held);
         for id in ["x3", "x4"] {
-            abuse = abuse.refused(bench.refuses(begun(id, |_| {})).await, full());
+            abuse = abuse.refused(bench.refuses(begun(id, |_| {})).await, full);
         }
         abuse
     })
@@ -401,7 +339,7 @@ async fn chunk_bytes() {
 async fn a_message() {
     assert_eq!(MAX_MESSAGE_BYTES, 4 << 20);
     let too_large =
-        || Refusal { reason: "CHUNK_TOO_LARGE", facts: &[("max_message_bytes", Some("4194304"))], ..INVALID };
+        Refusal { reason: "CHUNK_TOO_LARGE", facts: &[("max_message_bytes", Some("4194304"))], ..INVALID };
     Case::new(|_| {})
         .check(async |bench| {
             let mut stream = bench.offender("x1").await;
@@ -411,7 +349,7 @@ async fn a_message() {
             let page = Manifest { files: vec![File { name, ..File::default() }], last: true };
             let header = begun("x2", |_| {}).remove(0);
             let page = bench.refuses(vec![header, Frame::Manifest(page)]).await;
-            let abuse = Abuse::default().refused(chunk, too_large()).refused(page, too_large());
+            let abuse = Abuse::default().refused(chunk, too_large).refused(page, too_large);
             abuse.holds(stream)
         })
         .await;
@@ -419,7 +357,7 @@ async fn a_message() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn files_of_a_manifest() {
-    let too_many = || Refusal {
+    let too_many = Refusal {
         reason: "MANIFEST_TOO_LARGE",
         field: Some("header.file_count"),
         facts: &[("limit", Some("8"))],
@@ -431,7 +369,7 @@ async fn files_of_a_manifest() {
         let mut abuse = Abuse::default();
         for count in [9, u64::MAX] {
             let first = begun("x1", |header| header.file_count = count);
-            abuse = abuse.refused(bench.refuses(first).await, too_many());
+            abuse = abuse.refused(bench.refuses(first).await, too_many);
         }
         // It declares few, and brings many.
         let mut first = files("x1", &[Some(1); 20]);
@@ -444,7 +382,7 @@ async fn files_of_a_manifest() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn name_bytes() {
-    let too_long = || Refusal {
+    let too_long = Refusal {
         reason: "MANIFEST_TOO_LARGE",
         field: Some("header.name_bytes"),
         facts: &[("limit", Some("100"))],
@@ -456,7 +394,7 @@ async fn name_bytes() {
         let mut abuse = Abuse::default();
         for bytes in [101, u64::MAX] {
             let first = begun("x1", |header| header.name_bytes = bytes);
-            abuse = abuse.refused(bench.refuses(first).await, too_long());
+            abuse = abuse.refused(bench.refuses(first).await, too_long);
         }
         let mut first = begun("x1", |header| header.name_bytes = 100);
         let Frame::Manifest(manifest) = &mut first[1] else { panic!("the manifest comes then") };
@@ -832,17 +770,13 @@ async fn a_watch_that_ends_leaves_its_place() {
 #[test]
 fn every_limit_of_the_table_is_here() {
     let here = include_str!("limits.rs");
-    let table =
-        include_str!("../../docs/limits.md").split("\n## ").find(|part| part.starts_with("Snapshots:"));
-    let rows = table.unwrap().lines().filter_map(|line| line.strip_prefix("| ")?.split('|').next());
-    let mut limits = 0;
-    for name in rows.flat_map(|row| row.split('`').skip(1).step_by(2)) {
+    let limits = limits_of("Snapshots:");
+    for name in &limits {
         let name = name.rsplit(':').next().unwrap();
         assert!(
             ["limits.", "disk.", "async fn "].iter().any(|at| here.contains(&format!("{at}{name}"))),
             "no test exceeds {name}"
         );
-        limits += 1;
     }
-    assert!(limits >= 24, "the table was found: {limits}");
+    assert!(limits.len() >= 24, "the table was found: {limits:?}");
 }

@@ -3,11 +3,9 @@
 #![cfg(all(feature = "snapshot", feature = "health", feature = "server"))]
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::pin::Pin;
-use std::task::{Context, Poll};
-
-use bytes::{BufMut as _, Bytes, BytesMut};
-use http_body::{Body as _, Frame};
+use bytes::{BufMut as _, BytesMut};
+use http_body::Frame;
+use http_body_util::{BodyExt as _, StreamBody};
 use prost::Message as _;
 use proto::common::error::Error;
 use proto::common::prompt::{MAX_REQUEST_BYTES, REQUEST_TIME};
@@ -18,34 +16,23 @@ use proto::refusals::count_of;
 use proto::snapshot::store::FileStoreOptions;
 use proto::snapshot::{FileSnapshotStore, SnapshotReceiver};
 use tokio::time::Instant;
+use tokio_stream::StreamExt as _;
 use tonic::Status;
 use tonic::body::Body;
 use tonic::codegen::{Service as _, http};
 use tonic::service::Routes;
 
-/// The prefix of a message of `declared` bytes and the first ones of it, and then nothing, for ever.
-struct Part {
-    declared: usize,
-    first: usize,
-    sent: bool,
-}
-
-impl http_body::Body for Part {
-    type Data = Bytes;
-    type Error = Status;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        _: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        if std::mem::replace(&mut self.sent, true) {
-            return if self.first < self.declared { Poll::Pending } else { Poll::Ready(None) };
-        }
-        let mut data = BytesMut::new();
-        data.put_u8(0);
-        data.put_u32(u32::try_from(self.declared).unwrap());
-        data.put_bytes(0, self.first);
-        Poll::Ready(Some(Ok(Frame::data(data.freeze()))))
+/// The prefix of a message of `declared` bytes and the `first` ones of it, and then nothing, for ever, where there are more.
+fn part(declared: usize, first: usize) -> Body {
+    let mut data = BytesMut::new();
+    data.put_u8(0);
+    data.put_u32(u32::try_from(declared).unwrap());
+    data.put_bytes(0, first);
+    let begun = tokio_stream::iter([Ok::<_, Status>(Frame::data(data.freeze()))]);
+    if first < declared {
+        Body::new(StreamBody::new(begun.chain(tokio_stream::pending())))
+    } else {
+        Body::new(StreamBody::new(begun))
     }
 }
 
@@ -53,14 +40,14 @@ impl http_body::Body for Part {
 async fn call(services: &Routes, path: &str, declared: usize, first: usize) -> (Option<Error>, u64) {
     let request = http::Request::post(format!("http://n1{path}"))
         .header("content-type", "application/grpc")
-        .body(Body::new(Part { declared, first, sent: false }))
+        .body(part(declared, first))
         .unwrap();
     let began = Instant::now();
     let mut response = services.clone().call(request).await.unwrap();
     let mut status = Status::from_header_map(response.headers());
     // A watch that was let in goes on, so its first frame is enough.
     if status.is_none() {
-        let frame = std::future::poll_fn(|cx| Pin::new(response.body_mut()).poll_frame(cx)).await;
+        let frame = response.body_mut().frame().await;
         let trailers = frame.and_then(|frame| frame.unwrap().into_trailers().ok());
         status = trailers.and_then(|trailers| Status::from_header_map(&trailers));
     }

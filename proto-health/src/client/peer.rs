@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use proto_common::clock::millis;
-use proto_common::ids::NodeId;
+use proto_common::ids::{NodeId, RANDOM_ID_LEN};
 use proto_common::text::printable;
 use proto_common::v1::NodeIdentity;
 
@@ -14,8 +14,6 @@ use crate::v1::{HealthReport, HealthStatus, NodeState, PeerState, PeerStatus, Re
 
 /// How much of what a peer says is kept, in bytes.
 const SHOWN_LEN: usize = 256;
-/// Bytes of a store's ID, as `NodeIdentity` has it; of a longer one no more are kept.
-const STORE_ID_LEN: usize = 16;
 
 /// A change of what is thought of a peer.
 #[derive(Debug, Clone, PartialEq)]
@@ -92,8 +90,8 @@ impl Known {
     /// `None`: it names no node.
     fn of(identity: &NodeIdentity) -> Option<Self> {
         let node_id = NodeId::new(&identity.node_id).ok()?;
-        let store_id = &identity.store_id[..identity.store_id.len().min(STORE_ID_LEN)];
-        // A part of the message would keep all of it.
+        // Of a longer one no more is kept; and a part of the message would keep all of it.
+        let store_id = &identity.store_id[..identity.store_id.len().min(RANDOM_ID_LEN)];
         Some(Self { node_id, store_id: Bytes::copy_from_slice(store_id), incarnation: identity.incarnation })
     }
 }

@@ -17,7 +17,7 @@ use super::pump::Wish;
 use super::task::{Halt, Task};
 use super::transfer::Running;
 use crate::Reason;
-use crate::digest::SlotDigest;
+use crate::digest::{SlotDigest, sum_from_wire};
 use crate::failpoint::reached;
 use crate::hold::{Hold, HoldMode};
 use crate::source::MigrationSource;
@@ -31,9 +31,6 @@ const HEARTBEAT: Duration = Duration::from_millis(500);
 /// Silence after which the outcome of a commit is asked for over another connection: reads and writes wait for it, and a connection that
 /// swallows what is sent shows in no other way. Four heartbeats, each of which the target answers at once, whatever its store does.
 const COMMIT_SILENCE: Duration = Duration::from_secs(2);
-
-/// Length of the sum of a digest, as `migration.proto` says.
-const SUM_BYTES: usize = 16;
 
 /// How a freeze ended before the commit was decided.
 enum GivenUp {
@@ -324,5 +321,5 @@ fn prepare_frame(freeze: u64, final_seq: u64, new_slot_epoch: u64, digests: Vec<
 /// Whether a difference that the target told is kept: a digest has 16 bytes, and what has more is something else.
 fn is_one(mismatch: &SlotMismatch) -> bool {
     let SlotMismatch { slot: _, source, target, slots_differing: _ } = mismatch;
-    [source, target].into_iter().flatten().all(|digest| digest.sum.len() == SUM_BYTES)
+    [source, target].into_iter().flatten().all(|digest| sum_from_wire(&digest.sum).is_some())
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use proto_common::clock::now_unix_ms;
 use proto_common::error::Error;
+use proto_common::ids::RANDOM_ID_LEN;
 use proto_common::text::{hex, printable};
 use proto_common::v1::NodeIdentity;
 use tokio::time::{Instant, timeout};
@@ -21,9 +22,6 @@ use crate::v1::transfer_migration_data_response::Accepted;
 
 /// How long a target may take to tell the outcome: reads and writes wait for it, and over another connection it may come at once.
 pub(super) const OUTCOME_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// Length of a store ID, as `migration.proto` says.
-const STORE_ID_BYTES: usize = 16;
 
 impl<S: MigrationSource, D: Dial> Task<S, D> {
     /// A stream of the next attempt. The attempt is saved before anybody hears of it, and none is claimed where nobody can: an operator
@@ -109,10 +107,10 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
             );
             return Err(Reason::WrongNode.error(text).metadata("node_id", shown));
         }
-        if found.store_id.len() != STORE_ID_BYTES {
+        if found.store_id.len() != RANDOM_ID_LEN {
             let bytes = found.store_id.len();
             return Err(unexpected(&format!(
-                "the target's store ID has {bytes} bytes instead of {STORE_ID_BYTES}"
+                "the target's store ID has {bytes} bytes instead of {RANDOM_ID_LEN}"
             )));
         }
         let mine = &self.inner.identity;

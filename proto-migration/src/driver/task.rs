@@ -350,7 +350,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         self.enter(MigrationState::NeedsOperator, gate).await
     }
 
-    /// Begins the next copy, from nothing.
+    /// Begins the next copy, from nothing, after a wait.
     pub(super) async fn copy_again(&mut self, why: &str) -> Result<(), Halt> {
         tracing::warn!(migration_id = %self.id, why, "copying starts again");
         let base = self

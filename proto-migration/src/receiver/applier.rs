@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use futures::FutureExt as _;
 use proto_common::clock::millis;
 use proto_common::error::Error;
 use proto_common::ids::MigrationId;
@@ -52,7 +53,14 @@ pub(super) struct Hurried(Box<dyn Fn(bool) + Send + Sync>);
 impl Hurried {
     pub(super) fn new<T: MigrationTarget>(inner: &Arc<Inner<T>>, id: &MigrationId) -> Self {
         let (inner, id) = (Arc::clone(inner), id.clone());
-        let hurry = move |wanted| inner.target.hurry(&id, wanted);
+        let hurry = move |wanted| {
+            // It waits for nothing, so it is done at once; and one that panics takes nobody down.
+            let hurry = async {
+                inner.target.hurry(&id, wanted);
+                Ok(())
+            };
+            let _ = guarded(hurry).now_or_never();
+        };
         hurry(true);
         Self(Box::new(hurry))
     }

@@ -7,7 +7,7 @@ use proto_common::access::Caller;
 use proto_common::bulk::{BulkError, Incoming, Payload, Received};
 use proto_common::error::Error;
 use proto_common::fence::Fence;
-use proto_common::ids::{MigrationId, NodeId};
+use proto_common::ids::{MigrationId, NodeId, RANDOM_ID_LEN};
 use proto_common::refusal::Refusal;
 use proto_common::text::{hex, printable};
 use proto_common::v1::{NodeIdentity, Priority};
@@ -26,8 +26,6 @@ pub(super) const FEATURES: [&str; 2] = ["crc64nvme", "blake3-sum128"];
 const MAX_FEATURES: usize = 64;
 /// Longest name of a feature, in bytes.
 const MAX_FEATURE_BYTES: usize = 64;
-/// Length of a session and of a store ID, in bytes.
-pub(super) const RANDOM_ID_BYTES: usize = 16;
 /// How long the first frame is waited for.
 pub(super) const FIRST_FRAME: Duration = Duration::from_secs(30);
 
@@ -161,8 +159,8 @@ impl CheckedHeader {
             ("header.target_store_id", &target_store_id, true),
             ("header.session", &session, false),
         ] {
-            if bytes.len() != RANDOM_ID_BYTES && !(may_be_empty && bytes.is_empty()) {
-                return Err(bad(field, format!("has {} bytes instead of {RANDOM_ID_BYTES}", bytes.len())));
+            if bytes.len() != RANDOM_ID_LEN && !(may_be_empty && bytes.is_empty()) {
+                return Err(bad(field, format!("has {} bytes instead of {RANDOM_ID_LEN}", bytes.len())));
             }
         }
         for (field, number) in [("header.attempt", attempt), ("header.copy", copy)] {

@@ -1,6 +1,7 @@
 //! What the target's store keeps of a migration, in the same transaction as the rows.
 
 use bytes::Bytes;
+use proto_common::ids::MAX_ID_LEN;
 use proto_common::slots::SlotRange;
 use proto_common::text::printable;
 
@@ -15,9 +16,6 @@ const KIND: Kind = Kind { name: *b"NMR", version: 1 };
 
 /// Incidents that are kept across a restart; each `apply` writes them again.
 const KEPT_INCIDENTS: usize = 4;
-
-/// How much of another migration's ID is shown, in bytes: more than one has.
-const SHOWN_BYTES: usize = 128;
 
 /// The `Prepare` that was found to be in order.
 #[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
@@ -138,7 +136,7 @@ impl Record {
         let told = told.map(|slots| (progress.migration_id.clone(), slots));
         let unread = |problem| Unread { problem, told: told.clone() };
         if progress.migration_id != stored.id.as_str() {
-            let other = printable(&progress.migration_id, SHOWN_BYTES);
+            let other = printable(&progress.migration_id, MAX_ID_LEN);
             return Err(unread(format!("is that of migration {other}")));
         }
         let spec = MigrationSpec::from_wire(progress.spec.clone(), "spec", None)

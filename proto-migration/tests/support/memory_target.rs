@@ -171,6 +171,8 @@ impl MigrationTarget for MemoryTarget {
     }
 
     fn hurry(&self, _: &MigrationId, wanted: bool) {
+        let fault = self.faults.lock().unwrap().get_mut("hurry").and_then(VecDeque::pop_front);
+        assert!(fault.is_none(), "it panics when it hurries");
         self.hurried.store(wanted, Ordering::SeqCst);
     }
 

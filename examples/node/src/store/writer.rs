@@ -338,10 +338,16 @@ fn commit<T>(
 #[cfg(test)]
 mod tests {
     use std::sync::Mutex;
+    use std::sync::atomic::AtomicBool;
+
+    use bytes::Bytes;
+    use proto::common::ids::MigrationId;
+    use proto::migration::entry::{Entry, Image};
 
     use super::super::Store;
     use super::super::test_store::{open, set};
     use super::*;
+    use crate::common::slot_of;
 
     /// Holds the writer's thread until the sender is dropped.
     async fn held(writer: &Writer) -> std::sync::mpsc::Sender<()> {
@@ -411,6 +417,45 @@ mod tests {
         second.await.unwrap();
         // After the job that held the writer, the first group, the job behind it, and the second group.
         assert_eq!(*seen.lock().unwrap(), [0, 1, 1, 2]);
+    }
+
+    /// Stages the same rows twice while clients always have a write in the queue, so that a group of theirs comes before each slice.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn what_hurries_is_staged_in_fewer_slices() {
+        let directory = tempfile::tempdir().unwrap();
+        let (store, _) = open(directory.path(), "a", "0-8191");
+        let id = MigrationId::new("m1").unwrap();
+        store.begin_staging(&id, "8192-16383".parse().unwrap(), Bytes::new()).await.unwrap();
+        let stop = Arc::new(AtomicBool::new(false));
+        let clients: Vec<_> = (0..2)
+            .map(|_| {
+                let (store, stop) = (store.clone(), Arc::clone(&stop));
+                tokio::spawn(async move {
+                    while !stop.load(Ordering::Relaxed) {
+                        set(&store, "key", "value").await;
+                    }
+                })
+            })
+            .collect();
+        let groups = async |seq, hurried| {
+            let image = Image { value: Bytes::from_static(b"value"), expires_unix_ms: None };
+            let keys = (0..).map(|n: u32| Bytes::from(format!("key:{n}")));
+            let keys = keys.filter(|key| slot_of(key) >= 8192).take(4000);
+            let entries = keys.map(|key| Entry { seq, key, image: Some(image.clone()) }).collect();
+            store.hurry(&id, hurried);
+            let before = store.client_writes();
+            store.stage(&id, entries, Bytes::new()).await.unwrap();
+            store.client_writes() - before
+        };
+        let (calm, hurried) = (groups(1, false).await, groups(2, true).await);
+        stop.store(true, Ordering::Relaxed);
+        for client in clients {
+            client.await.unwrap();
+        }
+        assert!(
+            hurried * 2 < calm,
+            "{hurried} groups of writes came before it was done, and {calm} without hurry"
+        );
     }
 
     #[tokio::test]
