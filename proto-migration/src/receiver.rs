@@ -26,6 +26,7 @@ mod attach;
 mod batch;
 mod control;
 mod handshake;
+mod hurry;
 mod incoming;
 mod outcome;
 mod places;

@@ -122,8 +122,8 @@ pub trait MigrationTarget: Send + Sync + 'static {
         record: Bytes,
     ) -> impl Future<Output = Result<Staged, Error>> + Send;
 
-    /// From `true` to `false`, the clients of the source wait for what is applied: writes are held there, and go on when the target is prepared, or
-    /// the freeze is given up. [`apply`](Self::apply) may then take more of the store's time than it otherwise would. Comes while it runs, too. Does not wait.
+    /// From `true` to `false`, the clients of the source wait for what is applied: writes are held there, or will be when it is, or are slowed because
+    /// the target does not keep up. [`apply`](Self::apply) may then take more of the store's time than it otherwise would. Comes while it runs, too. Does not wait.
     fn hurry(&self, id: &MigrationId, wanted: bool) {
         let _ = (id, wanted);
     }

@@ -5,6 +5,7 @@
 
 mod support;
 
+use std::cell::Cell;
 use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -127,6 +128,68 @@ async fn a_freeze_that_takes_too_long_is_given_up_and_tried_again() {
     let done = pair.reaches(MigrationState::Completed).await;
     assert!(done.freeze_count >= 2);
     assert!(pair.target_rows().iter().any(|(key, _)| key == b"between"));
+}
+
+/// Begins a manual migration, waits until it is READY, and stops the target from applying until the gate is opened.
+async fn nothing_is_applied(pair: &Pair, limits: MigrationLimits) -> Arc<Semaphore> {
+    pair.fill(20).await;
+    pair.begin(|request| {
+        request.spec.as_mut().unwrap().auto_complete = false;
+        request.limits = Some(limits);
+    })
+    .await
+    .unwrap();
+    pair.reaches(MigrationState::Ready).await;
+    let (gate, applied) = (Arc::new(Semaphore::new(0)), pair.target.calls("apply"));
+    pair.target.fault("apply", Fault::Wait(Arc::clone(&gate)));
+    pair.source.write(b"key1", Some(b"1")).await;
+    pair.until("it is applied", |_| pair.target.calls("apply") > applied).await;
+    assert_eq!(pair.target.calls("hurry"), 0, "nobody waits");
+    gate
+}
+
+/// Writes until the target's store hurries.
+async fn it_hurries(pair: &Pair) -> MigrationProgress {
+    let hurries = Cell::new(false);
+    let writes = async {
+        while !hurries.get() {
+            pair.source.write(b"key2", Some(b"2")).await;
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    let until = async {
+        let progress = pair.until("it hurries", |_| pair.target.hurried()).await;
+        hurries.set(true);
+        progress
+    };
+    tokio::join!(until, writes).0
+}
+
+#[tokio::test]
+async fn the_target_hurries_before_writes_are_held() {
+    let pair = Pair::start().await;
+    // So much patience to come close, too.
+    let limits = MigrationLimits { ready_lag_ms: Some(60_000), ..MigrationLimits::default() };
+    let gate = nothing_is_applied(&pair, limits).await;
+    pair.complete(Some(60_000)).await.unwrap();
+    it_hurries(&pair).await;
+    assert_eq!(pair.source.held(), None, "while writes go on");
+    gate.add_permits(1);
+    pair.reaches(MigrationState::Completed).await;
+    assert!(!pair.target.hurried());
+}
+
+#[tokio::test]
+async fn the_target_hurries_where_the_lag_does_not_fall() {
+    let pair = Pair::start().await;
+    let limits =
+        MigrationLimits { ready_lag_entries: Some(1), ready_lag_ms: Some(10), ..MigrationLimits::default() };
+    let gate = nothing_is_applied(&pair, limits).await;
+    let hurried = it_hurries(&pair).await;
+    assert_eq!((hurried.state(), hurried.freeze_count), (MigrationState::CatchingUp, 0));
+    gate.add_permits(1);
+    pair.reaches(MigrationState::Ready).await;
+    pair.until("it rests", |_| !pair.target.hurried()).await;
 }
 
 #[tokio::test]

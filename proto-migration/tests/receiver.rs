@@ -280,6 +280,40 @@ async fn the_store_hurries_from_prepare_until_it_is_answered() {
     eventually("it has ended", || !node.target.hurried()).await;
 }
 
+/// Before writes are held, changes that are still many can be few.
+#[tokio::test(start_paused = true)]
+async fn the_store_hurries_for_urgent_changes_and_tells_of_them_at_once() {
+    const INTERVAL: Duration = Duration::from_millis(10);
+    let node = Node::start().await;
+    let (mut source, _) = node.accept(header(1)).await;
+    source.bulk(vec![row(10, "a")], false).await;
+    source.urgent(11, vec![row(11, "b")]).await;
+    source.bulk(vec![], true).await;
+    source.durable().await;
+    assert_eq!(node.target.calls("hurry"), 0, "not while rows are copied");
+
+    let gate = Arc::new(tokio::sync::Semaphore::new(0));
+    for _ in 0..2 {
+        node.target.fault("apply", Fault::Wait(Arc::clone(&gate)));
+    }
+    // The clock stands still as long as anybody works.
+    let began = tokio::time::Instant::now();
+    let applied = node.target.calls("apply");
+    for seq in [12, 13] {
+        source.urgent(seq, vec![row(seq, "b")]).await;
+        eventually("the first is applied", || node.target.calls("apply") == applied + 1).await;
+    }
+    assert!(node.target.hurried());
+    gate.add_permits(1);
+    eventually("the second is applied", || node.target.calls("apply") == applied + 2).await;
+    assert!(node.target.hurried(), "as long as one is waited for");
+    gate.add_permits(1);
+    let waited = began.elapsed();
+    source.durable().await;
+    assert!(began.elapsed() - waited < INTERVAL, "the source knows at once");
+    assert!(!node.target.hurried());
+}
+
 #[tokio::test]
 async fn a_prepare_is_refused_and_the_stream_goes_on() {
     let node = Node::start().await;

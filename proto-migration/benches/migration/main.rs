@@ -19,8 +19,8 @@ use std::time::{Duration, Instant};
 use clap::Parser;
 use load::{Load, Measured, Offer};
 use nodes::Node;
-use proto_migration::v1::{FreezeAttempt, FreezeOutcome, MigrationProgress};
-use report::{Report, Row};
+use proto_migration::v1::MigrationProgress;
+use report::{Freeze, Report, Row};
 
 /// The slots that move: half of them.
 const MOVING: (u16, u16) = (0, 8192);
@@ -134,25 +134,25 @@ async fn measure(
     let alone = alone(&writers, time).await;
     let mut ends = [&one, &two];
     let mut took = Duration::ZERO;
-    let (mut freezes_ms, mut given_up, mut slowed) = (Vec::new(), 0, 0);
+    let (mut freezes, mut given_up, mut slowed) = (Vec::new(), 0, 0);
     for number in 0..migrations {
         let began = Instant::now();
         let done: MigrationProgress = nodes::migrate(ends, &format!("m{number}"), MOVING).await;
         took += began.elapsed();
-        let committed = |freeze: &&FreezeAttempt| freeze.outcome() == FreezeOutcome::Committed;
-        freezes_ms.extend(done.freezes.iter().filter(committed).filter_map(|freeze| freeze.freeze_ms));
-        given_up += done.freezes.iter().filter(|freeze| !committed(freeze)).count();
+        let committed: Vec<Freeze> = done.freezes.iter().filter_map(Freeze::of).collect();
+        given_up += done.freezes.len() - committed.len();
+        freezes.extend(committed);
         slowed += usize::from(done.writers_slowed_ms > 0);
         ends.reverse();
     }
     let migrating = writers.take();
-    freezes_ms.sort_unstable();
+    freezes.sort_by_key(|freeze| freeze.total_ms);
     // What was moved away is deleted in the background.
     tokio::time::sleep(Duration::from_millis(100)).await;
     let after = self::alone(&writers, time).await;
     writers.stop().await;
     let mean_migration_s = took.as_secs_f64() / f64::from(u32::try_from(migrations.max(1)).unwrap());
-    Row { load, alone, migrating, after, migrations, mean_migration_s, freezes_ms, given_up, slowed }
+    Row { load, alone, migrating, after, migrations, mean_migration_s, freezes, given_up, slowed }
 }
 
 /// Waits until something holds, at most two minutes.

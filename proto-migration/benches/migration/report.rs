@@ -4,6 +4,7 @@ use std::fmt;
 
 use comfy_table::presets;
 use comfy_table::{CellAlignment, Table};
+use proto_migration::v1::{FreezeAttempt, FreezeOutcome};
 use serde::Serialize;
 
 use crate::disk::Fsync;
@@ -28,12 +29,31 @@ pub(crate) struct Row {
     pub(crate) after: Measured,
     pub(crate) migrations: usize,
     pub(crate) mean_migration_s: f64,
-    /// Of those that led to a commit, ascending.
-    pub(crate) freezes_ms: Vec<u64>,
+    /// Of those that led to a commit, shortest first.
+    pub(crate) freezes: Vec<Freeze>,
     /// Freezes that were given up and tried again.
     pub(crate) given_up: usize,
     /// Migrations that slowed writers.
     pub(crate) slowed: usize,
+}
+
+/// How long writes were held, and by what.
+#[derive(Serialize)]
+pub(crate) struct Freeze {
+    pub(crate) total_ms: u64,
+    pub(crate) drain_ms: u64,
+    pub(crate) flush_ms: u64,
+    pub(crate) prepare_ms: u64,
+    pub(crate) commit_ms: u64,
+}
+
+impl Freeze {
+    /// Unless it was given up.
+    pub(crate) fn of(attempt: &FreezeAttempt) -> Option<Self> {
+        let total_ms = attempt.freeze_ms.filter(|_| attempt.outcome() == FreezeOutcome::Committed)?;
+        let FreezeAttempt { drain_ms, flush_ms, prepare_ms, commit_ms, .. } = *attempt;
+        Some(Self { total_ms, drain_ms, flush_ms, prepare_ms, commit_ms })
+    }
 }
 
 impl Report {
@@ -45,8 +65,8 @@ impl Report {
 
 impl Row {
     fn freeze_ms(&self, percent: usize) -> u64 {
-        let index = (self.freezes_ms.len() * percent).div_ceil(100).saturating_sub(1);
-        self.freezes_ms.get(index).copied().unwrap_or(0)
+        let index = (self.freezes.len() * percent).div_ceil(100).saturating_sub(1);
+        self.freezes.get(index).map_or(0, |freeze| freeze.total_ms)
     }
 
     fn cells(&self) -> Vec<String> {

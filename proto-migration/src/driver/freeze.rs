@@ -28,6 +28,10 @@ use crate::v1::{FreezeOutcome, MigrationGate, MigrationState, SlotMismatch};
 /// Signs of life while requests wait for the target.
 const HEARTBEAT: Duration = Duration::from_millis(500);
 
+/// A round of changes, from being written at the source to being durable at the target, after which a freeze begins: about what it takes to
+/// gather, send, store and acknowledge few.
+const CLOSE: Duration = Duration::from_millis(15);
+
 /// Silence after which the outcome of a commit is asked for over another connection: reads and writes wait for it, and a connection that
 /// swallows what is sent shows in no other way. Four heartbeats, each of which the target answers at once, whatever its store does.
 const COMMIT_SILENCE: Duration = Duration::from_secs(2);
@@ -99,14 +103,22 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         }
     }
 
-    /// Brings the lag down to what a round trip takes, with writes going on, so that the freeze has little to send.
+    /// Brings the lag down to what a round trip takes, with writes going on, so that the freeze has little to send: each round, what came
+    /// during the one before becomes durable, which takes less and less where the target is faster than the writers.
     async fn come_close(&mut self, running: &mut Running) -> Result<(), Halt> {
-        let head = running.log.borrow().head_seq;
-        let mut acks = running.link.acks.clone();
+        let (log, mut acks) = (running.log.clone(), running.link.acks.clone());
         let patience = self.limits.ready_lag + Duration::from_millis(50);
+        let rounds = async move {
+            loop {
+                let (began, head) = (Instant::now(), log.borrow().head_seq);
+                if acks.wait_for(|ack| ack.durable_seq >= head).await.is_err() || began.elapsed() <= CLOSE {
+                    return;
+                }
+            }
+        };
+        running.wish.send_replace(Wish::Hurry);
         // The rest is sent with writes held, if it has to be.
-        let close = async move { acks.wait_for(|ack| ack.durable_seq >= head).await.map(drop) };
-        let _ = self.meanwhile(timeout(patience, close)).await?;
+        let _ = self.meanwhile(timeout(patience, rounds)).await?;
         Ok(())
     }
 

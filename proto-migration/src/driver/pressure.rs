@@ -1,4 +1,5 @@
-//! Whether the target keeps up, and how much the writers of the moving slots are slowed so that it does.
+//! Whether the target keeps up, and what is done so that it does: its store hurries, and if that does not help, the writers of the moving slots are
+//! slowed.
 //!
 //! Additive-increase, multiplicative-decrease turned round: the delay of a write grows by half as long as the lag is too large and does not
 //! fall, and shrinks by a third once it does. So writers run at full speed unless they outrun the target, and never wait longer than
@@ -21,6 +22,9 @@ const MIN_DELAY: Duration = Duration::from_micros(200);
 /// Looks without progress after which a lag counts as not converging: 2 s.
 const PATIENCE: u32 = 20;
 
+/// Looks without progress after which the target's store hurries, for less than the noise of a busy machine is no reason: 0.3 s.
+const HURRY: u32 = 3;
+
 /// Looks at the lag, and decides.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Pressure {
@@ -34,6 +38,8 @@ pub(super) struct Pressure {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Verdict {
     pub(super) not_converging: bool,
+    /// Whether the target's store is to let other work wait for the changes.
+    pub(super) hurry: bool,
     /// For each write to the moving slots; zero without `slow_writers`.
     pub(super) delay: Duration,
 }
@@ -65,7 +71,8 @@ impl Pressure {
         } else {
             Duration::ZERO
         };
-        Verdict { not_converging, delay: self.delay }
+        let hurry = not_converging || self.looks_without_progress >= HURRY;
+        Verdict { not_converging, hurry, delay: self.delay }
     }
 }
 
@@ -87,7 +94,7 @@ mod tests {
         for entries in [0, 5000, 9000, 100, 0] {
             let verdict =
                 pressure.look(&log(entries, entries * 100), Duration::from_millis(50), true, &limits());
-            assert_eq!(verdict, Verdict { not_converging: false, delay: Duration::ZERO });
+            assert_eq!(verdict, Verdict { not_converging: false, hurry: false, delay: Duration::ZERO });
         }
         // A lag that falls is no reason, however large.
         for round in 0..100 {
@@ -104,8 +111,10 @@ mod tests {
     fn a_lag_that_does_not_fall_slows_writers_more_and_more_up_to_a_bound() {
         let mut pressure = Pressure::default();
         let mut look = |entries| pressure.look(&log(entries, 0), Duration::from_secs(1), true, &limits());
-        let first = (0..).find(|_| look(50_000).not_converging).unwrap();
-        assert_eq!(first, PATIENCE);
+        let first = (0..).find(|_| look(50_000).hurry).unwrap();
+        assert_eq!(first, HURRY, "the store hurries");
+        let first = (HURRY + 1..).find(|_| look(50_000).not_converging).unwrap();
+        assert_eq!(first, PATIENCE, "before anybody is slowed");
         let mut last = Duration::ZERO;
         for _ in 0..30 {
             let delay = look(50_000).delay;
@@ -127,6 +136,6 @@ mod tests {
         assert!(near.not_converging && !near.delay.is_zero());
         let off = TaskLimits { slow_writers: false, ..limits() };
         let near = pressure.look(&log(1_000_000, 200 << 20), Duration::from_secs(9), false, &off);
-        assert_eq!(near, Verdict { not_converging: true, delay: Duration::ZERO });
+        assert_eq!(near, Verdict { not_converging: true, hurry: true, delay: Duration::ZERO });
     }
 }

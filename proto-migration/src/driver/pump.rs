@@ -36,6 +36,8 @@ const CHANGES: usize = 1024;
 pub(super) enum Wish {
     /// Rows and changes, as fast as limits allow.
     Run,
+    /// The same, and the target is told that clients wait for the changes.
+    Hurry,
     /// All changes up to this sequence, at once and past the rate limit; then nothing until the next wish.
     Flush(u64),
 }
@@ -215,6 +217,7 @@ impl<S: MigrationSource> Pump<S> {
             prev_seq: self.changes.watermark,
             through_seq: through,
             crc64nvme: batch.crc,
+            urgent: *self.wish.borrow() != Wish::Run,
             payload: batch.payload,
         };
         self.out.send(Frame::Delta(frame)).await?;

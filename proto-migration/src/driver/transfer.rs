@@ -219,6 +219,8 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
             running.looked = now + LOOK;
             let verdict = running.pressure.look(&log, Duration::from_millis(age), copied, &self.limits);
             self.inner.source.slow_writers(&self.id, verdict.delay);
+            let wish = if verdict.hurry { Wish::Hurry } else { Wish::Run };
+            running.wish.send_if_modified(|last| std::mem::replace(last, wish) != wish);
             let progress = self.change();
             progress.not_converging = verdict.not_converging;
             progress.not_converging_since_unix_ms = verdict

@@ -4,14 +4,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use futures::FutureExt as _;
 use proto_common::clock::millis;
 use proto_common::error::Error;
-use proto_common::ids::MigrationId;
 use tokio::sync::{Notify, mpsc};
 
 use super::Inner;
 use super::batch::{Batch, Moves};
+use super::hurry::Hurried;
 use super::incoming::{Incoming, Slot, guarded};
 use super::outcome::discarded;
 use super::record::PreparedAt;
@@ -47,42 +46,13 @@ pub(super) struct Wanted {
     pub(super) hurried: Hurried,
 }
 
-/// A wish that the store hurries, which ends when this is dropped.
-pub(super) struct Hurried(Box<dyn Fn(bool) + Send + Sync>);
-
-impl Hurried {
-    pub(super) fn new<T: MigrationTarget>(inner: &Arc<Inner<T>>, id: &MigrationId) -> Self {
-        let (inner, id) = (Arc::clone(inner), id.clone());
-        let hurry = move |wanted| {
-            // It waits for nothing, so it is done at once; and one that panics takes nobody down.
-            let hurry = async {
-                inner.target.hurry(&id, wanted);
-                Ok(())
-            };
-            let _ = guarded(hurry).now_or_never();
-        };
-        hurry(true);
-        Self(Box::new(hurry))
-    }
-}
-
-impl Drop for Hurried {
-    fn drop(&mut self) {
-        (self.0)(false);
-    }
-}
-
-impl std::fmt::Debug for Hurried {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Hurried")
-    }
-}
-
 /// How far the applier is.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Done {
     /// Last batch that is durable.
     pub(super) number: u64,
+    /// Last one of these that a freeze waits for.
+    pub(super) urgent: u64,
     /// Payload bytes that are.
     pub(super) bytes: u64,
     pub(super) durable_seq: u64,
@@ -204,10 +174,11 @@ impl<T: MigrationTarget> Applier<T> {
         let mut state = self.slot.state.lock().await;
         let incoming = self.receiving(&mut state)?;
         let mut next = incoming.record.clone();
-        let (mut number, mut payload) = (0, 0);
+        let (mut number, mut payload, mut hurried) = (0, 0, None);
         let mut all = Vec::with_capacity(batches.iter().map(|batch| batch.entries.len()).sum());
-        for Batch { number: this, payload: bytes, entries, moves } in batches {
+        for Batch { number: this, payload: bytes, entries, moves, urgent } in batches {
             (number, payload) = (this, payload + bytes);
+            hurried = urgent.or(hurried);
             let keys = entries.len() as u64;
             let size = entries.iter().fold(0_u64, |sum, entry| sum.saturating_add(entry.bytes()));
             let progress = &mut next.progress;
@@ -249,6 +220,9 @@ impl<T: MigrationTarget> Applier<T> {
         self.flow.change(|done| {
             done.number = number;
             done.bytes += payload;
+            if hurried.is_some() {
+                done.urgent = number;
+            }
         });
         Ok(())
     }

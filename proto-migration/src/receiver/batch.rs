@@ -6,6 +6,7 @@ use proto_common::error::Error;
 use proto_common::slots::{SlotRange, slot_of};
 
 use super::handshake::unexpected;
+use super::hurry::Hurried;
 use super::record::Record;
 use crate::Reason;
 use crate::entry::{ENTRY_OVERHEAD, Entry, MAX_ENTRIES, decode};
@@ -31,6 +32,8 @@ pub(super) struct Batch {
     pub(super) payload: u64,
     pub(super) entries: Vec<Entry>,
     pub(super) moves: Moves,
+    /// The store hurries while there is one that a freeze waits for.
+    pub(super) urgent: Option<Hurried>,
 }
 
 /// Checks the batches of one stream in the order in which they come.
@@ -80,7 +83,7 @@ impl Checker {
 
     /// Takes changes.
     pub(super) fn delta(&mut self, delta: &Delta, payload: Payload, credit: u64) -> Result<Batch, Error> {
-        let Delta { number, entry_count, prev_seq, through_seq, crc64nvme, payload: _ } = *delta;
+        let Delta { number, entry_count, prev_seq, through_seq, crc64nvme, urgent: _, payload: _ } = *delta;
         if number == self.number + 1 && prev_seq != self.watermark {
             let problem = format!("is {prev_seq}, the watermark is {}", self.watermark);
             return Err(Reason::DeltaGap
@@ -161,6 +164,6 @@ impl Checker {
         self.number = number;
         self.taken += payload;
         self.largest = self.largest.max(payload);
-        Batch { number, payload, entries, moves }
+        Batch { number, payload, entries, moves, urgent: None }
     }
 }

@@ -13,6 +13,7 @@ use proto_common::meter::Meter;
 use proto_common::registry::Tracker;
 use tokio::sync::{OwnedMutexGuard, watch};
 
+use super::hurry::Wishes;
 use super::places::Place;
 use super::record::Record;
 use crate::Reason;
@@ -40,6 +41,7 @@ pub(super) struct Slot {
     stream: Mutex<Option<Entry>>,
     /// A commit has begun and holds `state` until it is done.
     committing: AtomicBool,
+    pub(super) wishes: Wishes,
 }
 
 struct Entry {
@@ -65,6 +67,7 @@ impl Slot {
             state: tokio::sync::Mutex::new(incoming),
             stream: Mutex::new(None),
             committing: AtomicBool::new(false),
+            wishes: Wishes::default(),
         })
     }
 

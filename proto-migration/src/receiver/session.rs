@@ -18,10 +18,11 @@ use tokio::time::Instant;
 use tonic::Status;
 
 use super::Inner;
-use super::applier::{Applier, Done, Flow, Hurried, Wanted, Work};
+use super::applier::{Applier, Done, Flow, Wanted, Work};
 use super::attach::{Attached, estimates};
 use super::batch::Checker;
 use super::handshake::{CheckedHeader, Frames, ended_early, idle, too_slow, unexpected};
+use super::hurry::Hurried;
 use super::incoming::{Permit, Stop};
 use super::record::PreparedAt;
 use crate::Reason;
@@ -294,7 +295,7 @@ impl<T: MigrationTarget> Reader<'_, T> {
                 () = self.inner.stopping.cancelled() => return Err(shutting_down()),
                 () = self.answers.closed() => return Err(ended_early()),
                 () = self.flow.changed.notified() => {
-                    if self.owes_credit() && self.ack(false) {
+                    if (self.is_waited_for() || self.owes_credit()) && self.ack(false) {
                         (ack_at, last_ack) = (None, Instant::now());
                     } else {
                         ack_at.get_or_insert(last_ack + ACK_INTERVAL);
@@ -354,7 +355,8 @@ impl<T: MigrationTarget> Reader<'_, T> {
                 Ok(Some(Work::Batch(batch)))
             }
             Frame::Delta(delta) if self.phase == Phase::Data => {
-                let batch = self.checker.delta(&delta, payload, self.credit)?;
+                let mut batch = self.checker.delta(&delta, payload, self.credit)?;
+                batch.urgent = (delta.urgent && self.checker.copied).then(|| self.hurried());
                 self.measure(done);
                 Ok(Some(Work::Batch(batch)))
             }
@@ -404,8 +406,12 @@ impl<T: MigrationTarget> Reader<'_, T> {
         self.released = Arc::default();
         let at = PreparedAt { freeze, final_seq, new_slot_epoch, attempt: self.permit.attempt };
         let asked = std::time::Instant::now();
-        let hurried = Hurried::new(self.inner, &self.permit.slot().id);
+        let hurried = self.hurried();
         Ok(Work::Prepare(Wanted { at, digests, asked, released: Arc::clone(&self.released), hurried }))
+    }
+
+    fn hurried(&self) -> Hurried {
+        Hurried::new(self.inner, self.permit.slot())
     }
 
     /// Shows what the source says of itself.
@@ -440,6 +446,11 @@ impl<T: MigrationTarget> Reader<'_, T> {
             }
             _ => {}
         }
+    }
+
+    /// Whether something is durable that a freeze waits for, and the source was not told yet.
+    fn is_waited_for(&self) -> bool {
+        self.flow.done().urgent > self.acked.durable_number
     }
 
     /// Whether a quarter of the credit, or more, is there to be given again.

@@ -253,8 +253,18 @@ impl Source {
     }
 
     pub async fn delta(&mut self, through: u64, entries: Vec<Entry>) {
+        self.changes(through, entries, false).await;
+    }
+
+    /// Changes that clients wait for.
+    pub async fn urgent(&mut self, through: u64, entries: Vec<Entry>) {
+        self.changes(through, entries, true).await;
+    }
+
+    async fn changes(&mut self, through: u64, entries: Vec<Entry>, urgent: bool) {
         self.number += 1;
-        self.send(Frame::Delta(delta(self.number, self.watermark, through, entries))).await;
+        let delta = delta(self.number, self.watermark, through, entries);
+        self.send(Frame::Delta(Delta { urgent, ..delta })).await;
         self.watermark = through;
     }
 
@@ -292,7 +302,7 @@ pub fn bulk(number: u64, entries: Vec<Entry>, last: bool) -> Bulk {
 pub fn delta(number: u64, prev_seq: u64, through_seq: u64, entries: Vec<Entry>) -> Delta {
     let entry_count = u32::try_from(entries.len()).unwrap();
     let payload = encode(&entries);
-    Delta { number, entry_count, prev_seq, through_seq, crc64nvme: crc64(&payload), payload }
+    Delta { number, entry_count, prev_seq, through_seq, crc64nvme: crc64(&payload), urgent: false, payload }
 }
 
 pub fn prepare(freeze: u64, final_seq: u64, rows: &Rows) -> Prepare {

@@ -171,6 +171,7 @@ impl MigrationTarget for MemoryTarget {
     }
 
     fn hurry(&self, _: &MigrationId, wanted: bool) {
+        *self.calls.lock().unwrap().entry("hurry").or_default() += usize::from(wanted);
         let fault = self.faults.lock().unwrap().get_mut("hurry").and_then(VecDeque::pop_front);
         assert!(fault.is_none(), "it panics when it hurries");
         self.hurried.store(wanted, Ordering::SeqCst);

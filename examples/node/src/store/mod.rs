@@ -21,6 +21,7 @@ mod error;
 mod fences;
 mod generations;
 mod handover;
+mod hurry;
 mod identity;
 mod leases;
 mod log;

@@ -1,13 +1,12 @@
 //! What the writer thread and readers share: the database, and pictures of it in memory.
 
-use std::collections::HashSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use proto::common::ids::MigrationId;
 use redb::{Database, ReadableDatabase as _, ReadableTable as _};
 
 use super::generations::{GenerationView, Generations};
+use super::hurry::Hurry;
 use super::leases::Leases;
 use super::txn::Effects;
 use super::{StoreError, counters, lock, tables};
@@ -25,8 +24,8 @@ pub(super) struct Shared {
     pub(super) client_writes: AtomicU64,
     /// Generations that are being imported: not referred to by anything durable, but no garbage.
     pub(super) importing: Mutex<Vec<(SlotRange, u32)>>,
-    /// Migrations whose rows are staged in longer slices.
-    pub(super) hurried: Mutex<HashSet<MigrationId>>,
+    /// Migrations whose rows are staged in longer slices, before other work in the background.
+    pub(super) hurry: Hurry,
     /// Slots whose expired rows are left alone.
     pub(super) paused: Paused,
 }
@@ -53,7 +52,7 @@ impl Shared {
             last_seq: AtomicU64::new(last_seq),
             client_writes: AtomicU64::new(0),
             importing: Mutex::default(),
-            hurried: Mutex::default(),
+            hurry: Hurry::default(),
             paused: Paused::default(),
         })
     }

@@ -15,7 +15,7 @@ use super::ownership::{Claim, Ownership, adopt_all, load};
 use super::tables::{self, Place, Row};
 use super::txn::RowsTxn;
 use super::writer::Slice;
-use super::{Store, StoreError, lock};
+use super::{Store, StoreError};
 use crate::common::{SlotRange, slot_of};
 
 /// A row of table `migrations`.
@@ -125,7 +125,7 @@ impl Store {
         let mut rest = entries.into_iter();
         loop {
             let (id, record) = (id.clone(), record.clone());
-            let hurried = lock(&self.inner.shared.hurried).contains(&id);
+            let hurried = self.inner.shared.hurry.contains(&id);
             let (staged, left) = writer
                 .background(move |txn, rows, slice| {
                     let long = Slice::long();
@@ -144,12 +144,7 @@ impl Store {
 
     /// See [`hurry`](proto::migration::MigrationTarget::hurry): slices are longer then, so that fewer of them wait for a group of writes each.
     pub(crate) fn hurry(&self, id: &MigrationId, wanted: bool) {
-        let mut hurried = lock(&self.inner.shared.hurried);
-        if wanted {
-            hurried.insert(id.clone());
-        } else {
-            hurried.remove(id);
-        }
+        self.inner.shared.hurry.set(id, wanted);
     }
 
     /// See [`digests`](proto::migration::MigrationTarget::digests).

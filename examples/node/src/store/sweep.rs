@@ -96,6 +96,7 @@ impl Store {
                 some_left = true;
                 break;
             }
+            self.inner.shared.hurry.pass().await;
             let begun = Instant::now();
             let shared = std::sync::Arc::clone(&self.inner.shared);
             self.writer()?
