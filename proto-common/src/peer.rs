@@ -2,7 +2,8 @@
 //!
 //! A certificate names its owner in a SAN URI: `node://CLUSTER/NODE_ID` for a node, `operator://CLUSTER/NAME` and
 //! `observer://CLUSTER/NAME` for people and tools. The cluster is empty (`node:///n1`) where clusters are not named. A certificate
-//! without such a URI is that of the node whose ID its first DNS name is, in the cluster without a name.
+//! without such a URI is that of the node whose ID its first DNS name is, in the cluster without a name. One with two such URIs that differ, or
+//! with one that is not as it should be, names nobody.
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};

@@ -51,6 +51,43 @@ async fn a_dns_name_is_a_node_where_no_uri_names_one() {
     assert_eq!(both.identity().to_string(), "node://c1/n1");
 }
 
+/// A mistake of whoever signs makes nobody of an observer, not a node.
+#[test]
+fn a_certificate_names_one_or_nobody() {
+    let ca = Ca::new("one");
+    let issue = |uri: &str, more: &[&str]| Issue {
+        more: more.iter().map(|uri| (*uri).to_owned()).collect(),
+        dns: Some("n1".to_owned()),
+        ..Issue::uri(uri)
+    };
+    let observer = "observer://c1/eve";
+    for (uri, more) in [
+        (observer, &["operator://c1/eve"][..]),
+        ("operator://c1/eve", &[observer]),
+        ("node://c1/n1", &["node://c2/n1"]),
+        ("node://c1/n1", &["node://c1/n2"]),
+        ("node://c1/n1", &["https://n1.example", "node://c1/N1"]),
+        (observer, &["node:c1/n1"]),
+        ("OBSERVER://c1/eve", &[]),
+        ("Node://c1/n1", &[]),
+        ("observer://eve", &[]),
+        ("observer://c1/eve/", &[]),
+        ("observer://c1/e%76e", &[]),
+        ("observer://user@c1:1/eve", &[]),
+        ("node://c1/..", &[]),
+        ("observer:", &[]),
+    ] {
+        let problem = tls(&ca, &ca, &issue(uri, more)).unwrap_err();
+        assert_eq!(problem.problem(), TlsProblem::NamesNobody, "{uri} {more:?}");
+    }
+    for more in [&["https://n1.example", "spiffe://c1/n1"][..], &["node://c1/n1"]] {
+        assert_eq!(
+            tls(&ca, &ca, &issue("node://c1/n1", more)).unwrap().identity().to_string(),
+            "node://c1/n1"
+        );
+    }
+}
+
 #[tokio::test]
 async fn a_server_that_is_not_meant_is_told_apart_before_anything_is_sent() {
     let (ca, other, namesake) = (Ca::new("one"), Ca::new("other"), Ca::new("one"));

@@ -12,14 +12,25 @@ use super::provider;
 use crate::ids::NodeId;
 use crate::peer::{PeerIdentity, Role};
 
-/// Whom it names: the first SAN URI that does, else its first DNS name that is an ID.
+/// Whom it names: the SAN URI of one of our schemes, and where there is none, the first DNS name that is an ID.
+///
+/// Nobody, where such a URI is not as it should be or another one names somebody else: what is meant is for who signs to say, and a mistake there must
+/// not make a node of an observer.
 pub(super) fn identity(certificate: &CertificateDer<'_>) -> Option<PeerIdentity> {
     let parsed = EndEntityCert::try_from(certificate).ok()?;
-    let named = parsed.valid_uri_names().filter_map(|uri| uri.parse().ok()).next();
-    named.or_else(|| {
-        let id = parsed.valid_dns_names().filter_map(|name| NodeId::new(name).ok()).next()?;
-        Some(PeerIdentity { role: Role::Node, cluster: None, id })
-    })
+    let mut named = parsed.valid_uri_names().filter(|uri| is_ours(uri)).map(str::parse::<PeerIdentity>);
+    if let Some(first) = named.next() {
+        let first = first.ok()?;
+        return named.all(|other| other.as_ref() == Ok(&first)).then_some(first);
+    }
+    let id = parsed.valid_dns_names().filter_map(|name| NodeId::new(name).ok()).next()?;
+    Some(PeerIdentity { role: Role::Node, cluster: None, id })
+}
+
+/// Whether the URI is meant to name a peer; schemes are told apart whatever their case (RFC 3986, 3.1), although only one is taken.
+fn is_ours(uri: &str) -> bool {
+    let scheme = uri.split(':').next().unwrap_or_default();
+    Role::ALL.iter().any(|role| scheme.eq_ignore_ascii_case(role.scheme()))
 }
 
 /// Checks that peers will take it, as a server's and as a client's.

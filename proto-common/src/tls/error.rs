@@ -72,7 +72,7 @@ impl From<TlsError> for Error {
 
 pub(super) fn nameless(certificate: &str) -> TlsError {
     let what = format!(
-        "{certificate} names nobody: it needs a subject alternative name such as URI:node://CLUSTER/NODE_ID"
+        "{certificate} names nobody, or not one alone: it needs a subject alternative name such as URI:node://CLUSTER/NODE_ID, and no other of that kind"
     );
     TlsError::new(TlsProblem::NamesNobody, what)
 }

@@ -20,6 +20,8 @@ pub(crate) fn now() -> i64 {
 pub(crate) struct Issue {
     pub(crate) uri: Option<String>,
     pub(crate) dns: Option<String>,
+    /// Further URIs, behind the first.
+    pub(crate) more: Vec<String>,
     pub(crate) not_before: i64,
     pub(crate) not_after: i64,
 }
@@ -27,7 +29,13 @@ pub(crate) struct Issue {
 impl Issue {
     /// A certificate of that URI, valid now.
     pub(crate) fn uri(uri: &str) -> Self {
-        Self { uri: Some(uri.to_owned()), dns: None, not_before: now() - 60, not_after: now() + DAY }
+        Self {
+            uri: Some(uri.to_owned()),
+            dns: None,
+            more: Vec::new(),
+            not_before: now() - 60,
+            not_after: now() + DAY,
+        }
     }
 
     /// A certificate of a node of cluster c1.
@@ -67,9 +75,10 @@ impl Ca {
         params.extended_key_usages =
             vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        let uri = issue.uri.as_deref().map(|uri| SanType::URI(uri.try_into().unwrap()));
+        let uri = |uri: &String| SanType::URI(uri.as_str().try_into().unwrap());
+        let uris = issue.uri.iter().chain(&issue.more).map(uri);
         let dns = issue.dns.as_deref().map(|dns| SanType::DnsName(dns.try_into().unwrap()));
-        params.subject_alt_names = dns.into_iter().chain(uri).collect();
+        params.subject_alt_names = dns.into_iter().chain(uris).collect();
         let key = KeyPair::generate().unwrap();
         (params.signed_by(&key, &self.issuer).unwrap().pem(), key.serialize_pem())
     }
