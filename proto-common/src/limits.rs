@@ -10,8 +10,8 @@ use std::time::Duration;
 pub struct ConnectionLimits {
     /// Open connections. Default 1024. One more is closed at once; counted as `TOO_MANY_CONNECTIONS`.
     pub connections: usize,
-    /// Open connections from one address. Default 256: a few peers behind one address, with the lanes of their transfers. One more is closed
-    /// at once; counted as `TOO_MANY_CONNECTIONS_OF_PEER`.
+    /// Open connections of one peer: of the owner of a certificate, wherever it is connected from, and without one of an address. Default 256: a
+    /// few peers behind one address, with the lanes of their transfers. One more is closed at once; counted as `TOO_MANY_CONNECTIONS_OF_PEER`.
     pub connections_per_peer: usize,
     /// Time for the first 24 bytes, which every HTTP/2 client sends first. Default 10 s. After that the connection is closed; counted as
     /// `SLOW_PREFACE`.
@@ -22,8 +22,8 @@ pub struct ConnectionLimits {
     /// Streams at once on one connection. Default 320: the 256 watches that a connection may have, and calls beside them. A client waits with
     /// more; one that does not is told `REFUSED_STREAM`, which is counted.
     pub streams_per_connection: u32,
-    /// Headers of a request, in bytes, as HTTP/2 counts them. Default 16 KiB. More are answered with status 431, which HTTP/2 counts nowhere; far
-    /// more end the connection with `ENHANCE_YOUR_CALM`, which is counted.
+    /// Headers of a request, in bytes, as HTTP/2 counts them. Default 16 KiB. More are answered with status 431, counted as
+    /// `REQUEST_HEADER_FIELDS_TOO_LARGE`; far more end the connection with `ENHANCE_YOUR_CALM`.
     pub header_bytes: u32,
     /// Streams that a client has reset before they were looked at, per connection. Default 20. More end the connection with
     /// `ENHANCE_YOUR_CALM`, which is counted: the defence against rapid resets (CVE-2023-44487).

@@ -1,13 +1,13 @@
 //! Connections within limits: how many, from whom, and how long one may say nothing.
 //!
 //! [`Limited`] stands between whatever accepts connections (TCP, or TLS with its handshake) and tonic's `serve_with_incoming`. What HTTP/2
-//! then refuses by itself is counted here, too, by the name that RFC 9113 has for it.
+//! then refuses by itself is counted here, too, by the name that RFC 9113 or, for its statuses, RFC 6585 has for it.
 
+mod block;
 mod refused;
 
 use std::collections::HashMap;
 use std::io;
-use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
@@ -21,20 +21,21 @@ use tonic::transport::server::Connected;
 
 use self::refused::Refused;
 use crate::limits::ConnectionLimits;
+use crate::peer::{Peer, PeerKey};
 use crate::refusals;
 
 /// Length of what every HTTP/2 client sends first, in bytes (RFC 9113, 3.4).
 const PREFACE_LEN: usize = 24;
 
 /// Something that knows who is at its other end.
-pub trait RemoteIp {
-    /// The address, if there is one. Connections without one are counted as one peer's.
-    fn remote_ip(&self) -> Option<IpAddr>;
+pub trait RemotePeer {
+    /// Whose connection it is.
+    fn remote_peer(&self) -> PeerKey;
 }
 
-impl RemoteIp for TcpStream {
-    fn remote_ip(&self) -> Option<IpAddr> {
-        self.peer_addr().ok().map(|address| address.ip())
+impl RemotePeer for TcpStream {
+    fn remote_peer(&self) -> PeerKey {
+        Peer::plaintext(self.peer_addr().ok()).key()
     }
 }
 
@@ -73,7 +74,7 @@ impl AcceptPause {
 #[derive(Debug, Default)]
 struct Open {
     all: usize,
-    by_peer: HashMap<Option<IpAddr>, usize>,
+    by_peer: HashMap<PeerKey, usize>,
 }
 
 impl<S> Limited<S> {
@@ -83,16 +84,16 @@ impl<S> Limited<S> {
         Self { incoming, limits, open: Arc::default(), pause: AcceptPause::default() }
     }
 
-    fn enter(&self, peer: Option<IpAddr>) -> Result<Place, &'static str> {
+    fn enter(&self, peer: PeerKey) -> Result<Place, &'static str> {
         let mut open = lock(&self.open);
         if open.all >= self.limits.connections {
             return Err("TOO_MANY_CONNECTIONS");
         }
-        let of_peer = open.by_peer.entry(peer).or_default();
-        if *of_peer >= self.limits.connections_per_peer {
+        let of_peer = open.by_peer.get(&peer).copied().unwrap_or(0);
+        if of_peer >= self.limits.connections_per_peer {
             return Err("TOO_MANY_CONNECTIONS_OF_PEER");
         }
-        *of_peer += 1;
+        open.by_peer.insert(peer.clone(), of_peer + 1);
         open.all += 1;
         Ok(Place { open: Arc::clone(&self.open), peer })
     }
@@ -101,7 +102,7 @@ impl<S> Limited<S> {
 impl<S, IO> Stream for Limited<S>
 where
     S: Stream<Item = io::Result<IO>> + Unpin,
-    IO: RemoteIp,
+    IO: RemotePeer,
 {
     type Item = io::Result<LimitedConnection<IO>>;
 
@@ -118,15 +119,15 @@ where
                 }
                 None => return Poll::Ready(None),
             };
-            let peer = io.remote_ip();
-            match self.enter(peer) {
+            let peer = io.remote_peer();
+            match self.enter(peer.clone()) {
                 Ok(place) => {
                     let ConnectionLimits { preface, idle, .. } = self.limits;
                     return Poll::Ready(Some(Ok(LimitedConnection::new(io, place, preface, idle))));
                 }
                 Err(reason) => {
                     refusals::count(reason);
-                    tracing::debug!(?peer, reason, "a connection was closed");
+                    tracing::debug!(%peer, reason, "a connection was closed");
                 }
             }
         }
@@ -137,7 +138,7 @@ where
 #[derive(Debug)]
 struct Place {
     open: Arc<Mutex<Open>>,
-    peer: Option<IpAddr>,
+    peer: PeerKey,
 }
 
 impl Drop for Place {
@@ -145,7 +146,7 @@ impl Drop for Place {
         let mut open = lock(&self.open);
         open.all = open.all.saturating_sub(1);
         if let Some(of_peer) = open.by_peer.get_mut(&self.peer) {
-            *of_peer -= 1;
+            *of_peer = of_peer.saturating_sub(1);
             if *of_peer == 0 {
                 open.by_peer.remove(&self.peer);
             }
@@ -306,9 +307,9 @@ mod tests {
 
     use super::*;
 
-    impl RemoteIp for DuplexStream {
-        fn remote_ip(&self) -> Option<IpAddr> {
-            None
+    impl RemotePeer for DuplexStream {
+        fn remote_peer(&self) -> PeerKey {
+            PeerKey::Unknown
         }
     }
 

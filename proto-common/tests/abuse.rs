@@ -403,9 +403,22 @@ async fn large_headers_are_refused_on_their_stream_alone() {
     });
     // `:status` (the 8th name of HPACK's table) with a literal of three bytes: 431 by Huffman's code.
     assert_eq!(answer.await.as_deref(), Some(&[0x48, 0x83, 0x69, 0x90, 0xff][..]));
-    assert_eq!(scene.refused(), BTreeMap::new());
+    const REASON: &str = "REQUEST_HEADER_FIELDS_TOO_LARGE";
+    scene.has_refused(REASON, 1);
     scene.others_go_on().await;
     assert!(answers(&mut stream, 3).await, "the connection goes on");
+    // Each is counted, although it is written otherwise than the first, and no answer between them.
+    for call in 1..4 {
+        let id = call * 4 + 1;
+        stream.write_all(&frame(HEADERS, 5, id, &large)).await.unwrap();
+        let answer = read_until(&mut stream, |kind, of, payload| {
+            (kind == HEADERS && of == id).then_some(payload.len())
+        });
+        assert_eq!(answer.await, Some(1), "it is in the table");
+        scene.has_refused(REASON, u64::from(call) + 1);
+        assert!(answers(&mut stream, id + 2).await);
+        scene.has_refused(REASON, u64::from(call) + 1);
+    }
 }
 
 #[tokio::test]

@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,9 +20,10 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::version::{TLS12, TLS13};
 use rustls::{AlertDescription, ClientConfig, RootCertStore, ServerConfig, SupportedProtocolVersion};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::{Mutex, MutexGuard};
 use tokio::time::timeout;
+use tokio_rustls::client::TlsStream;
 use tokio_stream::StreamExt as _;
 
 #[path = "support/certificates.rs"]
@@ -40,7 +42,7 @@ mod secret;
 
 use certificates::{Ca, Issue, now};
 use echo::call;
-use handshake::{PATIENCE, READ, ask, node, serve_with};
+use handshake::{PATIENCE, READ, ask, node, serve, serve_within};
 use log::Log;
 use secret::Secret;
 
@@ -56,11 +58,17 @@ struct Scene {
 
 impl Scene {
     async fn new(limits: TlsLimits) -> Self {
+        Self::new_within(limits, None).await
+    }
+
+    async fn new_within(limits: TlsLimits, connections: Option<ConnectionLimits>) -> Self {
         static ALONE: Mutex<()> = Mutex::const_new(());
         let alone = ALONE.lock().await;
         let ca = Ca::new("one");
         let named = Issue { dns: Some("n1.test".to_owned()), ..Issue::node("n1") };
-        let address = serve_with(handshake::tls(&ca, &ca, &named).unwrap(), limits).await;
+        let address =
+            serve_within(handshake::tls(&ca, &ca, &named).unwrap(), limits, connections.unwrap_or_default())
+                .await;
         let other = node(&ca, "n2");
         let open = Dialer::tls(other.clone()).to(&address, None).unwrap().connect().await.unwrap();
         call(open.clone(), READ).await.unwrap();
@@ -94,6 +102,16 @@ struct Stranger {
 impl Stranger {
     /// Connects, trusting `ca`, and waits until the server ends that: how it does.
     async fn meets(self, ca: &Ca, address: &str) -> io::Error {
+        let stream = TcpStream::connect(address).await.unwrap();
+        let mut answer = Vec::new();
+        let meeting = async { self.connect(ca, stream).await?.read_to_end(&mut answer).await };
+        let error = timeout(PATIENCE, meeting).await.unwrap().unwrap_err();
+        assert!(answer.is_empty(), "nothing was served");
+        error
+    }
+
+    /// Shakes hands over `stream`, trusting `ca`.
+    async fn connect(self, ca: &Ca, stream: TcpStream) -> io::Result<TlsStream<TcpStream>> {
         let mut roots = RootCertStore::empty();
         roots.add(CertificateDer::from_pem_slice(ca.pem().as_bytes()).unwrap()).unwrap();
         let config = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
@@ -110,16 +128,8 @@ impl Stranger {
             None => config.with_no_client_auth(),
         };
         config.alpn_protocols = self.alpn.iter().map(|name| name.as_bytes().to_vec()).collect();
-        let stream = TcpStream::connect(address).await.unwrap();
         let name = ServerName::try_from("n1.test").unwrap();
-        let mut answer = Vec::new();
-        let meeting = async {
-            let mut stream = tokio_rustls::TlsConnector::from(Arc::new(config)).connect(name, stream).await?;
-            stream.read_to_end(&mut answer).await
-        };
-        let error = timeout(PATIENCE, meeting).await.unwrap().unwrap_err();
-        assert!(answer.is_empty(), "nothing was served");
-        error
+        tokio_rustls::TlsConnector::from(Arc::new(config)).connect(name, stream).await
     }
 }
 
@@ -281,6 +291,41 @@ async fn a_slow_handshake_is_ended() {
     scene.others_go_on().await;
 }
 
+/// Whoever has a certificate may have many addresses, and many who have one may share one.
+#[tokio::test]
+async fn connections_are_those_of_the_certificate_wherever_they_come_from() {
+    let mut limits = ConnectionLimits::default();
+    limits.connections_per_peer = 2;
+    let scene = Scene::new_within(TlsLimits::default(), Some(limits)).await;
+    let connect = async |host: u8, owner: &str| {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind(SocketAddr::from(([127, 0, 0, host], 0))).unwrap();
+        let stream = socket.connect(scene.address.parse().unwrap()).await.unwrap();
+        let shows = Some(scene.ca.issue(&Issue::uri(owner)));
+        let mut stream =
+            Stranger { version: &TLS13, alpn: &["h2"], shows }.connect(&scene.ca, stream).await.unwrap();
+        // The server speaks first: its settings.
+        timeout(PATIENCE, stream.read_u8()).await.unwrap().map(|_| stream)
+    };
+    let mut held = Vec::new();
+    for host in [11, 12] {
+        held.push(connect(host, "node://c1/n9").await.unwrap());
+    }
+    for host in [11, 13] {
+        connect(host, "node://c1/n9").await.unwrap_err();
+    }
+    for owner in ["node://c1/n8", "operator://c1/n9", "node://c1/n8"] {
+        held.push(connect(11, owner).await.unwrap());
+    }
+    let refused = counts()["TOO_MANY_CONNECTIONS_OF_PEER"];
+    assert_eq!(refused, scene.before.get("TOO_MANY_CONNECTIONS_OF_PEER").copied().unwrap_or(0) + 2);
+    // What is closed is free again.
+    drop(held.remove(0));
+    let again = async { while connect(13, "node://c1/n9").await.is_err() {} };
+    timeout(PATIENCE, again).await.unwrap();
+    scene.others_go_on().await;
+}
+
 /// The key stands in memory for as long as the process runs, and nowhere else.
 #[tokio::test]
 async fn the_key_is_in_no_log_and_no_debug() {
@@ -321,7 +366,7 @@ async fn the_key_is_in_no_log_and_no_debug() {
     show(&(&accepted, accepted.get_ref(), &incoming, &server, &client, &Dialer::tls(client.clone())));
     drop((accepted, incoming));
     show(&timeout(PATIENCE, dialed).await.unwrap());
-    let address = serve_with(server.clone(), TlsLimits::default()).await;
+    let address = serve(server.clone()).await;
     ask(&client, &address, None).await.unwrap();
 
     // Another one is taken.

@@ -1,10 +1,14 @@
 //! What HTTP/2 refuses by itself, found in what is written: h2 tells nobody but the peer.
 
+use super::block::Block;
+
 /// Length (3 bytes), type, flags, stream (RFC 9113, 4.1).
 const HEAD: usize = 9;
+const HEADERS: u8 = 1;
 const RST_STREAM: u8 = 3;
 const SETTINGS: u8 = 4;
 const GOAWAY: u8 = 7;
+const CONTINUATION: u8 = 9;
 
 /// Follows the frames that a server writes to one connection.
 #[derive(Debug, Default)]
@@ -12,8 +16,11 @@ pub(super) struct Refused {
     /// The head of a frame, and the payload up to the error code where there is one.
     head: [u8; HEAD + 8],
     len: usize,
-    /// Bytes of the frame that are still to come, and that nobody looks at.
+    /// Bytes of the frame that are still to come, and that nobody looks at but `block`.
     skip: usize,
+    /// Whether they are of a header block.
+    in_block: bool,
+    block: Block,
     speaks: Speaks,
 }
 
@@ -31,9 +38,13 @@ impl Refused {
     pub(super) fn written(&mut self, mut bytes: &[u8], mut refused: impl FnMut(&'static str)) {
         while !bytes.is_empty() && self.speaks != Speaks::Else {
             if self.skip > 0 {
-                let skipped = self.skip.min(bytes.len());
-                self.skip -= skipped;
-                bytes = &bytes[skipped..];
+                let (skipped, rest) = bytes.split_at(self.skip.min(bytes.len()));
+                self.skip -= skipped.len();
+                bytes = rest;
+                if self.in_block {
+                    let too_large = skipped.iter().filter(|byte| self.block.byte(**byte)).count();
+                    (0..too_large).for_each(|_| refused("REQUEST_HEADER_FIELDS_TOO_LARGE"));
+                }
                 continue;
             }
             let taken = (self.wanted() - self.len).min(bytes.len());
@@ -77,6 +88,11 @@ impl Refused {
             return None;
         }
         self.skip = self.payload() - (seen - HEAD);
+        // h2 writes no padding, and no priority.
+        self.in_block = matches!(kind, HEADERS | CONTINUATION);
+        if kind == HEADERS {
+            self.block.begin();
+        }
         let code = self.head[HEAD..seen].last_chunk().map(|code| u32::from_be_bytes(*code))?;
         // RFC 9113, 7.
         match (kind, code) {

@@ -20,7 +20,7 @@ use tonic::transport::server::Connected;
 use super::{ALPN, Tls, certificate};
 use crate::error::{CommonReason, Reason as _};
 use crate::listen::AcceptPause;
-use crate::peer::Peer;
+use crate::peer::{Peer, PeerKey};
 use crate::refusals;
 
 /// What handshakes may take.
@@ -203,9 +203,9 @@ impl Connected for TlsConnection {
 }
 
 #[cfg(feature = "listen")]
-impl crate::listen::RemoteIp for TlsConnection {
-    fn remote_ip(&self) -> Option<IpAddr> {
-        self.peer.address().map(|address| address.ip())
+impl crate::listen::RemotePeer for TlsConnection {
+    fn remote_peer(&self) -> PeerKey {
+        self.peer.key()
     }
 }
 

@@ -6,6 +6,8 @@ use proto_common::access::{Access, Guarded, RoleTable};
 use proto_common::connect::Connect as _;
 use proto_common::dial::Dialer;
 use proto_common::error::Error;
+use proto_common::limits::ConnectionLimits;
+use proto_common::listen::Limited;
 use proto_common::tls::{Tls, TlsError, TlsIncoming, TlsLimits, TlsPem};
 use proto_common::tuning::tune_server;
 use tokio::net::TcpListener;
@@ -29,12 +31,12 @@ pub(crate) fn node(ca: &Ca, id: &str) -> Tls {
 }
 
 /// A server with that certificate; its address.
-pub(crate) async fn serve_with(tls: Tls, limits: TlsLimits) -> String {
+pub(crate) async fn serve_within(tls: Tls, limits: TlsLimits, connections: ConnectionLimits) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
     let access = Access::new(tls.identity().cluster, RoleTable::new());
     tokio::spawn(async move {
-        let incoming = TlsIncoming::new(listener, tls, limits);
+        let incoming = Limited::new(TlsIncoming::new(listener, tls, limits), connections);
         tune_server(Server::builder())
             .add_service(Guarded::new(Echo, access))
             .serve_with_incoming(incoming)
@@ -45,7 +47,7 @@ pub(crate) async fn serve_with(tls: Tls, limits: TlsLimits) -> String {
 }
 
 pub(crate) async fn serve(tls: Tls) -> String {
-    serve_with(tls, TlsLimits::default()).await
+    serve_within(tls, TlsLimits::default(), ConnectionLimits::default()).await
 }
 
 /// Connects and calls; what the server says of the caller.
