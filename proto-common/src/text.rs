@@ -12,7 +12,7 @@ pub fn hex(bytes: &[u8]) -> String {
     })
 }
 
-/// `text` with control characters and text-direction marks escaped, cut to at most `max_bytes` bytes.
+/// `text` with control characters, text-direction marks and characters that take no room escaped, cut to at most `max_bytes` bytes.
 ///
 /// What is longer ends in `…` (which counts). Use it for everything that a peer or a file system
 /// said before it goes to a log, a terminal or an error message: an escape sequence could rewrite
@@ -27,7 +27,10 @@ pub fn printable(text: &str, max_bytes: usize) -> String {
         let start = out.len();
         if is_unsafe(c) {
             // Writing to a `String` cannot fail.
-            let _ = write!(out, "{}", c.escape_debug());
+            let _ = match c {
+                '\n' | '\r' | '\t' | '\0' => write!(out, "{}", c.escape_debug()),
+                _ => write!(out, "{}", c.escape_unicode()),
+            };
         } else {
             out.push(c);
         }
@@ -50,7 +53,28 @@ pub fn printable(text: &str, max_bytes: usize) -> String {
 
 fn is_unsafe(c: char) -> bool {
     c.is_control()
-        || matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}')
+        || matches!(
+            c,
+            // Unicode's Bidi_Control and separators of lines, and what is not seen (Default_Ignorable_Code_Point, without the selectors of
+            // variants, which only change the look of what stands before them): two names that differ would look the same.
+            '\u{ad}'
+                | '\u{34f}'
+                | '\u{61c}'
+                | '\u{115f}'..='\u{1160}'
+                | '\u{17b4}'..='\u{17b5}'
+                | '\u{180e}'
+                | '\u{200b}'..='\u{200f}'
+                | '\u{2028}'..='\u{202e}'
+                | '\u{2060}'..='\u{206f}'
+                | '\u{3164}'
+                | '\u{feff}'
+                | '\u{ffa0}'
+                | '\u{fff0}'..='\u{fffb}'
+                | '\u{1bca0}'..='\u{1bca3}'
+                | '\u{1d173}'..='\u{1d17a}'
+                | '\u{e0000}'..='\u{e00ff}'
+                | '\u{e01f0}'..='\u{e0fff}'
+        )
 }
 
 #[cfg(test)]
@@ -70,6 +94,12 @@ mod tests {
         assert_eq!(printable("a\x1b[2Jb\nc", 100), "a\\u{1b}[2Jb\\nc");
         assert_eq!(printable("gro\u{df}e t\u{fc}r", 100), "gro\u{df}e t\u{fc}r");
         assert_eq!(printable("x\u{202e}y", 100), "x\\u{202e}y");
+        assert_eq!(printable("x\u{61c}y", 100), "x\\u{61c}y");
+        assert_eq!(printable("\u{9b}2J", 100), "\\u{9b}2J");
+        for c in ['\u{ad}', '\u{200b}', '\u{200d}', '\u{2060}', '\u{3164}', '\u{feff}', '\u{e0041}'] {
+            let shown = printable(&format!("n{c}1"), 100);
+            assert!(shown.is_ascii() && shown != "n1", "{c:?} as {shown}");
+        }
     }
 
     #[test]
