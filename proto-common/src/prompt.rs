@@ -1,9 +1,11 @@
 //! Requests that are small and come in time.
 //!
 //! tonic gathers the message of a unary call before a handler sees it, for as long as it takes. A peer that declares much and sends it slowly, or
-//! not at all, on all streams of all its connections would hold memory that no limit of a service counts.
+//! not at all, on all streams of all its connections would hold memory that no limit of a service counts. So requests have to be small and in time, and
+//! of those that are [waited for](wait_for) there may be so many at once.
 
 use std::pin::Pin;
+use std::sync::LazyLock;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -15,7 +17,10 @@ use tonic::body::Body;
 use tonic::codegen::{Service, StdError, http};
 use tonic::server::NamedService;
 
+use crate::access::Caller;
 use crate::error::{CommonReason, Error, RETRY_AFTER};
+use crate::peer::PeerKey;
+use crate::shares::{Share, Shares};
 
 /// Largest message of a unary call, in bytes: some identifiers, a text for people, a page token. All streams of a connection together
 /// hold 5 MiB.
@@ -23,6 +28,30 @@ pub const MAX_REQUEST_BYTES: usize = 16 << 10;
 
 /// Time for all of a request, like that for the first frame of a stream.
 pub const REQUEST_TIME: Duration = Duration::from_secs(30);
+
+/// Requests that are waited for at once in this process, because not all of them is there, or, of a stream, not its first message. Each may hold
+/// [`MAX_REQUEST_BYTES`], and as much of headers: 256 MiB in all.
+pub const WAITED_FOR: u64 = 8192;
+
+/// Of them, those of one peer. One more is refused with `IDLE_TIMEOUT` at once.
+pub const WAITED_FOR_PER_PEER: u64 = 2048;
+
+static WAITING: LazyLock<Shares<PeerKey>> = LazyLock::new(|| Shares::new(WAITED_FOR, WAITED_FOR_PER_PEER));
+
+/// A place among those whose request is waited for, until dropped.
+///
+/// # Errors
+///
+/// `IDLE_TIMEOUT` if there is none; it is worth trying again.
+pub fn wait_for(peer: &PeerKey) -> Result<Share<PeerKey>, Error> {
+    WAITING.take(Some(peer), 1).map_err(|full| {
+        let message = format!(
+            "not all of the request is there, and {} others are waited for already; send it again, in one piece",
+            full.limit()
+        );
+        Error::new(CommonReason::IdleTimeout, message).retry_after(RETRY_AFTER)
+    })
+}
 
 /// `S`, whose requests come within [`REQUEST_TIME`]; others fail with `IDLE_TIMEOUT`. For services without client streaming.
 #[derive(Debug, Clone)]
@@ -56,20 +85,26 @@ where
     }
 
     fn call(&mut self, request: http::Request<B>) -> Self::Future {
-        self.inner.call(request.map(|body| in_time(Body::new(body))))
+        self.inner.call(in_time(request.map(Body::new)))
     }
 }
 
-/// A body that has to come within [`REQUEST_TIME`] from now.
-pub(crate) fn in_time(body: Body) -> Body {
-    Body::new(PromptBody { inner: body, until: Instant::now() + REQUEST_TIME, timer: None })
+/// The request, whose body has to come within [`REQUEST_TIME`] from now.
+pub(crate) fn in_time(request: http::Request<Body>) -> http::Request<Body> {
+    let peer = Caller::of(request.extensions()).map_or(PeerKey::Unknown, |caller| caller.peer().key());
+    request.map(|body| of_peer(body, peer))
+}
+
+fn of_peer(body: Body, peer: PeerKey) -> Body {
+    Body::new(PromptBody { inner: body, peer, until: Instant::now() + REQUEST_TIME, waiting: None })
 }
 
 struct PromptBody {
     inner: Body,
+    peer: PeerKey,
     until: Instant,
     /// Made when something has to be waited for, which is rare.
-    timer: Option<Pin<Box<Sleep>>>,
+    waiting: Option<(Pin<Box<Sleep>>, Share<PeerKey>)>,
 }
 
 impl http_body::Body for PromptBody {
@@ -83,8 +118,15 @@ impl http_body::Body for PromptBody {
         if let Poll::Ready(frame) = Pin::new(&mut self.inner).poll_frame(cx) {
             return Poll::Ready(frame);
         }
-        let until = self.until;
-        ready!(self.timer.get_or_insert_with(|| Box::pin(sleep_until(until))).as_mut().poll(cx));
+        let this = &mut *self;
+        let (timer, _) = match &mut this.waiting {
+            Some(waiting) => waiting,
+            waiting => match wait_for(&this.peer) {
+                Ok(share) => waiting.insert((Box::pin(sleep_until(this.until)), share)),
+                Err(error) => return Poll::Ready(Some(Err(error.into()))),
+            },
+        };
+        ready!(timer.as_mut().poll(cx));
         let message = format!("the request did not come within {REQUEST_TIME:?}; send it again");
         let idle = Error::new(CommonReason::IdleTimeout, message).retry_after(RETRY_AFTER);
         Poll::Ready(Some(Err(idle.into())))
@@ -122,11 +164,40 @@ mod tests {
         }
     }
 
+    fn peer(host: u8) -> PeerKey {
+        PeerKey::Address([10, 9, 8, host].into())
+    }
+
+    #[tokio::test]
+    async fn one_request_more_of_a_peer_than_are_waited_for_is_refused_at_once() {
+        let all: Vec<_> = (0..WAITED_FOR_PER_PEER).map(|_| wait_for(&peer(2)).unwrap()).collect();
+        let drip = || Body::new(Drip(Box::pin(tokio::time::sleep(Duration::from_secs(3600)))));
+        let next = async |body: &mut Body| {
+            let frame = std::future::poll_fn(|cx| Poll::Ready(Pin::new(&mut *body).poll_frame(cx))).await;
+            match frame {
+                Poll::Ready(frame) => Some(frame.unwrap().map(drop).map_err(Error::from)),
+                Poll::Pending => None,
+            }
+        };
+        let refused = next(&mut of_peer(drip(), peer(2))).await.unwrap().unwrap_err();
+        assert!(refused.is(CommonReason::IdleTimeout) && refused.is_retryable(), "{refused:?}");
+        // What is all there need not be waited for, and other peers are not in question.
+        let there = Body::new(http_body_util::Full::new(Bytes::from_static(b"x")));
+        next(&mut of_peer(there, peer(2))).await.unwrap().unwrap();
+        let mut other = of_peer(drip(), peer(3));
+        assert!(next(&mut other).await.is_none(), "it is waited for");
+        drop(all);
+        let mut again = of_peer(drip(), peer(2));
+        assert!(next(&mut again).await.is_none());
+        let rest: Vec<_> = std::iter::from_fn(|| wait_for(&peer(2)).ok()).collect();
+        assert_eq!(rest.len() as u64, WAITED_FOR_PER_PEER - 1, "the one that is waited for has a place");
+    }
+
     #[tokio::test(start_paused = true)]
     async fn a_byte_now_and_then_does_not_help() {
         let began = Instant::now();
         let drip = Drip(Box::pin(tokio::time::sleep(Duration::from_secs(1))));
-        let mut body = in_time(Body::new(drip));
+        let mut body = of_peer(Body::new(drip), peer(1));
         let mut came = 0;
         let status = loop {
             match std::future::poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await.unwrap() {

@@ -61,7 +61,7 @@ where
             request.extensions_mut().insert(RawBody(Arc::new(Mutex::new(Some(body)))));
             return self.inner.call(request);
         }
-        self.inner.call(request.map(crate::prompt::in_time))
+        self.inner.call(crate::prompt::in_time(request))
     }
 }
 

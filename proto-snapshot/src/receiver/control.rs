@@ -6,6 +6,7 @@ use proto_common::access::Caller;
 use proto_common::clock::{millis, now_unix_ms};
 use proto_common::error::Error;
 use proto_common::ids::TransferId;
+use proto_common::prompt::wait_for;
 use proto_common::v1::Direction;
 use tokio::sync::{MutexGuard, watch};
 use tokio_util::sync::CancellationToken;
@@ -74,7 +75,10 @@ impl<S: SnapshotStore> Inner<S> {
         caller: &Caller,
         answers: &Answers,
     ) -> Result<(), Error> {
-        match frames.next_within(self.limits.first_frame).await? {
+        let waiting = wait_for(&caller.peer().key())?;
+        let first = frames.next_within(self.limits.first_frame).await?;
+        drop(waiting);
+        match first {
             Some(Frame::Header(header)) => {
                 let header = ControlHeader::check(header, &self.identity.node_id, &self.limits)?;
                 let TransferSpec { source_node, source_shard, target_shard, slots, .. } = &header.spec;
