@@ -51,6 +51,9 @@ pub struct Limits {
     /// How long the record of a migration that was cancelled, or of which nothing is staged, is kept at the target after its last stream.
     /// Default 1 h.
     pub record_kept: Duration,
+    /// Records of cancelled migrations from one source node that are kept for so long at the target. Default 64. With one more, the oldest is dropped;
+    /// the history knows of it.
+    pub cancelled_per_peer: usize,
     /// Migrations that ended and are remembered. Default 1000.
     pub history: usize,
     /// Open watches of the node. Default 1024.
@@ -75,6 +78,7 @@ impl Default for Limits {
             slowest_bytes: 64 << 10,
             slowest_time: Duration::from_secs(600),
             record_kept: Duration::from_secs(3600),
+            cancelled_per_peer: 64,
             history: 1000,
             watchers: 1024,
             watchers_per_peer: 256,

@@ -29,10 +29,11 @@ use proto_migration::journal::{Journal, SourceRecord};
 use proto_migration::limits::{Limits, MESSAGE_OVERHEAD};
 use proto_migration::migrations::Migrations;
 use proto_migration::v1::migration_service_client::MigrationServiceClient;
-use proto_migration::v1::transfer_migration_data_request::{Bulk, Forget, Frame, Header, Heartbeat};
+use proto_migration::v1::transfer_migration_data_request::{Bulk, Discard, Forget, Frame, Header, Heartbeat};
 use proto_migration::v1::transfer_migration_data_response::Frame as Answer;
 use proto_migration::v1::{
-    MigrationProgress, MigrationState, WatchMigrationProgressRequest, WatchMigrationProgressResponse,
+    MigrationDecision, MigrationProgress, MigrationState, WatchMigrationProgressRequest,
+    WatchMigrationProgressResponse,
 };
 use refusals::{ALONE, Abuse, Refusal, counted, limits_of};
 use support::frames::{COMMIT, Node, PATIENCE, Source, bulk, delta, eventually, header, identity, row};
@@ -511,6 +512,45 @@ async fn history() {
     .await;
 }
 
+/// Begun and cancelled again and again, it leaves no more than its share behind.
+#[tokio::test]
+async fn cancelled_per_peer() {
+    let case = Case::new(|limits| limits.cancelled_per_peer = 2);
+    case.check(async |bench| {
+        let discards = async |header: Header| {
+            let mut source = bench.accept(header).await;
+            source.send(Frame::Discard(Discard { reason: "enough".to_owned() })).await;
+            let answer = source.answer().await.unwrap();
+            assert!(matches!(answer, Answer::Discarded(_)), "{answer:?}");
+            source.end().await;
+        };
+        let records = || -> Vec<String> {
+            let disk = bench.node.target.disk();
+            disk.records.keys().map(ToString::to_string).filter(|id| !id.starts_with("other")).collect()
+        };
+        let theirs = header_of("theirs", "n5", one_slot(slot_of(b"theirs")), 1);
+        discards(theirs).await;
+        for number in 1..=6 {
+            discards(offered(number)).await;
+            // A stream that is about to end may keep its record once more.
+            eventually("no more than its share is left", || {
+                records().iter().filter(|id| id.starts_with('x')).count() <= 4
+            })
+            .await;
+        }
+        let held = bench.accept(offered(7)).await;
+        let left = records();
+        assert!(!left.contains(&"x1".to_owned()) && left.contains(&"x6".to_owned()), "{left:?}");
+        assert!(left.contains(&"theirs".to_owned()), "that of another node stays: {left:?}");
+        // What was dropped is known by the history: it does not begin anew.
+        let mut again = bench.open(again(1, 2)).await;
+        let accepted = again.accepted().await.unwrap();
+        assert_eq!(accepted.decision(), MigrationDecision::Discarded);
+        Abuse::default().holds(held)
+    })
+    .await;
+}
+
 type Watch = tonic::Streaming<WatchMigrationProgressResponse>;
 
 /// A watch of the migration that is under way. In plaintext, a peer is an address, whatever it opens.
@@ -647,6 +687,7 @@ async fn a_record_of_the_journal() {
 
 #[tokio::test]
 async fn a_record_beyond_the_largest_is_not_written() {
+    let _alone = ALONE.lock().await;
     let dir = tempfile::tempdir().unwrap();
     let (journal, _) = Journal::open(dir.path(), 10).unwrap();
     let (slots, id) = (one_slot(5), MigrationId::new("m9").unwrap());
@@ -661,6 +702,7 @@ async fn a_record_beyond_the_largest_is_not_written() {
 /// Everything that a target says of itself, of what went wrong and of what differs is cut before it is kept.
 #[tokio::test]
 async fn no_target_makes_a_source_write_a_record_that_it_cannot_read() {
+    let _alone = ALONE.lock().await;
     let dir = tempfile::tempdir().unwrap();
     let source = support::memory_source::MemorySource::default();
     source.write(b"key", Some(b"value")).await;
@@ -685,6 +727,7 @@ async fn no_target_makes_a_source_write_a_record_that_it_cannot_read() {
 /// A target that has lost all whenever it is asked costs a copy each time, but not as many as it can make.
 #[tokio::test(start_paused = true)]
 async fn a_copy_that_starts_again_and_again_is_not_hurried() {
+    let _alone = ALONE.lock().await;
     let dir = tempfile::tempdir().unwrap();
     let source = support::memory_source::MemorySource::default();
     source.write(b"key", Some(b"value")).await;

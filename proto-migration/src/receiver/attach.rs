@@ -47,6 +47,9 @@ impl<T: MigrationTarget> Inner<T> {
             let attached = self.attach_in(&slot, header).await;
             drop(attach);
             self.remove_empty(&slot);
+            if attached.as_ref().is_ok_and(|attached| !attached.accepted.known) {
+                self.drop_cancelled(&header.spec.source_node).await;
+            }
             return attached;
         }
     }

@@ -31,7 +31,46 @@ struct Shared {
     taken: usize,
     /// Of them, by source node.
     of_peer: HashMap<NodeId, usize>,
-    waiting: HashMap<MigrationId, (Priority, Instant)>,
+    waiting: HashMap<MigrationId, Waiting>,
+}
+
+/// One that was refused.
+#[derive(Debug)]
+struct Waiting {
+    source: NodeId,
+    priority: Priority,
+    since: Instant,
+}
+
+impl Shared {
+    /// Places that are kept for more urgent ones than `id`: for each node, no more than it may have.
+    fn ahead_of(&self, id: &MigrationId, priority: Priority, share: usize) -> usize {
+        let mut wanted: HashMap<&NodeId, usize> = HashMap::new();
+        for (other, waiting) in &self.waiting {
+            if other != id && waiting.priority > priority {
+                *wanted.entry(&waiting.source).or_default() += 1;
+            }
+        }
+        let has = |source| self.of_peer.get(source).copied().unwrap_or(0);
+        wanted.into_iter().map(|(source, wanted)| wanted.min(share.saturating_sub(has(source)))).sum()
+    }
+
+    /// Remembers one that was refused: of a node, as many as it may have places, the most urgent ones.
+    fn remember(&mut self, id: &MigrationId, waiting: Waiting, share: usize) {
+        if !self.waiting.contains_key(id) {
+            let of_source = || self.waiting.iter().filter(|(_, other)| other.source == waiting.source);
+            if of_source().count() >= share {
+                let least = of_source().min_by_key(|(_, other)| other.priority);
+                let least = least.filter(|(_, other)| other.priority < waiting.priority);
+                let Some(least) = least.map(|(id, _)| id.clone()) else { return };
+                self.waiting.remove(&least);
+            }
+            if self.waiting.len() >= MAX_WAITING {
+                return;
+            }
+        }
+        self.waiting.insert(id.clone(), waiting);
+    }
 }
 
 /// A place, until dropped.
@@ -70,7 +109,7 @@ impl Places {
     ) -> Result<Place, Error> {
         let now = Instant::now();
         let mut shared = self.shared();
-        shared.waiting.retain(|_, (_, since)| now.saturating_duration_since(*since) < REMEMBERED);
+        shared.waiting.retain(|_, waiting| now.saturating_duration_since(waiting.since) < REMEMBERED);
         let of_peer = shared.of_peer.get(source).copied().unwrap_or(0);
         if of_peer >= self.share {
             return Err(Reason::TooManyMigrations
@@ -82,14 +121,11 @@ impl Places {
                 .retry_after(COME_BACK));
         }
         let free = self.limit.saturating_sub(shared.taken);
-        let first = shared.waiting.iter().filter(|(other, (wanted, _))| *other != id && *wanted > priority);
-        if first.count() < free {
+        if shared.ahead_of(id, priority, self.share) < free {
             shared.waiting.remove(id);
             return Ok(self.place(&mut shared, source));
         }
-        if shared.waiting.len() < MAX_WAITING {
-            shared.waiting.insert(id.clone(), (priority, now));
-        }
+        shared.remember(id, Waiting { source: source.clone(), priority, since: now }, self.share);
         Err(Reason::TooManyMigrations
             .error(format!(
                 "no place is free for migration {id}: {} of {} are taken; it is tried again",
@@ -150,5 +186,27 @@ mod tests {
         drop(first);
         let _fourth = enter("c", "n1").unwrap();
         assert_eq!(enter("e", "n3").unwrap_err().get("limit"), Some("3"));
+    }
+
+    #[test]
+    fn whoever_asks_for_much_keeps_no_more_places_from_others_than_it_may_have() {
+        let places = Places::new(4, 2);
+        let node = |text: &str| NodeId::new(text).unwrap();
+        let enter = |id: &str, source: &str, priority| {
+            places.enter(&MigrationId::new(id).unwrap(), &node(source), priority).ok()
+        };
+        let held = ["a1", "a2", "b1", "b2"].map(|id| enter(id, &id[..1], Priority::Rebalance).unwrap());
+        for number in 0..2 * MAX_WAITING {
+            assert!(enter(&format!("g{number}"), "g", Priority::Rebalance).is_none());
+            assert!(enter(&format!("h{number}"), "g", Priority::Recovery).is_none());
+        }
+        assert!(enter("d1", "d", Priority::Split).is_none(), "it is remembered, too");
+        drop(held);
+        let _first = enter("c1", "c", Priority::Split).expect("two of four are kept");
+        let _second = enter("d1", "d", Priority::Split).expect("and one is free");
+        assert!(enter("c2", "c", Priority::Split).is_none());
+        let _third = enter("h0", "g", Priority::Recovery).expect("the first ones are remembered");
+        assert!(enter("c2", "c", Priority::Split).is_none());
+        let _fourth = enter("h1", "g", Priority::Recovery).expect("its share");
     }
 }

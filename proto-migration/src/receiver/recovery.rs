@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use proto_common::error::Error;
 use proto_common::guard::{RangeGuard, RangeHold};
-use proto_common::ids::MigrationId;
+use proto_common::ids::{MigrationId, NodeId};
 use proto_common::slots::SlotRange;
 use proto_common::v1::Direction;
 
@@ -190,13 +190,40 @@ impl<T: MigrationTarget> Inner<T> {
             }
             let slots: Vec<_> = self.slots().values().cloned().collect();
             for slot in slots {
-                self.collect_one(&slot).await;
+                self.collect_one(&slot, self.limits.record_kept).await;
                 self.remove_empty(&slot);
             }
         }
     }
 
-    async fn collect_one(&self, slot: &Slot) {
+    /// Drops the oldest records of cancelled migrations from `source`, beyond those that are kept for a node: whoever begins and cancels, again and
+    /// again, fills neither the store nor the memory.
+    pub(super) async fn drop_cancelled(&self, source: &NodeId) {
+        let slots: Vec<_> = self.slots().values().cloned().collect();
+        let mut ended = Vec::new();
+        for slot in slots {
+            let since = slot.state.try_lock().ok().and_then(|state| {
+                let incoming = state.as_ref()?;
+                let is_one = incoming.state() == MigrationState::Cancelled
+                    && incoming.record.spec.source_node == *source
+                    && !slot.has_stream();
+                is_one.then_some(incoming.last_stream)
+            });
+            ended.extend(since.map(|since| (since, slot)));
+        }
+        let beyond = ended.len().saturating_sub(self.limits.cancelled_per_peer);
+        if beyond == 0 {
+            return;
+        }
+        ended.sort_by_key(|(since, _)| *since);
+        for (_, slot) in ended.into_iter().take(beyond) {
+            self.collect_one(&slot, Duration::ZERO).await;
+            self.remove_empty(&slot);
+        }
+    }
+
+    /// Drops a record that nobody came back for within `kept`.
+    async fn collect_one(&self, slot: &Slot, kept: Duration) {
         // One that is worked on is not stale.
         let Ok(_attach) = slot.attach.try_lock() else { return };
         let Ok(mut state) = slot.state.try_lock() else { return };
@@ -204,7 +231,7 @@ impl<T: MigrationTarget> Inner<T> {
         if incoming.unrecorded {
             self.record_end(slot, incoming).await;
         }
-        let stale = incoming.last_stream.elapsed() >= self.limits.record_kept;
+        let stale = incoming.last_stream.elapsed() >= kept;
         if incoming.doubt || slot.has_stream() || !stale || !incoming.is_empty() {
             return;
         }

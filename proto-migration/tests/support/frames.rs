@@ -241,10 +241,14 @@ impl Source {
         self.answer().await.unwrap_err()
     }
 
-    /// The stream ends well.
+    /// The stream ends well. How far things are may be told once more.
     pub async fn end(&mut self) {
-        let end = tokio::time::timeout(PATIENCE, self.answers.message()).await.expect("an end");
-        assert!(end.unwrap().is_none());
+        let ending = async {
+            while let Some(answer) = self.answers.message().await.unwrap() {
+                assert!(matches!(answer.frame, Some(Answer::Ack(_))), "{answer:?}");
+            }
+        };
+        tokio::time::timeout(PATIENCE, ending).await.expect("an end");
     }
 
     pub async fn bulk(&mut self, entries: Vec<Entry>, last: bool) {
