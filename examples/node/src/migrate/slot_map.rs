@@ -1,6 +1,6 @@
 //! Who owns which slots, learned from other nodes: each is asked a few times a second, and the claim with the highest epoch is the truth.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::time::Duration;
 
 use proto::common::dial::NodeChannel;
@@ -24,6 +24,8 @@ const ASK: Duration = Duration::from_millis(300);
 const ANSWER: Duration = Duration::from_secs(1);
 /// Pages of one answer; a map of 16384 single slots takes 17.
 const PAGES: usize = 32;
+/// Nodes that are known at most: each is asked as often, and kept for ever. Slots of further ones are known as theirs, without an address.
+const MAX_NODES: usize = 1024;
 
 /// Asks the nodes that `node` knows, until `stop`.
 pub(crate) async fn follow(node: Node, stop: CancellationToken) {
@@ -151,12 +153,23 @@ async fn learn(node: &Node, asked: &NodeId, told: &Told) -> Result<(), crate::st
         }
         claims.push(claim);
     }
-    if !nodes.is_empty() {
-        node.put_nodes(nodes).await?;
-    }
     let ownership = node.gate().ownership();
     let mut after = (*ownership).clone();
     claims.retain(|claim| after.adopt(claim));
+    // Where somebody is counts of those alone to whom clients may have to be sent: names cost whoever tells them nothing.
+    let owners: HashSet<&NodeId> = after.claims().iter().map(|claim| &claim.owner).collect();
+    nodes.retain(|id, _| id == asked || owners.contains(id));
+    let mut room = MAX_NODES.saturating_sub(known.len());
+    nodes.retain(|id, _| {
+        known.contains_key(id) || {
+            let fits = room > 0;
+            room = room.saturating_sub(1);
+            fits
+        }
+    });
+    if !nodes.is_empty() {
+        node.put_nodes(nodes).await?;
+    }
     if claims.is_empty() {
         return Ok(());
     }
@@ -256,6 +269,40 @@ mod tests {
                 Some("[::1]:7001".into())
             );
         }
+    }
+
+    /// A node that lies can name as many as it wants.
+    #[tokio::test]
+    async fn the_names_that_a_peer_may_have_learned_are_bounded() {
+        let dir = tempfile::tempdir().unwrap();
+        let id = |name: &str| NodeId::new(name).unwrap();
+        let init = Init { node: id("n1"), slots: Some(vec![]), others: vec![] };
+        let node = Node::open(dir.path(), &init, &StoreOptions::default()).unwrap();
+        let tell = async |epoch: u64, from: u32| {
+            let owner = |start: u32| SlotOwner {
+                slots: Some(proto::common::v1::SlotRange { start, end: start + 1 }),
+                node_id: format!("{epoch}-{start}"),
+                epoch,
+                node_address: "h:1".into(),
+                client_address: "h:2".into(),
+            };
+            let slot_owners = (from..from + 600).map(owner).collect();
+            let status = NodeStatus { slot_owners, ..NodeStatus::default() };
+            learn(&node, &id("n2"), &Told { node_id: "n2".into(), revision: (1, epoch), status })
+                .await
+                .unwrap();
+        };
+        tell(7, 0).await;
+        assert_eq!(node.nodes().len(), 600, "owners are learned");
+        // Of slots that others own.
+        tell(6, 0).await;
+        assert_eq!(node.nodes().len(), 600);
+        for epoch in 8..12 {
+            tell(epoch, 100).await;
+        }
+        assert_eq!(node.nodes().len(), MAX_NODES);
+        // Who owns what is learned all the same.
+        assert_eq!(node.gate().ownership().of(100).map(|claim| claim.owner.clone()), Some(id("11-100")));
     }
 
     /// What may be true, what is not, and what cannot be.
