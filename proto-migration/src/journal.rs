@@ -149,8 +149,10 @@ impl Journal {
             let shown = name.to_string_lossy().into_owned();
             let path = active.join(&name);
             if shown.ends_with(".task.tmp") {
-                // The process died while it replaced a file, which is whole.
-                fs::remove_file(&path)?;
+                // The process died while it replaced a file, which is whole. What cannot be removed is not of that, and in nobody's way.
+                if let Err(error) = fs::remove_file(&path) {
+                    tracing::warn!(file = file_shown(&name), %error, "cannot remove what is left of a replaced file");
+                }
                 continue;
             }
             let named = parse_name(&shown);
@@ -336,7 +338,12 @@ fn parse_name(name: &str) -> Option<(SlotRange, MigrationId)> {
 }
 
 fn read(path: &Path) -> Result<SourceRecord, String> {
-    let len = fs::metadata(path).map_err(|error| error.to_string())?.len();
+    let found = fs::metadata(path).map_err(|error| error.to_string())?;
+    // To open a pipe would wait for whoever writes into it.
+    if !found.is_file() {
+        return Err("is no file".to_owned());
+    }
+    let len = found.len();
     if len > (MAX_RECORD_BYTES + HEADER_LEN) as u64 {
         return Err(format!("has {len} bytes, more than any record"));
     }
@@ -482,6 +489,29 @@ mod tests {
         fs::write(dir.path().join("active/notes.txt"), b"notes").unwrap();
         let (_, recovered) = Journal::open(dir.path(), 10).unwrap();
         assert_eq!(recovered.damaged[0].slots, []);
+    }
+
+    #[cfg(unix)]
+    #[tokio::test]
+    async fn what_is_no_file_is_told_and_keeps_nobody_waiting() {
+        let dir = tempfile::tempdir().unwrap();
+        let (journal, _) = Journal::open(dir.path(), 10).unwrap();
+        journal.save(&id("m1"), slots(), &record("m1", 1)).await.unwrap();
+        let at = |name: &str| dir.path().join("active").join(name);
+        let made = std::process::Command::new("mkfifo").arg(at("00300-00399.m3.task")).status().unwrap();
+        assert!(made.success(), "the test needs a pipe");
+        fs::create_dir(at("00400-00499.m4.task")).unwrap();
+        std::os::unix::fs::symlink(dir.path(), at("00500-00599.m5.task")).unwrap();
+        fs::create_dir(at("00600-00699.m6.task.tmp")).unwrap();
+        let path = dir.path().to_owned();
+        let opening = tokio::task::spawn_blocking(move || Journal::open(path, 10).unwrap());
+        let (_, recovered) =
+            tokio::time::timeout(std::time::Duration::from_secs(20), opening).await.unwrap().unwrap();
+        assert_eq!(recovered.active, [(id("m1"), record("m1", 1))]);
+        let told: Vec<_> =
+            recovered.damaged.iter().map(|file| (file.slots[0].start(), &*file.problem)).collect();
+        assert_eq!(told, [(300, "is no file"), (400, "is no file"), (500, "is no file")]);
+        assert_eq!(fs::read_dir(dir.path().join("active")).unwrap().count(), 5, "all stay");
     }
 
     #[tokio::test]
