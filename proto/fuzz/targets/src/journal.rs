@@ -41,6 +41,30 @@ fn record(number: u16, id: &str) -> (SlotRange, SourceRecord) {
     (slots, SourceRecord { progress: Some(progress), base_seq: 7, ..SourceRecord::default() })
 }
 
+fn file_of(slots: SlotRange, id: &str) -> String {
+    format!("active/{:05}-{:05}.{id}.task", slots.start(), slots.end() - 1)
+}
+
+/// A hand that gives the file of a migration other slots: of which one, and which.
+fn renamed(
+    data: &mut Unstructured<'_>,
+    files: &mut Files,
+) -> arbitrary::Result<Option<(&'static str, SlotRange)>> {
+    if data.int_in_range(0..=3_u8)? != 3 {
+        return Ok(None);
+    }
+    let (number, id) = *data.choose(&[(1, "m1"), (2, "m2")])?;
+    let (slots, _) = record(number, id);
+    let (start, len) = (data.int_in_range(0..=16_000_u16)?, data.int_in_range(1..=300)?);
+    let other = SlotRange::new(start, start + len).unwrap();
+    if other == slots {
+        return Ok(None);
+    }
+    let content = files.remove(&file_of(slots, id)).unwrap();
+    files.insert(file_of(other, id), content);
+    Ok(Some((id, other)))
+}
+
 /// The slots of a record that was written.
 fn record_of(id: &MigrationId) -> Option<SlotRange> {
     (1..)
@@ -55,6 +79,7 @@ pub fn run(data: &[u8]) {
     let mut data = Unstructured::new(data);
     // Where the input ends, the damage does.
     let _ = damage::apply(&mut data, &mut files, |_| true);
+    let renamed = renamed(&mut data, &mut files).unwrap_or(None);
     let dir = directory();
     damage::write(dir.path(), &files);
     let (_, recovered) = Journal::open(dir.path(), 10).expect("damage is no error");
@@ -62,7 +87,17 @@ pub fn run(data: &[u8]) {
         recovered.active.iter().map(|(id, record)| (id.as_str(), record)).collect();
     for (number, id) in (1..).zip(["m1", "m2"]) {
         let (slots, written) = record(number, id);
-        let file = format!("active/{:05}-{:05}.{id}.task", slots.start(), slots.end() - 1);
+        let file = file_of(slots, id);
+        if let Some((_, other)) = renamed.filter(|(of, _)| *of == id) {
+            assert_eq!(active.get(id), None, "a record was believed of other slots than its own");
+            let file = file_of(other, id);
+            let damaged = recovered.damaged.iter().find(|damaged| damaged.file == file).expect("it is named");
+            assert_eq!(damaged.slots.first(), Some(&other));
+            if files[&file] == WHOLE[&file_of(slots, id)] {
+                assert!(damaged.slots.contains(&slots), "{damaged:?}");
+            }
+            continue;
+        }
         if files[&file] == WHOLE[&file] {
             assert_eq!(active.get(id), Some(&&written));
             continue;

@@ -19,7 +19,7 @@ use proto_migration::v1::transfer_migration_data_request::{
 };
 use proto_migration::v1::transfer_migration_data_response::{Accepted, Frame as Answer};
 
-use crate::harness::{block_on, directory, refusal};
+use crate::harness::{block_on, directory, polite, refusal};
 use crate::support::frames::{self, BASE_SEQ, Node, Source};
 use crate::support::memory_target::{MemoryTarget, Rows};
 
@@ -36,6 +36,7 @@ struct Model {
     copied: bool,
     watermark: u64,
     attempt: u64,
+    copy: u64,
     /// The stream's, so far.
     number: u64,
     freeze: u64,
@@ -49,6 +50,8 @@ struct Model {
 
 enum Ending {
     Refused(&'static [&'static str]),
+    /// Another stream takes over, while this one is open.
+    Superseded,
     Committed,
     Discarded,
     Dropped,
@@ -63,6 +66,7 @@ pub fn run(data: &[u8]) {
             copied: false,
             watermark: BASE_SEQ,
             attempt: 0,
+            copy: 1,
             number: 0,
             freeze: 0,
             committed: false,
@@ -87,14 +91,14 @@ pub fn run(data: &[u8]) {
     });
 }
 
-fn header(attempt: u64) -> Header {
-    let mut header = frames::header(attempt);
+fn header(attempt: u64, copy: u64) -> Header {
+    let mut header = Header { copy, ..frames::header(attempt) };
     header.spec.as_mut().unwrap().slots = Some(SlotRange::new(0, END).unwrap().into());
     header
 }
 
 fn id() -> MigrationId {
-    MigrationId::new(header(1).migration_id).unwrap()
+    MigrationId::new(header(1, 1).migration_id).unwrap()
 }
 
 /// The next answer that is not an `Ack`.
@@ -121,20 +125,40 @@ async fn prepared(stream: &mut Source) {
 
 impl Model {
     async fn stream(&mut self, data: &mut Unstructured<'_>, node: &Node) -> arbitrary::Result<()> {
-        let mut header = header(self.attempt + 1);
-        if let Some(expected) = spoil(data, &mut header)? {
+        let mut header = header(self.attempt + 1, self.copy);
+        let expected = match self.misfit(data, &mut header)? {
+            None => spoil(data, &mut header)?,
+            expected => expected,
+        };
+        if let Some(expected) = expected {
             let mut stream = node.open(header).await;
             let error = accepted(&mut stream).await.unwrap_err();
             assert!(expected.contains(&error.reason()), "{error:?} instead of {expected:?}");
             return Ok(());
         }
+        self.anew(data, &mut header)?;
         let mut stream = node.open(header).await;
-        let Some(accepted) = self.attached(accepted(&mut stream).await.unwrap(), &node.target) else {
-            return Ok(());
-        };
-        assert!(accepted.credit_limit > 1 << 20, "a test far below its credit");
+        let accepted = accepted(&mut stream).await.unwrap();
+        if self.attached(accepted, &node.target).is_none() {
+            return self.afterwards(data, stream).await;
+        }
         let ending = self.frames(data, &mut stream).await?;
         match ending {
+            Ending::Superseded => {
+                self.unsure = true;
+                let header = self::header(self.attempt + 1, self.copy);
+                let mut next = node.open(header).await;
+                let accepted = self::accepted(&mut next).await.unwrap();
+                let error = answer(&mut stream).await.unwrap_err();
+                assert_eq!(error.reason(), "SUPERSEDED", "{error:?}");
+                self.attached(accepted, &node.target).expect("undecided");
+                // Too late: none of it counts, also where it reaches the store.
+                let late = self.delta_of(Vec::new(), self.watermark + 1);
+                stream.send(Frame::Delta(late)).await;
+                next.half_close();
+                let error = answer(&mut next).await.unwrap_err();
+                assert_eq!(error.reason(), "STREAM_ENDED_EARLY", "{error:?}");
+            }
             Ending::Dropped => {
                 self.unsure = true;
                 drop(stream);
@@ -155,6 +179,79 @@ impl Model {
             }
         }
         self.check(&node.target);
+        Ok(())
+    }
+
+    /// A header that is good by itself, and does not fit what is known here; what it has to be refused with.
+    fn misfit(
+        &self,
+        data: &mut Unstructured<'_>,
+        header: &mut Header,
+    ) -> arbitrary::Result<Option<&'static [&'static str]>> {
+        if self.attempt == 0 {
+            return Ok(None);
+        }
+        let undecided = !self.committed && !self.discarded;
+        let spec = header.spec.as_mut().unwrap();
+        Ok(Some(match data.int_in_range(0..=23_u8)? {
+            0 => {
+                header.attempt = data.int_in_range(1..=self.attempt)?;
+                &["STALE_ATTEMPT"]
+            }
+            1 => {
+                header.attempt = data.int_in_range(1..=self.attempt)?;
+                header.session = vec![8; 16].into();
+                &["SUPERSEDED"]
+            }
+            2 => {
+                let slots = SlotRange::new(0, data.int_in_range(1..=END - 1)?).unwrap();
+                spec.slots = Some(slots.into());
+                &["SPECIFICATION_MISMATCH"]
+            }
+            3 => {
+                "s9".clone_into(&mut spec.source_shard_id);
+                &["SPECIFICATION_MISMATCH"]
+            }
+            4 => {
+                "n9".clone_into(&mut spec.source_node_id);
+                "n9".clone_into(&mut header.source.as_mut().unwrap().node_id);
+                &["SPECIFICATION_MISMATCH"]
+            }
+            5 => {
+                header.source.as_mut().unwrap().store_id = vec![9; 16].into();
+                &["STORE_CHANGED"]
+            }
+            6 if undecided && self.copy > 1 => {
+                header.copy = data.int_in_range(1..=self.copy - 1)?;
+                &["STALE_COPY"]
+            }
+            _ => return Ok(None),
+        }))
+    }
+
+    /// The source begins anew, now and then.
+    fn anew(&mut self, data: &mut Unstructured<'_>, header: &mut Header) -> arbitrary::Result<()> {
+        if self.attempt > 0 && !self.committed && !self.discarded && data.ratio(1_u8, 12)? {
+            self.copy += data.int_in_range(1..=3)?;
+            header.copy = self.copy;
+            (self.rows, self.copied, self.watermark, self.unsure) = (Rows::new(), false, BASE_SEQ, false);
+        }
+        Ok(())
+    }
+
+    /// What is decided stays so, whatever is sent.
+    async fn afterwards(&mut self, data: &mut Unstructured<'_>, mut stream: Source) -> arbitrary::Result<()> {
+        self.number = 0;
+        let frame = match data.int_in_range(0..=4_u8)? {
+            0 => Frame::Delta(self.delta_of(Vec::new(), self.watermark + 1)),
+            1 => Frame::Bulk(frames::bulk(1, Vec::new(), true)),
+            2 => Frame::Prepare(self.prepare()),
+            3 => Frame::Commit(Commit { freeze: self.freeze, new_slot_epoch: 5 }),
+            _ => Frame::Release(Release { freeze: 1 }),
+        };
+        stream.send(frame).await;
+        let error = answer(&mut stream).await.unwrap_err();
+        assert_eq!(error.reason(), "UNEXPECTED_FRAME", "{error:?}");
         Ok(())
     }
 
@@ -227,7 +324,11 @@ impl Model {
                 }
                 10 => {
                     let (mut delta, _) = self.delta(data)?;
-                    delta.prev_seq = delta.prev_seq.wrapping_add(data.int_in_range(1..=u64::MAX)?);
+                    delta.prev_seq = match data.int_in_range(0..=2_u8)? {
+                        0 => delta.prev_seq - data.int_in_range(1..=BASE_SEQ)?,
+                        1 => delta.prev_seq + data.int_in_range(1..=3)?,
+                        _ => delta.prev_seq.wrapping_add(data.int_in_range(1..=u64::MAX)?),
+                    };
                     stream.send(Frame::Delta(delta)).await;
                     &["DELTA_GAP"]
                 }
@@ -260,7 +361,7 @@ impl Model {
                 }
                 15 => {
                     let frame = match data.int_in_range(0..=3_u8)? {
-                        0 => Some(Frame::Header(header(self.attempt))),
+                        0 => Some(Frame::Header(header(self.attempt, self.copy))),
                         1 => Some(Frame::Commit(Commit { freeze: 1, new_slot_epoch: 5 })),
                         2 => Some(Frame::Forget(Forget {})),
                         _ => Some(Frame::Release(Release { freeze: self.freeze + 1 })),
@@ -275,7 +376,22 @@ impl Model {
                 17 if self.copied => {
                     stream.send(Frame::Prepare(self.prepare())).await;
                     prepared(stream).await;
-                    match data.int_in_range(0..=3_u8)? {
+                    match data.int_in_range(0..=7_u8)? {
+                        4 => {
+                            // Of another freeze than the one that was prepared.
+                            let freeze = if data.arbitrary()? { self.freeze - 1 } else { self.freeze + 1 };
+                            stream.send(Frame::Commit(Commit { freeze, new_slot_epoch: 5 })).await;
+                            &["UNEXPECTED_FRAME"]
+                        }
+                        5 => {
+                            let new_slot_epoch = *data.choose(&[0, 4, 6, u64::MAX])?;
+                            stream.send(Frame::Commit(Commit { freeze: self.freeze, new_slot_epoch })).await;
+                            &["INVALID_FIELD"]
+                        }
+                        6 => {
+                            stream.send(Frame::Release(Release { freeze: self.freeze - 1 })).await;
+                            &["INVALID_FIELD"]
+                        }
                         0 => {
                             stream
                                 .send(Frame::Commit(Commit { freeze: self.freeze, new_slot_epoch: 5 }))
@@ -292,6 +408,42 @@ impl Model {
                         }
                     }
                 }
+                18 if data.ratio(1_u8, 2)? => {
+                    // What was prepared is not what is there: it is refused, and the stream goes on.
+                    let mut prepare = self.prepare();
+                    let reason = match data.int_in_range(0..=2_u8)? {
+                        _ if !self.copied => "NOT_CAUGHT_UP",
+                        0 => {
+                            prepare.final_seq =
+                                prepare.final_seq.wrapping_add(data.int_in_range(1..=u64::MAX)?);
+                            "NOT_CAUGHT_UP"
+                        }
+                        1 if !prepare.digests.is_empty() => {
+                            let sum = &mut prepare.digests[0].sum;
+                            *sum = sum.iter().map(|byte| byte ^ 1).collect::<Vec<_>>().into();
+                            "DIGEST_MISMATCH"
+                        }
+                        _ if !prepare.digests.is_empty() => {
+                            prepare.keys -= prepare.digests.remove(0).keys;
+                            "DIGEST_MISMATCH"
+                        }
+                        _ => continue,
+                    };
+                    stream.send(Frame::Prepare(prepare)).await;
+                    let Answer::PrepareRefused(refused) = answer(stream).await.unwrap() else {
+                        panic!("it was prepared");
+                    };
+                    let error = Error::from(refused.error.unwrap());
+                    assert_eq!(polite(&error), reason, "{error:?}");
+                    // It may not be committed either.
+                    if data.ratio(1_u8, 4)? {
+                        let commit = Commit { freeze: self.freeze, new_slot_epoch: 5 };
+                        stream.send(Frame::Commit(commit)).await;
+                        &["UNEXPECTED_FRAME"]
+                    } else {
+                        continue;
+                    }
+                }
                 18 => {
                     if !data.ratio(1_u8, 4)? {
                         continue;
@@ -300,8 +452,10 @@ impl Model {
                     return Ok(Ending::Discarded);
                 }
                 _ => {
-                    if data.arbitrary()? {
-                        return Ok(Ending::Dropped);
+                    match data.int_in_range(0..=2_u8)? {
+                        0 => return Ok(Ending::Dropped),
+                        1 => return Ok(Ending::Superseded),
+                        _ => {}
                     }
                     stream.half_close();
                     &["STREAM_ENDED_EARLY"]
@@ -389,7 +543,7 @@ impl Model {
 
     /// A source that makes no mistake.
     async fn finish(&mut self, node: &Node) {
-        let mut stream = node.open(header(self.attempt + 1)).await;
+        let mut stream = node.open(header(self.attempt + 1, self.copy)).await;
         let accepted = accepted(&mut stream).await.unwrap();
         if self.attached(accepted, &node.target).is_none() {
             return self.check(&node.target);

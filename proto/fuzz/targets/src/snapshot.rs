@@ -11,6 +11,7 @@ use arbitrary::Unstructured;
 use bytes::Bytes;
 use proto_common::Error;
 use proto_common::checksum::crc64;
+use proto_common::v1::Fence;
 use proto_snapshot::v1::CancelTransferRequest;
 use proto_snapshot::v1::transfer_split_snapshot_request::{
     Chunk, End, Frame, Header, Heartbeat, LaneHeader, Manifest,
@@ -35,6 +36,10 @@ struct Model {
     unsure: bool,
     attempt: u64,
     generation: u64,
+    /// The last one that this process of the receiver has seen: a restart forgets them.
+    seen: u64,
+    /// A term of the fence that nothing lower than is taken.
+    fence: u64,
     /// The present attempt may have been given up for good.
     ended: bool,
     installed: bool,
@@ -62,6 +67,8 @@ pub fn run(data: &[u8]) {
             unsure: false,
             attempt: 0,
             generation: 0,
+            seen: 0,
+            fence: 0,
             ended: false,
             installed: false,
             cancelled: false,
@@ -75,6 +82,7 @@ pub fn run(data: &[u8]) {
                 node.shutdown().await;
                 drop(node);
                 node = receiver(open(&store).unwrap()).await;
+                model.seen = 0;
             }
             // An input that ends in the middle ends the stream.
             model.stream(&mut data, &client(&node)).await;
@@ -157,8 +165,17 @@ impl Model {
             if next { (self.attempt + 1, 1) } else { (self.attempt, self.generation + 1) };
         let mut header = self.snapshot.header(attempt, generation);
         let mut manifest = self.snapshot.manifest();
-        let expected = spoil(data, &mut header, &mut manifest)?;
-        if data.ratio(1_u8, 16)? {
+        let misfit = self.misfit(data, &mut header)?;
+        let expected = match misfit {
+            None => spoil(data, &mut header, &mut manifest)?,
+            expected => expected,
+        };
+        // Higher than any before: one that is refused for something else may have been remembered.
+        let fence = if expected.is_none() && data.ratio(1_u8, 4)? { Some(self.fence + 1) } else { None };
+        if let Some(term) = fence {
+            header.fence = Some(Fence { epoch: 1, term });
+        }
+        if misfit.is_none() && data.ratio(1_u8, 16)? {
             let lane = LaneHeader {
                 transfer_id: "t".into(),
                 attempt: attempt.max(1),
@@ -197,8 +214,9 @@ impl Model {
             stream.installed().await.unwrap();
             return Ok(None);
         }
+        self.fence = fence.unwrap_or(self.fence);
         assert!(!self.installed, "installed, and asked for again");
-        (self.attempt, self.generation) = (attempt, generation);
+        (self.attempt, self.generation, self.seen) = (attempt, generation, generation);
         self.ended &= !next;
         let missing = missing(&accepted.missing);
         if self.unsure {
@@ -210,6 +228,56 @@ impl Model {
         self.poisoned.retain(|byte| !missing.contains(byte));
         self.missing = missing;
         Ok(Some(stream))
+    }
+
+    /// A header that is good by itself, and does not fit what is known here; what it has to be refused with.
+    fn misfit(
+        &self,
+        data: &mut Unstructured<'_>,
+        header: &mut Header,
+    ) -> arbitrary::Result<Option<&'static [&'static str]>> {
+        if self.attempt == 0 {
+            return Ok(None);
+        }
+        Ok(Some(match data.int_in_range(0..=23_u8)? {
+            // Of what is installed, whoever asks hears the same.
+            0 if self.attempt > 1 && !self.installed => {
+                header.attempt = data.int_in_range(1..=self.attempt - 1)?;
+                header.session = vec![u8::try_from(header.attempt % 256).unwrap(); 16].into();
+                &["SUPERSEDED"]
+            }
+            1 if !self.installed => {
+                header.attempt = self.attempt;
+                header.session = vec![0xee; 16].into();
+                &["SUPERSEDED"]
+            }
+            2 if !self.installed && self.seen > 0 => {
+                (header.attempt, header.generation) = (self.attempt, data.int_in_range(1..=self.seen)?);
+                header.session = vec![u8::try_from(self.attempt % 256).unwrap(); 16].into();
+                &["SUPERSEDED"]
+            }
+            3 => {
+                "s9".clone_into(&mut header.source_shard_id);
+                &["SPECIFICATION_MISMATCH"]
+            }
+            4 => {
+                "n9".clone_into(&mut header.source_node_id);
+                &["SPECIFICATION_MISMATCH"]
+            }
+            5 => {
+                header.snapshot_index += 1;
+                &["SPECIFICATION_MISMATCH"]
+            }
+            6 => {
+                "w".clone_into(&mut header.content_version);
+                &["SPECIFICATION_MISMATCH"]
+            }
+            7 if self.fence > 0 => {
+                header.fence = Some(Fence { epoch: data.int_in_range(0..=1)?, term: self.fence - 1 });
+                &["STALE_FENCE"]
+            }
+            _ => return Ok(None),
+        }))
     }
 
     async fn frames(
