@@ -71,6 +71,8 @@ proto_common::reasons! {
         TooManyWatchers "TOO_MANY_WATCHERS" ResourceExhausted retry,
         /// Staging does not fit on the disk; metadata `needed_bytes`, `available_bytes`, and `peer` where it is that node's share that is used up.
         InsufficientDisk "INSUFFICIENT_DISK" ResourceExhausted retry,
+        /// One more shard of which a fence would be kept.
+        TooManyShards "TOO_MANY_SHARDS" ResourceExhausted,
         /// `Prepare` before the copy is complete, or the watermark is not `final_seq`; metadata
         /// `watermark`.
         NotCaughtUp "NOT_CAUGHT_UP" FailedPrecondition retry,

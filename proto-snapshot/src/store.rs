@@ -51,6 +51,14 @@ pub enum StoreError {
         /// Bytes that are left of its share.
         available_bytes: u64,
     },
+    /// The transfers from a node have named as many shards as it may have remembered of which nothing is installed.
+    #[error("node {peer} has named {limit} shards of which nothing is installed")]
+    TooManyShards {
+        /// The node that the snapshot comes from.
+        peer: NodeId,
+        /// Shards of one node.
+        limit: usize,
+    },
     /// A newer snapshot of the shard is in place.
     #[error("a snapshot of term {} and index {} is installed", installed.term, installed.index)]
     Stale {
@@ -84,7 +92,7 @@ impl StoreError {
         match self {
             Self::NoSpace { .. } | Self::NoShare { .. } => true,
             Self::Io { source, .. } => source.kind() != std::io::ErrorKind::InvalidInput,
-            Self::Stale { .. } | Self::Damaged { .. } => false,
+            Self::Stale { .. } | Self::Damaged { .. } | Self::TooManyShards { .. } => false,
         }
     }
 }
@@ -166,10 +174,18 @@ pub trait SnapshotStore: Send + Sync + 'static {
     /// once, the one with the lower fence never gets that back once the other has returned.
     ///
     /// What is returned is durable, also if an earlier call failed after it had changed something.
+    ///
+    /// It is asked for by a transfer from `source`, which may name any shard: bound how many are remembered of each node where nothing is
+    /// installed.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::TooManyShards`] for a shard of which nothing is known yet.
     fn raise_fence(
         &self,
         shard: &ShardId,
         fence: Fence,
+        source: &NodeId,
     ) -> impl Future<Output = Result<Fence, StoreError>> + Send;
 
     /// Makes a staging area for `plan` and reserves its space. There is none of this ID.
@@ -307,6 +323,12 @@ impl From<StoreError> for Error {
                 .metadata("available_bytes", available_bytes.to_string())
                 .metadata("peer", peer.as_str())
                 .retry_after(retry),
+            StoreError::TooManyShards { peer, limit } => Reason::TooManyShards
+                .error(format!(
+                    "the receiver remembers the fences of {limit} shards that node {peer} has named and of which nothing is installed, and no more of them; install a snapshot of one, or send this one without a fence"
+                ))
+                .metadata("limit", limit.to_string())
+                .metadata("peer", peer.as_str()),
             StoreError::Stale { installed } => Reason::StaleSnapshot
                 .error(format!(
                     "a newer snapshot of the shard is installed: term {}, index {}; send a newer one",

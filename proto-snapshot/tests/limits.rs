@@ -19,7 +19,7 @@ use proto_common::checksum::{combine, crc64};
 use proto_common::error::{Code, Error};
 use proto_common::ids::{NodeId, ShardId};
 use proto_common::refusals::counts;
-use proto_common::v1::Direction;
+use proto_common::v1::{Direction, Fence};
 use proto_snapshot::SnapshotReceiver;
 use proto_snapshot::limits::{Limits, MAX_MESSAGE_BYTES};
 use proto_snapshot::sender::{SenderOptions, SnapshotSender, SnapshotToSend};
@@ -523,6 +523,20 @@ async fn percent_per_peer() {
         let held = Stalled::open_with(&bench.server, OFFENDER, "x1", 10 * MIB, 1).await.unwrap();
         let refused = Stalled::open_with(&bench.server, OFFENDER, "x2", 2 * MIB, 1).await.err();
         Abuse::default().refused(refused, full).holds(held)
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn shards_per_peer() {
+    let facts: &[_] = &[("limit", Some("1")), ("peer", Some(OFFENDER))];
+    let too_many = Refusal { reason: "TOO_MANY_SHARDS", retryable: false, facts, ..TOO_MANY };
+    let mut case = Case::new(|_| {});
+    case.disk.shards_per_peer = 1;
+    case.check(async |bench| {
+        let fenced = |id| begun(id, |header| header.fence = Some(Fence { epoch: 1, term: 1 }));
+        let held = Stalled::begin(&bench.server, fenced("x1")).await.unwrap();
+        Abuse::default().refused(bench.refuses(fenced("x2")).await, too_many).holds(held)
     })
     .await;
 }

@@ -86,6 +86,10 @@ fn failed(error: StoreError) -> Error {
             .error(format!("the disk has {available} bytes left, of {needed} that are needed"))
             .metadata("needed_bytes", needed.to_string())
             .metadata("available_bytes", available.to_string()),
+        StoreError::TooManyShards { peer, limit } => Reason::TooManyShards
+            .error(sentence)
+            .metadata("limit", limit.to_string())
+            .metadata("peer", peer.as_str()),
         StoreError::Closed => Reason::ShuttingDown.error(sentence),
         StoreError::Refused(_) => Reason::Internal.error(sentence),
         error => {

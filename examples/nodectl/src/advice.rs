@@ -86,6 +86,11 @@ fn snapshot<'a>(reason: Reason, fact: &impl Fn(&str) -> &'a str, address: &str) 
                 fact("available_bytes")
             )
         }
+        Reason::TooManyShards => format!(
+            "the node remembers {} shards that {} has named and of which it got nothing: choose one of these with --target-shard, or leave out --epoch to send without a fence",
+            fact("limit"),
+            fact("peer")
+        ),
         Reason::WrongNode => {
             "see that the address leads to the node that you mean, or leave out --target-node".to_owned()
         }

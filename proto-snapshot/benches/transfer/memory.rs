@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use futures::{StreamExt as _, stream};
 use proto_common::fence::Fence;
-use proto_common::ids::{ShardId, TransferId};
+use proto_common::ids::{NodeId, ShardId, TransferId};
 use proto_common::path::FileName;
 use proto_snapshot::extent::{Extent, ExtentRecord};
 use proto_snapshot::source::{Description, PieceStream, SnapshotSource, SourceError};
@@ -140,7 +140,7 @@ impl SnapshotStore for DiscardStore {
         Ok(None)
     }
 
-    async fn raise_fence(&self, shard: &ShardId, fence: Fence) -> Result<Fence, StoreError> {
+    async fn raise_fence(&self, shard: &ShardId, fence: Fence, _: &NodeId) -> Result<Fence, StoreError> {
         let mut shards = self.shards.lock().unwrap();
         let state = shards.entry(shard.clone()).or_default();
         state.fence = state.fence.max(fence);

@@ -538,7 +538,7 @@ impl<S: SnapshotStore> Inner<S> {
         }
         if let Some(fence) = header.fence {
             // Raised and compared in one step: two leaders may be here at once.
-            let highest = self.store.raise_fence(&spec.target_shard, fence).await?;
+            let highest = self.store.raise_fence(&spec.target_shard, fence, &spec.source_node).await?;
             fence.check(highest, &spec.target_shard)?;
         }
         let incoming = match existing {

@@ -33,7 +33,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use proto_common::durable::{History, RecordLog, sync_dir};
 use proto_common::fence::Fence;
-use proto_common::ids::{ShardId, TransferId};
+use proto_common::ids::{NodeId, ShardId, TransferId};
 
 use crate::memory::in_memory;
 use crate::spec::{FileTotal, TransferPlan};
@@ -66,6 +66,9 @@ pub struct FileStoreOptions {
     /// room. The price: one snapshot that needs more than that is refused ([`StoreError::NoShare`]), also on a disk that nobody else wants; with
     /// 100 it is taken, and one node can take all. What is installed counts for nobody.
     pub percent_per_peer: u8,
+    /// Shards that the transfers from one source node may have named with a fence while nothing of them is installed: each is remembered for
+    /// ever, in a file of its own. One more is refused ([`StoreError::TooManyShards`]). Default: 4096, which take 16 MiB.
+    pub shards_per_peer: usize,
     /// Whether bytes of installed files may be copied instead of sent again. The store's owner then declares that it does not
     /// change them; a file that was changed all the same is found out by its digest and not used. Default: yes.
     pub reuse_installed: bool,
@@ -88,6 +91,7 @@ impl Default for FileStoreOptions {
             min_free_bytes: 64 << 20,
             capacity_bytes: None,
             percent_per_peer: 75,
+            shards_per_peer: 4096,
             reuse_installed: true,
             keep_previous: 0,
             max_open_files: 256,
@@ -144,6 +148,8 @@ pub(crate) struct Shared {
     serials: AtomicU64,
     /// Shards whose record is known to be durable as it is.
     settled: Mutex<HashSet<ShardId>>,
+    /// How many shards are remembered of which nothing is installed, by the node that named them.
+    named: Mutex<HashMap<NodeId, usize>>,
     /// Held while the record of a shard is read or changed; a shard has one of them, chosen by hash.
     shard_locks: [Mutex<()>; 16],
     hasher: RandomState,
@@ -203,6 +209,7 @@ impl FileSnapshotStore {
             blocked: Mutex::default(),
             serials: AtomicU64::new(0),
             settled: Mutex::default(),
+            named: Mutex::default(),
             shard_locks: Default::default(),
             hasher: RandomState::new(),
             in_memory: in_memory(&lock),
@@ -277,14 +284,24 @@ impl SnapshotStore for FileSnapshotStore {
         .await
     }
 
-    async fn raise_fence(&self, shard: &ShardId, fence: Fence) -> Result<Fence, StoreError> {
-        let (shared, shard) = (Arc::clone(&self.shared), shard.clone());
+    async fn raise_fence(&self, shard: &ShardId, fence: Fence, source: &NodeId) -> Result<Fence, StoreError> {
+        let (shared, shard, source) = (Arc::clone(&self.shared), shard.clone(), source.clone());
         blocking("persist a fence", move || {
             let _shard = lock(shared.shard_lock(&shard));
             let mut known = shared.read_shard(&shard)?;
             if fence > known.state.fence {
+                let new = known == Shard::default();
                 known.state.fence = fence;
-                shared.write_shard(&shard, &known)?;
+                if new {
+                    shared.count_named(&source)?;
+                    known.named_by = Some(source.clone());
+                }
+                shared.write_shard(&shard, &known).inspect_err(|_| {
+                    // If it is there all the same, the next start counts it.
+                    if new {
+                        shared.uncount_named(&source);
+                    }
+                })?;
             }
             Ok(known.state.fence)
         })
@@ -383,6 +400,27 @@ impl Shared {
         let hash = self.hasher.hash_one(shard);
         let [first, ..] = hash.to_le_bytes();
         &self.shard_locks[usize::from(first) % self.shard_locks.len()]
+    }
+
+    /// Counts one more shard that `source` has named.
+    fn count_named(&self, source: &NodeId) -> Result<(), StoreError> {
+        let (mut named, limit) = (lock(&self.named), self.options.shards_per_peer);
+        let count = named.get(source).copied().unwrap_or(0);
+        if count >= limit {
+            return Err(StoreError::TooManyShards { peer: source.clone(), limit });
+        }
+        named.insert(source.clone(), count + 1);
+        Ok(())
+    }
+
+    fn uncount_named(&self, source: &NodeId) {
+        let mut named = lock(&self.named);
+        if let Some(count) = named.get_mut(source) {
+            *count = count.saturating_sub(1);
+            if *count == 0 {
+                named.remove(source);
+            }
+        }
     }
 
     /// What is recorded of `shard`, durably. The caller holds its lock.

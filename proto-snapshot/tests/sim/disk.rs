@@ -10,7 +10,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use proto_common::checksum::crc64;
 use proto_common::fence::Fence;
-use proto_common::ids::{ShardId, TransferId};
+use proto_common::ids::{NodeId, ShardId, TransferId};
 use proto_snapshot::extent::{Extent, ExtentRecord};
 use proto_snapshot::spec::{FileTotal, TransferPlan};
 use proto_snapshot::store::{
@@ -153,7 +153,7 @@ impl SnapshotStore for MemoryStore {
         Ok(self.disk.content().shards.get(shard).and_then(|(_, plan)| plan.clone()))
     }
 
-    async fn raise_fence(&self, shard: &ShardId, fence: Fence) -> Result<Fence, StoreError> {
+    async fn raise_fence(&self, shard: &ShardId, fence: Fence, _: &NodeId) -> Result<Fence, StoreError> {
         let mut content = self.disk.content();
         let (state, _) = content.shards.entry(shard.clone()).or_default();
         state.fence = state.fence.max(fence);

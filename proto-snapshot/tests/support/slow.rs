@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use proto_common::fence::Fence;
-use proto_common::ids::ShardId;
+use proto_common::ids::{NodeId, ShardId};
 use proto_snapshot::extent::{Extent, ExtentRecord};
 use proto_snapshot::spec::{FileTotal, TransferPlan};
 use proto_snapshot::store::{
@@ -85,8 +85,8 @@ impl SnapshotStore for SlowStore {
         self.store.current_plan(shard).await
     }
 
-    async fn raise_fence(&self, shard: &ShardId, fence: Fence) -> Result<Fence, StoreError> {
-        self.store.raise_fence(shard, fence).await
+    async fn raise_fence(&self, shard: &ShardId, fence: Fence, source: &NodeId) -> Result<Fence, StoreError> {
+        self.store.raise_fence(shard, fence, source).await
     }
 
     async fn stage(&self, plan: &TransferPlan) -> Result<Arc<SlowStaging>, StoreError> {

@@ -68,7 +68,7 @@ impl MigrationSource for NodeSource {
         self.check_owner(spec.slots)?;
         if let Some(fence) = fence {
             fence.check(
-                store.raise_fence(&spec.source_shard, fence).await.map_err(failed)?,
+                store.raise_fence(&spec.source_shard, fence, None).await.map_err(failed)?,
                 &spec.source_shard,
             )?;
         }

@@ -44,9 +44,9 @@ impl MigrationTarget for NodeTarget {
     async fn admit(&self, offer: &Offer<'_>) -> Result<(), Error> {
         let (store, slots) = (self.node.store(), offer.spec.slots);
         check_value_format(offer.spec)?;
+        let shard = &offer.spec.target_shard;
         if let Some(fence) = offer.fence {
-            let shard = &offer.spec.target_shard;
-            fence.check(store.raise_fence(shard, fence).await.map_err(failed)?, shard)?;
+            fence.check(store.fence(shard).await.map_err(failed)?, shard)?;
         }
         if let Some(own) = self.node.own_ranges().into_iter().find(|own| own.overlaps(slots)) {
             let sentence = format!("node {} owns slots {own} of {slots} itself", self.node.id());
@@ -55,6 +55,11 @@ impl MigrationTarget for NodeTarget {
         if store.is_importing(slots) {
             let sentence = format!("a snapshot with some of slots {slots} is being imported");
             return Err(Reason::RangeBusy.error(sentence).metadata("holder", "import"));
+        }
+        // What is refused is not remembered for ever.
+        if let Some(fence) = offer.fence {
+            let highest = store.raise_fence(shard, fence, Some(&offer.spec.source_node)).await;
+            fence.check(highest.map_err(failed)?, shard)?;
         }
         self.room.admit(store, offer)
     }

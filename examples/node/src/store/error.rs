@@ -84,6 +84,16 @@ pub enum StoreError {
         /// Bytes that are left.
         available: u64,
     },
+    /// A peer has named as many shards as are remembered for it.
+    #[error(
+        "node {peer} has named {limit} shards with a fence, and no more are remembered for it; leave the fence out"
+    )]
+    TooManyShards {
+        /// The peer.
+        peer: proto::common::ids::NodeId,
+        /// How many.
+        limit: u64,
+    },
     /// The store is shutting down; nothing was done.
     #[error("the node is shutting down")]
     Closed,

@@ -128,6 +128,7 @@ fn make_tables(txn: &WriteTransaction) -> Result<(), StoreError> {
     txn.open_table(tables::TOMBSTONES)?;
     txn.open_table(tables::STAGED)?;
     txn.open_table(tables::FENCES)?;
+    txn.open_table(tables::NAMED_BY)?;
     Generations::first().store(txn)?;
     counters::set(txn, counters::GENERATION, generations::FIRST.into())?;
     // A row that never changed is read at this sequence; 0 would be none.

@@ -55,6 +55,8 @@ use shared::Shared;
 
 pub(crate) use apply::parse_integer;
 pub use error::StoreError;
+#[cfg(test)]
+pub(crate) use fences::SHARDS_PER_PEER;
 pub use identity::{Identity, Init};
 pub use ops::{ExpireCondition, Outcome, SetCondition, SetExpiry, WriteOp};
 pub use ownership::{Claim, NodeAddresses, Ownership};

@@ -45,6 +45,8 @@ pub(super) const MIGRATIONS: TableDefinition<'static, &str, StoredMigration> =
 pub(super) const TOMBSTONES: TableDefinition<'static, Bytes, u64> = TableDefinition::new("tombstones");
 pub(super) const STAGED: TableDefinition<'static, (u32, u16), (u64, u128)> = TableDefinition::new("staged");
 pub(super) const FENCES: TableDefinition<'static, &str, (u64, u64)> = TableDefinition::new("fences");
+/// How many of them each peer has named first.
+pub(super) const NAMED_BY: TableDefinition<'static, &str, u64> = TableDefinition::new("named_by");
 pub(super) const COUNTERS: TableDefinition<'static, &str, u64> = TableDefinition::new("counters");
 pub(super) const META: TableDefinition<'static, &str, Bytes> = TableDefinition::new("meta");
 

@@ -153,8 +153,12 @@ impl Inner {
             known.state.superseded.retain(|superseded| live.contains(superseded));
         }
         known.state.high_water = Some(spec.point);
+        let named_by = known.named_by.take();
         // Also when it says so already: the last call may have failed between replacing the file and syncing its directory.
         shared.write_shard(shard, &known)?;
+        if let Some(source) = named_by {
+            shared.uncount_named(&source);
+        }
         self.reservation.release();
         shared.add_installed(&self.plan, &totals);
         Ok(())

@@ -11,7 +11,7 @@ use prost::{Message, encoding};
 use proto_common::checksum::Crc64Hasher;
 use proto_common::durable::write_atomic;
 use proto_common::fence::Fence;
-use proto_common::ids::TransferId;
+use proto_common::ids::{NodeId, TransferId};
 
 use crate::extent::{Extent, ExtentRecord};
 use crate::spec::{FileTotal, Manifest, ManifestFile, SnapshotPoint, TransferPlan, TransferSpec};
@@ -78,6 +78,9 @@ pub(super) struct ShardRecord {
     previous: Vec<String>,
     #[prost(string, repeated, tag = "7")]
     superseded: Vec<String>,
+    /// The node whose transfer named the shard first, until something is installed.
+    #[prost(string, optional, tag = "8")]
+    named_by: Option<String>,
 }
 
 #[derive(Clone, Copy, PartialEq, Message)]
@@ -94,6 +97,8 @@ pub(super) struct Shard {
     pub(super) state: ShardState,
     /// Current ones of before that are kept, the latest first.
     pub(super) previous: Vec<TransferId>,
+    /// The node whose transfer named it first, until something is installed.
+    pub(super) named_by: Option<NodeId>,
 }
 
 /// Replaces the file at `path`, durably.
@@ -163,6 +168,14 @@ pub(super) fn read<M: Message + Default>(
     path: &Path,
     kind: Kind,
 ) -> Result<Option<M>, StoreError> {
+    match std::fs::metadata(path) {
+        // To open a pipe would wait for whoever writes into it.
+        Ok(found) if !found.is_file() => {
+            return Err(StoreError::io("open a record", io::Error::other("it is no file")));
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Ok(_) | Err(_) => {}
+    }
     let mut file = match File::open(path) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -250,7 +263,8 @@ impl ClaimRecord {
 
 impl ShardRecord {
     pub(super) fn new(shard_id: &str, shard: &Shard) -> Self {
-        let Shard { state: ShardState { fence, high_water, current, superseded }, previous } = shard;
+        let Shard { state: ShardState { fence, high_water, current, superseded }, previous, named_by } =
+            shard;
         Self {
             shard_id: shard_id.to_owned(),
             epoch: fence.epoch,
@@ -259,6 +273,7 @@ impl ShardRecord {
             current: current.as_ref().map(ToString::to_string),
             previous: previous.iter().map(ToString::to_string).collect(),
             superseded: superseded.iter().map(ToString::to_string).collect(),
+            named_by: named_by.as_ref().map(ToString::to_string),
         }
     }
 
@@ -269,9 +284,10 @@ impl ShardRecord {
         let current = self.current.map(TransferId::try_from).transpose().ok()?;
         let ids = |ids: Vec<String>| ids.into_iter().map(TransferId::try_from).collect::<Result<_, _>>().ok();
         let (previous, superseded) = (ids(self.previous)?, ids(self.superseded)?);
+        let named_by = self.named_by.map(NodeId::try_from).transpose().ok()?;
         let fence = Fence { epoch: self.epoch, term: self.term };
         let high_water = self.high_water.map(|PointRecord { term, index }| SnapshotPoint { term, index });
-        Some(Shard { state: ShardState { fence, high_water, current, superseded }, previous })
+        Some(Shard { state: ShardState { fence, high_water, current, superseded }, previous, named_by })
     }
 }
 

@@ -10,6 +10,7 @@ use std::time::UNIX_EPOCH;
 
 use proto_common::durable::{RecordLog, sync_dir, write_atomic};
 use proto_common::ids::{ShardId, TransferId};
+use proto_common::path::FileName;
 
 use crate::spec::TransferPlan;
 use crate::store::{Claim, Recovered, StagingState, StoreError};
@@ -263,6 +264,9 @@ impl Shared {
             }
             Err(error) => return Err(error),
         };
+        if let Some(source) = &known.named_by {
+            *lock(&self.named).entry(source.clone()).or_default() += 1;
+        }
         if !exists(&self.layout.current(shard)).map_err(failed)? {
             return Ok(());
         }
@@ -328,6 +332,7 @@ impl Found {
             let path = area.tree.join(file.name.as_str());
             let metadata = match tree.then(|| fs::symlink_metadata(&path)) {
                 Some(Ok(metadata)) if metadata.is_file() => Some(metadata),
+                Some(Ok(_)) => return Err(not_ours("a file", &file.name)),
                 Some(Err(error)) if error.kind() != io::ErrorKind::NotFound => return Err(error),
                 _ => None,
             };
@@ -343,11 +348,12 @@ impl Found {
                 if absent.contains(at) {
                     break;
                 }
-                if exists(at)? {
-                    found.dirs.insert(at.to_owned());
-                } else {
-                    absent.insert(at.to_owned());
-                }
+                match fs::symlink_metadata(at) {
+                    Ok(metadata) if metadata.is_dir() => found.dirs.insert(at.to_owned()),
+                    Ok(_) => return Err(not_ours("a directory", &file.name)),
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => absent.insert(at.to_owned()),
+                    Err(error) => return Err(error),
+                };
                 dir = at.parent();
             }
         }
@@ -393,6 +399,11 @@ impl Found {
         }
         promised
     }
+}
+
+/// Something else lies where the store makes nothing but files and directories. Through a symbolic link it would write wherever that leads.
+fn not_ours(what: &str, name: &FileName) -> io::Error {
+    io::Error::other(format!("something else than {what} lies in the place of tree/{name}"))
 }
 
 /// With what the system answered.

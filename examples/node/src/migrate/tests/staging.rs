@@ -3,18 +3,26 @@
 use bytes::Bytes;
 use proto::common::error::Error;
 use proto::common::fence::Fence;
-use proto::common::ids::MigrationId;
+use proto::common::ids::{MigrationId, ShardId};
+use proto::common::refusals::count_of;
 use proto::common::slots::SlotRange;
+use proto::common::v1::NodeIdentity;
 use proto::migration::digest::SlotDigests;
 use proto::migration::entry::{Entry, Image};
+use proto::migration::journal::Journal;
+use proto::migration::receiver::MigrationReceiver;
 use proto::migration::target::{Offer, Staged, Takeover};
+use proto::migration::v1::TransferMigrationDataRequest;
+use proto::migration::v1::migration_service_client::MigrationServiceClient;
+use proto::migration::v1::transfer_migration_data_request::{Frame, Header, Purpose};
+use proto::migration::v1::transfer_migration_data_response::Frame as Answer;
 use proto::migration::{MigrationSpec, MigrationTarget as _};
 
 use super::support::*;
 use crate::common::{NodeId, slot_of};
 use crate::gate::{Access, Verdict};
 use crate::migrate::{MigrateOptions, NodeTarget};
-use crate::store::{Claim, Handover, StoreOptions, test_store};
+use crate::store::{Claim, Handover, SHARDS_PER_PEER, StoreOptions, test_store};
 
 fn image(value: &str) -> Option<Image> {
     Some(Image { value: bytes(value), expires_unix_ms: None })
@@ -389,4 +397,96 @@ async fn the_migrations_of_one_node_leave_room_to_those_of_others() {
         assert!(tombstones * 8000 < 16 * MIB, "tombstones have no end");
     }
     assert!(tombstones > 0);
+}
+
+/// Whoever calls may name any shard, and each that is named is remembered for ever.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_names_no_more_shards_than_its_share_and_none_where_it_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("b");
+    let b = TestNode::open_as(&path, "n2", Some(vec![range("0-100")]), &StoreOptions::default());
+    let offer = async |b: &TestNode, node: &str, shard: String, slots: &str, term: u64| {
+        let spec = MigrationSpec {
+            source_node: NodeId::new(node).unwrap(),
+            target_shard: ShardId::new(shard).unwrap(),
+            ..spec(range(slots))
+        };
+        let fence = Some(Fence { epoch: 1, term });
+        let offer = Offer { id: &id("m1"), spec: &spec, fence, missing_bytes: None };
+        b.target.admit(&offer).await
+    };
+    let named = async |b: &TestNode, shard: &str| {
+        let shard = ShardId::new(shard).unwrap();
+        b.node.store().fence(&shard).await.unwrap() != Fence::default()
+    };
+    let busy = offer(&b, "n9", "busy".to_owned(), "50-200", 1).await.unwrap_err();
+    assert_eq!(busy.reason(), "RANGE_BUSY");
+    assert!(!named(&b, "busy").await, "a call that is refused leaves nothing");
+
+    let offers = (0..SHARDS_PER_PEER).map(|n| offer(&b, "n9", format!("s-{n}"), "5000", 1));
+    for offered in futures::future::join_all(offers).await {
+        offered.unwrap();
+    }
+    let b = b.crash();
+    let refused = offer(&b, "n9", "more".to_owned(), "5000", 1).await.unwrap_err();
+    assert_eq!((refused.reason(), refused.get("peer")), ("TOO_MANY_SHARDS", Some("n9")));
+    assert_eq!(refused.get("limit"), Some(SHARDS_PER_PEER.to_string().as_str()));
+    assert!(!refused.is_retryable());
+    assert!(!named(&b, "more").await);
+    // What is known is raised as before, and others name theirs.
+    offer(&b, "n9", "s-7".to_owned(), "5000", 2).await.unwrap();
+    assert_eq!(offer(&b, "n9", "s-7".to_owned(), "5000", 1).await.unwrap_err().reason(), "STALE_FENCE");
+    offer(&b, "n3", "more".to_owned(), "5000", 1).await.unwrap();
+}
+
+/// As a peer meets it: refused with that reason, counted, and in nobody's way.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_peer_beyond_its_share_of_the_disk_is_refused_and_counted_and_others_are_served() {
+    const MIB: u64 = 1 << 20;
+    const REASON: &str = "INSUFFICIENT_DISK";
+    let dir = tempfile::tempdir().unwrap();
+    let disk = rustix::fs::statvfs(dir.path()).unwrap();
+    let reserve_bytes = disk.f_bavail * disk.f_frsize - 400 * MIB;
+    let options = StoreOptions { reserve_bytes, ..StoreOptions::default() };
+    let b = TestNode::open_as(&dir.path().join("b"), "n2", Some(vec![range("0-100")]), &options);
+    let (journal, _) = Journal::open(dir.path().join("journal"), 10).unwrap();
+    let identity = |id: &str| NodeIdentity {
+        node_id: id.to_owned(),
+        store_id: vec![2; 16].into(),
+        ..NodeIdentity::default()
+    };
+    let target = NodeTarget::new(b.node.clone(), MigrateOptions::default());
+    let receiver = MigrationReceiver::builder(identity("n2"), target, journal).start().await.unwrap();
+    let client = MigrationServiceClient::new(receiver.clone().into_service());
+    let open = async |id: &str, node: &str, slots: &str, bytes: u64| {
+        let spec = MigrationSpec { source_node: NodeId::new(node).unwrap(), ..spec(range(slots)) };
+        let header = Header {
+            migration_id: id.to_owned(),
+            spec: Some(spec.into()),
+            purpose: Purpose::Transfer.into(),
+            source: Some(identity(node)),
+            attempt: 1,
+            session: vec![7; 16].into(),
+            copy: 1,
+            estimated_bytes: Some(bytes),
+            ..Header::default()
+        };
+        let (frames, requests) = tokio::sync::mpsc::channel(4);
+        let first = TransferMigrationDataRequest { frame: Some(Frame::Header(header)) };
+        frames.send(first).await.unwrap();
+        let requests = tokio_stream::wrappers::ReceiverStream::new(requests);
+        let mut answers = client.clone().transfer_migration_data(requests).await?.into_inner();
+        let answer = answers.message().await?.expect("an answer").frame;
+        assert!(matches!(answer, Some(Answer::Accepted(_))), "{answer:?}");
+        Ok::<_, Error>((frames, answers))
+    };
+    let _first = open("first", "n1", "4096-8191", 120 * MIB).await.unwrap();
+    let before = count_of(REASON);
+    let refused = open("second", "n1", "8192-12287", 60 * MIB).await.unwrap_err();
+    assert_eq!((refused.reason(), refused.get("peer")), (REASON, Some("n1")));
+    assert!(refused.is_retryable());
+    assert_eq!(count_of(REASON), before + 1);
+    let _other = open("other", "n3", "12288-16383", 60 * MIB).await.unwrap();
+    assert_eq!(count_of(REASON), before + 1);
+    receiver.shutdown().await;
 }

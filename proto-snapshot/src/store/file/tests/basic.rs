@@ -26,8 +26,8 @@ async fn installs_a_snapshot_that_survives_reopening() {
     install(&staging, &files()).await;
     store.record_finished(b"t1").await.unwrap();
     let (low, high) = (Fence { epoch: 1, term: 1 }, Fence { epoch: 1, term: 2 });
-    assert_eq!(store.raise_fence(&shard(), high).await.unwrap(), high);
-    assert_eq!(store.raise_fence(&shard(), low).await.unwrap(), high);
+    assert_eq!(store.raise_fence(&shard(), high, &source()).await.unwrap(), high);
+    assert_eq!(store.raise_fence(&shard(), low, &source()).await.unwrap(), high);
     drop((staging, store));
 
     let (store, recovered) = open(dir.path()).await;
@@ -49,13 +49,16 @@ async fn of_fences_that_are_raised_at_once_only_the_highest_gets_itself_back() {
     for round in 1..50 {
         let raise = |term| {
             let (store, fence) = (std::sync::Arc::clone(&store), Fence { epoch: round, term });
-            tokio::spawn(async move { store.raise_fence(&shard(), fence).await.unwrap() })
+            tokio::spawn(async move { store.raise_fence(&shard(), fence, &source()).await.unwrap() })
         };
         let (low, high) = (raise(1), raise(2));
         let (low, high) = (low.await.unwrap(), high.await.unwrap());
         assert_eq!(high, Fence { epoch: round, term: 2 });
         assert!(low.epoch == round && low <= high);
-        assert_eq!(store.raise_fence(&shard(), Fence { epoch: round, term: 1 }).await.unwrap(), high);
+        assert_eq!(
+            store.raise_fence(&shard(), Fence { epoch: round, term: 1 }, &source()).await.unwrap(),
+            high
+        );
     }
 }
 

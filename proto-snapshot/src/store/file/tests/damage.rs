@@ -36,7 +36,7 @@ async fn populated() -> tempfile::TempDir {
     let staging = store.stage(&plan("done", 1, &files())).await.unwrap();
     fill(&staging, &files()).await;
     install(&staging, &files()).await;
-    store.raise_fence(&shard(), Fence { epoch: 5, term: 6 }).await.unwrap();
+    store.raise_fence(&shard(), Fence { epoch: 5, term: 6 }, &source()).await.unwrap();
     for id in ["open", "sealed"] {
         let staging = store.stage(&plan(id, 2, &files())).await.unwrap();
         staging.set_claim(Claim { attempt: 3, session: [7; 16] }).await.unwrap();
@@ -193,7 +193,7 @@ async fn a_shard_whose_record_is_damaged_is_refused_and_loses_nothing() {
     let (store, recovered) = open(dir.path()).await;
     let refused = |error: StoreError| assert!(matches!(error, StoreError::Damaged { .. }), "{error:?}");
     refused(store.shard(&shard()).await.unwrap_err());
-    refused(store.raise_fence(&shard(), Fence { epoch: 9, term: 9 }).await.unwrap_err());
+    refused(store.raise_fence(&shard(), Fence { epoch: 9, term: 9 }, &source()).await.unwrap_err());
     refused(store.stage(&plan("new", 9, &files())).await.unwrap_err());
     let sealed = recovered.staged.iter().find(|staging| staging.plan().spec.transfer_id.as_str() == "sealed");
     let sealed = sealed.unwrap();
@@ -315,4 +315,64 @@ async fn what_cannot_be_read_or_removed_is_reported_and_blocks_its_id_only() {
         let (_store, recovered) = open(dir.path()).await;
         assert_eq!((recovered.staged.len(), recovered.damage), (2, Vec::new()), "{unreadable}");
     }
+}
+
+/// No peer can make one, a hand can: the store writes into its own directory alone.
+#[tokio::test]
+async fn nothing_is_written_through_a_link_that_lies_in_the_place_of_a_file_or_directory() {
+    use std::os::unix::fs::symlink;
+    let outside = tempfile::tempdir_in(fast_dir()).unwrap();
+    fs::write(outside.path().join("b"), b"precious").unwrap();
+    let files = vec![("a/b".to_owned(), vec![7; 100])];
+    for at_file in [false, true] {
+        let dir = tempfile::tempdir_in(fast_dir()).unwrap();
+        let (store, _) = open(dir.path()).await;
+        for id in ["linked", "other"] {
+            let staging = store.stage(&plan(id, 2, &files)).await.unwrap();
+            let (one, record) = chunk(&files, 0, 0, 50);
+            staging.write(vec![one]).await.unwrap();
+            staging.sync(vec![record]).await.unwrap();
+        }
+        drop(store);
+        let at = dir.path().join("staging/linked/tree/a");
+        if at_file {
+            fs::remove_file(at.join("b")).unwrap();
+            symlink(outside.path().join("b"), at.join("b")).unwrap();
+        } else {
+            fs::remove_dir_all(&at).unwrap();
+            symlink(outside.path(), &at).unwrap();
+        }
+        let (store, recovered) = open(dir.path()).await;
+        assert!(
+            recovered.damage.iter().any(|what| what.contains("staging/linked cannot be used")),
+            "{:?}",
+            recovered.damage
+        );
+        assert!(matches!(store.stage(&plan("linked", 2, &files)).await, Err(StoreError::Damaged { .. })));
+        let [other] = &recovered.staged[..] else { panic!("{:?}", recovered.staged) };
+        let (rest, record) = chunk(&files, 0, 50, 50);
+        other.write(vec![rest]).await.unwrap();
+        other.sync(vec![record]).await.unwrap();
+        install(other, &files).await;
+        assert_eq!(fs::read(outside.path().join("b")).unwrap(), b"precious");
+        assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 1);
+    }
+}
+
+#[tokio::test]
+async fn a_record_that_is_no_file_keeps_nobody_waiting() {
+    let dir = populated().await;
+    let at = dir.path().join("shards").join(shard().as_str()).join("CURRENT");
+    fs::remove_file(&at).unwrap();
+    assert!(
+        std::process::Command::new("mkfifo").arg(&at).status().unwrap().success(),
+        "the test needs a pipe"
+    );
+    let opening = tokio::time::timeout(std::time::Duration::from_secs(20), open(dir.path()));
+    let (store, recovered) = opening.await.expect("in time");
+    assert_eq!(recovered.staged.len(), 2, "the rest is there");
+    let told =
+        |what: &String| what.contains("shards/shard-1 cannot be used") && what.contains("it is no file");
+    assert!(recovered.damage.iter().any(told), "{:?}", recovered.damage);
+    store.raise_fence(&shard(), Fence { epoch: 9, term: 9 }, &source()).await.unwrap_err();
 }

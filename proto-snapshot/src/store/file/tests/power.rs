@@ -180,15 +180,15 @@ async fn a_fence_is_durable_when_it_is_returned_also_after_a_failure() {
     let (old, new) = (Fence { epoch: 1, term: 1 }, Fence { epoch: 1, term: 5 });
     // What the record looks like with the new fence.
     let elsewhere = dir.path().join("elsewhere");
-    open(&elsewhere).await.0.raise_fence(&shard(), new).await.unwrap();
+    open(&elsewhere).await.0.raise_fence(&shard(), new, &source()).await.unwrap();
     let raised = fs::read(elsewhere.join("shards/shard-1/CURRENT")).unwrap();
 
     let root = mounted.at.join("store");
     let (store, _) = open(&root).await;
-    assert_eq!(store.raise_fence(&shard(), old).await.unwrap(), old);
+    assert_eq!(store.raise_fence(&shard(), old, &source()).await.unwrap(), old);
     let at = |file: &str| root.join("shards/shard-1").join(file);
     fs::create_dir(at("CURRENT.tmp")).unwrap();
-    store.raise_fence(&shard(), new).await.unwrap_err();
+    store.raise_fence(&shard(), new, &source()).await.unwrap_err();
     fs::remove_dir(at("CURRENT.tmp")).unwrap();
     // What it would have left, had it failed later: everything but the synced directory.
     fs::write(at("CURRENT.tmp"), &raised).unwrap();
@@ -199,7 +199,7 @@ async fn a_fence_is_durable_when_it_is_returned_also_after_a_failure() {
     };
     let before = cut(dir.path(), &image, "before");
     assert_eq!(fence(before).await, old, "a power cut that loses nothing proves nothing");
-    assert_eq!(store.raise_fence(&shard(), new).await.unwrap(), new);
+    assert_eq!(store.raise_fence(&shard(), new, &source()).await.unwrap(), new);
     let after = cut(dir.path(), &image, "after");
     assert_eq!(fence(after).await, new);
 }

@@ -7,12 +7,13 @@ use std::process::Command;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use proto_common::ids::NodeId;
+use proto_common::fence::Fence;
+use proto_common::ids::{NodeId, ShardId};
 use proto_common::path::FileName;
 
 use super::support::*;
 use crate::spec::{Manifest, ManifestFile, TransferPlan};
-use crate::store::file::FileStoreOptions;
+use crate::store::file::{FileSnapshotStore, FileStoreOptions};
 use crate::store::{SnapshotStore as _, StagedChunk, Staging as _, StoreError};
 
 fn one(len: usize) -> Files {
@@ -347,4 +348,41 @@ async fn what_rests_holds_no_file_open_and_goes_on() {
     staging.sync(vec![record, other_record]).await.unwrap();
     install(staging, &files).await;
     assert_eq!(tree(&dir.path().join("installed/shard-1/t")), as_tree(&files));
+}
+
+#[tokio::test]
+async fn shards_that_are_only_named_count_against_the_node_that_names_them() {
+    let dir = tempfile::tempdir_in(fast_dir()).unwrap();
+    let limited = FileStoreOptions { shards_per_peer: 2, ..options() };
+    let (store, _) = open_with(dir.path(), limited.clone()).await;
+    let fence = |term| Fence { epoch: 1, term };
+    let named = |name: &str| ShardId::new(name).unwrap();
+    let evil = NodeId::new("n9").unwrap();
+    for name in ["a", "b"] {
+        store.raise_fence(&named(name), fence(1), &evil).await.unwrap();
+    }
+    let refuses = async |store: &FileSnapshotStore, name: &str, by: &NodeId| {
+        let error = store.raise_fence(&named(name), fence(1), by).await.unwrap_err();
+        assert!(matches!(&error, StoreError::TooManyShards { peer, limit: 2 } if peer == by), "{error:?}");
+        assert!(!error.is_retryable());
+        assert!(!dir.path().join("shards").join(name).exists(), "nothing is kept of it");
+    };
+    refuses(&store, "c", &evil).await;
+    // Those that are known are raised as before, by whomever, and others name theirs.
+    assert_eq!(store.raise_fence(&named("a"), fence(2), &evil).await.unwrap(), fence(2));
+    assert_eq!(store.raise_fence(&named("b"), fence(3), &source()).await.unwrap(), fence(3));
+    store.raise_fence(&shard(), fence(1), &source()).await.unwrap();
+    store.raise_fence(&named("d"), fence(1), &source()).await.unwrap();
+    drop(store);
+
+    let (store, _) = open_with(dir.path(), limited).await;
+    refuses(&store, "c", &evil).await;
+    refuses(&store, "e", &source()).await;
+    // What is installed counts for nobody.
+    let staging = store.stage(&plan("t1", 1, &one(10))).await.unwrap();
+    fill(&staging, &one(10)).await;
+    install(&staging, &one(10)).await;
+    store.raise_fence(&named("e"), fence(1), &source()).await.unwrap();
+    refuses(&store, "f", &source()).await;
+    assert_eq!(store.shard(&shard()).await.unwrap().fence, fence(1), "it is still known");
 }

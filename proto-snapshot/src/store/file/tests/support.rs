@@ -22,12 +22,17 @@ pub(crate) fn shard() -> ShardId {
     ShardId::new("shard-1").unwrap()
 }
 
+/// The node that the snapshots come from.
+pub(crate) fn source() -> NodeId {
+    NodeId::new("n1").unwrap()
+}
+
 pub(crate) fn spec(id: &str, index: u64) -> TransferSpec {
     TransferSpec {
         transfer_id: TransferId::new(id).unwrap(),
         source_shard: ShardId::new("shard-0").unwrap(),
         target_shard: shard(),
-        source_node: NodeId::new("n1").unwrap(),
+        source_node: source(),
         slots: SlotRange::new(8192, 16384).unwrap(),
         point: SnapshotPoint { term: 3, index },
         content_version: "v1".to_owned(),

@@ -55,7 +55,7 @@ async fn child_that_installs() {
         say("removed");
         store.record_finished(b"x").await.unwrap();
         say("recorded");
-        store.raise_fence(&shard(), Fence { epoch: 1, term: index }).await.unwrap();
+        store.raise_fence(&shard(), Fence { epoch: 1, term: index }, &source()).await.unwrap();
         say("raised");
     }
 }
@@ -154,7 +154,7 @@ fn a_directory_is_synced_before_its_new_entries_are_called_durable() {
 async fn what_is_recovered_is_synced_before_it_is_believed() {
     let dir = tempfile::tempdir().unwrap();
     let (store, _) = open(&dir.path().join("store")).await;
-    store.raise_fence(&shard(), Fence { epoch: 1, term: 1 }).await.unwrap();
+    store.raise_fence(&shard(), Fence { epoch: 1, term: 1 }, &source()).await.unwrap();
     let staging = store.stage(&plan("t1", 1, &files())).await.unwrap();
     fill(&staging, &files()).await;
     store.record_finished(b"x").await.unwrap();
