@@ -1,10 +1,8 @@
 //! Places at which a test has the process die, exactly there. Nothing of it is compiled without the feature `failpoints`.
 //!
-//! `PROTO_FAILPOINT=place:STATE` in the environment aborts the process when it comes there for the first time. For what these tests ask it is
-//! as SIGKILL: no destructor runs, nothing is flushed or told, no other thread gets further than it is, and the kernel keeps what was
-//! written and closes the sockets. It differs in three ways, none of which a peer or the disk can see: the parent reads SIGABRT, by which a
-//! test knows that this place was reached; a line on standard error says which; and where core dumps are on, the sockets stay open for as
-//! long as the dump takes.
+//! `PROTO_FAILPOINT=place:STATE` in the environment has the process send itself SIGKILL when it comes there for the first time, behind a line on
+//! standard error that says where: so a test knows that this place was reached, and that nothing else ended the process. The signal comes before the call
+//! returns, so this thread gets no further; nothing can catch it, and the kernel keeps what was written and closes the sockets.
 
 use crate::v1::MigrationState;
 
@@ -18,6 +16,8 @@ pub(crate) fn reached(place: &str, state: MigrationState) {
             && *wanted == format!("{place}:{}", state.short_name())
         {
             eprintln!("fail point {wanted}");
+            let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+            // If it could not be sent: a test that waits for SIGKILL sees this one.
             std::process::abort();
         }
     }

@@ -9,7 +9,7 @@ use proto::node::{CancelMigrationRequest, Direction, MigrationState};
 use super::migration::{ID, Pair, manual, reaches, request, service, state};
 use super::{at_once, call, client};
 
-const SIGABRT: i32 = 6;
+const SIGKILL: i32 = 9;
 
 /// Who dies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,7 +73,7 @@ pub async fn dies(pair: &mut Pair, (victim, point): Crash) {
     let doomed = node(pair, victim);
     let status =
         doomed.ended(Duration::from_secs(30)).await.unwrap_or_else(|error| panic!("{point}: {error}"));
-    assert_eq!(status.signal(), Some(SIGABRT), "{point}: {status}");
+    assert_eq!(status.signal(), Some(SIGKILL), "{point}: {status}");
     let log = std::fs::read_to_string(doomed.log()).unwrap();
     assert!(log.contains(&format!("fail point {point}")), "{point}: {log}");
 }
