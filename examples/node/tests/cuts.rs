@@ -104,7 +104,9 @@ async fn a_commit_that_arrives_late_commits_nothing() {
     let shown = reaches(&pair.n2, ID, Direction::In, MigrationState::Receiving).await;
     assert!(shown.attempt > fenced && proxy.swallowed() > 0, "{shown:?}");
     assert_eq!(out(&pair).await.freezes.last().unwrap().outcome(), FreezeOutcome::Fenced);
+    assert_eq!(proxy.late(), 0);
     proxy.go(Ways::default());
+    until("the Commit arrives", async || proxy.late() > 0).await;
     for _ in 0..10 {
         tokio::time::sleep(Duration::from_millis(50)).await;
         assert_eq!(pair.target().await, MigrationState::Receiving, "a fenced attempt committed");
@@ -131,6 +133,7 @@ async fn a_commit_and_the_next_attempt_may_arrive_at_the_same_time() {
         proxy.cut();
         tokio::time::sleep(Duration::from_millis(rand::random_range(0..100))).await;
         proxy.go(Ways::default());
+        until("the Commit arrives", async || proxy.late() > 0).await;
         pair.ends("a commit met the next attempt", load, MigrationState::Completed).await;
     }
 }

@@ -54,11 +54,18 @@ struct Shared {
     armed: Option<(Frame, Ways)>,
 }
 
+/// Bytes, over all connections.
+#[derive(Clone, Default)]
+struct Counters {
+    swallowed: Arc<AtomicUsize>,
+    late: Arc<AtomicUsize>,
+}
+
 /// A listener in front of a node.
 pub struct Proxy {
     address: String,
     shared: Arc<Mutex<Shared>>,
-    swallowed: Arc<AtomicUsize>,
+    counters: Counters,
     fired: watch::Receiver<bool>,
     _accepting: AbortOnDropHandle<()>,
 }
@@ -68,10 +75,9 @@ impl Proxy {
     pub async fn start(target: &str) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
-        let (shared, swallowed) = (Arc::<Mutex<Shared>>::default(), Arc::<AtomicUsize>::default());
+        let (shared, counters) = (Arc::<Mutex<Shared>>::default(), Counters::default());
         let (fire, fired) = watch::channel(false);
-        let (target, for_connections, counter) =
-            (target.to_owned(), Arc::clone(&shared), Arc::clone(&swallowed));
+        let (target, for_connections, counted) = (target.to_owned(), Arc::clone(&shared), counters.clone());
         let accepting = async move {
             let mut running = tokio::task::JoinSet::new();
             loop {
@@ -100,12 +106,12 @@ impl Proxy {
                 let there =
                     Direction { ways: ways.subscribe(), way: |ways| ways.there, closed: closed.clone() };
                 let back = Direction { ways: ways.subscribe(), way: |ways| ways.back, closed };
-                running.spawn(there.pump(from_source, to_target, Arc::clone(&counter), look));
-                running.spawn(back.pump(from_target, to_source, Arc::clone(&counter), |_| {}));
+                running.spawn(there.pump(from_source, to_target, counted.clone(), look));
+                running.spawn(back.pump(from_target, to_source, counted.clone(), |_| {}));
             }
         };
         let accepting = AbortOnDropHandle::new(tokio::spawn(accepting));
-        Self { address, shared, swallowed, fired, _accepting: accepting }
+        Self { address, shared, counters, fired, _accepting: accepting }
     }
 
     pub fn address(&self) -> &str {
@@ -145,7 +151,12 @@ impl Proxy {
 
     /// Bytes that were swallowed or are held.
     pub fn swallowed(&self) -> usize {
-        self.swallowed.load(Ordering::SeqCst)
+        self.counters.swallowed.load(Ordering::SeqCst)
+    }
+
+    /// Bytes that were held, and have arrived late.
+    pub fn late(&self) -> usize {
+        self.counters.late.load(Ordering::SeqCst)
     }
 }
 
@@ -160,7 +171,7 @@ impl Direction {
         mut self,
         mut from: OwnedReadHalf,
         mut to: OwnedWriteHalf,
-        swallowed: Arc<AtomicUsize>,
+        Counters { swallowed, late }: Counters,
         mut look: impl FnMut(&[u8]),
     ) {
         let mut held = Vec::new();
@@ -173,10 +184,13 @@ impl Direction {
                     if changed.is_err() {
                         return;
                     }
-                    if (self.way)(&self.ways.borrow()) == Way::Pass && to.write_all(&held).await.is_err() {
-                        break;
+                    if (self.way)(&self.ways.borrow()) == Way::Pass {
+                        if to.write_all(&held).await.is_err() {
+                            break;
+                        }
+                        late.fetch_add(held.len(), Ordering::SeqCst);
+                        held.clear();
                     }
-                    held.clear();
                     continue;
                 }
                 read = from.read(&mut bytes) => read,
@@ -199,8 +213,11 @@ impl Direction {
         }
         self.closed.cancel();
         drop(from);
-        if !held.is_empty() && self.ways.wait_for(|ways| (self.way)(ways) == Way::Pass).await.is_ok() {
-            let _ = to.write_all(&held).await;
+        if !held.is_empty()
+            && self.ways.wait_for(|ways| (self.way)(ways) == Way::Pass).await.is_ok()
+            && to.write_all(&held).await.is_ok()
+        {
+            late.fetch_add(held.len(), Ordering::SeqCst);
         }
     }
 }
