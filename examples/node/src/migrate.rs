@@ -94,7 +94,12 @@ fn failed(error: StoreError) -> Error {
         StoreError::Refused(_) => Reason::Internal.error(sentence),
         error => {
             tracing::warn!(%error, "the database failed a migration");
-            Reason::StorageFailed.error("the node cannot read or write its database").caused_by(error)
+            let sentence = if error.is_for_good() {
+                "its disk failed the node's database, which takes no more writes: make sure that there is room, then restart the node"
+            } else {
+                "the node cannot read or write its database"
+            };
+            Reason::StorageFailed.error(sentence).caused_by(error)
         }
     }
 }

@@ -141,13 +141,18 @@ fn not_an_integer() -> Reply {
     Reply::error("ERR value is not an integer or out of range")
 }
 
-/// What a failed database means for a client.
+/// What a failed database means for a client that reads.
 pub(super) fn store_error(error: &StoreError) -> Reply {
+    Reply::error(format!("ERR {error}"))
+}
+
+/// The same for one that writes. A commit that failed may be found whole when the database is opened again.
+pub(super) fn write_error(error: &StoreError) -> Reply {
     match error {
-        StoreError::Closed => {
-            Reply::error("ERR the node is shutting down; the outcome of this write is unknown")
+        StoreError::Closed | StoreError::Database(_) => {
+            Reply::error(format!("ERR {error}; the outcome of this write is unknown"))
         }
-        error => Reply::error(format!("ERR {error}")),
+        error => store_error(error),
     }
 }
 

@@ -14,7 +14,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
 
-use super::commands::{self, Action, Answer, Context, ReadCommand, Session, store_error};
+use super::commands::{self, Action, Answer, Context, ReadCommand, Session, store_error, write_error};
 use super::reply::{Reply, Version};
 use super::request::{Limits, RequestDecoder};
 use crate::gate::{Access, Permits, Verdict};
@@ -342,7 +342,7 @@ impl Connection {
                             self.reply(answer.reply(outcome));
                         }
                     }
-                    Err(error) => answers.iter().for_each(|_| self.reply(store_error(&error))),
+                    Err(error) => answers.iter().for_each(|_| self.reply(write_error(&error))),
                 }
             }
         }

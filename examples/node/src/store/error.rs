@@ -104,6 +104,11 @@ impl StoreError {
     pub fn io(action: impl Into<String>, source: std::io::Error) -> Self {
         Self::Io { action: action.into(), source: Arc::new(source) }
     }
+
+    /// The database failed at the disk, and takes nothing more until the node is restarted.
+    pub(crate) fn is_for_good(&self) -> bool {
+        matches!(self, Self::Database(error) if matches!(**error, redb::Error::Io(_) | redb::Error::PreviousIo))
+    }
 }
 
 /// In words of an operator, where redb speaks to its own caller.

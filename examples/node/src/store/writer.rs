@@ -329,7 +329,10 @@ fn commit<T>(
             Ok(value)
         }
         Err(error) => {
-            txn.abort()?;
+            // After an I/O error this fails, too, and says less.
+            if let Err(also) = txn.abort() {
+                tracing::debug!(error = %also, "a transaction that failed could not be undone");
+            }
             Err(error)
         }
     }

@@ -1,6 +1,6 @@
 //! Two nodes between which half of the slots moves, and the judgement of how that ended.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use node::demo::processes::NodeProcess;
@@ -18,7 +18,7 @@ use tonic::transport::Channel;
 use super::checker;
 use super::load::Load;
 use super::proxy::Proxy;
-use super::{call, client, fill, program, start, until};
+use super::{call, client, fill, program, until};
 
 /// The ID of the migration, where there is one.
 pub const ID: &str = "m";
@@ -191,7 +191,7 @@ async fn nothing_is_left(directory: &Path, nodes: &mut [&mut NodeProcess]) {
 }
 
 /// How a node is told of another one.
-fn peer(node: &NodeProcess) -> String {
+pub fn peer(node: &NodeProcess) -> String {
     let NodeAddresses { grpc, resp } = node.addresses();
     format!("{}={grpc},{resp}", node.id())
 }
@@ -206,12 +206,17 @@ pub struct Pair {
 impl Pair {
     /// With `keys` keys of `bytes` bytes in all slots.
     pub async fn start(keys: usize, bytes: usize) -> Self {
+        Self::start_as(|_| program(), keys, bytes).await
+    }
+
+    /// The same, with nodes that run the program which `program` makes for the directory.
+    pub async fn start_as(program: impl FnOnce(&Path) -> PathBuf, keys: usize, bytes: usize) -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let n1 = start("n1", directory.path(), "0-16383").await;
+        let program = program(directory.path());
+        let n1 = NodeProcess::start(&program, "n1", directory.path(), "0-16383").await.unwrap();
         let peer = peer(&n1);
         let arguments = ["--peer", &peer, "--idle", IDLE];
-        let n2 =
-            NodeProcess::start_with(&program(), "n2", directory.path(), "none", &arguments).await.unwrap();
+        let n2 = NodeProcess::start_with(&program, "n2", directory.path(), "none", &arguments).await.unwrap();
         fill(&n1, keys, bytes).await;
         Self { directory, n1, n2 }
     }

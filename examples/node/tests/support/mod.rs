@@ -2,9 +2,11 @@
 
 pub mod checker;
 pub mod crash;
+pub mod disk;
 pub mod load;
 pub mod migration;
 pub mod proxy;
+pub mod truth;
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
