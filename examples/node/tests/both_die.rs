@@ -35,6 +35,7 @@ async fn before_the_freeze(state: MigrationState) {
         reaches(&pair.n1, ID, Direction::Out, state).await
     };
     pair.crash().await;
+    pair.both_are_honest(&format!("both died in {state:?}")).await;
     begin(&pair.n1, StartMigrationRequest { limits: None, ..request }).await.unwrap();
     until("the wish to cut over is accepted", async || complete(&pair.n1, ID).await.is_ok()).await;
     let done = reaches(&pair.n1, ID, Direction::Out, MigrationState::Completed).await;
@@ -56,6 +57,7 @@ async fn around_the_commit(frame: Frame, ways: Ways, state: MigrationState, ther
     assert_eq!(pair.source().await, state);
     pair.crash().await;
     let what = format!("both died in {state:?} and {there:?}");
+    pair.both_are_honest(&what).await;
     let done = reaches(&pair.n1, ID, Direction::Out, MigrationState::Completed).await;
     let first = done.freezes[0].outcome();
     let expected = match (state, there) {
@@ -95,6 +97,7 @@ async fn both_nodes_die_at_any_moment() {
         for _ in 0..3 {
             tokio::time::sleep(Duration::from_millis(rand::random_range(0..200))).await;
             pair.crash().await;
+            pair.both_are_honest("both died at random moments").await;
         }
         pair.ends("both died at random moments", load, MigrationState::Completed).await;
     }

@@ -4,10 +4,10 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::time::Duration;
 
 use node::demo::processes::NodeProcess;
-use proto::node::{CancelMigrationRequest, Direction, MigrationState};
+use proto::node::{CancelMigrationRequest, Direction, MigrationProgress, MigrationState};
 
 use super::migration::{ID, Pair, manual, reaches, request, service, state};
-use super::{at_once, call, client};
+use super::{at_once, call, client, until};
 
 const SIGKILL: i32 = 9;
 
@@ -85,6 +85,19 @@ pub async fn doom(pair: &mut Pair, victim: Victim, crashes: &[Crash]) {
     node(pair, victim).restart().await.unwrap();
 }
 
+/// Whoever is left tells the truth, and that the other one is gone; unless it is about to die itself.
+async fn survivor_is_honest(pair: &Pair, victim: Victim, left: &[Crash], what: &str) {
+    if left.iter().any(|(next, _)| *next != victim) {
+        return;
+    }
+    let connected = |told: Option<MigrationProgress>| told.is_some_and(|told| told.connected);
+    until(&format!("whoever is left knows that it is alone, after {what}"), async || match victim {
+        Source => !connected(pair.target_is_honest(what).await),
+        Target => !connected(pair.source_is_honest(what).await),
+    })
+    .await;
+}
+
 async fn crash(crashes: Vec<Crash>, end: End) {
     let mut pair = Pair::start(300, 100).await;
     if end == End::Failed {
@@ -99,9 +112,11 @@ async fn crash(crashes: Vec<Crash>, end: End) {
     let load = pair.load();
     tokio::time::sleep(Duration::from_millis(100)).await;
     ask(&pair, end).await;
+    let what = format!("{crashes:?}");
     for (n, &(victim, point)) in crashes.iter().enumerate() {
         dies(&mut pair, (victim, point)).await;
         let left = &crashes[n + 1..];
+        survivor_is_honest(&pair, victim, left, &what).await;
         arm(&mut pair, victim, left);
         if left.first().is_some_and(|(next, _)| *next == victim) {
             // It may die again before it serves.
@@ -110,8 +125,10 @@ async fn crash(crashes: Vec<Crash>, end: End) {
             node(&mut pair, victim).restart().await.unwrap();
         }
         ask(&pair, end).await;
+        if left.is_empty() {
+            pair.both_are_honest(&what).await;
+        }
     }
-    let what = format!("{crashes:?}");
     let state = match end {
         End::Completed => MigrationState::Completed,
         End::Cancelled => MigrationState::Cancelled,
