@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Instant;
 
 use crate::common::{NodeId, SlotRange};
@@ -32,6 +32,10 @@ struct Inner {
     nodes: RwLock<BTreeMap<NodeId, NodeAddresses>>,
     /// Changes of ownership, one after the other: what is durable and the gate must not overtake each other.
     changing: tokio::sync::Mutex<()>,
+    /// Slots of this node that another one says are its own, by that node.
+    contested: Mutex<BTreeMap<NodeId, String>>,
+    /// The data directory was made by this process.
+    fresh: bool,
     started: Instant,
     incarnation: u64,
 }
@@ -44,7 +48,7 @@ impl Node {
     /// See [`Store::open`].
     pub fn open(directory: &Path, init: &Init, options: &StoreOptions) -> Result<Self, StoreError> {
         let (store, identity) = Store::open(directory, init, options)?;
-        let Identity { node: id, store_id, ownership, fresh: _ } = identity;
+        let Identity { node: id, store_id, ownership, fresh } = identity;
         let nodes = RwLock::new(store.nodes()?);
         let gate = Gate::new(id.clone(), ownership, MAX_WAITING);
         let inner = Inner {
@@ -54,6 +58,8 @@ impl Node {
             gate,
             nodes,
             changing: tokio::sync::Mutex::new(()),
+            contested: Mutex::default(),
+            fresh,
             started: Instant::now(),
             incarnation: unix_ms(),
         };
@@ -89,6 +95,25 @@ impl Node {
     #[must_use]
     pub fn incarnation(&self) -> u64 {
         self.inner.incarnation
+    }
+
+    /// Whether the data directory was made by this process: it knows of no owner but those that it was told of on the command line.
+    pub(crate) fn is_fresh(&self) -> bool {
+        self.inner.fresh
+    }
+
+    /// Notes what `by` claims of this node's slots, if anything.
+    pub(crate) fn set_contested(&self, by: &NodeId, what: Option<String>) {
+        let mut contested = self.inner.contested.lock().unwrap_or_else(PoisonError::into_inner);
+        match what {
+            Some(what) => contested.insert(by.clone(), what),
+            None => contested.remove(by),
+        };
+    }
+
+    /// What other nodes claim of this node's slots, in words.
+    pub(crate) fn contested(&self) -> Vec<String> {
+        self.inner.contested.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
     }
 
     /// When it was opened.

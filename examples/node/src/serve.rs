@@ -162,6 +162,9 @@ pub async fn serve_with<H: InstallHook>(
         options.peers.into_iter().map(|peer| (peer.id, peer.addresses)).collect();
     nodes.insert(options.id.clone(), addresses.clone());
     node.put_nodes(nodes).await?;
+    if node.is_fresh() && !node.own_ranges().is_empty() {
+        migrate::slot_map::ask_first(&node).await;
+    }
 
     let limits = proto::limits::Limits::default();
     let guard = RangeGuard::new();

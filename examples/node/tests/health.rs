@@ -141,7 +141,7 @@ async fn both_protocols_tell_of_every_component() {
     .await;
     let mut names: Vec<_> = components.iter().map(|one| one.name.as_str()).collect();
     names.sort_unstable();
-    assert_eq!(names, ["database", "disk", "quarantine", "runtime", "space", "transfers"]);
+    assert_eq!(names, ["database", "disk", "owners", "quarantine", "runtime", "space", "transfers"]);
     let disk = components.iter().find(|one| one.name == "disk").unwrap();
     let latency = disk.measurement.as_ref().unwrap();
     assert!(latency.value > 0.0 && latency.unit == "ms", "{disk:?}");

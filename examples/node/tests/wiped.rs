@@ -8,9 +8,14 @@ mod support;
 
 use std::time::Duration;
 
+use node::demo::client::Client;
 use node::demo::processes::NodeProcess;
 use proto::common::error::Error;
-use proto::node::{Direction, MigrationDecision, MigrationGate, MigrationProgress, MigrationState};
+use proto::node::health_service_client::HealthServiceClient;
+use proto::node::{
+    Direction, HealthCheckRequest, HealthStatus, MigrationDecision, MigrationGate, MigrationProgress,
+    MigrationState,
+};
 use support::migration::{
     ID, Pair, Slow, begin, cancel, limits, manual, progress, reaches, request, resolve, slots,
 };
@@ -98,6 +103,9 @@ async fn a_target_that_was_wiped_while_it_was_prepared_leaves_the_slots_to_an_op
     // It is as stuck after a restart.
     pair.n1.kill().await.unwrap();
     pair.n1.restart().await.unwrap();
+    // And after one of the target.
+    pair.n2.kill().await.unwrap();
+    pair.n2.restart().await.unwrap();
     let again = out(&pair).await;
     assert_eq!((again.state(), again.gate()), (MigrationState::NeedsOperator, MigrationGate::Closed));
     let mut other_store = again.clone();
@@ -231,4 +239,67 @@ async fn a_decision_at_the_source_alone_does_not_make_the_target_serve() {
     reaches(&pair.n2, ID, Direction::In, MigrationState::Completed).await;
     pair.owner(true).await;
     pair.nothing_is_left().await;
+}
+
+/// Moves the slots, then wipes the node that had them, and starts it with the arguments that it was first started with, as if it owned them still.
+async fn wiped_owner(peers: bool) -> (Pair, Vec<String>) {
+    let mut pair = Pair::start(300, 100).await;
+    begin(&pair.n1, request(ID, &pair.n2)).await.unwrap();
+    reaches(&pair.n1, ID, Direction::Out, MigrationState::Completed).await;
+    assert_eq!(call(&mut client(&pair.n2).await, "SET foo new").await, "OK");
+    pair.n1.kill().await.unwrap();
+    std::fs::remove_dir_all(pair.directory.path().join("n1")).unwrap();
+    let peer = support::migration::peer(&pair.n2);
+    let arguments = ["--peer", peer.as_str()];
+    pair.n1.set_arguments(if peers { &arguments } else { &[] });
+    // From the first moment at which anybody can ask it.
+    let address = pair.n1.addresses().resp.clone();
+    let asking = tokio::spawn(async move {
+        let mut answers = Vec::new();
+        while answers.len() < 300 {
+            let Ok(mut n1) = Client::connect(&address).await else { continue };
+            while let Ok(answer) = n1.call(&["GET", "foo"]).await {
+                answers.push(support::show(&answer));
+                if answers.len() == 300 {
+                    break;
+                }
+            }
+        }
+        answers
+    });
+    pair.n1.restart().await.unwrap();
+    (pair, asking.await.unwrap())
+}
+
+#[tokio::test]
+async fn an_owner_that_was_wiped_asks_its_peers_before_it_serves() {
+    let (pair, answers) = wiped_owner(true).await;
+    let moved = |answer: &String| answer.starts_with("-MOVED") && answer.ends_with(&pair.n2.addresses().resp);
+    assert!(answers.iter().all(moved), "{answers:?}");
+    assert_eq!(call(&mut client(&pair.n2).await, "GET foo").await, "new");
+    let refused = begin(&pair.n1, request("again", &pair.n2)).await.unwrap_err();
+    assert_eq!(refused.reason(), "NOT_SLOT_OWNER", "{refused:?}");
+}
+
+/// Whom nobody tells of the others has no way to know; the owner does, and says so.
+#[tokio::test]
+async fn an_owner_that_was_wiped_and_knows_nobody_is_told_of_by_the_true_one() {
+    let (pair, answers) = wiped_owner(false).await;
+    assert!(answers.iter().all(|answer| answer == "nil"), "the control: {answers:?}");
+    assert_eq!(call(&mut client(&pair.n2).await, "GET foo").await, "new");
+    let endpoint = proto::common::tuning::endpoint(&pair.n2.addresses().grpc).unwrap();
+    let mut health = HealthServiceClient::new(endpoint.connect().await.unwrap());
+    until("its health names both", async || {
+        let asked = HealthCheckRequest { service: "owners".to_owned(), ..HealthCheckRequest::default() };
+        let told = health.health_check(asked).await.unwrap().into_inner().health.unwrap();
+        let named =
+            "node n1 owns slots 0-16383 at epoch 1, says n1; slots 8192-16383 are this node's at epoch 2";
+        told.status() == HealthStatus::Degraded && told.message.contains(named)
+    })
+    .await;
+    // Whoever has to do with the true owner learns of it.
+    begin(&pair.n1, request("again", &pair.n2)).await.unwrap();
+    until("it redirects", async || call(&mut client(&pair.n1).await, "GET foo").await.starts_with("-MOVED"))
+        .await;
+    assert_eq!(call(&mut client(&pair.n2).await, "GET foo").await, "new");
 }

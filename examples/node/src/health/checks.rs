@@ -46,6 +46,20 @@ pub(super) fn add(
     let quarantined = quarantined(node.gate().clone(), guard.clone());
     registry.check(component("quarantine")?, Schedule { failure_threshold: 1, ..default() }, quarantined)?;
 
+    let owner = node.clone();
+    let contested = Check::new(move || {
+        let contested = owner.contested();
+        async move {
+            match contested.first() {
+                None => CheckResult::healthy(),
+                Some(what) => CheckResult::degraded(format!(
+                    "{what}; one that came back without its data is to be started anew with --slots none"
+                )),
+            }
+        }
+    });
+    registry.check(component("owners")?, default(), contested)?;
+
     let node = node.clone();
     let database = Check::new(move || {
         let node = node.clone();

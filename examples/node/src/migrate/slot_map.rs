@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::common::NodeId;
 use crate::node::Node;
-use crate::store::{Claim, NodeAddresses};
+use crate::store::{Claim, NodeAddresses, Ownership};
 
 /// How often each node is asked: three times within the second in which everybody should know.
 const ASK: Duration = Duration::from_millis(300);
@@ -66,6 +66,26 @@ pub(crate) async fn follow(node: Node, stop: CancellationToken) {
     }
 }
 
+/// Asks each node that `node` knows once, before it serves anybody: an owner that comes back without its data would otherwise serve slots that
+/// are another one's by now, until it had asked. Who does not answer at once is not waited for.
+pub(crate) async fn ask_first(node: &Node) {
+    let mut known = node.nodes();
+    known.remove(node.id());
+    let mut round = JoinSet::new();
+    for (id, NodeAddresses { grpc, .. }) in known {
+        if let Some(channel) = Asked::new(node, &id, grpc).channel {
+            let me = node.id().clone();
+            round.spawn(async move { (id, timeout(ANSWER, ask(channel, &me, None)).await) });
+        }
+    }
+    for (id, answer) in round.join_all().await {
+        let Ok(Ok(told)) = answer else { continue };
+        if let Err(error) = learn(node, &id, &told).await {
+            tracing::warn!(from = %id, %error, "the slot map cannot be saved");
+        }
+    }
+}
+
 struct Asked {
     address: String,
     channel: Option<NodeChannel>,
@@ -86,6 +106,8 @@ struct Told {
     /// Incarnation of the node, and revision of its map.
     revision: (u64, u64),
     node_id: String,
+    /// The map is in the status, and not as it was when it was learned last.
+    whole: bool,
     status: NodeStatus,
 }
 
@@ -110,9 +132,11 @@ async fn ask(channel: NodeChannel, me: &NodeId, revision: Option<(u64, u64)>) ->
         let told = told.get_or_insert(Told {
             revision: (identity.incarnation, status.slot_map_revision),
             node_id: identity.node_id,
+            whole: true,
             status,
         });
         if revision == Some(told.revision) {
+            told.whole = false;
             break;
         }
         told.status.slot_owners.extend(owners);
@@ -154,6 +178,9 @@ async fn learn(node: &Node, asked: &NodeId, told: &Told) -> Result<(), crate::st
         claims.push(claim);
     }
     let ownership = node.gate().ownership();
+    if told.whole {
+        node.set_contested(asked, contest(&ownership, node.id(), asked, &claims));
+    }
     let mut after = (*ownership).clone();
     claims.retain(|claim| after.adopt(claim));
     // Where somebody is counts of those alone to whom clients may have to be sent: names cost whoever tells them nothing.
@@ -175,6 +202,25 @@ async fn learn(node: &Node, asked: &NodeId, told: &Told) -> Result<(), crate::st
     }
     tracing::info!(from = %asked, claims = claims.len(), "learned of new owners of slots");
     node.change_ownership(move |store| async move { store.adopt(claims).await }).await
+}
+
+/// What `asked` claims for itself of the slots that `me` owns at the same or a higher epoch, or whom it takes for the owner at the same epoch, in words.
+/// While slots change hands, the old owner does so for a moment.
+fn contest(ownership: &Ownership, me: &NodeId, asked: &NodeId, claims: &[Claim]) -> Option<String> {
+    let own = || ownership.claims().iter().filter(|own| own.owner == *me);
+    claims.iter().find_map(|claim| {
+        let same = |own: &&Claim| {
+            own.range.overlaps(claim.range)
+                && (own.epoch == claim.epoch || (own.epoch > claim.epoch && claim.owner == *asked))
+        };
+        let own = own().find(same)?;
+        let Claim { range, owner, epoch } = claim;
+        let what = format!("node {owner} owns slots {range} at epoch {epoch}, says {asked}; slots {} are this node's at epoch {}", own.range, own.epoch);
+        if own.epoch == claim.epoch {
+            tracing::error!("{what}: two nodes serve the same slots");
+        }
+        Some(what)
+    })
 }
 
 fn read(owner: &SlotOwner) -> Option<(Claim, NodeAddresses)> {
@@ -249,9 +295,13 @@ mod tests {
                 slot_owners: vec![owner("n2", 1), owner("n3", 2)],
                 ..NodeStatus::default()
             };
-            learn(&node, &id("n2"), &Told { node_id: "n2".into(), revision: (1, epoch), status })
-                .await
-                .unwrap();
+            learn(
+                &node,
+                &id("n2"),
+                &Told { node_id: "n2".into(), revision: (1, epoch), whole: true, status },
+            )
+            .await
+            .unwrap();
         };
         let long = "x".repeat(300);
         for (epoch, address) in (1..).zip(["h:1\nn9 h:2", "h:1\x1b[2J", "h :1", "h\u{202e}:1", long.as_str()])
@@ -288,9 +338,13 @@ mod tests {
             };
             let slot_owners = (from..from + 600).map(owner).collect();
             let status = NodeStatus { slot_owners, ..NodeStatus::default() };
-            learn(&node, &id("n2"), &Told { node_id: "n2".into(), revision: (1, epoch), status })
-                .await
-                .unwrap();
+            learn(
+                &node,
+                &id("n2"),
+                &Told { node_id: "n2".into(), revision: (1, epoch), status, whole: true },
+            )
+            .await
+            .unwrap();
         };
         tell(7, 0).await;
         assert_eq!(node.nodes().len(), 600, "owners are learned");
@@ -303,6 +357,32 @@ mod tests {
         assert_eq!(node.nodes().len(), MAX_NODES);
         // Who owns what is learned all the same.
         assert_eq!(node.gate().ownership().of(100).map(|claim| claim.owner.clone()), Some(id("11-100")));
+    }
+
+    #[test]
+    fn what_others_claim_of_ones_own_slots_is_told() {
+        let id = |name: &str| NodeId::new(name).unwrap();
+        let claim = |range: &str, owner: &str, epoch| Claim {
+            range: range.parse().unwrap(),
+            owner: id(owner),
+            epoch,
+        };
+        let mut ownership = Ownership::default();
+        ownership.adopt(&claim("0-99", "n1", 3));
+        ownership.adopt(&claim("100-199", "n2", 2));
+        let told = |claims: &[Claim]| contest(&ownership, &id("n1"), &id("n2"), claims);
+        // A map that is older than that of this node, newer, or of other slots.
+        assert_eq!(
+            told(&[claim("0-99", "n3", 2), claim("50-199", "n2", 4), claim("100-199", "n2", 2)]),
+            None
+        );
+        let lost = told(&[claim("50-199", "n2", 2)]).unwrap();
+        assert_eq!(
+            lost,
+            "node n2 owns slots 50-199 at epoch 2, says n2; slots 0-99 are this node's at epoch 3"
+        );
+        let twice = told(&[claim("99", "n3", 3)]).unwrap();
+        assert_eq!(twice, "node n3 owns slots 99 at epoch 3, says n2; slots 0-99 are this node's at epoch 3");
     }
 
     /// What may be true, what is not, and what cannot be.
@@ -324,7 +404,7 @@ mod tests {
             let (node_address, client_address, slot_owners) = status;
             let node_id = if itself { asked.clone() } else { other };
             let status = NodeStatus { node_address, client_address, slot_owners, ..NodeStatus::default() };
-            (asked, Told { node_id, revision: (1, 1), status })
+            (asked, Told { node_id, revision: (1, 1), whole: true, status })
         })
     }
 
