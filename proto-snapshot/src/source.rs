@@ -84,8 +84,8 @@ pub struct Description {
     pub content_version: String,
 }
 
-/// A set of files to be sent. Reading happens off the async threads and ahead of the socket; from a memory file system, where a piece takes less than
-/// that change of threads, it happens when the piece is asked for.
+/// A set of files to be sent. Reading happens off the async threads and ahead of the socket; from a memory file system, where a piece, or a small
+/// file, takes less than that change of threads, it happens when the piece is asked for.
 pub trait SnapshotSource: Send + Sync + 'static {
     /// Lists the files. With `digests`, computes the BLAKE3 of those whose digest is not known, which reads
     /// everything once more. Called once per [`SnapshotSender::send`](crate::sender::SnapshotSender::send), before anything is opened.

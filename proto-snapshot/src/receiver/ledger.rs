@@ -238,6 +238,11 @@ impl Ledger {
         for (number, file) in self.manifest.numbered() {
             let runs = self.claimed.get(number);
             match file.size {
+                // As a rule all of it; a list of its gaps for each of very many files would cost more than the rest of this.
+                Some(size) if runs.bytes() == 0 => {
+                    let all = response::Extent { file: number, offset: 0, length: Some(size) };
+                    missing.extend((size > 0).then_some(all));
+                }
                 Some(size) => {
                     missing.extend(runs.gaps(size).into_iter().map(|(offset, len)| response::Extent {
                         file: number,

@@ -219,10 +219,13 @@ impl<S: SnapshotSource> Pump<'_, S> {
     /// Waits for credit and for the rate limit.
     async fn wait_for(&mut self, bytes: u64) -> Result<(), Error> {
         let wanted = self.sent.saturating_add(bytes);
-        if !self.heard.has_credit(wanted) || self.shared.limiter.rate().is_some() {
-            // Credit comes for what has been sent, and a batch may take long to fill.
-            self.flush().await?;
+        if self.heard.has_credit(wanted) && self.shared.limiter.rate().is_none() {
+            // As a rule. A look at the clock for each of very many small files would be for nothing.
+            self.shared.hold.pass().await;
+            return Ok(());
         }
+        // Credit comes for what has been sent, and a batch may take long to fill.
+        self.flush().await?;
         let mut waited = self.shared.limiter.acquire(bytes).await;
         self.shared.hold.pass().await;
         let since = tokio::time::Instant::now();

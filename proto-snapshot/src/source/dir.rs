@@ -27,6 +27,12 @@ impl DirectorySource {
     pub fn new(root: impl Into<PathBuf>) -> Self {
         Self { root: root.into(), listing: Mutex::new(None) }
     }
+
+    /// Whether what was described lies in memory.
+    #[cfg(test)]
+    pub(super) fn in_memory(&self) -> bool {
+        lock(&self.listing).as_ref().is_some_and(|listing| listing.in_memory)
+    }
 }
 
 impl SnapshotSource for DirectorySource {

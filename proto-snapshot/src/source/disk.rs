@@ -2,7 +2,6 @@
 
 use std::fs::{File, Metadata};
 use std::io;
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -93,6 +92,8 @@ pub(super) struct Listing {
     entries: Vec<Entry>,
     given: Given,
     pub(super) ahead: Ahead,
+    /// Whether the directory that it is of lies in memory; one below it may not.
+    pub(super) in_memory: bool,
 }
 
 /// What is guarded is replaced as a whole, so a panic elsewhere leaves it usable.
@@ -185,7 +186,7 @@ impl Entry {
     }
 
     /// The whole file, of `len` bytes, opened in `dir` as `name`. Whether it is still what was described is asked once, after it was read.
-    fn read_in(&self, dir: &OwnedFd, name: &str, len: usize) -> Result<Bytes, SourceError> {
+    fn read_in(&self, dir: &File, name: &str, len: usize) -> Result<Bytes, SourceError> {
         let flags = OFlags::RDONLY | OFlags::CLOEXEC;
         let opened = rustix::fs::openat(dir, name, flags, Mode::empty());
         let file = File::from(opened.map_err(|error| self.failed(error.into()))?);
@@ -229,7 +230,11 @@ impl Listing {
     /// `entries` in the order of their numbers.
     pub(super) fn new(place: Place, mut entries: Vec<Entry>) -> Self {
         entries.shrink_to_fit();
-        Self { place, entries, given: Given::default(), ahead: Ahead::default() }
+        let in_memory = match &place {
+            Place::Below(root) => File::open(root).is_ok_and(|dir| in_memory(&dir)),
+            Place::Only(_) => false,
+        };
+        Self { place, entries, given: Given::default(), ahead: Ahead::default(), in_memory }
     }
 
     pub(super) fn describe(&self, digests: bool, stop: &Stop) -> Result<Description, SourceError> {
@@ -271,31 +276,48 @@ impl Listing {
 pub(super) struct WholeReader<'a> {
     listing: &'a Listing,
     /// The directory of the last one, below the root.
-    dir: Option<(String, OwnedFd)>,
+    dir: Option<(&'a str, File)>,
+    /// Whether it leaves files to others that do not lie in memory.
+    in_memory: bool,
 }
 
 impl<'a> WholeReader<'a> {
     pub(super) fn new(listing: &'a Listing) -> Self {
-        Self { listing, dir: None }
+        Self { listing, dir: None, in_memory: false }
     }
 
-    /// All `len` bytes of `entry`.
-    pub(super) fn read(&mut self, entry: &Entry, len: usize) -> Result<Bytes, SourceError> {
+    /// One that reads no files but those in memory, for a listing of a directory there.
+    pub(super) fn in_memory(listing: &'a Listing) -> Self {
+        Self { in_memory: true, ..Self::new(listing) }
+    }
+
+    pub(super) fn listing(&self) -> &'a Listing {
+        self.listing
+    }
+
+    /// All `len` bytes of `entry`; `None` if it is left to others.
+    pub(super) fn read(&mut self, entry: &'a Entry, len: usize) -> Result<Option<Bytes>, SourceError> {
         let Place::Below(root) = &self.listing.place else {
-            return entry.read_once(&self.listing.place, 0, len);
+            if self.in_memory {
+                return Ok(None);
+            }
+            return entry.read_once(&self.listing.place, 0, len).map(Some);
         };
         let name = entry.name.as_str();
         let (parent, name) = name.rsplit_once('/').unwrap_or(("", name));
         let dir = match &self.dir {
-            Some((at, dir)) if at == parent => dir,
+            Some((at, dir)) if *at == parent => dir,
             _ => {
                 let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
                 let opened = rustix::fs::open(root.join(parent), flags, Mode::empty());
-                let opened = opened.map_err(|error| entry.failed(error.into()))?;
-                &self.dir.insert((parent.to_owned(), opened)).1
+                let opened = File::from(opened.map_err(|error| entry.failed(error.into()))?);
+                if self.in_memory && !in_memory(&opened) {
+                    return Ok(None);
+                }
+                &self.dir.insert((parent, opened)).1
             }
         };
-        entry.read_in(dir, name, len)
+        entry.read_in(dir, name, len).map(Some)
     }
 }
 

@@ -5,6 +5,7 @@ use std::collections::HashSet;
 use std::fs::OpenOptions;
 use std::io;
 use std::path::Path;
+use std::sync::Arc;
 
 use proto_common::durable::sync_dir;
 use proto_common::ids::{ShardId, TransferId};
@@ -50,6 +51,7 @@ impl Inner {
         }
         record::write_totals(&self.area.sealed(), totals)
             .map_err(|error| StoreError::io("seal a snapshot", error))?;
+        *lock(&self.totals) = Some(totals.into());
         self.shared.handles.forget_area(self.serial);
         self.reservation.consume(u64::MAX);
         *gate = Gate::Sealed;
@@ -161,6 +163,7 @@ impl Inner {
         }
         self.reservation.release();
         shared.add_installed(&self.plan, &totals);
+        *lock(&self.totals) = None;
         Ok(())
     }
 
@@ -210,13 +213,17 @@ impl Inner {
         Ok(())
     }
 
-    fn totals(&self) -> Result<Vec<FileTotal>, StoreError> {
+    /// The totals that it was sealed with.
+    fn totals(&self) -> Result<Arc<[FileTotal]>, StoreError> {
+        if let Some(totals) = &*lock(&self.totals) {
+            return Ok(Arc::clone(totals));
+        }
         let path = self.area.sealed();
         let sealed: Option<SealedRecord> = record::read(&self.shared.layout, &path, Kind::Sealed)?;
         let totals = sealed
             .map(|sealed| sealed.totals())
             .filter(|totals| totals.len() == self.plan.manifest.files().len());
-        totals.ok_or_else(|| self.damaged(&path, "does not match the manifest"))
+        totals.map(Arc::from).ok_or_else(|| self.damaged(&path, "does not match the manifest"))
     }
 
     fn refuse_stale(&self, known: &Shard) -> Result<(), StoreError> {

@@ -7,6 +7,7 @@ use std::fs::File;
 use std::io::{self, Read as _};
 use std::path::Path;
 
+use bytes::Bytes;
 use prost::{Message, encoding};
 use proto_common::checksum::Crc64Hasher;
 use proto_common::durable::write_atomic;
@@ -125,8 +126,13 @@ pub(super) fn write_plan(
 ) -> io::Result<()> {
     let mut content = vec![0; HEADER_LEN];
     encoding::message::encode(1, &PlanRecord::header(&plan.spec), &mut content);
-    for file in plan.manifest.files() {
-        encoding::message::encode(2, &request::File::from(file), &mut content);
+    // One name after the other in the same memory.
+    let mut wire = request::File::default();
+    for ManifestFile { name, size, blake3 } in plan.manifest.files() {
+        name.as_str().clone_into(&mut wire.name);
+        wire.size = *size;
+        wire.blake3 = blake3.as_ref().map(|digest| Bytes::copy_from_slice(&digest[..]));
+        encoding::message::encode(2, &wire, &mut content);
     }
     for total in to_wire(totals) {
         encoding::message::encode(3, &total, &mut content);

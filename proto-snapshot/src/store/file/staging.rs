@@ -52,6 +52,8 @@ pub(super) struct Inner {
     claim: Mutex<Claim>,
     claim_file: Mutex<()>,
     gate: RwLock<Gate>,
+    /// What it was sealed with, from then until it is current: each step in between needs them, and need not read them back.
+    pub(super) totals: Mutex<Option<Arc<[FileTotal]>>>,
     last_activity: AtomicU64,
 }
 
@@ -143,6 +145,7 @@ impl FileStaging {
             claim: Mutex::new(claim),
             claim_file: Mutex::new(()),
             gate: RwLock::new(gate),
+            totals: Mutex::default(),
             last_activity: AtomicU64::new(last_activity),
         };
         Ok(Self { inner: Arc::new(inner) })
