@@ -1,6 +1,5 @@
 //! Finding the files below a directory, on several threads: a receiver has nothing to do before it has the list.
 
-use std::cmp::Ordering;
 use std::fs::{self, DirEntry};
 use std::io;
 use std::panic::resume_unwind;
@@ -38,6 +37,12 @@ enum Job {
 struct Found {
     files: Vec<Entry>,
     refused: Vec<String>,
+}
+
+impl Found {
+    fn sort(&mut self) {
+        self.files.sort_unstable_by(|a, b| a.name.cmp(&b.name));
+    }
 }
 
 /// What is left to do.
@@ -80,14 +85,14 @@ pub(super) fn walk(root: &Path) -> Result<Vec<Entry>, SourceError> {
             let help = || {
                 let mut found = Found::default();
                 while walk.step(&mut found) {}
-                found.files.sort_unstable_by(by_name);
+                found.sort();
                 found
             };
             // Where there can be no more threads, those that there are do it all.
             let helpers = (1..threads).map_while(|_| thread::Builder::new().spawn_scoped(scope, help).ok());
             let helpers: Vec<_> = helpers.collect();
             while walk.step(&mut found) {}
-            found.files.sort_unstable_by(by_name);
+            found.sort();
             for helper in helpers {
                 let more = helper.join().unwrap_or_else(|panic| resume_unwind(panic));
                 found.files.extend(more.files);
@@ -108,8 +113,8 @@ pub(super) fn walk(root: &Path) -> Result<Vec<Entry>, SourceError> {
         let source = io::Error::new(io::ErrorKind::InvalidInput, "more than 2^32 files");
         return Err(SourceError::Io { name: ".".to_owned(), source });
     }
-    // Each thread has sorted its own, and this one finds and merges what is in order.
-    files.sort_by(by_name);
+    // What each thread has put in order is merged.
+    files.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(files)
 }
 
@@ -197,10 +202,6 @@ fn ask(files: Vec<(DirEntry, FileName)>, found: &mut Found) -> Result<(), Source
     Ok(())
 }
 
-fn by_name(a: &Entry, b: &Entry) -> Ordering {
-    a.name.cmp(&b.name)
-}
-
 fn shown(name: &str) -> String {
     if name.is_empty() { ".".to_owned() } else { printable(name, SHOWN) }
 }
@@ -217,6 +218,7 @@ mod tests {
             let help = || {
                 let mut found = Found::default();
                 while walk.step(&mut found) {}
+                found.sort();
                 found
             };
             let helpers: Vec<_> = (0..THREADS).map(|_| scope.spawn(help)).collect();
