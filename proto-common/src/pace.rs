@@ -14,6 +14,8 @@ pub struct Pace {
     bytes: u64,
     /// What had come at the end of the span, where not all of it was taken.
     doubt: Option<u64>,
+    /// Some of what had come before the span was not taken when it began.
+    held_up: bool,
 }
 
 impl Pace {
@@ -24,7 +26,7 @@ impl Pace {
         let half = asked.map_or(u64::MAX, |asked| {
             u64::try_from(u128::from(asked.get()) * within.as_millis() / 2000).unwrap_or(u64::MAX)
         });
-        Self { least: least.min(half), within, since: Instant::now(), bytes, doubt: None }
+        Self { least: least.min(half), within, since: Instant::now(), bytes, doubt: None, held_up: false }
     }
 
     /// When to [look](Self::look) next.
@@ -42,11 +44,20 @@ impl Pace {
     /// Ends the span, in which `brought` bytes in all have come, of which `taken` are taken from the peer's hands; whether enough came in it.
     ///
     /// Where something waits to be taken, it may be that the peer could bring no more. It is looked at once more, and not held against the peer if what
-    /// waited still does. To look once would not do: whoever has something come at the end of each span could take as long as it likes.
+    /// waited still does. To look once would not do: whoever has something come at the end of each span could take as long as it likes. A span that begins like
+    /// that is not held against it either, for it may be over as soon as the store goes on.
     pub fn look(&mut self, brought: u64, taken: u64) -> bool {
         match self.doubt.take() {
+            None if self.held_up => {
+                let still = taken < self.bytes;
+                self.restart(brought);
+                self.held_up = still;
+            }
             None if taken < brought => self.doubt = Some(brought),
-            Some(waited) if taken < waited => self.restart(brought),
+            Some(waited) if taken < waited => {
+                self.restart(brought);
+                self.held_up = true;
+            }
             _ => return self.is_kept(brought),
         }
         true
@@ -61,7 +72,7 @@ impl Pace {
 
     /// Begins anew with `bytes`, whatever came: the peer is not to blame for the time until now.
     pub fn restart(&mut self, bytes: u64) {
-        (self.since, self.bytes, self.doubt) = (Instant::now(), bytes, None);
+        (self.since, self.bytes, self.doubt, self.held_up) = (Instant::now(), bytes, None, false);
     }
 
     /// In words, for the peer.
@@ -108,15 +119,23 @@ mod tests {
         assert!(!timed.look(9, 8), "what waited was taken");
 
         let mut held_up = Pace::new(100, span, None, 0);
+        assert_eq!(next(&held_up).await, span);
+        assert!(held_up.look(5, 4));
+        assert_eq!(next(&held_up).await, Duration::from_secs(1));
+        assert!(held_up.look(9, 4), "the store has not taken it");
         for _ in 0..3 {
             assert_eq!(next(&held_up).await, span);
-            assert!(held_up.look(5, 4));
-            assert_eq!(next(&held_up).await, Duration::from_secs(1));
-            assert!(held_up.look(9, 4), "the store has not taken it");
+            assert!(held_up.look(9, 4), "nor in all of this span");
         }
         assert_eq!(next(&held_up).await, span);
-        assert!(held_up.look(200, 4));
-        assert_eq!(next(&held_up).await, Duration::from_secs(1));
-        assert!(held_up.look(200, 200), "enough came");
+        assert!(held_up.look(9, 9), "it may have been taken just now");
+        assert_eq!(next(&held_up).await, span);
+        assert!(!held_up.look(9, 9), "nothing came in all of a span");
+
+        let mut enough = Pace::new(100, span, None, 0);
+        assert_eq!(next(&enough).await, span);
+        assert!(enough.look(200, 4));
+        assert_eq!(next(&enough).await, Duration::from_secs(1));
+        assert!(enough.look(200, 200), "enough came");
     }
 }
