@@ -12,8 +12,8 @@ use std::time::Duration;
 use node::demo::processes::NodeProcess;
 use proto::node::health_service_client::HealthServiceClient;
 use proto::node::{
-    Direction, FreezeOutcome, HealthCheckRequest, HealthStatus, MigrationGate, MigrationProgress,
-    MigrationState, StartMigrationRequest,
+    Direction, FreezeOutcome, HealthCheckRequest, HealthStatus, MigrationGate, MigrationLimits,
+    MigrationProgress, MigrationState, StartMigrationRequest,
 };
 use support::disk::{full_at, program_without_signal};
 use support::migration::{ID, Pair, Slow, begin, complete, limits, manual, progress, reaches, request};
@@ -61,11 +61,18 @@ async fn out(pair: &Pair) -> MigrationProgress {
 async fn a_target_that_cannot_stage_says_so_and_goes_on_when_it_can() {
     let mut pair = Pair::start_as(program_without_signal, 2000, 1000).await;
     let load = pair.load();
-    // Room for some of the rows, which have more than a megabyte.
+    // Room for some of the rows, which have more than a megabyte; they take so long that there is none before all are there.
     let database = pair.directory.path().join("n2/node.redb");
-    full_at(&pair.n2, std::fs::metadata(database).unwrap().len() + (600 << 10));
-    let asked = StartMigrationRequest { limits: limits(Slow::Freezing), ..manual(ID, &pair.n2) };
-    begin(&pair.n1, asked.clone()).await.unwrap();
+    let room_for = std::fs::metadata(database).unwrap().len() + (600 << 10);
+    let slowly = MigrationLimits { max_bytes_per_second: Some(512 << 10), ..limits(Slow::Freezing).unwrap() };
+    let asked = StartMigrationRequest { limits: Some(slowly), ..manual(ID, &pair.n2) };
+    begin(&pair.n1, asked).await.unwrap();
+    until("some of the rows are there", async || {
+        let there = progress(&pair.n2, ID, Direction::In).await;
+        there.and_then(|there| there.progress).is_some_and(|there| there.items_done > 0)
+    })
+    .await;
+    full_at(&pair.n2, room_for);
     let said = storage_failed(&pair.n1, Direction::Out).await;
     assert!(said.contains("make sure that there is room, then restart the node"), "{said}");
     let log = std::fs::read_to_string(pair.n2.log()).unwrap();
