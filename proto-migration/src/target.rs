@@ -122,7 +122,7 @@ pub trait MigrationTarget: Send + Sync + 'static {
         record: Bytes,
     ) -> impl Future<Output = Result<Staged, Error>> + Send;
 
-    /// From `true` to `false`, the clients of the source wait for what is applied: writes are held there, or will be when it is, or are slowed because
+    /// From `true` to `false`, the clients of the source wait for what is applied: writes are held there, or will be when it is, or are or will be slowed because
     /// the target does not keep up. [`apply`](Self::apply) may then take more of the store's time than it otherwise would. Comes while it runs, too. Does not wait.
     fn hurry(&self, id: &MigrationId, wanted: bool) {
         let _ = (id, wanted);

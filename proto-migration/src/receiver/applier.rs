@@ -51,7 +51,7 @@ pub(super) struct Wanted {
 pub(super) struct Done {
     /// Last batch that is durable.
     pub(super) number: u64,
-    /// Last one of these that a freeze waits for.
+    /// Last one of these that clients of the source wait for.
     pub(super) urgent: u64,
     /// Payload bytes that are.
     pub(super) bytes: u64,

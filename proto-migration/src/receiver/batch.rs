@@ -32,7 +32,7 @@ pub(super) struct Batch {
     pub(super) payload: u64,
     pub(super) entries: Vec<Entry>,
     pub(super) moves: Moves,
-    /// The store hurries while there is one that a freeze waits for.
+    /// Where clients of the source wait for it, the store hurries until it is applied.
     pub(super) urgent: Option<Hurried>,
 }
 

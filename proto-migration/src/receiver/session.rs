@@ -452,7 +452,7 @@ impl<T: MigrationTarget> Reader<'_, T> {
         }
     }
 
-    /// Whether something is durable that a freeze waits for, and the source was not told yet.
+    /// Whether something is durable that clients of the source wait for, and the source was not told yet.
     fn is_waited_for(&self) -> bool {
         self.flow.done().urgent > self.acked.durable_number
     }

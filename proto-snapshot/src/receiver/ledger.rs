@@ -237,28 +237,10 @@ impl Ledger {
         let mut missing = Vec::new();
         for (number, file) in self.manifest.numbered() {
             let runs = self.claimed.get(number);
-            match file.size {
-                // As a rule all of it; a list of its gaps for each of very many files would cost more than the rest of this.
-                Some(size) if runs.bytes() == 0 => {
-                    let all = response::Extent { file: number, offset: 0, length: Some(size) };
-                    missing.extend((size > 0).then_some(all));
-                }
-                Some(size) => {
-                    missing.extend(runs.gaps(size).into_iter().map(|(offset, len)| response::Extent {
-                        file: number,
-                        offset,
-                        length: Some(len),
-                    }))
-                }
-                None => {
-                    let end = runs.end();
-                    missing.extend(runs.gaps(end).into_iter().map(|(offset, len)| response::Extent {
-                        file: number,
-                        offset,
-                        length: Some(len),
-                    }));
-                    missing.push(response::Extent { file: number, offset: end, length: None });
-                }
+            let gap = |(offset, len)| response::Extent { file: number, offset, length: Some(len) };
+            missing.extend(runs.gaps(file.size.unwrap_or(runs.end())).map(gap));
+            if file.size.is_none() {
+                missing.push(response::Extent { file: number, offset: runs.end(), length: None });
             }
         }
         missing
@@ -282,7 +264,7 @@ impl Ledger {
                     format!("{} has {} bytes in End, {} arrived", file.name, total.size, runs.end()),
                 ));
             }
-            if let Some((offset, len)) = runs.gaps(total.size).first() {
+            if let Some((offset, len)) = runs.gaps(total.size).next() {
                 return Err(Reason::MissingExtents
                     .error(format!(
                         "End came while bytes are missing, first {len} at offset {offset} of {}; send them, then End",

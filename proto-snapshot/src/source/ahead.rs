@@ -90,11 +90,11 @@ impl Ahead {
         if number != file {
             return None;
         }
-        reader.next = match reader.ready.front() {
-            Some(&(next, _)) => next,
-            None => following(listing, file)?,
-        };
-        lock(&self.readers).push_front(reader);
+        let next = reader.ready.front().map(|&(next, _)| next);
+        if let Some(next) = next.or_else(|| following(listing, file)) {
+            reader.next = next;
+            lock(&self.readers).push_front(reader);
+        }
         Some(bytes)
     }
 }

@@ -275,33 +275,44 @@ mod tests {
     use super::*;
     use crate::store::{Init, StoreOptions};
 
+    fn id(name: &str) -> NodeId {
+        NodeId::new(name).unwrap()
+    }
+
+    /// Node n1, which owns nothing and knows nobody.
+    fn bare(dir: &std::path::Path) -> Node {
+        let init = Init { node: id("n1"), slots: Some(vec![]), others: vec![] };
+        Node::open(dir, &init, &StoreOptions::default()).unwrap()
+    }
+
+    fn owner(node: &str, start: u32, epoch: u64, address: &str) -> SlotOwner {
+        SlotOwner {
+            slots: Some(proto::common::v1::SlotRange { start, end: start + 1 }),
+            node_id: node.into(),
+            epoch,
+            node_address: address.into(),
+            client_address: address.into(),
+        }
+    }
+
+    async fn n2_tells(node: &Node, epoch: u64, status: NodeStatus) {
+        let told = Told { node_id: "n2".into(), revision: (1, epoch), whole: true, status };
+        learn(node, &id("n2"), &told).await.unwrap();
+    }
+
     #[tokio::test]
     async fn what_cannot_be_shown_of_an_address_is_not_learned() {
         let dir = tempfile::tempdir().unwrap();
-        let id = |name: &str| NodeId::new(name).unwrap();
-        let init = Init { node: id("n1"), slots: Some(vec![]), others: vec![] };
-        let node = Node::open(dir.path(), &init, &StoreOptions::default()).unwrap();
+        let node = bare(dir.path());
         let tell = async |address: &str, epoch: u64| {
-            let owner = |node: &str, start: u32| SlotOwner {
-                slots: Some(proto::common::v1::SlotRange { start, end: start + 1 }),
-                node_id: node.into(),
-                epoch,
-                node_address: address.into(),
-                client_address: address.into(),
-            };
+            let owner = |node: &str, start: u32| owner(node, start, epoch, address);
             let status = NodeStatus {
                 node_address: address.into(),
                 client_address: address.into(),
                 slot_owners: vec![owner("n2", 1), owner("n3", 2)],
                 ..NodeStatus::default()
             };
-            learn(
-                &node,
-                &id("n2"),
-                &Told { node_id: "n2".into(), revision: (1, epoch), whole: true, status },
-            )
-            .await
-            .unwrap();
+            n2_tells(&node, epoch, status).await;
         };
         let long = "x".repeat(300);
         for (epoch, address) in (1..).zip(["h:1\nn9 h:2", "h:1\x1b[2J", "h :1", "h\u{202e}:1", long.as_str()])
@@ -325,26 +336,11 @@ mod tests {
     #[tokio::test]
     async fn the_names_that_a_peer_may_have_learned_are_bounded() {
         let dir = tempfile::tempdir().unwrap();
-        let id = |name: &str| NodeId::new(name).unwrap();
-        let init = Init { node: id("n1"), slots: Some(vec![]), others: vec![] };
-        let node = Node::open(dir.path(), &init, &StoreOptions::default()).unwrap();
+        let node = bare(dir.path());
         let tell = async |epoch: u64, from: u32| {
-            let owner = |start: u32| SlotOwner {
-                slots: Some(proto::common::v1::SlotRange { start, end: start + 1 }),
-                node_id: format!("{epoch}-{start}"),
-                epoch,
-                node_address: "h:1".into(),
-                client_address: "h:2".into(),
-            };
+            let owner = |start: u32| owner(&format!("{epoch}-{start}"), start, epoch, "h:1");
             let slot_owners = (from..from + 600).map(owner).collect();
-            let status = NodeStatus { slot_owners, ..NodeStatus::default() };
-            learn(
-                &node,
-                &id("n2"),
-                &Told { node_id: "n2".into(), revision: (1, epoch), status, whole: true },
-            )
-            .await
-            .unwrap();
+            n2_tells(&node, epoch, NodeStatus { slot_owners, ..NodeStatus::default() }).await;
         };
         tell(7, 0).await;
         assert_eq!(node.nodes().len(), 600, "owners are learned");
@@ -361,7 +357,6 @@ mod tests {
 
     #[test]
     fn what_others_claim_of_ones_own_slots_is_told() {
-        let id = |name: &str| NodeId::new(name).unwrap();
         let claim = |range: &str, owner: &str, epoch| Claim {
             range: range.parse().unwrap(),
             owner: id(owner),

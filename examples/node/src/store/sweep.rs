@@ -200,16 +200,34 @@ mod tests {
         store.write((0..ROWS).map(op).collect(), ungated()).await.unwrap();
     }
 
-    #[tokio::test]
-    async fn garbage_and_what_is_due_are_deleted_in_turns() {
-        let directory = tempfile::tempdir().unwrap();
-        let (store, _) = open(directory.path(), "a", "0-16383");
-        write(&store, "garbage", SetExpiry::Never).await;
+    async fn garbage(store: &Store) {
+        write(store, "garbage", SetExpiry::Never).await;
         let switch = |_: &WriteTransaction, rows: &mut RowsTxn<'_>| {
             let generation = rows.new_generation()?;
             rows.switch(SlotRange::FULL, generation)
         };
         store.writer().unwrap().transact(switch).await.unwrap();
+    }
+
+    /// The clock stands still but for who waits for it.
+    #[tokio::test(start_paused = true)]
+    async fn garbage_waits_for_a_hurry_but_not_for_good() {
+        let directory = tempfile::tempdir().unwrap();
+        let (store, _) = open(directory.path(), "a", "0-16383");
+        garbage(&store).await;
+        let id = proto::common::ids::MigrationId::new("m1").unwrap();
+        store.hurry(&id, true);
+        let began = tokio::time::Instant::now();
+        store.sweep_once().await.unwrap();
+        assert!(began.elapsed() >= Duration::from_secs(1), "{:?}", began.elapsed());
+        assert_eq!((stored_rows(&store), leftovers(&store)), (0, [0; 4]));
+    }
+
+    #[tokio::test]
+    async fn garbage_and_what_is_due_are_deleted_in_turns() {
+        let directory = tempfile::tempdir().unwrap();
+        let (store, _) = open(directory.path(), "a", "0-16383");
+        garbage(&store).await;
         // Late enough that they are written before.
         let due = unix_ms() + 2_000;
         write(&store, "due", SetExpiry::At(due)).await;

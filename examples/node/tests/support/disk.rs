@@ -23,15 +23,6 @@ pub fn program_without_signal(directory: &Path) -> PathBuf {
 
 /// No file of the node's process becomes longer than `bytes` from now on, and nothing is written behind that; files that are longer stay as they are.
 pub fn full_at(node: &NodeProcess, bytes: u64) {
-    set(node, Some(bytes));
-}
-
-/// There is room again.
-pub fn has_room(node: &NodeProcess) {
-    set(node, None);
-}
-
-fn set(node: &NodeProcess, current: Option<u64>) {
     let pid = Pid::from_raw(i32::try_from(node.pid().unwrap()).unwrap());
-    prlimit(pid, Resource::Fsize, Rlimit { current, maximum: None }).unwrap();
+    prlimit(pid, Resource::Fsize, Rlimit { current: Some(bytes), maximum: None }).unwrap();
 }

@@ -162,7 +162,7 @@ async fn what_was_synced_survives_sigkill() {
             assert_eq!(record.crc, expected.crc, "round {round}: {record:?}");
         }
         for (&(file, offset), &len) in &durable {
-            let missing = there[file as usize].gaps(offset + len).iter().any(|(at, gap)| at + gap > offset);
+            let missing = there[file as usize].gaps(offset + len).any(|(at, gap)| at + gap > offset);
             assert!(
                 !missing,
                 "round {round}: {len} bytes at {offset} of file {file} were durable and are gone"
