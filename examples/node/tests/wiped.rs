@@ -303,3 +303,48 @@ async fn an_owner_that_was_wiped_and_knows_nobody_is_told_of_by_the_true_one() {
         .await;
     assert_eq!(call(&mut client(&pair.n2).await, "GET foo").await, "new");
 }
+
+/// The slots are at n2, and the wiped n1, which nobody told so, is asked to move them to n3.
+async fn to_a_third(n3_is_told: bool) -> (Pair, NodeProcess) {
+    let (pair, answers) = wiped_owner(false).await;
+    assert!(answers.iter().all(|answer| answer == "nil"), "n1 takes itself for the owner: {answers:?}");
+    let peer = support::migration::peer(&pair.n2);
+    let arguments: &[&str] = if n3_is_told { &["--peer", &peer] } else { &[] };
+    let directory = pair.directory.path();
+    let n3 = NodeProcess::start_with(&support::program(), "n3", directory, "none", arguments).await.unwrap();
+    begin(&pair.n1, request("again", &n3)).await.unwrap();
+    (pair, n3)
+}
+
+/// Whoever is told of the true owner does not take its slots from another one, at an epoch that is taken.
+#[tokio::test]
+async fn a_third_node_that_knows_the_true_owner_takes_nothing_from_one_that_was_wiped() {
+    let (pair, n3) = to_a_third(true).await;
+    until("n3 refuses", async || {
+        let shown = progress(&pair.n1, "again", Direction::Out).await.unwrap();
+        let refusals = shown.freezes.iter().filter_map(|freeze| freeze.error.clone());
+        refusals.into_iter().any(|error| {
+            let of = |key: &str| error.metadata.get(key).map(String::as_str);
+            let stale = error.reason == "STALE_SLOT_EPOCH";
+            assert!(stale && (of("slot"), of("slot_epoch")) == (Some("8192"), Some("2")), "{error:?}");
+            stale
+        })
+    })
+    .await;
+    let answer = call(&mut client(&n3).await, "GET foo").await;
+    assert!(answer.starts_with("-MOVED") && answer.ends_with(&pair.n2.addresses().resp), "{answer}");
+    assert_eq!(call(&mut client(&pair.n2).await, "GET foo").await, "new");
+    let cancelled = cancel(&pair.n1, "again").await.unwrap();
+    assert_ne!(cancelled.decision(), MigrationDecision::Committed);
+    reaches(&pair.n1, "again", Direction::Out, MigrationState::Cancelled).await;
+}
+
+/// The control, and the limit: where nobody who takes part knows the true owner, nobody can refuse.
+#[tokio::test]
+async fn a_third_node_that_knows_nobody_takes_slots_from_one_that_was_wiped() {
+    let (pair, n3) = to_a_third(false).await;
+    let moved = reaches(&pair.n1, "again", Direction::Out, MigrationState::Completed).await;
+    assert_eq!(moved.slot_epoch, 2, "which is n2's");
+    assert_eq!(call(&mut client(&n3).await, "GET foo").await, "nil");
+    assert_eq!(call(&mut client(&pair.n2).await, "GET foo").await, "new");
+}
