@@ -190,10 +190,12 @@ fn to_tonic(code: Code) -> tonic::Code {
     tonic::Code::from(i32::try_from(code.number()).unwrap_or(2))
 }
 
+/// An error that says that there is none is one that nobody knows.
 fn from_tonic(code: tonic::Code) -> Code {
     u32::try_from(i32::from(code))
         .ok()
         .and_then(|number| Code::try_from(number).ok())
+        .filter(|code| *code != Code::Ok)
         .unwrap_or(Code::Unknown)
 }
 

@@ -69,6 +69,10 @@ fn a_status_without_our_details_keeps_its_code() {
     assert_eq!(error.reason(), "RESOURCE_EXHAUSTED");
     assert_eq!(error.retry_after_hint(), Some(Duration::from_secs(2)));
 
+    // One that says that it is none is one that nobody knows.
+    let error = Error::from(Status::new(tonic::Code::Ok, "fine"));
+    assert_eq!((error.code(), error.reason()), (Code::Unknown, "UNKNOWN"));
+
     let garbage = Status::with_details(tonic::Code::Internal, "x", vec![0xff; 40].into());
     assert_eq!(Error::from(garbage).reason(), "INTERNAL");
 }

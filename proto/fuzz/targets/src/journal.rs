@@ -45,24 +45,34 @@ fn file_of(slots: SlotRange, id: &str) -> String {
     format!("active/{:05}-{:05}.{id}.task", slots.start(), slots.end() - 1)
 }
 
-/// A hand that gives the file of a migration other slots: of which one, and which.
-fn renamed(
-    data: &mut Unstructured<'_>,
-    files: &mut Files,
-) -> arbitrary::Result<Option<(&'static str, SlotRange)>> {
+/// A hand that gives the file of a migration another name.
+struct Renamed {
+    id: &'static str,
+    /// What it says then.
+    slots: SlotRange,
+    to: &'static str,
+}
+
+/// Gives the file of a migration other slots, or another ID.
+fn renamed(data: &mut Unstructured<'_>, files: &mut Files) -> arbitrary::Result<Option<Renamed>> {
     if data.int_in_range(0..=3_u8)? != 3 {
         return Ok(None);
     }
     let (number, id) = *data.choose(&[(1, "m1"), (2, "m2")])?;
     let (slots, _) = record(number, id);
-    let (start, len) = (data.int_in_range(0..=16_000_u16)?, data.int_in_range(1..=300)?);
-    let other = SlotRange::new(start, start + len).unwrap();
-    if other == slots {
+    let to = if data.arbitrary()? { id } else { "m9" };
+    let other = if to != id && data.arbitrary()? {
+        slots
+    } else {
+        let (start, len) = (data.int_in_range(0..=16_000_u16)?, data.int_in_range(1..=300)?);
+        SlotRange::new(start, start + len).unwrap()
+    };
+    if (other, to) == (slots, id) {
         return Ok(None);
     }
     let content = files.remove(&file_of(slots, id)).unwrap();
-    files.insert(file_of(other, id), content);
-    Ok(Some((id, other)))
+    files.insert(file_of(other, to), content);
+    Ok(Some(Renamed { id, slots: other, to }))
 }
 
 /// The slots of a record that was written.
@@ -88,12 +98,13 @@ pub fn run(data: &[u8]) {
     for (number, id) in (1..).zip(["m1", "m2"]) {
         let (slots, written) = record(number, id);
         let file = file_of(slots, id);
-        if let Some((_, other)) = renamed.filter(|(of, _)| *of == id) {
+        if let Some(&Renamed { slots: other, to, .. }) = renamed.as_ref().filter(|renamed| renamed.id == id) {
             assert_eq!(active.get(id), None, "a record was believed of other slots than its own");
-            let file = file_of(other, id);
+            assert_eq!(active.get(to), None, "a record was believed of another migration");
+            let file = file_of(other, to);
             let damaged = recovered.damaged.iter().find(|damaged| damaged.file == file).expect("it is named");
             assert_eq!(damaged.slots.first(), Some(&other));
-            if files[&file] == WHOLE[&file_of(slots, id)] {
+            if files[&file] == WHOLE[&file_of(slots, id)] && other != slots {
                 assert!(damaged.slots.contains(&slots), "{damaged:?}");
             }
             continue;

@@ -52,6 +52,10 @@ enum Ending {
     Refused(&'static [&'static str]),
     /// Another stream takes over, while this one is open.
     Superseded,
+    /// The same, and `Commit` of what was prepared is on its way meanwhile, or comes too late.
+    SupersededCommit {
+        late: bool,
+    },
     Committed,
     Discarded,
     Dropped,
@@ -159,11 +163,39 @@ impl Model {
                 let error = answer(&mut next).await.unwrap_err();
                 assert_eq!(error.reason(), "STREAM_ENDED_EARLY", "{error:?}");
             }
+            Ending::SupersededCommit { late } => {
+                let commit = Frame::Commit(Commit { freeze: self.freeze, new_slot_epoch: 5 });
+                if !late {
+                    stream.send(commit.clone()).await;
+                }
+                let mut next = node.open(self::header(self.attempt + 1, self.copy)).await;
+                let accepted = self::accepted(&mut next).await.unwrap();
+                self.committed = accepted.decision() == MigrationDecision::Committed;
+                assert!(!(late && self.committed), "committed before anybody said so");
+                if self.committed {
+                    let answer = answer(&mut stream).await.unwrap();
+                    assert!(matches!(answer, Answer::Committed(_)), "{answer:?}");
+                } else {
+                    let error = answer(&mut stream).await.unwrap_err();
+                    assert_eq!(error.reason(), "SUPERSEDED", "{error:?}");
+                }
+                let undecided = self.attached(accepted, &node.target).is_some();
+                stream.send(commit.clone()).await;
+                if undecided {
+                    self.check(&node.target);
+                    // Of another attempt: this one has prepared nothing.
+                    next.send(commit).await;
+                    let error = answer(&mut next).await.unwrap_err();
+                    assert_eq!(error.reason(), "UNEXPECTED_FRAME", "{error:?}");
+                }
+            }
             Ending::Dropped => {
                 self.unsure = true;
                 drop(stream);
             }
             Ending::Refused(reasons) => {
+                // Where it was taken instead, there is an answer, too.
+                stream.half_close();
                 let error = answer(&mut stream).await.unwrap_err();
                 assert!(reasons.contains(&error.reason()), "{error:?} instead of {reasons:?}");
             }
@@ -376,7 +408,11 @@ impl Model {
                 17 if self.copied => {
                     stream.send(Frame::Prepare(self.prepare())).await;
                     prepared(stream).await;
-                    match data.int_in_range(0..=7_u8)? {
+                    match data.int_in_range(0..=11_u8)? {
+                        // PREPARED, with requests held: the next stream finds it so.
+                        8 => return Ok(Ending::Dropped),
+                        9 => return Ok(Ending::SupersededCommit { late: true }),
+                        10 => return Ok(Ending::SupersededCommit { late: false }),
                         4 => {
                             // Of another freeze than the one that was prepared.
                             let freeze = if data.arbitrary()? { self.freeze - 1 } else { self.freeze + 1 };

@@ -140,6 +140,8 @@ impl Model {
                 self.installed = true;
             }
             Ending::Refused(reasons) => {
+                // Where it was taken instead, there is an answer, too.
+                stream.half_close();
                 let error = stream.installed().await.unwrap_err();
                 assert!(reasons.contains(&error.reason()), "{error:?} instead of {reasons:?}");
                 self.refused(&error);
