@@ -266,7 +266,15 @@ impl From<ServeArgs> for ServeOptions {
                 reserve_bytes: reserve_mib.saturating_mul(1 << 20),
                 verify: !skip_verify,
             },
-            limits: Limits { request_bytes: max_request_mib.saturating_mul(1 << 20), ..Limits::default() },
+            limits: {
+                let limits =
+                    Limits { request_bytes: max_request_mib.saturating_mul(1 << 20), ..Limits::default() };
+                // A few of the largest at once.
+                Limits {
+                    memory_bytes: limits.memory_bytes.max(limits.request_bytes.saturating_mul(4)),
+                    ..limits
+                }
+            },
             max_clients,
             trust: TrustOptions {
                 // clap has seen to it that there are all three or none.

@@ -3,6 +3,7 @@
 mod commands;
 mod connection;
 mod glob;
+mod memory;
 mod reply;
 mod request;
 mod scan;

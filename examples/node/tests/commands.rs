@@ -335,6 +335,60 @@ async fn a_pipeline_of_large_values_takes_bounded_memory_and_stays_in_order() {
     }
     let many = vec!["large"; 40];
     let refused = call(&mut other, &format!("MGET {}", many.join(" "))).await;
-    assert_eq!(refused, "-ERR the values are larger than 256 MiB together; ask for fewer keys at once");
+    assert_eq!(refused, "-ERR the values are larger than 128 MiB together; ask for fewer keys at once");
     assert!(resident_mib(&mut other).await < 1000);
+}
+
+#[tokio::test]
+async fn clients_that_hold_much_are_refused_more_while_others_are_served() {
+    const CLIENTS: usize = 24;
+    // What all may hold, the database's cache, and what is on its way between the two.
+    const MOST: u64 = 1024 + 256 + 512;
+    let dir = tempfile::tempdir().unwrap();
+    let node = start("n1", dir.path(), "0-16383").await;
+    let mut other = client(&node).await;
+    let large = vec![b'x'; 8 << 20];
+    assert_eq!(show(&other.call(&[b"SET".as_slice(), b"large", &large]).await.unwrap()), "OK");
+    // 120 MiB for each, 2.8 GiB in all, which they don't read.
+    let many = format!("MGET{}\r\n", " large".repeat(15));
+    let (refused, answered) = ("-ERR the memory for w", "*15\r\n$8388608\r\nxxxxxx");
+    let address = node.addresses().resp.clone();
+    let first = async || raw(&address, &[many.as_bytes()], refused.len()).await;
+    let mut readers = Vec::new();
+    for _ in 0..CLIENTS {
+        let mut reader = tokio::net::TcpStream::connect(&address).await.unwrap();
+        reader.write_all(many.as_bytes()).await.unwrap();
+        readers.push(reader);
+    }
+    until("more is refused", async || first().await == refused).await;
+    assert_eq!(call(&mut other, "PING").await, "PONG");
+    assert!(resident_mib(&mut other).await < MOST);
+    drop(readers);
+    until("it is given back", async || first().await == answered).await;
+
+    // Requests of which most is there, 1.4 GiB in all.
+    let mut writers = Vec::new();
+    for _ in 0..CLIENTS {
+        let mut writer = tokio::net::TcpStream::connect(&node.addresses().resp).await.unwrap();
+        let sending = async {
+            writer.write_all(b"*2\r\n$4\r\nECHO\r\n$62914560\r\n").await?;
+            for _ in 0..59 {
+                writer.write_all(&large[..1 << 20]).await?;
+            }
+            std::io::Result::Ok(())
+        };
+        // One that is refused is closed while it writes.
+        let sent = sending.await;
+        writers.push((writer, sent.is_ok()));
+        assert!(resident_mib(&mut other).await < MOST);
+    }
+    assert!(writers.iter().any(|(_, sent)| *sent) && writers.iter().any(|(_, sent)| !*sent));
+    assert_eq!(call(&mut other, "GET none").await, "nil");
+    drop(writers);
+    let echo = [b"ECHO".as_slice(), &large];
+    until("it is given back", async || match client(&node).await.call(&echo).await {
+        Ok(reply) => show(&reply).len() == large.len(),
+        Err(_) => false,
+    })
+    .await;
 }

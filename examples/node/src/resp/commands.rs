@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize};
 
 use bytes::Bytes;
 
+use super::memory::{Held, Memory};
 use super::reply::{OK, Reply, Version};
 use super::scan::Cursors;
 use crate::common::slot_of;
@@ -34,6 +35,7 @@ pub(super) struct Context {
     pub(super) connections: AtomicU64,
     pub(super) commands: AtomicU64,
     pub(super) max_clients: usize,
+    pub(super) memory: Memory,
     pub(super) port: u16,
 }
 
@@ -177,8 +179,8 @@ fn word(argument: &[u8]) -> Vec<u8> {
 }
 
 impl ReadCommand {
-    /// Runs it; a database that fails is a reply too.
-    pub(super) fn reply(&self, reader: &Reader) -> Reply {
-        self.run(reader).unwrap_or_else(|error| store_error(&error))
+    /// Runs it; a database that fails is a reply too, and so is a lack of memory for what is read. `held` counts that behind `before` bytes.
+    pub(super) fn reply(&self, reader: &Reader, held: &mut Held, before: usize) -> Reply {
+        self.run(reader, held, before).unwrap_or_else(|error| store_error(&error))
     }
 }

@@ -15,6 +15,7 @@ use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
 
 use super::commands::{self, Action, Answer, Context, ReadCommand, Session, store_error, write_error};
+use super::memory::Held;
 use super::reply::{Reply, Version};
 use super::request::{Limits, RequestDecoder};
 use crate::gate::{Access, Permits, Verdict};
@@ -38,6 +39,9 @@ pub(super) struct Connection {
     decoder: RequestDecoder,
     input: BytesMut,
     output: BytesMut,
+    /// What is counted of `input`, and of values on their way to `output`.
+    requests: Held,
+    replies: Held,
     run: Run,
     stop: CancellationToken,
 }
@@ -74,7 +78,10 @@ impl Connection {
         limits: Limits,
         stop: CancellationToken,
     ) -> Self {
+        let (requests, replies) = (context.memory.of(id), context.memory.of(id));
         Self {
+            requests,
+            replies,
             stream,
             context,
             session: Session { id, name: Bytes::new(), version: Version::Resp2 },
@@ -97,6 +104,11 @@ impl Connection {
             if next == Next::Close {
                 return self.stream.shutdown().await;
             }
+            if self.requests.is_counted() && self.input.len() < READ_BYTES {
+                // The room that large requests took is not kept for the connection's life.
+                self.input = BytesMut::from(&self.input[..]);
+                let _ = self.requests.set(self.input.len() + self.decoder.held_bytes());
+            }
             self.input.reserve(READ_BYTES);
             let read = tokio::select! {
                 biased;
@@ -105,6 +117,12 @@ impl Connection {
             };
             if read == 0 {
                 return Ok(());
+            }
+            // Also what is in it of requests that are whole: until they are done.
+            if let Err(error) = self.requests.set(self.input.len() + self.decoder.held_bytes()) {
+                self.reply(Reply::error(format!("ERR {error}")));
+                self.send().await?;
+                return self.stream.shutdown().await;
             }
         }
     }
@@ -235,7 +253,8 @@ impl Connection {
         tokio::pin!(waited);
         loop {
             // A client that went away must not have its write done later, over one that it sent by another connection.
-            let room = self.input.len() < self.limits.request_bytes;
+            let len = self.input.len();
+            let room = len < self.limits.request_bytes && self.requests.set(len + READ_BYTES).is_ok();
             self.input.reserve(if room { READ_BYTES } else { 0 });
             tokio::select! {
                 waited = &mut waited => {
@@ -308,6 +327,9 @@ impl Connection {
             Run::Writes { ops, .. } if ops.is_empty() => {}
             Run::Reads { mut reads, keys, permits } => {
                 let count = reads.len();
+                // Comes back with the replies; a read that fails as a whole holds nothing.
+                let before = self.output.len();
+                let mut held = std::mem::replace(&mut self.replies, self.context.memory.of(self.session.id));
                 let replies = self
                     .context
                     .node
@@ -315,7 +337,7 @@ impl Connection {
                     .read(ReadCommand::extent(keys), move |reader| {
                         let (mut replies, mut size) = (Vec::new(), 0);
                         for (_, read) in &reads {
-                            let reply = read.reply(reader);
+                            let reply = read.reply(reader, &mut held, before + size);
                             size += reply.value_bytes();
                             replies.push(reply);
                             if size >= READ_VALUES {
@@ -323,12 +345,13 @@ impl Connection {
                             }
                         }
                         let rest = reads.split_off(replies.len());
-                        Ok((replies, rest))
+                        Ok((replies, rest, held))
                     })
                     .await;
                 drop(permits);
                 match replies {
-                    Ok((replies, rest)) => {
+                    Ok((replies, rest, held)) => {
+                        self.replies = held;
                         replies.into_iter().for_each(|reply| self.reply(reply));
                         return Ok(rest);
                     }
@@ -366,6 +389,7 @@ impl Connection {
             } else {
                 self.output.clear();
             }
+            let _ = self.replies.set(0);
         }
         Ok(())
     }

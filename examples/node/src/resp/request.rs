@@ -17,14 +17,20 @@ pub struct Limits {
     pub arguments: usize,
     /// Bytes of an inline command, and of a line that announces a length; as in Redis.
     pub line_bytes: usize,
+    /// Bytes of all requests that are not all there and of all replies that are not taken, of all clients together. One that is alone may have
+    /// half of it, others less.
+    pub memory_bytes: usize,
 }
 
 impl Default for Limits {
-    /// 64 MiB, 1048576 arguments, lines of 64 KiB.
+    /// 64 MiB, 1048576 arguments, lines of 64 KiB, 1 GiB in all: a reply to MGET has at most 128 MiB, twice while it is encoded.
     fn default() -> Self {
-        Self { request_bytes: 64 << 20, arguments: 1 << 20, line_bytes: 64 << 10 }
+        Self { request_bytes: 64 << 20, arguments: 1 << 20, line_bytes: 64 << 10, memory_bytes: 1 << 30 }
     }
 }
+
+/// Room for arguments that is kept for the next request.
+const KEPT_ARGUMENTS: usize = 1024;
 
 /// The connection sent what is no request; it has to be closed. Displays as Redis words it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -59,6 +65,12 @@ impl RequestDecoder {
     #[must_use]
     pub fn new(limits: Limits) -> Self {
         Self { limits, at: 0, searched: 0, state: State::Start, arguments: Vec::new() }
+    }
+
+    /// Bytes that are held of a request that is not all there, beside those in the buffer.
+    #[must_use]
+    pub fn held_bytes(&self) -> usize {
+        self.arguments.capacity() * size_of::<Range<usize>>()
     }
 
     /// The next whole request, taken from the front of `buffer`; `None` when more bytes are needed. Empty requests are
@@ -106,6 +118,10 @@ impl RequestDecoder {
                 State::Length { missing: 0 } => {
                     let request = buffer.split_to(self.at).freeze();
                     let arguments = self.arguments.drain(..).map(|range| request.slice(range)).collect();
+                    // The room for very many is not kept for the connection's life.
+                    if self.arguments.capacity() > KEPT_ARGUMENTS {
+                        self.arguments = Vec::new();
+                    }
                     self.at = 0;
                     self.state = State::Start;
                     return Ok(Some(arguments));
@@ -249,7 +265,7 @@ mod tests {
     use super::*;
 
     fn limits() -> Limits {
-        Limits { request_bytes: 1000, arguments: 10, line_bytes: 100 }
+        Limits { request_bytes: 1000, arguments: 10, line_bytes: 100, memory_bytes: 1 << 20 }
     }
 
     /// All requests of `input`, given to the decoder in pieces of `piece` bytes.

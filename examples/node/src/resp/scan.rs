@@ -14,6 +14,8 @@ use crate::store::ScanPosition;
 
 /// Scans in the middle of a large slot at the same time. Each holds one key.
 const TOKENS: usize = 4096;
+/// Bytes of those keys. The last one stays, whatever its size.
+const TOKEN_BYTES: usize = 16 << 20;
 const TOKEN_BITS: u32 = 48;
 
 #[derive(Debug, Default)]
@@ -25,6 +27,21 @@ pub(super) struct Cursors {
 struct Tokens {
     keys: HashMap<u64, Bytes>,
     order: VecDeque<u64>,
+    bytes: usize,
+}
+
+impl Tokens {
+    fn add(&mut self, token: u64, key: Bytes) {
+        self.bytes += key.len();
+        match self.keys.insert(token, key) {
+            None => self.order.push_back(token),
+            Some(replaced) => self.bytes -= replaced.len(),
+        }
+        while self.order.len() > TOKENS || (self.bytes > TOKEN_BYTES && self.order.len() > 1) {
+            let oldest = self.order.pop_front().and_then(|oldest| self.keys.remove(&oldest));
+            self.bytes -= oldest.map_or(0, |key| key.len());
+        }
+    }
 }
 
 impl Cursors {
@@ -37,14 +54,7 @@ impl Cursors {
                 // Never 0, which would be the start of a slot, or the end.
                 let token = (rand::random::<u64>() >> (u64::BITS - TOKEN_BITS)) | 1;
                 let mut tokens = self.tokens.lock().unwrap_or_else(PoisonError::into_inner);
-                if tokens.keys.insert(token, key).is_none() {
-                    tokens.order.push_back(token);
-                }
-                if tokens.order.len() > TOKENS
-                    && let Some(oldest) = tokens.order.pop_front()
-                {
-                    tokens.keys.remove(&oldest);
-                }
+                tokens.add(token, key);
                 slot_bits | token
             }
         }
@@ -68,6 +78,30 @@ impl Cursors {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn keys_of_any_size_take_bounded_memory() {
+        let cursors = Cursors::default();
+        let held = || {
+            let tokens = cursors.tokens.lock().unwrap();
+            assert_eq!(tokens.bytes, tokens.keys.values().map(Bytes::len).sum::<usize>());
+            (tokens.order.len(), tokens.bytes)
+        };
+        let add = |bytes| cursors.encode(ScanPosition::After(Bytes::from(vec![b'k'; bytes])), 7);
+        let first = add(1 << 20);
+        for _ in 0..100 {
+            add(1 << 20);
+        }
+        assert_eq!(held(), (16, TOKEN_BYTES));
+        assert_eq!(cursors.decode(first), ScanPosition::Slot(7), "its scan begins the slot again");
+        let large = add(TOKEN_BYTES + 1);
+        assert_eq!(held(), (1, TOKEN_BYTES + 1));
+        assert!(matches!(cursors.decode(large), ScanPosition::After(_)), "a scan gets on, whatever the keys");
+        for _ in 0..2 * TOKENS {
+            add(1);
+        }
+        assert_eq!(held(), (TOKENS, TOKENS));
+    }
 
     #[test]
     fn positions_come_back() {

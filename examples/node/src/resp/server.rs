@@ -12,6 +12,7 @@ use tokio_util::task::TaskTracker;
 
 use super::commands::Context;
 use super::connection::Connection;
+use super::memory::Memory;
 use super::request::Limits;
 use super::scan::Cursors;
 use crate::node::Node;
@@ -51,6 +52,7 @@ impl RespServer {
             connections: AtomicU64::new(0),
             commands: AtomicU64::new(0),
             max_clients: max_clients.unwrap_or(MAX_CLIENTS),
+            memory: Memory::new(limits.memory_bytes),
             port: address.port(),
         };
         Ok(Self { listener, address, context: Arc::new(context), limits })

@@ -9,6 +9,7 @@ use super::{Action, Answer, Arguments, Context, Parsed, Reply, Session};
 use super::{common_slot, integer, not_an_integer, syntax_error, word};
 use crate::common::slot_of;
 use crate::resp::glob;
+use crate::resp::memory::Held;
 use crate::store::{ExpireCondition, ReadExtent, Reader, StoreError, WriteOp};
 
 /// A read of keys of one slot.
@@ -29,7 +30,7 @@ pub(in crate::resp) struct TimeUnitOut(TimeUnit);
 /// Keys that are read in place; more go to a thread that may block.
 const POINT_KEYS: usize = 64;
 /// Values in the reply to one command.
-const MANY_BYTES: usize = 256 << 20;
+const MANY_BYTES: usize = 128 << 20;
 
 impl ReadCommand {
     pub(in crate::resp) fn keys(&self) -> usize {
@@ -44,12 +45,18 @@ impl ReadCommand {
         if keys > POINT_KEYS { ReadExtent::Bulk } else { ReadExtent::Point }
     }
 
-    pub(super) fn run(&self, reader: &Reader) -> Result<Reply, StoreError> {
+    pub(super) fn run(&self, reader: &Reader, held: &mut Held, before: usize) -> Result<Reply, StoreError> {
         let value = |key: &Bytes| -> Result<Reply, StoreError> {
             Ok(Reply::bulk_or_null(reader.get(key)?.map(|entry| entry.value)))
         };
+        // Once more where they are encoded.
+        let mut hold =
+            |size: usize| held.set(2 * (before + size)).map_err(|error| Reply::error(format!("ERR {error}")));
         Ok(match self {
-            Self::Get(key) => value(key)?,
+            Self::Get(key) => {
+                let value = value(key)?;
+                hold(value.value_bytes()).err().unwrap_or(value)
+            }
             Self::GetMany(keys) => {
                 let (mut values, mut size) = (Vec::with_capacity(keys.len()), 0);
                 for key in keys {
@@ -60,6 +67,9 @@ impl ReadCommand {
                             "ERR the values are larger than {} MiB together; ask for fewer keys at once",
                             MANY_BYTES >> 20
                         )));
+                    }
+                    if let Err(reply) = hold(size) {
+                        return Ok(reply);
                     }
                     values.push(value);
                 }
