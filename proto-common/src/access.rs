@@ -12,6 +12,7 @@
 //! | a message claims another node than the certificate's; metadata `node_id` | PERMISSION_DENIED | PERMISSION_DENIED |
 //! | a node touches a task of other nodes; metadata `node_id` | PERMISSION_DENIED | PERMISSION_DENIED |
 
+mod answers;
 mod guarded;
 mod roles;
 
@@ -19,6 +20,7 @@ use std::sync::Arc;
 
 use tonic::codegen::http;
 
+pub use answers::{UNTAKEN, UNTAKEN_PER_PEER};
 pub use guarded::Guarded;
 pub use roles::{READS, RoleTable};
 

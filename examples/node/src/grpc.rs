@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use proto::common::access::Guarded;
 use proto::common::listen::Limited;
-use proto::common::prompt::MAX_REQUEST_BYTES;
+use proto::common::prompt::{MAX_REQUEST_BYTES, Prompt};
 use proto::common::tls::{Tls, TlsIncoming};
 use proto::common::tuning::{incoming_within, tune_server_within};
 use proto::health::HealthRegistry;
@@ -81,7 +81,8 @@ pub fn services(
         .build_v1()
         .context("cannot describe the services")?
         .max_decoding_message_size(MAX_REQUEST_BYTES);
-    Ok(Routes::new(Guarded::new(reflection, node.trust().access()))
+    // Who asks for descriptions is done before long: a stream that goes on holds more than it is worth.
+    Ok(Routes::new(Guarded::new(Prompt::new(reflection), node.trust().access()))
         .add_service(receiver.into_service())
         .add_service(migrating.service())
         .add_service(health.service())

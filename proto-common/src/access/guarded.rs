@@ -2,15 +2,16 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
 use tonic::Status;
 use tonic::body::Body;
 use tonic::codegen::{Service, http};
 use tonic::server::NamedService;
 
+use super::answers::Answered;
 use super::{Access, CLUSTER_METADATA, Caller};
-use crate::peer::Peer;
+use crate::peer::{Peer, PeerKey};
 
 /// Longest name of a method that is looked at; all of ours are shorter.
 const MAX_METHOD: usize = 128;
@@ -48,6 +49,7 @@ where
 
     fn call(&mut self, mut request: http::Request<B>) -> Self::Future {
         let peer = peer_of(request.extensions());
+        let key = peer.key();
         let method = request.uri().path().rsplit('/').next().unwrap_or_default();
         let method = if method.len() > MAX_METHOD { "" } else { method };
         let meant = request.headers().get(CLUSTER_METADATA).map(http::HeaderValue::as_bytes);
@@ -58,7 +60,7 @@ where
         let caller =
             Caller { peer, access: self.access.clone(), service: S::NAME, method: Arc::from(method) };
         request.extensions_mut().insert(caller);
-        Answer::Passed(self.inner.call(request))
+        Answer::Passed(self.inner.call(request), key)
     }
 }
 
@@ -81,8 +83,8 @@ fn peer_of(extensions: &http::Extensions) -> Peer {
 pub enum Answer<F> {
     /// The call was refused.
     Refused(Option<Status>),
-    /// The service answers.
-    Passed(F),
+    /// The service answers, to this peer.
+    Passed(F, PeerKey),
 }
 
 impl<F, E> Future for Answer<F>
@@ -97,7 +99,13 @@ where
                 let status = status.take().unwrap_or_else(|| Status::internal("polled after its end"));
                 Poll::Ready(Ok(status.into_http()))
             }
-            Self::Passed(inner) => Pin::new(inner).poll(cx),
+            Self::Passed(inner, peer) => {
+                let (parts, body) = ready!(Pin::new(inner).poll(cx))?.into_parts();
+                Poll::Ready(Ok(match Answered::new(body, peer.clone(), cx) {
+                    Ok(body) => http::Response::from_parts(parts, Body::new(body)),
+                    Err(status) => status.into_http(),
+                }))
+            }
         }
     }
 }
