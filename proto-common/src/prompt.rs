@@ -2,9 +2,10 @@
 //!
 //! tonic gathers the message of a unary call before a handler sees it, for as long as it takes. A peer that declares much and sends it slowly, or
 //! not at all, on all streams of all its connections would hold memory that no limit of a service counts. So requests have to be small and in time, and
-//! of those that are [waited for](wait_for) there may be so many at once.
+//! of those that are waited for there may be so many at once.
 
-use std::pin::Pin;
+use std::future::poll_fn;
+use std::pin::{Pin, pin};
 use std::sync::LazyLock;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
@@ -33,17 +34,29 @@ pub const REQUEST_TIME: Duration = Duration::from_secs(30);
 /// [`MAX_REQUEST_BYTES`], and as much of headers: 256 MiB in all.
 pub const WAITED_FOR: u64 = 8192;
 
-/// Of them, those of one peer. One more is refused with `IDLE_TIMEOUT` at once.
+/// Of them, those of one peer, while there are no others: no peer gets more than a quarter of what the others leave, so that behind peers which take all
+/// that they can there is something for the next one. One more is refused with `IDLE_TIMEOUT` at once.
 pub const WAITED_FOR_PER_PEER: u64 = 2048;
 
-static WAITING: LazyLock<Shares<PeerKey>> = LazyLock::new(|| Shares::new(WAITED_FOR, WAITED_FOR_PER_PEER));
+static WAITING: LazyLock<Shares<PeerKey>> = LazyLock::new(|| Shares::graded(WAITED_FOR, WAITED_FOR_PER_PEER));
 
-/// A place among those whose request is waited for, until dropped.
+/// `first`, the first message of a stream, which should have at most [`MAX_REQUEST_BYTES`]. Where it is not there yet, it takes a place among those that are waited for
+/// meanwhile. How long that may take is for `first` to say. As cancel safe as that.
 ///
 /// # Errors
 ///
-/// `IDLE_TIMEOUT` if there is none; it is worth trying again.
-pub fn wait_for(peer: &PeerKey) -> Result<Share<PeerKey>, Error> {
+/// Those of `first`; `IDLE_TIMEOUT` if there is no place, which is worth trying again.
+pub async fn first<T>(peer: &PeerKey, first: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+    let mut first = pin!(first);
+    if let Poll::Ready(first) = poll_fn(|cx| Poll::Ready(first.as_mut().poll(cx))).await {
+        return first;
+    }
+    let _waiting = wait_for(peer)?;
+    first.await
+}
+
+/// A place among those whose request is waited for, until dropped.
+fn wait_for(peer: &PeerKey) -> Result<Share<PeerKey>, Error> {
     WAITING.take(Some(peer), 1).map_err(|full| {
         let message = format!(
             "not all of the request is there, and {} others are waited for already; send it again, in one piece",
@@ -53,7 +66,8 @@ pub fn wait_for(peer: &PeerKey) -> Result<Share<PeerKey>, Error> {
     })
 }
 
-/// `S`, whose requests come within [`REQUEST_TIME`]; others fail with `IDLE_TIMEOUT`. For services without client streaming.
+/// `S`, whose requests come within [`REQUEST_TIME`]; others fail with `IDLE_TIMEOUT`. Of a stream, that is
+/// all of it: for services without client streaming, or where it is over soon.
 #[derive(Debug, Clone)]
 pub struct Prompt<S> {
     inner: S,
@@ -147,6 +161,9 @@ mod tests {
 
     use super::*;
 
+    /// Held by each test: there is one count of those that are waited for.
+    static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+
     /// Sends a byte every second, for ever.
     struct Drip(Pin<Box<Sleep>>);
 
@@ -170,6 +187,7 @@ mod tests {
 
     #[tokio::test]
     async fn one_request_more_of_a_peer_than_are_waited_for_is_refused_at_once() {
+        let _alone = ALONE.lock().await;
         let all: Vec<_> = (0..WAITED_FOR_PER_PEER).map(|_| wait_for(&peer(2)).unwrap()).collect();
         let drip = || Body::new(Drip(Box::pin(tokio::time::sleep(Duration::from_secs(3600)))));
         let next = async |body: &mut Body| {
@@ -186,15 +204,31 @@ mod tests {
         next(&mut of_peer(there, peer(2))).await.unwrap().unwrap();
         let mut other = of_peer(drip(), peer(3));
         assert!(next(&mut other).await.is_none(), "it is waited for");
-        drop(all);
+        drop((all, other));
         let mut again = of_peer(drip(), peer(2));
         assert!(next(&mut again).await.is_none());
         let rest: Vec<_> = std::iter::from_fn(|| wait_for(&peer(2)).ok()).collect();
         assert_eq!(rest.len() as u64, WAITED_FOR_PER_PEER - 1, "the one that is waited for has a place");
     }
 
+    #[tokio::test]
+    async fn a_first_message_that_is_there_takes_no_place() {
+        let _alone = ALONE.lock().await;
+        let all: Vec<_> = (0..WAITED_FOR_PER_PEER).map(|_| wait_for(&peer(4)).unwrap()).collect();
+        assert_eq!(first(&peer(4), async { Ok(7) }).await.unwrap(), 7);
+        let later = || async {
+            tokio::task::yield_now().await;
+            Ok(7)
+        };
+        let refused = first(&peer(4), later()).await.unwrap_err();
+        assert!(refused.is(CommonReason::IdleTimeout) && refused.is_retryable(), "{refused:?}");
+        drop(all);
+        assert_eq!(first(&peer(4), later()).await.unwrap(), 7);
+    }
+
     #[tokio::test(start_paused = true)]
     async fn a_byte_now_and_then_does_not_help() {
+        let _alone = ALONE.lock().await;
         let began = Instant::now();
         let drip = Drip(Box::pin(tokio::time::sleep(Duration::from_secs(1))));
         let mut body = of_peer(Body::new(drip), peer(1));

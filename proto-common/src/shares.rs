@@ -9,6 +9,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 pub struct Shares<K> {
     limit: u64,
     limit_per_peer: u64,
+    /// Whether the share of a peer is less where less is free.
+    graded: bool,
     taken: Arc<Mutex<Taken<K>>>,
 }
 
@@ -64,7 +66,15 @@ impl<K: Eq + Hash + Clone> Shares<K> {
     #[must_use]
     pub fn new(limit: u64, limit_per_peer: u64) -> Self {
         let taken = Taken { all: 0, by_peer: HashMap::new() };
-        Self { limit, limit_per_peer, taken: Arc::new(Mutex::new(taken)) }
+        Self { limit, limit_per_peer, graded: false, taken: Arc::new(Mutex::new(taken)) }
+    }
+
+    /// The same, but that peers which take all that they can leave something to the next one: each may have such a part of what the others leave as
+    /// `limit_per_peer` is of `limit`. Of 8192 with 2048 for each, four peers get 2048, 1536, 1152 and 864, one after the other, and the fifth one 648;
+    /// ten leave 462, and the next one gets 115.
+    #[must_use]
+    pub fn graded(limit: u64, limit_per_peer: u64) -> Self {
+        Self { graded: true, ..Self::new(limit, limit_per_peer) }
     }
 
     /// `amount` for `peer`. The node itself, which is no peer, has no share to keep to.
@@ -101,6 +111,17 @@ impl<K: Eq + Hash + Clone> Shares<K> {
         }
         if beyond(taken.all, self.limit) {
             return Err(Full::All { limit: self.limit });
+        }
+        if let Some(peer) = peer
+            && self.graded
+        {
+            let had = taken.by_peer.get(peer).copied().unwrap_or(0);
+            let free = self.limit.saturating_sub(taken.all.saturating_add(amount));
+            let rest = self.limit.saturating_sub(self.limit_per_peer);
+            let wanted = u128::from(had.saturating_add(amount)) * u128::from(rest);
+            if wanted > u128::from(free) * u128::from(self.limit_per_peer) && (had > 0 || !first) {
+                return Err(Full::Peer { limit: had });
+            }
         }
         Ok(self.add(&mut taken, peer, amount))
     }
@@ -159,6 +180,26 @@ mod tests {
         drop((of_b, of_node));
         assert_eq!(shares.taken(), 6);
         assert_eq!(lock(&shares.taken).by_peer.len(), 1, "who has nothing is forgotten");
+    }
+
+    #[test]
+    fn peers_that_take_all_they_can_leave_something_to_the_next_one() {
+        let most = |shares: &Shares<usize>, peer| {
+            std::iter::from_fn(|| shares.take(Some(&peer), 1).ok()).collect::<Vec<_>>()
+        };
+        let (flat, graded) = (Shares::new(8192, 2048), Shares::graded(8192, 2048));
+        let all: Vec<_> = (0..4).map(|peer| most(&flat, peer)).collect();
+        assert!(flat.take(Some(&4), 1).is_err(), "four have it all");
+        drop(all);
+        let mut all: Vec<_> = (0..10).map(|peer| most(&graded, peer)).collect();
+        let taken: Vec<_> = all.iter().map(Vec::len).collect();
+        assert_eq!(taken[..5], [2048, 1536, 1152, 864, 648]);
+        assert_eq!(8192 - taken.iter().sum::<usize>(), 462);
+        assert!(most(&graded, 10).len() > 100);
+        // Who has much gets no more of what others give back than it has a right to.
+        all.truncate(1);
+        assert!(most(&graded, 0).is_empty());
+        assert_eq!(most(&graded, 11).len(), 1536);
     }
 
     #[test]

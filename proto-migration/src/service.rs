@@ -301,7 +301,7 @@ pub(crate) fn refused(refusal: Refusal) -> Error {
     match refusal {
         Refusal::TooLarge => Reason::BatchTooLarge
             .error(format!(
-                "a message is larger than Accepted.max_batch_bytes and 1 MiB allow, or a request than {MAX_REQUEST_BYTES} bytes"
+                "a message is larger than Accepted.max_batch_bytes and 1 MiB allow, or a request or header than {MAX_REQUEST_BYTES} bytes"
             )),
         Refusal::Compressed { encoding } => Reason::UnsupportedCompression
             .error(format!("the message is compressed with {encoding}; send it as it is"))

@@ -123,6 +123,51 @@ async fn who_may_write() {
     assert_eq!(node.refused(header(4)).await.get("copy"), Some("2"));
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn of_attempts_that_come_at_once_the_last_one_writes() {
+    let node = Node::start().await;
+    let mut meant = Vec::new();
+    for round in 0..30_u64 {
+        // Each by a session of its own, as by processes that do not know of each other.
+        let opening = (1..=8_u8).map(|number| {
+            let header = Header { session: vec![number; 16].into(), ..header(round * 8 + u64::from(number)) };
+            let client = node.client.clone();
+            tokio::spawn(async move {
+                let mut source = Source::open(client, header).await;
+                let accepted = source.accepted().await;
+                (source, accepted)
+            })
+        });
+        let mut opened = Vec::new();
+        for opening in opening.collect::<Vec<_>>() {
+            opened.push(opening.await.unwrap());
+        }
+        let (mut last, accepted) = opened.pop().unwrap();
+        accepted.unwrap();
+        for (mut source, accepted) in opened {
+            let error = match accepted {
+                Ok(_) => {
+                    source.delta(source.watermark + 1, vec![row(source.watermark + 1, "late")]).await;
+                    source.error().await
+                }
+                Err(error) => error,
+            };
+            assert_eq!(error.reason(), "SUPERSEDED", "{error:?}");
+        }
+        let key = format!("of-{round}");
+        let seq = last.watermark + 1;
+        last.delta(seq, vec![row(seq, &key)]).await;
+        last.durable().await;
+        meant.push(key);
+    }
+    let disk = node.target.disk();
+    let rows = &disk.staged[&MigrationId::new("m1").unwrap()];
+    let mut there: Vec<_> = rows.keys().map(|key| String::from_utf8_lossy(key).into_owned()).collect();
+    meant.sort();
+    there.sort();
+    assert_eq!(there, meant);
+}
+
 #[tokio::test]
 async fn what_a_batch_may_not_be() {
     type Make = fn() -> Vec<Frame>;

@@ -37,7 +37,8 @@ async fn half_a_request_is_not_waited_for_and_a_large_one_not_at_all() {
         (MAX_REQUEST_BYTES + 1, Code::InvalidArgument, "BATCH_TOO_LARGE", 0),
         (MAX_REQUEST_BYTES, Code::DeadlineExceeded, "IDLE_TIMEOUT", REQUEST_TIME.as_secs()),
     ] {
-        for method in ["StartMigration", "CancelMigration", "WatchMigrationProgress"] {
+        for method in ["StartMigration", "CancelMigration", "WatchMigrationProgress", "TransferMigrationData"]
+        {
             let request =
                 http::Request::post(format!("http://n2/node.migration.v1.MigrationService/{method}"))
                     .header("content-type", "application/grpc")

@@ -18,6 +18,7 @@ use bytes::Bytes;
 use proto_common::checksum::{combine, crc64};
 use proto_common::error::{Code, Error};
 use proto_common::ids::{NodeId, ShardId};
+use proto_common::prompt::MAX_REQUEST_BYTES;
 use proto_common::refusals::counts;
 use proto_common::v1::{Direction, Fence};
 use proto_snapshot::SnapshotReceiver;
@@ -296,25 +297,27 @@ async fn staged_per_peer() {
     .await;
 }
 
+/// A stream of the offender whose transfer may have lanes.
+async fn with_lanes(bench: &Bench, id: &str) -> Stalled {
+    Stalled::begin(&bench.server, begun(id, |header| header.lanes = u32::MAX)).await.unwrap()
+}
+
+fn lane(id: &str, lane: u32) -> LaneHeader {
+    let session = vec![1; 16].into();
+    LaneHeader { transfer_id: id.to_owned(), attempt: 1, session, lane, generation: 1 }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn lanes() {
     let beyond = Refusal { reason: "INVALID_FIELD", field: Some("lane_header.lane"), ..INVALID };
     let case = Case::new(|limits| limits.lanes = 3);
     case.check(async |bench| {
-        let control =
-            Stalled::begin(&bench.server, begun("x1", |header| header.lanes = u32::MAX)).await.unwrap();
-        let lane = |lane| LaneHeader {
-            transfer_id: "x1".to_owned(),
-            attempt: 1,
-            session: vec![1; 16].into(),
-            lane,
-            generation: 1,
-        };
-        let mut held = vec![control];
+        let mut held = vec![with_lanes(bench, "x1").await];
         for number in [1, 2] {
-            held.push(Stalled::begin(&bench.server, vec![Frame::LaneHeader(lane(number))]).await.unwrap());
+            let header = Frame::LaneHeader(lane("x1", number));
+            held.push(Stalled::begin(&bench.server, vec![header]).await.unwrap());
         }
-        let refused = bench.refuses(vec![Frame::LaneHeader(lane(3))]).await;
+        let refused = bench.refuses(vec![Frame::LaneHeader(lane("x1", 3))]).await;
         Abuse::default().refused(refused, beyond).holds(held)
     })
     .await;
@@ -349,8 +352,18 @@ async fn a_message() {
             let page = Manifest { files: vec![File { name, ..File::default() }], last: true };
             let header = begun("x2", |_| {}).remove(0);
             let page = bench.refuses(vec![header, Frame::Manifest(page)]).await;
+            // On a lane there are only chunks, and before the header is there, nothing large.
+            let control = with_lanes(bench, "x3").await;
+            let mut lane =
+                Stalled::begin(&bench.server, vec![Frame::LaneHeader(lane("x3", 1))]).await.unwrap();
+            lane.chunk(0, &payload(CHUNK + MAX_REQUEST_BYTES as u64)).await;
+            let on_lane = lane.refusal().await;
+            let of_lane = Refusal { facts: &[("max_message_bytes", Some("81920"))], ..too_large };
+            let header = begun("x4", |header| header.source_shard_id = "x".repeat(MAX_REQUEST_BYTES));
+            let header = bench.refuses(header).await;
+            let of_header = Refusal { facts: &[("max_message_bytes", Some("16384"))], ..too_large };
             let abuse = Abuse::default().refused(chunk, too_large).refused(page, too_large);
-            abuse.holds(stream)
+            abuse.refused(on_lane, of_lane).refused(header, of_header).holds((stream, control, lane))
         })
         .await;
 }

@@ -55,7 +55,7 @@ async fn call(services: &Routes, path: &str, declared: usize, first: usize) -> (
     (status.map(Error::from).filter(|error| error.reason() != "NOT_FOUND"), waited)
 }
 
-/// The methods of `service` in `set` that take one request, by path.
+/// The methods of `service` in `set`, by path: also of a stream, the first message is a request.
 fn methods(set: &[u8], service: &str) -> Vec<String> {
     let files = prost_types::FileDescriptorSet::decode(set).unwrap().file;
     let mut paths = Vec::new();
@@ -63,8 +63,7 @@ fn methods(set: &[u8], service: &str) -> Vec<String> {
         for found in &file.service {
             let name = format!("{}.{}", file.package(), found.name());
             if name == service {
-                let unary = found.method.iter().filter(|method| !method.client_streaming());
-                paths.extend(unary.map(|method| format!("/{name}/{}", method.name())));
+                paths.extend(found.method.iter().map(|method| format!("/{name}/{}", method.name())));
             }
         }
     }

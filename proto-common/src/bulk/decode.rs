@@ -85,6 +85,11 @@ impl<M: BulkMessage> Decoder<M> {
         }
     }
 
+    /// Messages that have not begun yet have at most `limit` bytes each.
+    pub fn set_limit(&mut self, limit: usize) {
+        self.limit = limit;
+    }
+
     /// Takes a data frame.
     pub fn push(&mut self, data: Bytes) {
         if data.len() < COPIED {

@@ -93,6 +93,13 @@ impl<M: BulkMessage> Incoming<M> {
         }
     }
 
+    /// Messages that have not begun yet have at most `limit` bytes each. Where the generated server has the body, it has its own limit.
+    pub fn set_limit(&mut self, limit: usize) {
+        if let From::Body(_, decoder) = &mut self.from {
+            decoder.set_limit(limit);
+        }
+    }
+
     /// The next message; `None` at the end of the stream. Cancel safe.
     ///
     /// # Errors

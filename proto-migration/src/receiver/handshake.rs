@@ -8,6 +8,8 @@ use proto_common::bulk::{BulkError, Incoming, Payload, Received};
 use proto_common::error::Error;
 use proto_common::fence::Fence;
 use proto_common::ids::{MigrationId, NodeId, RANDOM_ID_LEN};
+use proto_common::peer::PeerKey;
+use proto_common::prompt::{self, MAX_REQUEST_BYTES};
 use proto_common::refusal::Refusal;
 use proto_common::text::{hex, printable};
 use proto_common::v1::{NodeIdentity, Priority};
@@ -32,12 +34,14 @@ pub(super) const FIRST_FRAME: Duration = Duration::from_secs(30);
 /// The frames of one stream.
 pub(super) struct Frames {
     messages: Incoming<TransferMigrationDataRequest>,
+    /// Largest message behind the header, in bytes.
+    largest: usize,
 }
 
 impl Frames {
     /// Of a request whose batches have at most `batch_bytes` of payload.
     pub(super) fn new(request: Request<Streaming<TransferMigrationDataRequest>>, batch_bytes: u32) -> Self {
-        Self { messages: Incoming::new(request, largest_message(batch_bytes)) }
+        Self { messages: Incoming::new(request, MAX_REQUEST_BYTES), largest: largest_message(batch_bytes) }
     }
 
     /// The next frame, with its payload beside it; an end of the stream is an error, since only an end frame ends it well. Cancel safe.
@@ -56,9 +60,15 @@ impl Frames {
         }
     }
 
-    /// The header, which comes first and in time.
-    pub(super) async fn header(&mut self) -> Result<Header, Error> {
-        match tokio::time::timeout(FIRST_FRAME, self.next()).await.map_err(|_| idle(FIRST_FRAME))?? {
+    /// The header, which comes first and in time. It is like a request: small, and counted while it is waited for.
+    pub(super) async fn header(&mut self, peer: &PeerKey) -> Result<Header, Error> {
+        let largest = self.largest;
+        let first = prompt::first(peer, async {
+            tokio::time::timeout(FIRST_FRAME, self.next()).await.map_err(|_| idle(FIRST_FRAME))?
+        })
+        .await?;
+        self.messages.set_limit(largest);
+        match first {
             (Frame::Header(header), _) => Ok(header),
             (other, _) => Err(unexpected(&other, "the header")),
         }

@@ -11,7 +11,6 @@ use proto_common::bulk::Payload;
 use proto_common::clock::millis;
 use proto_common::error::Error;
 use proto_common::pace::Pace;
-use proto_common::prompt::wait_for;
 use proto_common::text::printable;
 use tokio::sync::mpsc::error::SendTimeoutError;
 use tokio::sync::{mpsc, watch};
@@ -78,12 +77,10 @@ impl Answers {
 impl<T: MigrationTarget> Inner<T> {
     /// Serves one stream to its end.
     pub(super) async fn serve(self: Arc<Self>, mut frames: Frames, caller: Caller, answers: Answers) {
-        let header = match wait_for(&caller.peer().key()) {
-            Ok(_waiting) => tokio::select! {
-                header = frames.header() => header,
-                () = self.stopping.cancelled() => Err(shutting_down()),
-            },
-            Err(error) => Err(error),
+        let peer = caller.peer().key();
+        let header = tokio::select! {
+            header = frames.header(&peer) => header,
+            () = self.stopping.cancelled() => Err(shutting_down()),
         };
         let checked = header
             .and_then(|header| CheckedHeader::check(header, &self.identity))

@@ -6,7 +6,6 @@ use proto_common::access::Caller;
 use proto_common::clock::{millis, now_unix_ms};
 use proto_common::error::Error;
 use proto_common::ids::TransferId;
-use proto_common::prompt::wait_for;
 use proto_common::v1::Direction;
 use tokio::sync::{MutexGuard, watch};
 use tokio_util::sync::CancellationToken;
@@ -75,10 +74,7 @@ impl<S: SnapshotStore> Inner<S> {
         caller: &Caller,
         answers: &Answers,
     ) -> Result<(), Error> {
-        let waiting = wait_for(&caller.peer().key())?;
-        let first = frames.next_within(self.limits.first_frame).await?;
-        drop(waiting);
-        match first {
+        match frames.first(&caller.peer().key(), self.limits.first_frame).await? {
             Some(Frame::Header(header)) => {
                 let header = ControlHeader::check(header, &self.identity.node_id, &self.limits)?;
                 let TransferSpec { source_node, source_shard, target_shard, slots, .. } = &header.spec;
@@ -273,6 +269,7 @@ impl<S: SnapshotStore> Inner<S> {
         let credit = Session::<S::Staging>::first_credit(&budget, &self.limits);
         let terms = Accepted { max_lanes: incoming.max_lanes(), durable_bytes, ..self.terms(credit) };
         accept(answers, terms, missing, &mut permit.stop.clone()).await?;
+        frames.only_chunks(self.limits.chunk_bytes);
         let mut session = Session {
             permit,
             frames: &mut frames,

@@ -6,7 +6,8 @@ use proto_common::bulk::{BulkError, Incoming, Payload, Received};
 use proto_common::error::Error;
 use proto_common::fence::Fence;
 use proto_common::ids::{NodeId, TransferId};
-use proto_common::prompt::MAX_REQUEST_BYTES;
+use proto_common::peer::PeerKey;
+use proto_common::prompt::{self, MAX_REQUEST_BYTES};
 use proto_common::refusal::Refusal;
 use proto_common::v1::Priority;
 use tonic::{Request, Streaming};
@@ -56,7 +57,20 @@ pub(super) struct CheckedLane {
 
 impl Frames {
     pub(super) fn new(request: Request<Streaming<TransferSplitSnapshotRequest>>) -> Self {
-        Self { messages: Incoming::new(request, MAX_MESSAGE_BYTES) }
+        Self { messages: Incoming::new(request, MAX_REQUEST_BYTES) }
+    }
+
+    /// The first frame, which has no payload. It is like a request: small, and counted while it is waited for.
+    pub(super) async fn first(&mut self, peer: &PeerKey, limit: Duration) -> Result<Option<Frame>, Error> {
+        let first = prompt::first(peer, self.next_within(limit)).await;
+        self.messages.set_limit(MAX_MESSAGE_BYTES);
+        first
+    }
+
+    /// From now on only chunks of at most `chunk_bytes` come, as on a lane: a part of a message that is larger than a chunk is not waited for.
+    pub(super) fn only_chunks(&mut self, chunk_bytes: u32) {
+        let chunk = usize::try_from(chunk_bytes).unwrap_or(usize::MAX);
+        self.messages.set_limit(chunk.saturating_add(MAX_REQUEST_BYTES).min(MAX_MESSAGE_BYTES));
     }
 
     /// The next frame, with its payload beside it; `None` at the end of the stream. Cancel safe.
@@ -81,7 +95,11 @@ impl Frames {
 /// A peer that is gone and a peer that sends garbage both end the stream; only the latter hears of it.
 fn broken(error: BulkError) -> Error {
     match error {
-        BulkError::TooLarge { .. } => refused(Refusal::TooLarge),
+        BulkError::TooLarge { len, limit } => Reason::ChunkTooLarge
+            .error(format!(
+                "a message has {len} bytes where at most {limit} are taken; send smaller chunks and pages"
+            ))
+            .metadata("max_message_bytes", limit.to_string()),
         BulkError::Compressed => refused(Refusal::Compressed { encoding: "unnamed".to_owned() }),
         BulkError::Malformed(_) | BulkError::Flag(_) => refused(Refusal::Undecodable).caused_by(error),
         error => ended_early().caused_by(error),
