@@ -2,14 +2,14 @@
 
 use std::io::Write as _;
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
 use crate::load::histogram;
 
 /// Writes that are kept one after the other.
-const SYNCS: usize = 300;
+const SYNCS: u32 = 300;
 /// As much as a page of a database.
 const PAGE: [u8; 4096] = [1; 4096];
 
@@ -19,10 +19,14 @@ pub(crate) struct Fsync {
     pub(crate) p99_ms: f64,
 }
 
-pub(crate) fn fsync(dir: &Path) -> Fsync {
+/// Of writes that are spread over `time`, so that they are no load of their own beside that of others.
+pub(crate) fn fsync(dir: &Path, time: Duration) -> Fsync {
     let mut file = tempfile::tempfile_in(dir).expect("a file in --dir");
     let mut micros = histogram();
-    for _ in 0..SYNCS {
+    let every = time / SYNCS;
+    let start = Instant::now();
+    for number in 0..SYNCS {
+        std::thread::sleep((start + every * number).saturating_duration_since(Instant::now()));
         file.write_all(&PAGE).unwrap();
         let began = Instant::now();
         file.sync_data().unwrap();

@@ -72,7 +72,7 @@ async fn main() {
     let (migrations, time) = if options.quick { (2, 1) } else { (30, 5) };
     let (migrations, time) = (options.migrations.unwrap_or(migrations), Duration::from_secs(time));
     let program = options.node.clone().unwrap_or_else(nodes::build);
-    let mut report = Report::new(KEYS, disk::fsync(&options.dir));
+    let mut report = Report::new(KEYS, disk::fsync(&options.dir, Duration::ZERO));
     let mut loads: Vec<_> =
         options.loads.iter().map(|&offered| (offered.to_string(), Offer::Rate(offered))).collect();
     if options.saturation {
@@ -131,6 +131,9 @@ async fn measure(
     let dir = tempfile::tempdir_in(dir).unwrap();
     let (one, two) = start(program, dir.path()).await;
     let writers = Load::start([&one, &two], MOVING, KEYS, offered, BESIDE);
+    // Before anything is measured of the writers, so that they don't wait for it.
+    let place = dir.path().to_owned();
+    let fsync = tokio::task::spawn_blocking(move || disk::fsync(&place, time)).await.unwrap();
     let alone = alone(&writers, time).await;
     let mut ends = [&one, &two];
     let mut took = Duration::ZERO;
@@ -152,7 +155,7 @@ async fn measure(
     let after = self::alone(&writers, time).await;
     writers.stop().await;
     let mean_migration_s = took.as_secs_f64() / f64::from(u32::try_from(migrations.max(1)).unwrap());
-    Row { load, alone, migrating, after, migrations, mean_migration_s, freezes, given_up, slowed }
+    Row { load, fsync, alone, migrating, after, migrations, mean_migration_s, freezes, given_up, slowed }
 }
 
 /// Waits until something holds, at most two minutes.

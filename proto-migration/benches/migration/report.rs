@@ -14,6 +14,7 @@ use crate::load::Measured;
 pub(crate) struct Report {
     pub(crate) cores: usize,
     pub(crate) keys: u64,
+    /// Of a disk with nothing else to do.
     pub(crate) fsync: Fsync,
     /// Writes per second to the moving slots.
     pub(crate) saturation: Option<u64>,
@@ -24,6 +25,8 @@ pub(crate) struct Report {
 #[derive(Serialize)]
 pub(crate) struct Row {
     pub(crate) load: String,
+    /// Beside that load, without a migration.
+    pub(crate) fsync: Fsync,
     pub(crate) alone: Measured,
     pub(crate) migrating: Measured,
     pub(crate) after: Measured,
@@ -82,6 +85,7 @@ impl Row {
             ratio(|measured| measured.staying.per_s),
             three(|measured| measured.moving.p99_ms),
             three(|measured| measured.staying.p99_ms),
+            format!("{:.1} {:.1}", self.fsync.p50_ms, self.fsync.p99_ms),
             format!("{} {}", self.freeze_ms(50), self.freeze_ms(99)),
             format!("{:.1}", self.mean_migration_s),
             format!("{}/{} {}", self.slowed, self.migrations, self.given_up),
@@ -94,7 +98,7 @@ impl fmt::Display for Report {
         let Fsync { p50_ms, p99_ms } = self.fsync;
         writeln!(
             f,
-            "{} cores, {} keys; fsync p50 {p50_ms:.2} ms, p99 {p99_ms:.2} ms",
+            "{} cores, {} keys; fsync without a load p50 {p50_ms:.2} ms, p99 {p99_ms:.2} ms",
             self.cores, self.keys
         )?;
         if let Some(saturation) = self.saturation {
@@ -109,6 +113,7 @@ impl fmt::Display for Report {
             "others ×",
             "moving p99 ms",
             "others p99 ms",
+            "fsync ms",
             "freeze ms",
             "migration s",
             "slowed",
@@ -121,7 +126,7 @@ impl fmt::Display for Report {
         writeln!(
             f,
             "acked: without a migration; ×: writes/s while slots move, relative to that; p99: before, during and after the migrations; \
-             freeze: p50 and p99; slowed: migrations that slowed writers, of how many, and freezes that were given up"
+             fsync: p50 and p99 beside the load, without a migration; freeze: p50 and p99; slowed: migrations that slowed writers, of how many, and freezes that were given up"
         )
     }
 }
