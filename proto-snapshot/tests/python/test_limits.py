@@ -1,5 +1,6 @@
 """Limits, one by one, and peers that are slow, silent or many."""
 
+import contextlib
 import os
 import threading
 import time
@@ -250,7 +251,8 @@ def test_unknown_size_outgrows_the_disk(start):
     peer = start(capacity_bytes=2 * MIB)
     snapshot = Snapshot({"f": os.urandom(4 * MIB)}, unknown_sizes={"f"})
     stream = peer.open(snapshot).wait_accepted()
-    with pytest.raises(Refused):
+    # What is sent may all be on its way before the receiver has no more room.
+    with contextlib.suppress(Refused):
         stream.send_extents(snapshot, stream.missing, 65536)
     stream.refusal().must_be("INSUFFICIENT_DISK")
     transfer = peer.progress(snapshot)
