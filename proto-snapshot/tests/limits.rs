@@ -361,6 +361,7 @@ async fn a_message() {
             let of_lane = Refusal { facts: &[("max_message_bytes", Some("81920"))], ..too_large };
             let header = begun("x4", |header| header.source_shard_id = "x".repeat(MAX_REQUEST_BYTES));
             let header = bench.refuses(header).await;
+            assert!(header.message().contains("the header has"), "{header:?}");
             let of_header = Refusal { facts: &[("max_message_bytes", Some("16384"))], ..too_large };
             let abuse = Abuse::default().refused(chunk, too_large).refused(page, too_large);
             abuse.refused(on_lane, of_lane).refused(header, of_header).holds((stream, control, lane))

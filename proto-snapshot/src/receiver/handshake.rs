@@ -95,11 +95,16 @@ impl Frames {
 /// A peer that is gone and a peer that sends garbage both end the stream; only the latter hears of it.
 fn broken(error: BulkError) -> Error {
     match error {
-        BulkError::TooLarge { len, limit } => Reason::ChunkTooLarge
-            .error(format!(
-                "a message has {len} bytes where at most {limit} are taken; send smaller chunks and pages"
-            ))
-            .metadata("max_message_bytes", limit.to_string()),
+        BulkError::TooLarge { len, limit } => {
+            // Only a header has so low a limit.
+            let (what, advice) = match limit {
+                MAX_REQUEST_BYTES => ("the header", "shorten its texts"),
+                _ => ("a message", "send smaller chunks and pages"),
+            };
+            Reason::ChunkTooLarge
+                .error(format!("{what} has {len} bytes where at most {limit} are taken; {advice}"))
+                .metadata("max_message_bytes", limit.to_string())
+        }
         BulkError::Compressed => refused(Refusal::Compressed { encoding: "unnamed".to_owned() }),
         BulkError::Malformed(_) | BulkError::Flag(_) => refused(Refusal::Undecodable).caused_by(error),
         error => ended_early().caused_by(error),
