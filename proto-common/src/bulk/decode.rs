@@ -2,7 +2,7 @@
 
 use std::marker::PhantomData;
 
-use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
+use bytes::{Buf, BufMut as _, Bytes, BytesMut};
 use prost::DecodeError;
 use prost::encoding::{WireType, decode_key, decode_varint, encode_key, encode_varint};
 use tonic::Status;
@@ -18,9 +18,6 @@ const COPIED: usize = 16 << 10;
 
 /// What takes the place of a payload while prost decodes the rest of its message.
 const TOKEN: u8 = 1;
-
-/// What there is, as a rule, around a payload, in bytes: room that does not have to grow.
-const AROUND: usize = 64;
 
 /// Why there is no next message.
 #[derive(Debug, thiserror::Error)]
@@ -69,8 +66,19 @@ pub struct Decoder<M> {
     /// Length of the message whose prefix was read.
     message: Option<usize>,
     limit: usize,
+    scratch: Scratch,
     _message: PhantomData<fn() -> M>,
 }
+
+/// Where a message is put together without its payload, to be used again: small ones come by the thousand.
+#[derive(Debug, Default)]
+struct Scratch {
+    message: BytesMut,
+    frame: BytesMut,
+}
+
+/// A scratch that has grown beyond this is not kept.
+const KEPT: usize = 16 << 10;
 
 impl<M: BulkMessage> Decoder<M> {
     /// For messages of at most `limit` bytes.
@@ -81,6 +89,7 @@ impl<M: BulkMessage> Decoder<M> {
             small: BytesMut::new(),
             message: None,
             limit,
+            scratch: Scratch::default(),
             _message: PhantomData,
         }
     }
@@ -133,7 +142,11 @@ impl<M: BulkMessage> Decoder<M> {
         }
         self.gather();
         self.message = None;
-        decode(self.frames.split_to(len)).map(Some).map_err(BulkError::Malformed)
+        let decoded = decode(self.frames.split_to(len), &mut self.scratch);
+        if self.scratch.message.capacity().max(self.scratch.frame.capacity()) > KEPT {
+            self.scratch = Scratch::default();
+        }
+        decoded.map(Some).map_err(BulkError::Malformed)
     }
 
     /// Whether a message has begun that is not complete.
@@ -152,27 +165,43 @@ impl<M: BulkMessage> Decoder<M> {
     }
 }
 
-/// Decodes one message.
-fn decode<M: BulkMessage>(message: Payload) -> Result<Received<M>, DecodeError> {
-    let mut small = BytesMut::with_capacity(AROUND);
-    let Some(payload) = lift::<M>(message.clone().reader(), &mut small) else {
-        // A message with groups, which nobody sends and prost skips, or one that is broken: prost says how.
-        let mut message = M::decode(message.into_bytes())?;
-        let payload = message.payload_mut().map(std::mem::take).unwrap_or_default();
-        return Ok(Received { message, payload: payload.into() });
+/// Decodes one message, with the help of `scratch`.
+fn decode<M: BulkMessage>(message: Payload, scratch: &mut Scratch) -> Result<Received<M>, DecodeError> {
+    // One that does not begin with a frame that has a payload, such as a page of a list, has nothing to be spared a copy.
+    let mut start = message.slices().first().map_or(&[][..], |first| first);
+    if decode_key(&mut start).is_ok_and(|(tag, _)| payload_tag::<M>(tag).is_none()) {
+        return whole(message);
+    }
+    scratch.message.clear();
+    let lifted = match message.slices() {
+        // As a rule a small message is in one piece, and then there is nothing to be made for it.
+        [all] => lift::<M, Bytes>(all.clone(), scratch),
+        _ => lift::<M, Reader>(message.clone().reader(), scratch),
     };
-    let mut message = M::decode(small.freeze())?;
+    let Some(payload) = lifted else {
+        // A message with groups, which nobody sends and prost skips, or one that is broken: prost says how.
+        return whole(message);
+    };
+    let mut message = M::decode(&scratch.message[..])?;
     let token = message.payload_mut().map(std::mem::take).unwrap_or_default();
     Ok(Received { message, payload: if token.is_empty() { Payload::default() } else { payload } })
 }
 
-/// Copies `message` to `small`, but for the payloads: each leaves a token there, and the last one that is not empty is returned. `None` if there
+/// Decodes one message as prost does.
+fn whole<M: BulkMessage>(message: Payload) -> Result<Received<M>, DecodeError> {
+    let mut message = M::decode(message.into_bytes())?;
+    let payload = message.payload_mut().map(std::mem::take).unwrap_or_default();
+    Ok(Received { message, payload: payload.into() })
+}
+
+/// Copies `message` to the scratch, but for the payloads: each leaves a token there, and the last one that is not empty is returned. `None` if there
 /// is something else than fields whose ends show.
 ///
 /// The last one is enough. Where fields repeat, prost merges a frame into one of the same kind before it, and drops one of another kind, so a
 /// payload that lasts is followed by no other; whether it lasts is what the token tells.
-fn lift<M: BulkMessage>(mut message: Reader, small: &mut BytesMut) -> Option<Payload> {
-    let mut payload = Payload::default();
+fn lift<M: BulkMessage, S: Source>(mut message: S, scratch: &mut Scratch) -> Option<Payload> {
+    let Scratch { message: small, frame: kept } = scratch;
+    let mut payload = None;
     while message.has_remaining() {
         let (tag, wire_type) = decode_key(&mut message).ok()?;
         let frame = payload_tag::<M>(tag).filter(|_| wire_type == WireType::LengthDelimited);
@@ -180,32 +209,32 @@ fn lift<M: BulkMessage>(mut message: Reader, small: &mut BytesMut) -> Option<Pay
             copy_field(tag, wire_type, &mut message, small)?;
             continue;
         };
-        let mut frame = delimited(&mut message)?.reader();
-        let mut kept = BytesMut::with_capacity(AROUND);
+        let mut frame = delimited(&mut message)?;
+        kept.clear();
         while frame.has_remaining() {
             let (tag, wire_type) = decode_key(&mut frame).ok()?;
             if tag != payload_tag || wire_type != WireType::LengthDelimited {
-                copy_field(tag, wire_type, &mut frame, &mut kept)?;
+                copy_field(tag, wire_type, &mut frame, kept)?;
                 continue;
             }
             let bytes = delimited(&mut frame)?;
-            encode_key(tag, wire_type, &mut kept);
-            if bytes.is_empty() {
-                kept.put_u8(0);
-            } else {
+            encode_key(tag, wire_type, kept);
+            if bytes.has_remaining() {
                 kept.put_slice(&[1, TOKEN]);
-                payload = bytes;
+                payload = Some(bytes);
+            } else {
+                kept.put_u8(0);
             }
         }
         encode_key(tag, wire_type, small);
         encode_varint(kept.len() as u64, small);
-        small.extend_from_slice(&kept);
+        small.extend_from_slice(kept);
     }
-    Some(payload)
+    Some(payload.map(S::into_payload).unwrap_or_default())
 }
 
 /// Copies the field whose key was read. `None` for a group, whose end only shows by reading it, and for one that is cut short.
-fn copy_field(tag: u32, wire_type: WireType, from: &mut Reader, to: &mut BytesMut) -> Option<()> {
+fn copy_field<S: Source>(tag: u32, wire_type: WireType, from: &mut S, to: &mut BytesMut) -> Option<()> {
     let value = match wire_type {
         WireType::Varint => {
             let value = decode_varint(from).ok()?;
@@ -220,18 +249,46 @@ fn copy_field(tag: u32, wire_type: WireType, from: &mut Reader, to: &mut BytesMu
     };
     encode_key(tag, wire_type, to);
     if wire_type == WireType::LengthDelimited {
-        encode_varint(value.len() as u64, to);
+        encode_varint(value.remaining() as u64, to);
     }
-    value.slices().iter().for_each(|slice| to.extend_from_slice(slice));
+    to.put(value);
     Some(())
 }
 
 /// The bytes behind their length.
-fn delimited(from: &mut Reader) -> Option<Payload> {
+fn delimited<S: Source>(from: &mut S) -> Option<S> {
     let len = decode_varint(from).ok()?;
     take(from, usize::try_from(len).ok()?)
 }
 
-fn take(from: &mut Reader, len: usize) -> Option<Payload> {
-    (len <= from.remaining()).then(|| from.split_to(len))
+fn take<S: Source>(from: &mut S, len: usize) -> Option<S> {
+    (len <= from.remaining()).then(|| from.cut(len))
+}
+
+/// Bytes that can be taken apart without a copy.
+trait Source: Buf + Sized {
+    /// Takes the next `len` bytes, which are there.
+    fn cut(&mut self, len: usize) -> Self;
+
+    fn into_payload(self) -> Payload;
+}
+
+impl Source for Bytes {
+    fn cut(&mut self, len: usize) -> Self {
+        self.split_to(len)
+    }
+
+    fn into_payload(self) -> Payload {
+        self.into()
+    }
+}
+
+impl Source for Reader {
+    fn cut(&mut self, len: usize) -> Self {
+        self.split_to(len).reader()
+    }
+
+    fn into_payload(mut self) -> Payload {
+        self.split_to(self.remaining())
+    }
 }

@@ -55,11 +55,28 @@ pub fn encode<M: BulkMessage>(mut message: M, limit: usize) -> Result<Parts, Too
     Ok(parts)
 }
 
+/// Encodes a message of at most `limit` bytes behind what is in `to`, its payload included.
+///
+/// # Errors
+///
+/// When it is longer.
+#[cfg(feature = "client")]
+pub(super) fn append<M: BulkMessage>(message: &M, limit: usize, to: &mut BytesMut) -> Result<(), TooLong> {
+    to.put_u8(0);
+    to.put_u32(declared(message.encoded_len(), limit)?);
+    // The only error is a lack of room, and this buffer grows.
+    let _ = message.encode(to);
+    Ok(())
+}
+
+/// The length of a message as its prefix has it.
+fn declared(len: usize, limit: usize) -> Result<u32, TooLong> {
+    u32::try_from(len).ok().filter(|_| len <= limit).ok_or(TooLong { len, limit })
+}
+
 /// Writes the prefix of a message of which `rest` bytes follow.
 fn finish(mut head: BytesMut, rest: usize, limit: usize) -> Result<Bytes, TooLong> {
-    let limit = limit.min(usize::try_from(u32::MAX).unwrap_or(usize::MAX));
-    let len = (head.len() - PREFIX).saturating_add(rest);
-    let declared = u32::try_from(len).ok().filter(|_| len <= limit).ok_or(TooLong { len, limit })?;
+    let declared = declared((head.len() - PREFIX).saturating_add(rest), limit)?;
     head[1..PREFIX].copy_from_slice(&declared.to_be_bytes());
     Ok(head.freeze())
 }

@@ -12,7 +12,8 @@ use tonic::body::Body;
 use tonic::client::GrpcService;
 use tonic::codegen::{Service, http};
 
-use super::{BulkMessage, TooLong, encode};
+use super::encode::append;
+use super::{BulkMessage, PREFIX, TooLong, encode};
 
 /// The body of a request: the messages of a channel, each in one data frame or, if it has a payload, in two.
 ///
@@ -60,12 +61,11 @@ impl<M: BulkMessage> Outgoing<M> {
         {
             return self.one(message);
         }
-        let mut joined = BytesMut::new();
-        for message in batch {
-            let parts = encode(message, self.limit)?;
-            joined.reserve(parts.head.len() + parts.payload.len());
-            joined.extend_from_slice(&parts.head);
-            joined.extend_from_slice(&parts.payload);
+        // All at once: what grows step by step is copied at each.
+        let room = batch.iter().map(|message| message.encoded_len() + PREFIX).sum();
+        let mut joined = BytesMut::with_capacity(room);
+        for message in &batch {
+            append(message, self.limit, &mut joined)?;
         }
         Ok(joined.freeze())
     }

@@ -31,17 +31,19 @@ use crate::v1::transfer_split_snapshot_request::{Chunk, End, Frame};
 use crate::v1::transfer_split_snapshot_response::{Accepted, Ack, Extent as WireExtent, Frame as Answer};
 use crate::v1::{TransferPhase, TransferSplitSnapshotResponse};
 
-/// Chunks between the socket and the writer. Credit bounds their payload bytes, and [`OWNED`] what these keep alive.
-const QUEUE: usize = 1024;
+/// Runs of chunks, of at most [`FRAMES`] each, between the socket and the writer. Credit bounds their payload bytes, and [`OWNED`] what these keep alive.
+const QUEUE: usize = 64;
 /// A payload below this size gets memory of its own: as the slice of an HTTP/2 frame that it came as, it keeps all of that, up to 512 KiB, whatever
 /// else was in there, and credit would not bound the memory of the queue. A longer one keeps at most the frames at its two ends, eight times
-/// its size. How large a frame was does not show in its slices, so small files that came together in one are copied too: they are in the
-/// processor's cache, since their checksum was just computed, and making a file costs many times the copy.
+/// its size. The same goes for small ones that lie one behind the other in memory: together they keep no more than one long payload, and those
+/// that came in one batch go to the store as they came.
 const OWNED: usize = 128 << 10;
-/// Chunks that the writer takes at once, so that small files do not cost a change of threads each; half of the queue, so that the rest is
-/// filled meanwhile.
-const BATCH: usize = QUEUE / 2;
-/// Bytes of a batch, but for its last chunk: a quarter of the default credit, since the sender gets that back when all of it is written.
+/// Bytes between payloads that lie one behind the other: what is around a payload in a message, and no more.
+const BETWEEN: usize = 64;
+/// Chunks that the writer takes at once, but for the rest of a run, so that small files do not cost a change of threads each; a fraction of the queue, so
+/// that the rest is filled meanwhile.
+const BATCH: usize = 512;
+/// Bytes of a batch, but for its last run: a quarter of the default credit, since the sender gets that back when all of it is written.
 const BATCH_BYTES: usize = 2 << 20;
 /// Credit of a stream that has brought nothing yet; a chunk where that is larger. What is promised cannot be taken back: where many transfers begin at
 /// once, the first would have the whole credit of one that is alone. Of 200 of 64 MiB each, when a tenth of all had been sent, the fastest had sent 3 to
@@ -216,15 +218,15 @@ impl<A: Staging> Session<'_, A> {
     pub(super) async fn run(&mut self, mut credit: u64) -> Result<(Option<Vec<FileTotal>>, Ack), Error> {
         let incoming = Arc::clone(self.permit.incoming());
         let written = Arc::new(Written { bytes: AtomicU64::new(0) });
-        let (queue, chunks) = mpsc::channel(QUEUE);
+        let (queue, runs) = mpsc::channel(QUEUE);
         // The writer is never dropped half-way: it ends when the queue does, and it is waited for.
         let writer =
-            tokio::spawn(write_all(Arc::clone(&incoming), chunks, Arc::clone(&written), self.limits.clone()));
-        let mut in_hand = None;
+            tokio::spawn(write_all(Arc::clone(&incoming), runs, Arc::clone(&written), self.limits.clone()));
+        let mut in_hand = Gathered::default();
         let result = self.read(&incoming, &queue, &mut in_hand, &written, &mut credit).await;
         // What was claimed must be written, or nobody would send it again while this attempt lasts.
-        if let Some(chunk) = in_hand {
-            let _ = queue.send(chunk).await;
+        if let Some(run) = in_hand.end() {
+            let _ = queue.send(run).await;
         }
         drop(queue);
         let wrote = writer.await.unwrap_or_else(|error| {
@@ -244,8 +246,8 @@ impl<A: Staging> Session<'_, A> {
     async fn read(
         &mut self,
         incoming: &Incoming<A>,
-        queue: &mpsc::Sender<(StagedChunk, u64)>,
-        in_hand: &mut Option<(StagedChunk, u64)>,
+        queue: &mpsc::Sender<Run>,
+        in_hand: &mut Gathered,
         written: &Written,
         credit: &mut u64,
     ) -> Result<Option<Vec<FileTotal>>, Error> {
@@ -273,10 +275,10 @@ impl<A: Staging> Session<'_, A> {
                         last_ack = ack;
                     }
                 }
-                permit = queue.reserve(), if in_hand.is_some() => {
+                permit = queue.reserve(), if !in_hand.is_empty() => {
                     let permit = permit.map_err(|_| ended_early())?;
-                    if let Some(chunk) = in_hand.take() {
-                        permit.send(chunk);
+                    if let Some(run) = in_hand.end() {
+                        permit.send(run);
                     }
                     deadline = Instant::now() + self.limits.idle;
                 }
@@ -293,22 +295,29 @@ impl<A: Staging> Session<'_, A> {
                     let told = self.tell(ack, credit, &mut last_ack);
                     ack_at = (!told).then(|| Instant::now() + ACK_DELAY);
                 }
-                frame = self.frames.next(), if in_hand.is_none() => {
+                frame = self.frames.next(), if in_hand.is_empty() => {
                     deadline = Instant::now() + self.limits.idle;
                     let (mut frame, before) = (frame?, begun.taken);
                     for more in (0..FRAMES).rev() {
-                        if let ControlFlow::Break(totals) = self.take(frame, incoming, &mut begun, *credit, queue, in_hand)? {
+                        if let ControlFlow::Break(totals) = self.take(frame, incoming, &mut begun, *credit, in_hand)? {
                             return Ok(totals);
                         }
                         // Small chunks that are here do not each get a look at everything else.
-                        if more == 0 || in_hand.is_some() || begun.taken - before >= AT_ONCE {
+                        if more == 0 || begun.taken - before >= AT_ONCE {
                             break;
                         }
                         let Some(next) = self.frames.next().now_or_never() else { break };
                         frame = next?;
                     }
+                    // Most often there is room, and no need to wait for it.
+                    if !in_hand.is_empty()
+                        && let Ok(permit) = queue.try_reserve()
+                        && let Some(run) = in_hand.end()
+                    {
+                        permit.send(run);
+                    }
                 }
-                () = tokio::time::sleep_until(deadline), if in_hand.is_none() => return Err(idle(self.limits.idle)),
+                () = tokio::time::sleep_until(deadline), if in_hand.is_empty() => return Err(idle(self.limits.idle)),
                 () = tokio::time::sleep_until(pace.due()), if self.control => {
                     // What any stream has taken waits for the store, not for the sender.
                     let (written, unwritten) = (incoming.wire_bytes(), incoming.ledger().unwritten_bytes());
@@ -329,8 +338,7 @@ impl<A: Staging> Session<'_, A> {
         incoming: &Incoming<A>,
         begun: &mut Begun,
         credit: u64,
-        queue: &mpsc::Sender<(StagedChunk, u64)>,
-        in_hand: &mut Option<(StagedChunk, u64)>,
+        in_hand: &mut Gathered,
     ) -> Result<ControlFlow<Option<Vec<FileTotal>>>, Error> {
         let Begun { taken, totals } = begun;
         match frame {
@@ -339,9 +347,7 @@ impl<A: Staging> Session<'_, A> {
                 let checked = self.check(incoming, &chunk, payload, *taken, credit)?;
                 *taken += bytes;
                 // Claimed from here on, so it must be written, whatever comes.
-                if let Err(error) = queue.try_send(checked) {
-                    *in_hand = Some(error.into_inner());
-                }
+                in_hand.add(checked);
             }
             Some((Frame::Heartbeat(_), _)) => {}
             Some((Frame::End(end), _)) if self.control => {
@@ -397,7 +403,7 @@ impl<A: Staging> Session<'_, A> {
             )));
         }
         incoming.ledger().claim(Extent { file, offset, len: bytes })?;
-        Ok((StagedChunk { file, offset, payload: owned(payload) }, crc64nvme))
+        Ok((StagedChunk { file, offset, payload }, crc64nvme))
     }
 
     /// Whether the sender has use for `ack` now: bytes became durable, a good part of its credit is back, or it may not have enough
@@ -434,6 +440,57 @@ impl<A: Staging> Session<'_, A> {
     }
 }
 
+/// Chunks that go to the writer together, with their checksums.
+type Run = Vec<(StagedChunk, u64)>;
+
+/// The run that is being taken from the socket.
+#[derive(Debug, Default)]
+struct Gathered {
+    run: Run,
+    /// Where the last chunks lie one behind the other in memory: the first of them, their bytes, and the address of what follows.
+    first: usize,
+    bytes: usize,
+    next: Option<usize>,
+}
+
+impl Gathered {
+    fn is_empty(&self) -> bool {
+        self.run.is_empty()
+    }
+
+    fn add(&mut self, chunk: (StagedChunk, u64)) {
+        let payload = &chunk.0.payload;
+        let (at, next) = match payload.slices() {
+            [all] => (Some(all.as_ptr().addr()), Some(all.as_ptr().addr().saturating_add(all.len()))),
+            _ => (None, None),
+        };
+        let follows = self.next.zip(at).and_then(|(next, at)| at.checked_sub(next));
+        if follows.is_none_or(|gap| gap > BETWEEN) {
+            self.part();
+        }
+        self.bytes += payload.len();
+        self.next = next;
+        self.run.push(chunk);
+    }
+
+    /// What comes lies elsewhere: what is there so far gets memory of its own, if it is small.
+    fn part(&mut self) {
+        if self.bytes < OWNED {
+            for (chunk, _) in self.run.iter_mut().skip(self.first) {
+                chunk.payload = owned(std::mem::take(&mut chunk.payload));
+            }
+        }
+        (self.first, self.bytes, self.next) = (self.run.len(), 0, None);
+    }
+
+    /// The whole run, if there is any.
+    fn end(&mut self) -> Option<Run> {
+        self.part();
+        self.first = 0;
+        Some(std::mem::take(&mut self.run)).filter(|run| !run.is_empty())
+    }
+}
+
 /// Without the frame that it came in, if it is small; see [`OWNED`].
 fn owned(payload: Payload) -> Payload {
     if payload.len() >= OWNED {
@@ -447,19 +504,19 @@ fn owned(payload: Payload) -> Payload {
 /// Writes what a session has checked, until its queue ends.
 async fn write_all<A: Staging>(
     incoming: Arc<Incoming<A>>,
-    mut chunks: mpsc::Receiver<(StagedChunk, u64)>,
+    mut runs: mpsc::Receiver<Run>,
     written: Arc<Written>,
     limits: Limits,
 ) -> Result<(), Error> {
     let mut batch = Vec::new();
-    while let Some(first) = chunks.recv().await {
+    while let Some(first) = runs.recv().await {
         let mut size = 0;
         let mut next = Some(first);
-        while let Some(chunk) = next {
-            size += chunk.0.payload.len();
-            batch.push(chunk);
-            let full = batch.len() == BATCH || size >= BATCH_BYTES;
-            next = if full { None } else { chunks.try_recv().ok() };
+        while let Some(run) = next {
+            size += run.iter().map(|(chunk, _)| chunk.payload.len()).sum::<usize>();
+            batch.extend(run);
+            let full = batch.len() >= BATCH || size >= BATCH_BYTES;
+            next = if full { None } else { runs.try_recv().ok() };
         }
         let records: Vec<_> = batch
             .iter()
@@ -575,6 +632,44 @@ mod tests {
         let large = of_frame(OWNED);
         let at = large.as_ptr();
         assert_eq!(owned(large.into()).slices()[0].as_ptr(), at);
+    }
+
+    /// A run of chunks with these payloads, and whether each stayed where it was.
+    fn gathered(payloads: Vec<Payload>) -> (Run, Vec<bool>) {
+        let at = |payload: &Payload| payload.slices()[0].as_ptr();
+        let before: Vec<_> = payloads.iter().map(at).collect();
+        let mut gathered = Gathered::default();
+        for (file, payload) in (0..).zip(payloads) {
+            gathered.add((StagedChunk { file, offset: 0, payload }, 0));
+        }
+        let run = gathered.end().unwrap();
+        assert!(gathered.is_empty() && gathered.end().is_none());
+        let stayed =
+            run.iter().zip(before).map(|((chunk, _), before)| at(&chunk.payload) == before).collect();
+        (run, stayed)
+    }
+
+    #[test]
+    fn small_payloads_stay_in_their_frame_where_they_fill_enough_of_it() {
+        let frame = Bytes::from((0..512 << 10).map(|at: u32| at.to_le_bytes()[1]).collect::<Vec<u8>>());
+        let part = |at: usize, len: usize| Payload::from(frame.slice(at..at + len));
+        let step = (4 << 10) + BETWEEN;
+        let all: Vec<_> = (0..40).map(|number| part(number * step, 4 << 10)).collect();
+        // 32 of them are 128 KiB, 31 are not.
+        assert_eq!(gathered(all[..32].to_vec()).1, [true; 32]);
+        assert_eq!(gathered(all[..31].to_vec()).1, [false; 31]);
+        // What lies elsewhere does not count with them, and neither does what comes before another.
+        let (run, stayed) = gathered([&all[36..], &all[..32], &all[39..]].concat());
+        assert_eq!(stayed, [vec![false; 4], vec![true; 32], vec![false]].concat());
+        let order: Vec<_> = [&all[36..], &all[..32], &all[39..]].concat();
+        assert!(
+            run.iter().zip(&order).all(|((chunk, _), sent)| chunk.payload == *sent),
+            "the bytes are the same"
+        );
+        // A wide gap is filled by something that nobody has counted.
+        let wide: Vec<_> = (0..40).map(|number| part(number * (step + 1), 4 << 10)).collect();
+        assert_eq!(gathered(wide).1, [false; 40]);
+        assert_eq!(gathered(vec![part(0, OWNED), part(OWNED, 1 << 10)]).1, [true; 2]);
     }
 
     #[test]

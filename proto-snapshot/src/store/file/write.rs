@@ -280,15 +280,12 @@ fn mark(dirs: &mut HashSet<PathBuf>, dir: &Path) {
 
 /// Writes all pieces from `offset` on, with as few calls as the system allows.
 pub(super) fn write_all_at(file: &File, payload: &Payload, mut offset: u64) -> io::Result<()> {
-    // A small file is one piece, and not worth a list.
-    let (mut one, mut many);
-    let mut rest = if let [all] = payload.slices() {
-        one = [IoSlice::new(all)];
-        one.as_mut_slice()
-    } else {
-        many = payload.io_slices().collect::<Vec<_>>();
-        many.as_mut_slice()
-    };
+    // A small file is one piece, and not worth a list, neither here nor in the kernel.
+    if let [all] = payload.slices() {
+        return file.write_all_at(all, offset);
+    }
+    let mut many = payload.io_slices().collect::<Vec<_>>();
+    let mut rest = many.as_mut_slice();
     while !rest.is_empty() {
         let now = &rest[..rest.len().min(MAX_PIECES)];
         match rustix::io::pwritev(file, now, offset) {
