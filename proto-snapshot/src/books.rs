@@ -105,19 +105,9 @@ fn place(file: u32) -> (usize, u64, usize) {
 #[allow(clippy::cast_possible_truncation, reason = "the numbers of test data are small")]
 mod tests {
     use proptest::prelude::*;
-    use proto_common::path::FileName;
 
     use super::*;
-    use crate::spec::ManifestFile;
-
-    fn manifest(sizes: &[Option<u64>]) -> Manifest {
-        let file = |(number, size): (usize, &Option<u64>)| ManifestFile {
-            name: FileName::new(&format!("f{number}")).unwrap(),
-            size: *size,
-            blake3: None,
-        };
-        Manifest::new(sizes.iter().enumerate().map(file).collect()).unwrap()
-    }
+    use crate::spec::tests::manifest;
 
     proptest! {
         #[test]

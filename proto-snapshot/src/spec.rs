@@ -314,8 +314,16 @@ impl From<&TransferSpec> for v1::TransferProgress {
     clippy::cast_sign_loss,
     reason = "the numbers of test data are small"
 )]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+
+    /// Files of these sizes, in order.
+    #[cfg(any(feature = "client", feature = "server"))]
+    pub(crate) fn manifest(sizes: &[Option<u64>]) -> Manifest {
+        let name = |number| format!("f{number}");
+        Manifest::new(sizes.iter().enumerate().map(|(number, size)| file(&name(number), *size)).collect())
+            .unwrap()
+    }
 
     fn header() -> request::Header {
         request::Header {

@@ -198,7 +198,7 @@ impl<S: SnapshotStore> Inner<S> {
         });
         let (missing, durable_bytes, reused_bytes) = {
             let ledger = incoming.ledger();
-            (ledger.missing(), ledger.durable_bytes(), ledger.reused_bytes())
+            (ledger.missing(header.file_runs), ledger.durable_bytes(), ledger.reused_bytes())
         };
         let budget = self.budget.join(&incoming.plan.spec.source_node);
         let credit = Session::<S::Staging>::first_credit(&budget, &self.limits);
@@ -263,7 +263,7 @@ impl<S: SnapshotStore> Inner<S> {
         let incoming = permit.incoming();
         let (missing, durable_bytes) = {
             let ledger = incoming.ledger();
-            (ledger.missing(), ledger.durable_bytes())
+            (ledger.missing(false), ledger.durable_bytes())
         };
         let budget = self.budget.join(&incoming.plan.spec.source_node);
         let credit = Session::<S::Staging>::first_credit(&budget, &self.limits);

@@ -21,7 +21,10 @@ use crate::v1::TransferSplitSnapshotRequest;
 use crate::v1::transfer_split_snapshot_request::{Frame, Header, LaneHeader};
 
 /// Features that this version has.
-pub(crate) const FEATURES: [&str; 4] = ["lanes", "reuse", "unknown-size", "crc64nvme"];
+pub(crate) const FEATURES: [&str; 5] = ["lanes", "reuse", "unknown-size", "crc64nvme", FILE_RUNS];
+
+/// The sender understands [`Extent::more_files`](crate::v1::transfer_split_snapshot_response::Extent::more_files).
+const FILE_RUNS: &str = "file-runs";
 
 /// Features in a header at most; more than any version will have.
 const MAX_FEATURES: usize = 64;
@@ -44,6 +47,8 @@ pub(super) struct ControlHeader {
     pub(super) total_bytes: Option<u64>,
     pub(super) lanes: u32,
     pub(super) discard_staged: bool,
+    /// Whether it may be told of runs of missing files.
+    pub(super) file_runs: bool,
 }
 
 /// A lane's header whose every field was checked.
@@ -257,6 +262,7 @@ impl ControlHeader {
             total_bytes,
             lanes: lanes.max(1),
             discard_staged,
+            file_runs: supported_features.iter().any(|name| name == FILE_RUNS),
         })
     }
 

@@ -427,7 +427,7 @@ impl<A: Staging> Incoming<A> {
         const READ_RATE: u64 = 16 << 20;
         let total = self.plan.manifest.total_bytes();
         total.is_some_and(|total| since < Duration::from_secs(total / READ_RATE))
-            && self.ledger().missing().is_empty()
+            && self.ledger().missing(true).is_empty()
     }
 
     /// Counts bytes that a stream brought and the store took.

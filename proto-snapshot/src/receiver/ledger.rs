@@ -232,15 +232,33 @@ impl Ledger {
         self.claimed_runs = self.claimed.run_count();
     }
 
-    /// What no stream has brought or is bringing, in order.
-    pub(super) fn missing(&self) -> Vec<response::Extent> {
-        let mut missing = Vec::new();
+    /// What no stream has brought or is bringing, in order; with `in_runs`, whole files that follow each other are one extent.
+    pub(super) fn missing(&self, in_runs: bool) -> Vec<response::Extent> {
+        let mut missing: Vec<response::Extent> = Vec::new();
+        // Whether the last extent is a run that may go on.
+        let mut in_run = false;
         for (number, file) in self.manifest.numbered() {
+            let extent = |offset, length| response::Extent { file: number, offset, length, more_files: 0 };
+            if in_runs
+                && let Some(size) = file.size
+                && self.is_empty(number)
+            {
+                match missing.last_mut().filter(|_| in_run) {
+                    Some(run) => run.more_files += 1,
+                    None if size > 0 => {
+                        missing.push(extent(0, Some(size)));
+                        in_run = true;
+                    }
+                    None => {}
+                }
+                continue;
+            }
+            in_run = false;
             let runs = self.claimed.get(number);
-            let gap = |(offset, len)| response::Extent { file: number, offset, length: Some(len) };
-            missing.extend(runs.gaps(file.size.unwrap_or(runs.end())).map(gap));
+            let gaps = runs.gaps(file.size.unwrap_or(runs.end()));
+            missing.extend(gaps.map(|(offset, len)| extent(offset, Some(len))));
             if file.size.is_none() {
-                missing.push(response::Extent { file: number, offset: runs.end(), length: None });
+                missing.push(extent(runs.end(), None));
             }
         }
         missing
@@ -319,4 +337,48 @@ fn totals_mismatch(file: u32, message: String) -> Error {
 
 fn insert(books: &mut Books, record: ExtentRecord) -> bool {
     books.insert(record.extent, record.crc).is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::spec::tests::manifest;
+
+    proptest! {
+        #[test]
+        fn runs_of_files_are_the_same_bytes(files in prop::collection::vec((0..4_u64, 0..4_u64, any::<bool>()), 0..40)) {
+            // Some of unknown size, some empty, some with a part that is there, at either end.
+            let sizes: Vec<_> = files.iter().map(|(size, ..)| Some(*size).filter(|size| *size < 3)).collect();
+            let manifest = manifest(&sizes);
+            let claims = (0..).zip(&files).filter_map(|(file, (size, len, late))| {
+                let size = if *size < 3 { *size } else { 10 };
+                let len = size.min(*len);
+                let offset = if *late { size - len } else { 0 };
+                (len > 0).then_some(Extent { file, offset, len })
+            });
+            let mut ledger = Ledger::open(manifest.clone(), Vec::new(), &Limits::default());
+            claims.for_each(|claim| ledger.claim(claim).unwrap());
+            let mut plain = Vec::new();
+            for run in ledger.missing(true) {
+                plain.push(response::Extent { more_files: 0, ..run });
+                for file in run.file + 1..=run.file + run.more_files {
+                    let size = manifest.get(file).unwrap().size.unwrap();
+                    plain.extend((size > 0).then_some(response::Extent { file, offset: 0, length: Some(size), more_files: 0 }));
+                }
+            }
+            prop_assert_eq!(plain, ledger.missing(false));
+        }
+    }
+
+    #[test]
+    fn what_is_new_is_one_run() {
+        let mut ledger = Ledger::open(manifest(&[Some(7); 1000]), Vec::new(), &Limits::default());
+        assert_eq!(ledger.missing(true).len(), 1);
+        assert_eq!(ledger.missing(false).len(), 1000);
+        ledger.claim(Extent { file: 500, offset: 0, len: 7 }).unwrap();
+        let run = |file, more_files| response::Extent { file, offset: 0, length: Some(7), more_files };
+        assert_eq!(ledger.missing(true), [run(0, 499), run(501, 498)]);
+    }
 }

@@ -50,7 +50,7 @@ const BATCH_BYTES: usize = 2 << 20;
 /// 5 times as much as the slowest, and 4 to 8 times with all credit at once; at half of it, that made no difference any more.
 const FIRST_CREDIT: u64 = 1 << 20;
 /// Bytes of chunks that are taken before the session looks at everything else: small ones that are here already cost less than that look.
-const AT_ONCE: u64 = 128 << 10;
+const AT_ONCE: u64 = 256 << 10;
 /// The same for frames, which may be empty.
 const FRAMES: u32 = 64;
 /// How long an `Ack` may wait for more to tell, where the sender can go on without. Each costs a system call and a wake-up at both
@@ -179,7 +179,7 @@ async fn told_to_stop(stop: &mut watch::Receiver<Option<Error>>) -> Option<Error
 }
 
 async fn send_pages(answers: &Answers, terms: Accepted, missing: Vec<WireExtent>) -> Result<(), Error> {
-    // Three varints of at most ten bytes, and tag and length of the extent: never more than this.
+    // Four varints, two of them of at most ten bytes and two of five, and their tags, and tag and length of the extent: never more than this.
     const EXTENT_BYTES: usize = 40;
     let per_page = PAGE_BYTES / EXTENT_BYTES;
     let mut rest = missing.as_slice();

@@ -125,19 +125,8 @@ impl Checksums {
 
 #[cfg(test)]
 mod tests {
-    use proto_common::path::FileName;
-
     use super::*;
-    use crate::spec::ManifestFile;
-
-    fn manifest(sizes: &[Option<u64>]) -> Manifest {
-        let file = |(number, size): (usize, &Option<u64>)| ManifestFile {
-            name: FileName::new(&format!("f{number}")).unwrap(),
-            size: *size,
-            blake3: None,
-        };
-        Manifest::new(sizes.iter().enumerate().map(file).collect()).unwrap()
-    }
+    use crate::spec::tests::manifest;
 
     #[test]
     fn what_is_neither_known_nor_missing_is_unread() {

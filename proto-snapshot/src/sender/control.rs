@@ -214,7 +214,9 @@ impl<C: Connect, S: SnapshotSource> Task<C, S> {
             lanes: self.sender.options.streams(),
             discard_staged: claimed.discard_staged && claimed.generation == 1,
             required_features: vec!["crc64nvme".to_owned()],
-            supported_features: ["lanes", "reuse", "unknown-size", "crc64nvme"].map(str::to_owned).to_vec(),
+            supported_features: ["lanes", "reuse", "unknown-size", "crc64nvme", "file-runs"]
+                .map(str::to_owned)
+                .to_vec(),
         }
     }
 

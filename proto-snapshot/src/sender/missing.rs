@@ -52,14 +52,36 @@ impl<'a> Missing<'a> {
         }
         for extent in extents {
             let span = Span { file: extent.file, offset: extent.offset, len: extent.length };
-            self.check(span).map_err(|why| {
-                let WireExtent { file, offset, length } = extent;
+            let added = self.check(span).and_then(|()| {
+                self.spans.push(span);
+                if extent.more_files == 0 { Ok(()) } else { self.add_files(span, extent.more_files) }
+            });
+            added.map_err(|why| {
+                let WireExtent { file, offset, length, more_files } = extent;
                 invalid(format!(
-                    "extent {} ({length:?} bytes at {offset} of file {file}) {why}",
+                    "extent {} ({length:?} bytes at {offset} of file {file}, and {more_files} more files) {why}",
                     self.spans.len()
                 ))
             })?;
-            self.spans.push(span);
+        }
+        Ok(())
+    }
+
+    /// Adds all of `more` files that follow that of `first`, which has to be all of its own.
+    fn add_files(&mut self, first: Span, more: u32) -> Result<(), &'static str> {
+        let whole = |file| self.manifest.get(file).is_some_and(|known| known.size == first.len);
+        if first.offset != 0 || first.len.is_none() || !whole(first.file) {
+            return Err("is not all of its file, and has more files");
+        }
+        let last = first.file.checked_add(more).ok_or("has more files than the manifest")?;
+        // Before anything is added for them.
+        self.manifest.get(last).ok_or("has more files than the manifest")?;
+        for file in first.file + 1..=last {
+            let size = self.manifest.get(file).and_then(|file| file.size);
+            let len = size.ok_or("has more files, of which one has no known size")?;
+            if len > 0 {
+                self.spans.push(Span { file, offset: 0, len: Some(len) });
+            }
         }
         Ok(())
     }
@@ -143,6 +165,34 @@ mod tests {
         );
         assert_eq!(intersect(&mut [span(1, 8, 4)], &[open(10)]), [span(1, 10, 2)]);
         assert_eq!(intersect(&mut [span(1, 8, 4)], &[]), []);
+    }
+
+    fn wire(file: u32, length: impl Into<Option<u64>>, more_files: u32) -> WireExtent {
+        WireExtent { file, offset: 0, length: length.into(), more_files }
+    }
+
+    #[test]
+    fn a_run_of_files_is_all_of_each_that_has_bytes() {
+        let manifest = crate::spec::tests::manifest(&[Some(3), Some(0), Some(5), Some(7), None]);
+        let added = |pages: &[&[WireExtent]]| {
+            let mut missing = Missing::new(&manifest);
+            pages.iter().try_for_each(|page| missing.add(page, false)).map(|()| missing.into_spans())
+        };
+        let all = [span(0, 0, 3), span(2, 0, 5), span(3, 0, 7)];
+        assert_eq!(added(&[&[wire(0, 3, 3)]]).unwrap(), all);
+        assert_eq!(added(&[&[wire(0, 3, 1)], &[wire(2, 5, 0), wire(3, 7, 0)]]).unwrap(), all);
+        for (name, page) in [
+            ("a part", vec![wire(2, 4, 1)]),
+            ("not from the start", vec![WireExtent { offset: 1, ..wire(2, 4, 1) }]),
+            ("of unknown size", vec![wire(0, 3, 4)]),
+            ("begins with unknown size", vec![wire(4, None, 1)]),
+            ("beyond the manifest", vec![wire(3, 7, 2)]),
+            ("beyond all numbers", vec![wire(3, 7, u32::MAX)]),
+            ("again", vec![wire(0, 3, 2), wire(2, 5, 0)]),
+        ] {
+            let error = added(&[&page]).unwrap_err();
+            assert_eq!(error.violations()[0].field, "accepted.missing", "{name}");
+        }
     }
 
     /// Disjoint spans in order, from the bytes that are set.

@@ -259,6 +259,9 @@ pub(super) async fn heartbeats(outbound: &Outbound, idle: Duration) {
     }
 }
 
+/// Pages of a manifest are so much smaller than they may be: the receiver checks one while the next is made.
+const PART: usize = 3;
+
 /// Sends the manifest in pages, each of which the receiver takes before `quiet` ends.
 pub(super) async fn send_manifest(
     outbound: &Outbound,
@@ -272,9 +275,11 @@ pub(super) async fn send_manifest(
     for file in manifest.files() {
         // Name, size and digest with their tags and lengths.
         let size = file.name.as_str().len() + 64;
-        if bytes + size > PAGE_BYTES {
+        if bytes + size > PAGE_BYTES / PART {
             send(std::mem::take(&mut page)).await?;
             bytes = 0;
+            // It goes out, and the receiver checks it, while the next is made.
+            tokio::task::yield_now().await;
         }
         bytes += size;
         page.files.push(File::from(file));

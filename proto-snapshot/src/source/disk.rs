@@ -3,9 +3,11 @@
 use std::fs::{File, Metadata};
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
+use std::panic::resume_unwind;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
 
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt as _;
@@ -28,6 +30,9 @@ const HERE: usize = 1 << 20;
 
 /// Read at once for a digest.
 const DIGEST_PIECE: usize = 1 << 20;
+
+/// From so many files on, the hash of their list is worth a thread of its own: 0.2 ms, of 100,000 files 5 ms.
+const MANY: usize = 4096;
 
 /// What tells whether a file is still the same one with the same content.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -245,7 +250,17 @@ impl Listing {
                 blake3: digests.then(|| entry.digest(&self.place, stop)).transpose()?.map(Box::new),
             })
         });
-        Ok(Description { files: files.collect::<Result<_, _>>()?, content_version: self.content_version() })
+        let version = || self.content_version();
+        thread::scope(|scope| {
+            // Where there can be no more threads, this one does it all.
+            let helper = (self.entries.len() >= MANY)
+                .then(|| thread::Builder::new().spawn_scoped(scope, version).ok())
+                .flatten();
+            let files = files.collect::<Result<_, _>>()?;
+            let content_version = helper
+                .map_or_else(version, |helper| helper.join().unwrap_or_else(|panic| resume_unwind(panic)));
+            Ok(Description { files, content_version })
+        })
     }
 
     /// A hash over name, inode, modification time and size of all files.

@@ -468,7 +468,7 @@ async fn small_files_in_memory_are_read_by_who_asks_in_turns() {
             };
             assert_eq!(read.concat(), bytes(100 + number), "file {number}");
         }
-        assert_eq!(turns, 7, "one for each batch of 32, and none that waits for another thread");
+        assert_eq!(turns, 4, "one for each batch of 64, and none that waits for another thread");
     }
 }
 

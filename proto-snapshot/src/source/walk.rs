@@ -40,8 +40,9 @@ struct Found {
 }
 
 impl Found {
+    /// Most file systems list a directory in some order, so there are runs to be merged.
     fn sort(&mut self) {
-        self.files.sort_unstable_by(|a, b| a.name.cmp(&b.name));
+        self.files.sort_by(|a, b| a.name.cmp(&b.name));
     }
 }
 

@@ -140,7 +140,7 @@ pub fn installed(end: &End) -> Answer {
 }
 
 pub fn extent(file: u32, offset: u64, length: impl Into<Option<u64>>) -> Extent {
-    Extent { file, offset, length: length.into() }
+    Extent { file, offset, length: length.into(), more_files: 0 }
 }
 
 pub type Script = Arc<dyn Fn(Call) -> BoxFuture<'static, ()> + Send + Sync>;

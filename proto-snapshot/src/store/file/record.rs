@@ -24,6 +24,9 @@ use super::layout::Layout;
 const MAGIC: [u8; 8] = *b"NODESNP1";
 const HEADER_LEN: usize = 28;
 
+/// What the total of a file takes, if neither its number nor its size is large.
+const TOTAL_ROOM: usize = 20;
+
 /// Longest message, in bytes: four times the largest manifest that a receiver takes by default. More can only be damage.
 const MAX_LEN: u64 = 512 << 20;
 
@@ -124,7 +127,11 @@ pub(super) fn write_plan(
     plan: &TransferPlan,
     totals: &[FileTotal],
 ) -> io::Result<()> {
-    let mut content = vec![0; HEADER_LEN];
+    // What grows step by step is copied at each; most files have no digest.
+    let room =
+        plan.manifest.name_bytes() + 16 * plan.manifest.file_count() + (TOTAL_ROOM * totals.len()) as u64;
+    let mut content = Vec::with_capacity(usize::try_from(room).unwrap_or(0));
+    content.resize(HEADER_LEN, 0);
     encoding::message::encode(1, &PlanRecord::header(&plan.spec), &mut content);
     // One name after the other in the same memory.
     let mut wire = request::File::default();
@@ -142,7 +149,8 @@ pub(super) fn write_plan(
 
 /// Writes a [`SealedRecord`].
 pub(super) fn write_totals(path: &Path, totals: &[FileTotal]) -> io::Result<()> {
-    let mut content = vec![0; HEADER_LEN];
+    let mut content = Vec::with_capacity(HEADER_LEN + totals.len() * TOTAL_ROOM);
+    content.resize(HEADER_LEN, 0);
     for total in to_wire(totals) {
         encoding::message::encode(1, &total, &mut content);
     }

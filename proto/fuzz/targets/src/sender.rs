@@ -126,7 +126,8 @@ impl Snapshot {
         let mut stream = Stream::open(client, self.header(attempt + 1, 1)).await;
         stream.say(Frame::Manifest(self.manifest())).await;
         let accepted = stream.accepted().await?;
-        for Extent { file, mut offset, length } in accepted.missing {
+        // It has not said that it understands runs of files.
+        for Extent { file, mut offset, length, more_files: _ } in accepted.missing {
             let end = offset + length.expect("the size is known");
             while offset < end {
                 let len = usize::try_from(end - offset).unwrap().min(CHUNK);
