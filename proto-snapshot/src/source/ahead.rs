@@ -114,28 +114,38 @@ fn start(listing: &Arc<Listing>, from: u32) -> JoinHandle<Batch> {
 }
 
 /// Reads small files from number `from` on, `most` and `most_bytes` at most; ends before the first that is not small or that `reader` leaves to
-/// others, or after one that failed.
+/// others, or after one that failed. All of them share one piece of memory.
 fn batch(reader: &mut WholeReader<'_>, from: u32, most: usize, most_bytes: u64) -> Batch {
-    let mut batch = Batch::new();
+    let listing = reader.listing();
+    let mut files = Vec::new();
     let mut bytes = 0;
     for number in from.. {
-        let Some(entry) = reader.listing().get(number) else { break };
+        let Some(entry) = listing.get(number) else { break };
         let size = entry.size();
         if size == 0 {
             continue;
         }
-        bytes += size;
-        let full = batch.len() == most || (bytes > most_bytes && !batch.is_empty());
+        let full = files.len() == most || (bytes + size > most_bytes && !files.is_empty());
         let Ok(len) = usize::try_from(size) else { break };
         if size > SMALL || full {
             break;
         }
-        let Some(read) = reader.read(entry, len).transpose() else { break };
-        let failed = read.is_err();
-        batch.push((number, read));
-        if failed {
-            break;
+        bytes += size;
+        files.push((number, entry, len));
+    }
+    let mut read = Vec::with_capacity(files.iter().map(|(.., len)| len).sum());
+    let mut ends = Vec::with_capacity(files.len());
+    let mut failed = None;
+    for (number, entry, len) in files {
+        match reader.read(entry, len, &mut read) {
+            Ok(true) => ends.push((number, len)),
+            Ok(false) => break,
+            Err(error) => {
+                failed = Some((number, Err(error)));
+                break;
+            }
         }
     }
-    batch
+    let mut read = Bytes::from(read);
+    ends.into_iter().map(|(number, len)| (number, Ok(read.split_to(len)))).chain(failed).collect()
 }

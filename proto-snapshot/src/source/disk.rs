@@ -168,18 +168,25 @@ impl Entry {
         len: usize,
     ) -> Result<Bytes, SourceError> {
         buffer.clear();
+        self.append(&mut buffer, file, offset, len)?;
+        Ok(buffer.into())
+    }
+
+    /// The same, behind what is in `buffer`.
+    fn append(&self, buffer: &mut Vec<u8>, file: &File, offset: u64, len: usize) -> Result<(), SourceError> {
+        let before = buffer.len();
         buffer.reserve_exact(len);
-        while buffer.len() < len {
-            let at = offset + u64::try_from(buffer.len()).unwrap_or(u64::MAX);
+        while buffer.len() - before < len {
+            let at = offset + u64::try_from(buffer.len() - before).unwrap_or(u64::MAX);
             // Into memory that nobody has to fill with zeros first.
-            match rustix::io::pread(file, rustix::buffer::spare_capacity(&mut buffer), at) {
+            match rustix::io::pread(file, rustix::buffer::spare_capacity(buffer), at) {
                 Ok(0) => return Err(self.changed(format!("it ends at {at}"))),
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 Err(error) => return Err(self.failed(error.into())),
             }
         }
-        buffer.truncate(len);
-        Ok(buffer.into())
+        buffer.truncate(before + len);
+        Ok(())
     }
 
     /// Opens the file for `len` bytes at `offset`.
@@ -190,14 +197,15 @@ impl Entry {
         Ok(bytes)
     }
 
-    /// The whole file, of `len` bytes, opened in `dir` as `name`. Whether it is still what was described is asked once, after it was read.
-    fn read_in(&self, dir: &File, name: &str, len: usize) -> Result<Bytes, SourceError> {
+    /// The whole file, of `len` bytes, opened in `dir` as `name`, behind what is in `buffer`. Whether it is still what was described is asked once,
+    /// after it was read.
+    fn read_in(&self, dir: &File, name: &str, len: usize, buffer: &mut Vec<u8>) -> Result<(), SourceError> {
         let flags = OFlags::RDONLY | OFlags::CLOEXEC;
         let opened = rustix::fs::openat(dir, name, flags, Mode::empty());
         let file = File::from(opened.map_err(|error| self.failed(error.into()))?);
-        let bytes = self.read_at(&file, 0, len);
+        let read = self.append(buffer, &file, 0, len);
         self.check(&file)?;
-        bytes
+        read
     }
 
     pub(super) fn size(&self) -> u64 {
@@ -310,13 +318,19 @@ impl<'a> WholeReader<'a> {
         self.listing
     }
 
-    /// All `len` bytes of `entry`; `None` if it is left to others.
-    pub(super) fn read(&mut self, entry: &'a Entry, len: usize) -> Result<Option<Bytes>, SourceError> {
+    /// Reads all `len` bytes of `entry`, behind what is in `buffer`; false if it is left to others. What is in the buffer after an error is of no use.
+    pub(super) fn read(
+        &mut self,
+        entry: &'a Entry,
+        len: usize,
+        buffer: &mut Vec<u8>,
+    ) -> Result<bool, SourceError> {
         let Place::Below(root) = &self.listing.place else {
             if self.in_memory {
-                return Ok(None);
+                return Ok(false);
             }
-            return entry.read_once(&self.listing.place, 0, len).map(Some);
+            buffer.extend_from_slice(&entry.read_once(&self.listing.place, 0, len)?);
+            return Ok(true);
         };
         let name = entry.name.as_str();
         let (parent, name) = name.rsplit_once('/').unwrap_or(("", name));
@@ -327,12 +341,12 @@ impl<'a> WholeReader<'a> {
                 let opened = rustix::fs::open(root.join(parent), flags, Mode::empty());
                 let opened = File::from(opened.map_err(|error| entry.failed(error.into()))?);
                 if self.in_memory && !in_memory(&opened) {
-                    return Ok(None);
+                    return Ok(false);
                 }
                 &self.dir.insert((parent, opened)).1
             }
         };
-        entry.read_in(dir, name, len).map(Some)
+        entry.read_in(dir, name, len, buffer).map(|()| true)
     }
 }
 

@@ -346,11 +346,12 @@ fn spread(mut chunks: Vec<StagedChunk>) -> Result<Vec<Vec<StagedChunk>>, Vec<Sta
 /// How many of `chunks`, one at least, are written before other tasks get their turn: about 1 MiB, a fraction of a millisecond.
 fn at_once(chunks: &[StagedChunk]) -> usize {
     const BYTES: usize = 1 << 20;
+    /// What to make a small file costs, as bytes that are written: some 8 µs.
+    const MAKE: usize = 16 << 10;
     let mut bytes = 0;
     let begun = chunks.iter().take_while(|chunk| {
         let before = bytes;
-        // To make a small file costs about as much as to write so many bytes.
-        bytes += chunk.payload.len().max(SMALL);
+        bytes += chunk.payload.len().max(MAKE);
         before == 0 || bytes <= BYTES
     });
     begun.count()
