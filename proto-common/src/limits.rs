@@ -23,7 +23,7 @@ pub struct ConnectionLimits {
     /// more; one that does not is told `REFUSED_STREAM`, which is counted.
     pub streams_per_connection: u32,
     /// Headers of a request, in bytes, as HTTP/2 counts them. Default 16 KiB. More are answered with status 431, counted as
-    /// `REQUEST_HEADER_FIELDS_TOO_LARGE`; far more end the connection with `ENHANCE_YOUR_CALM`.
+    /// `REQUEST_HEADER_FIELDS_TOO_LARGE`; far more, or a frame of twice as much, end the connection with `ENHANCE_YOUR_CALM`.
     pub header_bytes: u32,
     /// Streams that a client has reset before they were looked at, per connection. Default 20. More end the connection with
     /// `ENHANCE_YOUR_CALM`, which is counted: the defence against rapid resets (CVE-2023-44487).

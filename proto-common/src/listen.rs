@@ -4,6 +4,7 @@
 //! then refuses by itself is counted here, too, by the name that RFC 9113 or, for its statuses, RFC 6585 has for it.
 
 mod block;
+mod frames;
 mod refused;
 
 use std::collections::HashMap;
@@ -19,13 +20,11 @@ use tokio::time::{Instant, Sleep, sleep};
 use tokio_stream::Stream;
 use tonic::transport::server::Connected;
 
+use self::frames::{Frames, PREFACE};
 use self::refused::Refused;
 use crate::limits::ConnectionLimits;
 use crate::peer::{Peer, PeerKey};
 use crate::refusals;
-
-/// Length of what every HTTP/2 client sends first, in bytes (RFC 9113, 3.4).
-const PREFACE_LEN: usize = 24;
 
 /// Something that knows who is at its other end.
 pub trait RemotePeer {
@@ -122,8 +121,7 @@ where
             let peer = io.remote_peer();
             match self.enter(peer.clone()) {
                 Ok(place) => {
-                    let ConnectionLimits { preface, idle, .. } = self.limits;
-                    return Poll::Ready(Some(Ok(LimitedConnection::new(io, place, preface, idle))));
+                    return Poll::Ready(Some(Ok(LimitedConnection::new(io, place, &self.limits))));
                 }
                 Err(reason) => {
                     refusals::count(reason);
@@ -170,21 +168,23 @@ pub struct LimitedConnection<IO> {
     last_read: Instant,
     /// Since when the peer takes nothing of what is written. HTTP/2 does not read meanwhile.
     blocked: Option<Instant>,
+    frames: Frames,
     refused: Refused,
 }
 
 impl<IO> LimitedConnection<IO> {
-    fn new(io: IO, place: Place, preface: Duration, idle: Duration) -> Self {
-        let deadline = Box::pin(sleep(preface));
+    fn new(io: IO, place: Place, limits: &ConnectionLimits) -> Self {
+        let deadline = Box::pin(sleep(limits.preface));
         let last_read = Instant::now();
         Self {
             io,
             _place: place,
-            preface: PREFACE_LEN,
-            idle,
+            preface: PREFACE.len(),
+            idle: limits.idle,
             deadline,
             last_read,
             blocked: None,
+            frames: Frames::new(limits.header_bytes),
             refused: Refused::default(),
         }
     }
@@ -233,8 +233,9 @@ impl<IO: AsyncRead + Unpin> AsyncRead for LimitedConnection<IO> {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        let this = &mut *self;
         let before = buf.filled().len();
-        match Pin::new(&mut self.io).poll_read(cx, buf) {
+        match this.frames.poll_read(Pin::new(&mut this.io), cx, buf) {
             Poll::Ready(read) => {
                 self.last_read = Instant::now();
                 if self.preface > 0 {
@@ -317,8 +318,8 @@ mod tests {
         let (here, mut there) = tokio::io::duplex(64);
         let incoming = tokio_stream::once(io::Result::Ok(here));
         let mut connection = Limited::new(incoming, limits).next().await.unwrap().unwrap();
-        there.write_all(&[b'x'; PREFACE_LEN]).await.unwrap();
-        connection.read_exact(&mut [0; PREFACE_LEN]).await.unwrap();
+        there.write_all(&[b'x'; PREFACE.len()]).await.unwrap();
+        connection.read_exact(&mut [0; PREFACE.len()]).await.unwrap();
         (connection, there)
     }
 

@@ -425,11 +425,19 @@ async fn large_headers_are_refused_on_their_stream_alone() {
 async fn far_too_large_headers_end_their_connection() {
     let mut scene = Scene::new(|limits| limits.header_bytes = 4 << 10).await;
     let mut stream = hello(2, scene.address).await;
-    let value = "x".repeat(4_000);
-    let large = block("/test.Test/Never", &[("a", value.as_str()); 20]);
-    stream.write_all(&frame(HEADERS, 5, 1, &large)).await.unwrap();
+    let field = fields(&[("a", "x".repeat(3_000).as_str())]);
+    // Put into HPACK's table, and then said again by its index there, which is a byte.
+    let again = [&[0x40][..], &field[1..], &[0x80 | 62; 20]].concat();
+    stream.write_all(&frame(HEADERS, 5, 1, &[block("/test.Test/Never", &[]), again].concat())).await.unwrap();
     assert_eq!(gone_away(&mut stream).await, Some(ENHANCE_YOUR_CALM));
     scene.has_refused("ENHANCE_YOUR_CALM", 1);
+    scene.others_go_on().await;
+    // A frame that is far too large is not even read.
+    let mut stream = hello(2, scene.address).await;
+    let large = block("/test.Test/Never", &[("a", "x".repeat(8_200).as_str())]);
+    stream.write_all(&frame(HEADERS, 5, 1, &large)).await.unwrap();
+    closed(&mut stream).await;
+    scene.has_refused("ENHANCE_YOUR_CALM", 2);
     scene.others_go_on().await;
 }
 
