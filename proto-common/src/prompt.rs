@@ -1,8 +1,8 @@
 //! Requests that are small and come in time.
 //!
 //! tonic gathers the message of a unary call before a handler sees it, for as long as it takes. A peer that declares much and sends it slowly, or
-//! not at all, on all streams of all its connections would hold memory that no limit of a service counts. So requests have to be small and in time, and
-//! of those that are waited for there may be so many at once.
+//! not at all, on all streams of all its connections would hold memory that no limit of a service counts, and tonic takes what is declared as soon as that is.
+//! So requests have to be small and in time, of those that are waited for there may be so many at once, and none of them is shown to tonic before it is there.
 
 use std::future::poll_fn;
 use std::pin::{Pin, pin};
@@ -11,7 +11,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http_body::{Frame, SizeHint};
+use http_body::{Body as _, Frame};
 use tokio::time::{Instant, Sleep, sleep_until};
 use tonic::Status;
 use tonic::body::Body;
@@ -66,17 +66,24 @@ fn wait_for(peer: &PeerKey) -> Result<Share<PeerKey>, Error> {
     })
 }
 
-/// `S`, whose requests come within [`REQUEST_TIME`]; others fail with `IDLE_TIMEOUT`. Of a stream, that is
-/// all of it: for services without client streaming, or where it is over soon.
+/// `S`, whose requests come within [`REQUEST_TIME`]; others fail with `IDLE_TIMEOUT`. A request that is not all there holds what has come of it, its headers, and
+/// nothing of the service or its decoder.
 #[derive(Debug, Clone)]
 pub struct Prompt<S> {
     inner: S,
+    wanted: Wanted,
 }
 
 impl<S> Prompt<S> {
-    /// Stands in front of a generated service.
+    /// Stands in front of a generated service without client streaming. It is called when all of a request is there, or nothing good can come of it.
     pub fn new(inner: S) -> Self {
-        Self { inner }
+        Self { inner, wanted: Wanted::All }
+    }
+
+    /// Stands in front of a generated service with client streaming, where all of a stream comes within [`REQUEST_TIME`]. It is called at once, since a client
+    /// may wait for the headers of the answer before it sends something; its decoder gets the first message in one piece.
+    pub fn streaming(inner: S) -> Self {
+        Self { inner, wanted: Wanted::First }
     }
 }
 
@@ -86,31 +93,100 @@ impl<S: NamedService> NamedService for Prompt<S> {
 
 impl<S, B> Service<http::Request<B>> for Prompt<S>
 where
-    S: Service<http::Request<Body>>,
+    S: Service<http::Request<Body>> + Clone,
+    S::Future: Unpin,
     B: http_body::Body<Data = Bytes> + Send + 'static,
     B::Error: Into<StdError>,
 {
     type Response = S::Response;
     type Error = S::Error;
-    type Future = S::Future;
+    type Future = Prompted<S>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
         self.inner.poll_ready(cx)
     }
 
     fn call(&mut self, request: http::Request<B>) -> Self::Future {
-        self.inner.call(in_time(request.map(Body::new)))
+        let request = in_time(request.map(Body::new), self.wanted);
+        match self.wanted {
+            Wanted::All => Prompted::when_there(self.inner.clone(), request),
+            Wanted::First => Prompted::called(self.inner.call(request.map(Body::new))),
+        }
+    }
+}
+
+/// What [`Prompt`] answers.
+pub struct Prompted<S: Service<http::Request<Body>>>(State<S>);
+
+enum State<S: Service<http::Request<Body>>> {
+    Waiting(Box<Waiting<S>>),
+    Called(S::Future),
+}
+
+struct Waiting<S> {
+    service: S,
+    request: http::Request<PromptBody>,
+}
+
+impl<S: Service<http::Request<Body>>> std::fmt::Debug for Prompted<S> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Prompted").field(&matches!(self.0, State::Called(_))).finish()
+    }
+}
+
+impl<S: Service<http::Request<Body>>> Prompted<S> {
+    /// Calls `service` when the request is there.
+    fn when_there(service: S, request: http::Request<PromptBody>) -> Self {
+        Self(State::Waiting(Box::new(Waiting { service, request })))
+    }
+
+    /// For all of `request`, within [`REQUEST_TIME`].
+    pub(crate) fn whole(service: S, request: http::Request<Body>) -> Self {
+        Self::when_there(service, in_time(request, Wanted::All))
+    }
+
+    /// Of a service that was called.
+    pub(crate) fn called(answer: S::Future) -> Self {
+        Self(State::Called(answer))
+    }
+}
+
+impl<S> Future for Prompted<S>
+where
+    S: Service<http::Request<Body>> + Clone,
+    S::Future: Unpin,
+{
+    type Output = Result<S::Response, S::Error>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        loop {
+            match &mut self.0 {
+                State::Called(answer) => return Pin::new(answer).poll(cx),
+                State::Waiting(waiting) => {
+                    let Waiting { service, request } = &mut **waiting;
+                    ready!(request.body_mut().poll_gathered(cx));
+                    ready!(service.poll_ready(cx))?;
+                    let request = std::mem::take(request).map(Body::new);
+                    let answer = service.call(request);
+                    self.0 = State::Called(answer);
+                }
+            }
+        }
     }
 }
 
 /// The request, whose body has to come within [`REQUEST_TIME`] from now.
-pub(crate) fn in_time(request: http::Request<Body>) -> http::Request<Body> {
+fn in_time(request: http::Request<Body>, wanted: Wanted) -> http::Request<PromptBody> {
     let peer = Caller::of(request.extensions()).map_or(PeerKey::Unknown, |caller| caller.peer().key());
-    request.map(|body| of_peer(body, peer))
+    request.map(|body| PromptBody::new(body, peer, wanted))
 }
 
-fn of_peer(body: Body, peer: PeerKey) -> Body {
-    Body::new(PromptBody { inner: body, peer, until: Instant::now() + REQUEST_TIME, waiting: None })
+/// What of a body is gathered before it is handed on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Wanted {
+    All,
+    /// The first message.
+    First,
 }
 
 struct PromptBody {
@@ -119,6 +195,126 @@ struct PromptBody {
     until: Instant,
     /// Made when something has to be waited for, which is rare.
     waiting: Option<(Pin<Box<Sleep>>, Share<PeerKey>)>,
+    /// What is gathered, as long as it is; a copy, since a slice would keep the buffer that the connection read it into.
+    gathered: Option<Vec<u8>>,
+    wanted: Wanted,
+    /// What was gathered, and then what ended that.
+    next: [Option<Result<Frame<Bytes>, Status>>; 2],
+    has_ended: bool,
+}
+
+/// That of a request that was handed on.
+impl Default for PromptBody {
+    fn default() -> Self {
+        Self::new(Body::empty(), PeerKey::Unknown, Wanted::First)
+    }
+}
+
+impl PromptBody {
+    fn new(inner: Body, peer: PeerKey, wanted: Wanted) -> Self {
+        Self {
+            inner,
+            peer,
+            until: Instant::now() + REQUEST_TIME,
+            waiting: None,
+            gathered: Some(Vec::new()),
+            wanted,
+            next: [None, None],
+            has_ended: false,
+        }
+    }
+
+    /// Ready when what is wanted is there, or will not come.
+    fn poll_gathered(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        while let Some(gathered) = &mut self.gathered {
+            let next =
+                match ready!(poll_in_time(&mut self.inner, &self.peer, self.until, &mut self.waiting, cx)) {
+                    Some(Ok(frame)) => match frame.into_data() {
+                        Ok(data) => {
+                            let is_last = self.inner.is_end_stream();
+                            let len = gathered.len() + data.len();
+                            let first = first_len(gathered, &data);
+                            let is_there = match self.wanted {
+                                Wanted::All => is_last,
+                                Wanted::First => first.is_some_and(|first| len as u64 >= first) || is_last,
+                            };
+                            // The decoder refuses what is too large, or compressed, by its prefix.
+                            let most = (PREFIX + MAX_REQUEST_BYTES) as u64;
+                            let is_enough =
+                                is_there || len as u64 > most || first.is_some_and(|first| first > most);
+                            if gathered.is_empty() && is_enough {
+                                self.gathered = None;
+                                self.next = [Some(Ok(Frame::data(data))), None];
+                                continue;
+                            }
+                            if len > gathered.capacity() {
+                                // As large as the message at most: what is behind it comes alone.
+                                let all = first
+                                    .filter(|first| *first <= most)
+                                    .and_then(|len| usize::try_from(len).ok());
+                                let room = all.unwrap_or(usize::MAX).min(2 * len).max(len);
+                                gathered.reserve_exact(room - gathered.len());
+                            }
+                            gathered.extend_from_slice(&data);
+                            if !is_enough {
+                                continue;
+                            }
+                            None
+                        }
+                        Err(trailers) => Some(Ok(trailers)),
+                    },
+                    Some(Err(status)) => {
+                        gathered.clear();
+                        Some(Err(status))
+                    }
+                    None => {
+                        self.has_ended = true;
+                        None
+                    }
+                };
+            let gathered = self.gathered.take().filter(|gathered| !gathered.is_empty());
+            self.next = [gathered.map(|gathered| Ok(Frame::data(gathered.into()))), next];
+        }
+        Poll::Ready(())
+    }
+}
+
+/// Of gRPC, before each message: a flag and its length.
+const PREFIX: usize = 5;
+
+/// Length of the first message with its prefix, if that is there: in `gathered` and the `data` behind it. `u64::MAX` for one that is compressed.
+fn first_len(gathered: &[u8], data: &[u8]) -> Option<u64> {
+    let mut prefix = [0; PREFIX];
+    let mut bytes = gathered.iter().chain(data);
+    for byte in &mut prefix {
+        *byte = *bytes.next()?;
+    }
+    let [flag, len @ ..] = prefix;
+    Some(if flag == 0 { PREFIX as u64 + u64::from(u32::from_be_bytes(len)) } else { u64::MAX })
+}
+
+/// The next frame of `inner`, or why there is none; what is waited for takes a place.
+fn poll_in_time(
+    inner: &mut Body,
+    peer: &PeerKey,
+    until: Instant,
+    waiting: &mut Option<(Pin<Box<Sleep>>, Share<PeerKey>)>,
+    cx: &mut Context<'_>,
+) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+    if let Poll::Ready(frame) = Pin::new(inner).poll_frame(cx) {
+        return Poll::Ready(frame);
+    }
+    let (timer, _) = match waiting {
+        Some(waiting) => waiting,
+        waiting => match wait_for(peer) {
+            Ok(share) => waiting.insert((Box::pin(sleep_until(until)), share)),
+            Err(error) => return Poll::Ready(Some(Err(error.into()))),
+        },
+    };
+    ready!(timer.as_mut().poll(cx));
+    let message = format!("the request did not come within {REQUEST_TIME:?}; send it again");
+    let idle = Error::new(CommonReason::IdleTimeout, message).retry_after(RETRY_AFTER);
+    Poll::Ready(Some(Err(idle.into())))
 }
 
 impl http_body::Body for PromptBody {
@@ -129,29 +325,21 @@ impl http_body::Body for PromptBody {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        if let Poll::Ready(frame) = Pin::new(&mut self.inner).poll_frame(cx) {
-            return Poll::Ready(frame);
-        }
         let this = &mut *self;
-        let (timer, _) = match &mut this.waiting {
-            Some(waiting) => waiting,
-            waiting => match wait_for(&this.peer) {
-                Ok(share) => waiting.insert((Box::pin(sleep_until(this.until)), share)),
-                Err(error) => return Poll::Ready(Some(Err(error.into()))),
-            },
-        };
-        ready!(timer.as_mut().poll(cx));
-        let message = format!("the request did not come within {REQUEST_TIME:?}; send it again");
-        let idle = Error::new(CommonReason::IdleTimeout, message).retry_after(RETRY_AFTER);
-        Poll::Ready(Some(Err(idle.into())))
+        ready!(this.poll_gathered(cx));
+        if let Some(next) = this.next.iter_mut().find_map(Option::take) {
+            return Poll::Ready(Some(next));
+        }
+        if this.has_ended {
+            return Poll::Ready(None);
+        }
+        poll_in_time(&mut this.inner, &this.peer, this.until, &mut this.waiting, cx)
     }
 
     fn is_end_stream(&self) -> bool {
-        self.inner.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.inner.size_hint()
+        let is_held = self.next.iter().any(Option::is_some)
+            || self.gathered.as_ref().is_some_and(|gathered| !gathered.is_empty());
+        !is_held && (self.has_ended || self.inner.is_end_stream())
     }
 }
 
@@ -164,8 +352,8 @@ mod tests {
     /// Held by each test: there is one count of those that are waited for.
     static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
-    /// Sends a byte every second, for ever.
-    struct Drip(Pin<Box<Sleep>>);
+    /// Sends that byte every second, for ever.
+    struct Drip(u8, Pin<Box<Sleep>>);
 
     impl http_body::Body for Drip {
         type Data = Bytes;
@@ -175,9 +363,9 @@ mod tests {
             mut self: Pin<&mut Self>,
             cx: &mut Context<'_>,
         ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-            ready!(self.0.as_mut().poll(cx));
-            self.0 = Box::pin(tokio::time::sleep(Duration::from_secs(1)));
-            Poll::Ready(Some(Ok(Frame::data(Bytes::from_static(b"x")))))
+            ready!(self.1.as_mut().poll(cx));
+            self.1 = Box::pin(tokio::time::sleep(Duration::from_secs(1)));
+            Poll::Ready(Some(Ok(Frame::data(vec![self.0].into()))))
         }
     }
 
@@ -189,23 +377,23 @@ mod tests {
     async fn one_request_more_of_a_peer_than_are_waited_for_is_refused_at_once() {
         let _alone = ALONE.lock().await;
         let all: Vec<_> = (0..WAITED_FOR_PER_PEER).map(|_| wait_for(&peer(2)).unwrap()).collect();
-        let drip = || Body::new(Drip(Box::pin(tokio::time::sleep(Duration::from_secs(3600)))));
-        let next = async |body: &mut Body| {
+        let drip = || Body::new(Drip(0, Box::pin(tokio::time::sleep(Duration::from_secs(3600)))));
+        let next = async |body: &mut PromptBody| {
             let frame = std::future::poll_fn(|cx| Poll::Ready(Pin::new(&mut *body).poll_frame(cx))).await;
             match frame {
                 Poll::Ready(frame) => Some(frame.unwrap().map(drop).map_err(Error::from)),
                 Poll::Pending => None,
             }
         };
-        let refused = next(&mut of_peer(drip(), peer(2))).await.unwrap().unwrap_err();
+        let refused = next(&mut PromptBody::new(drip(), peer(2), Wanted::All)).await.unwrap().unwrap_err();
         assert!(refused.is(CommonReason::IdleTimeout) && refused.is_retryable(), "{refused:?}");
         // What is all there need not be waited for, and other peers are not in question.
         let there = Body::new(http_body_util::Full::new(Bytes::from_static(b"x")));
-        next(&mut of_peer(there, peer(2))).await.unwrap().unwrap();
-        let mut other = of_peer(drip(), peer(3));
+        next(&mut PromptBody::new(there, peer(2), Wanted::All)).await.unwrap().unwrap();
+        let mut other = PromptBody::new(drip(), peer(3), Wanted::All);
         assert!(next(&mut other).await.is_none(), "it is waited for");
         drop((all, other));
-        let mut again = of_peer(drip(), peer(2));
+        let mut again = PromptBody::new(drip(), peer(2), Wanted::All);
         assert!(next(&mut again).await.is_none());
         let rest: Vec<_> = std::iter::from_fn(|| wait_for(&peer(2)).ok()).collect();
         assert_eq!(rest.len() as u64, WAITED_FOR_PER_PEER - 1, "the one that is waited for has a place");
@@ -229,19 +417,140 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_byte_now_and_then_does_not_help() {
         let _alone = ALONE.lock().await;
-        let began = Instant::now();
-        let drip = Drip(Box::pin(tokio::time::sleep(Duration::from_secs(1))));
-        let mut body = of_peer(Body::new(drip), peer(1));
-        let mut came = 0;
-        let status = loop {
-            match std::future::poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await.unwrap() {
-                Ok(_) => came += 1,
-                Err(status) => break status,
+        // Of a request, and of what the decoder takes as it comes.
+        for (byte, handed_on) in [(0, 0..=0), (b'x', 25..=26)] {
+            let began = Instant::now();
+            let drip = Drip(byte, Box::pin(tokio::time::sleep(Duration::from_secs(1))));
+            let mut body = PromptBody::new(Body::new(drip), peer(1), Wanted::All);
+            let mut came = 0;
+            let status = loop {
+                match poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await.unwrap() {
+                    Ok(_) => came += 1,
+                    Err(status) => break status,
+                }
+            };
+            assert!(handed_on.contains(&came), "{came}");
+            assert_eq!(began.elapsed().as_secs(), REQUEST_TIME.as_secs());
+            let error = Error::from(status);
+            assert!(error.is(CommonReason::IdleTimeout) && error.is_retryable(), "{error:?}");
+        }
+    }
+
+    /// A body of these frames, and then nothing for ever, or the end.
+    fn frames(frames: &[&[u8]], ends: bool) -> Body {
+        use tokio_stream::StreamExt as _;
+        let frames: Vec<_> =
+            frames.iter().map(|data| Ok::<_, Status>(Frame::data(Bytes::copy_from_slice(data)))).collect();
+        let frames = tokio_stream::iter(frames);
+        match ends {
+            true => Body::new(http_body_util::StreamBody::new(frames)),
+            false => Body::new(http_body_util::StreamBody::new(frames.chain(tokio_stream::pending()))),
+        }
+    }
+
+    /// What is handed on of a body until something has to be waited for.
+    fn handed_on(body: &mut PromptBody) -> Vec<Vec<u8>> {
+        let mut cx = Context::from_waker(std::task::Waker::noop());
+        let mut all = Vec::new();
+        while let Poll::Ready(Some(frame)) = Pin::new(&mut *body).poll_frame(&mut cx) {
+            all.push(frame.unwrap().into_data().unwrap().to_vec());
+        }
+        all
+    }
+
+    fn message(len: usize) -> Vec<u8> {
+        [&[0][..], &u32::try_from(len).unwrap().to_be_bytes(), &vec![7; len]].concat()
+    }
+
+    #[tokio::test]
+    async fn a_request_is_handed_on_in_one_piece_and_holds_what_came() {
+        let _alone = ALONE.lock().await;
+        let whole = message(1000);
+        for wanted in [Wanted::All, Wanted::First] {
+            for len in [1, 4, 5, 6, 500, 1004] {
+                let pieces: Vec<_> = whole[..len].chunks(1 + len / 9).collect();
+                let mut begun = PromptBody::new(frames(&pieces, false), peer(5), wanted);
+                assert!(handed_on(&mut begun).is_empty(), "{len} of {}", whole.len());
+                let held = begun.gathered.as_ref().unwrap();
+                assert_eq!(held.len(), len);
+                assert!(held.capacity() <= 2 * len, "{} for {len}", held.capacity());
             }
-        };
-        assert!((29..=30).contains(&came), "{came}");
-        assert_eq!(began.elapsed().as_secs(), REQUEST_TIME.as_secs());
-        let error = Error::from(status);
-        assert!(error.is(CommonReason::IdleTimeout) && error.is_retryable(), "{error:?}");
+            let pieces: Vec<_> = whole.chunks(90).collect();
+            let mut ended = PromptBody::new(frames(&pieces, true), peer(5), wanted);
+            assert_eq!(handed_on(&mut ended), [whole.clone()]);
+            assert_eq!(ended.is_end_stream(), wanted == Wanted::All, "of a stream more may come");
+            // Its end is part of a request, and not of a first message.
+            let mut open = PromptBody::new(frames(&pieces, false), peer(5), wanted);
+            assert_eq!(handed_on(&mut open).len(), usize::from(wanted == Wanted::First));
+            assert!(!open.is_end_stream());
+            // Half of one is the decoder's to refuse.
+            let mut half = PromptBody::new(frames(&[&whole[..500]], true), peer(5), wanted);
+            assert_eq!(handed_on(&mut half), [whole[..500].to_vec()]);
+        }
+        let two = [message(3), message(4), message(5)];
+        let pieces: Vec<_> = two.iter().map(Vec::as_slice).collect();
+        assert_eq!(handed_on(&mut PromptBody::new(frames(&pieces, false), peer(5), Wanted::First)), two);
+    }
+
+    #[tokio::test]
+    async fn what_the_decoder_refuses_by_its_prefix_is_handed_on_with_that() {
+        let _alone = ALONE.lock().await;
+        let compressed = [&[1][..], &message(100)[1..]].concat();
+        for (sent, prefix) in
+            [(message(MAX_REQUEST_BYTES + 1), 5), (message(100_000), 90_000), (compressed, 5)]
+        {
+            for wanted in [Wanted::All, Wanted::First] {
+                let mut body =
+                    PromptBody::new(frames(&[&sent[..3], &sent[3..prefix]], false), peer(6), wanted);
+                assert_eq!(handed_on(&mut body), [sent[..prefix].to_vec()]);
+            }
+        }
+        // More than a request behind one that is small.
+        let more = [message(1), vec![0; MAX_REQUEST_BYTES]].concat();
+        let mut body = PromptBody::new(frames(&[&more[..6], &more[6..]], false), peer(6), Wanted::All);
+        assert_eq!(handed_on(&mut body), [more]);
+    }
+
+    /// Counts how often it is called.
+    #[derive(Clone)]
+    struct Counts(std::sync::Arc<std::sync::atomic::AtomicUsize>);
+
+    impl Service<http::Request<Body>> for Counts {
+        type Response = http::Request<Body>;
+        type Error = std::convert::Infallible;
+        type Future = std::future::Ready<Result<Self::Response, Self::Error>>;
+
+        fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+            self.0.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            std::future::ready(Ok(request))
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_service_is_called_with_a_whole_request_or_the_reason_why_there_is_none() {
+        use http_body_util::BodyExt as _;
+        let _alone = ALONE.lock().await;
+        let service = Counts(std::sync::Arc::default());
+        let called = || service.0.load(std::sync::atomic::Ordering::Relaxed);
+        let request = |body| http::Request::get("/a.B/C").header("x", "y").body(body).unwrap();
+        let whole = message(10);
+        let mut first = Box::pin(Prompt::new(service.clone()).call(request(frames(&[&whole[..9]], false))));
+        let polled = poll_fn(|cx| Poll::Ready(first.as_mut().poll(cx).is_ready())).await;
+        assert!(!polled && called() == 0, "it is not there");
+        let mut came = first.await.unwrap();
+        assert_eq!(called(), 1);
+        assert_eq!((came.uri().path(), came.headers()["x"].as_bytes()), ("/a.B/C", &b"y"[..]));
+        let error = Error::from(came.body_mut().frame().await.unwrap().unwrap_err());
+        assert!(error.is(CommonReason::IdleTimeout), "{error:?}");
+        let came =
+            Prompt::new(service.clone()).call(request(frames(&[&whole[..4], &whole[4..]], true))).await;
+        assert_eq!(came.unwrap().into_body().collect().await.unwrap().to_bytes(), whole);
+        // One that streams is called before its client sends anything.
+        let _came = Prompt::streaming(service.clone()).call(request(frames(&[], false))).await.unwrap();
+        assert_eq!(called(), 3);
     }
 }

@@ -82,7 +82,7 @@ pub fn services(
         .context("cannot describe the services")?
         .max_decoding_message_size(MAX_REQUEST_BYTES);
     // Who asks for descriptions is done before long: a stream that goes on holds more than it is worth.
-    Ok(Routes::new(Guarded::new(Prompt::new(reflection), node.trust().access()))
+    Ok(Routes::new(Guarded::new(Prompt::streaming(reflection), node.trust().access()))
         .add_service(receiver.into_service())
         .add_service(migrating.service())
         .add_service(health.service())

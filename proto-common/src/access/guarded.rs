@@ -60,6 +60,10 @@ where
         let caller =
             Caller { peer, access: self.access.clone(), service: S::NAME, method: Arc::from(method) };
         request.extensions_mut().insert(caller);
+        // A copy: it is made of slices of the buffer that the connection read it into, and of a request, that is all that is.
+        if let Ok(uri) = http::Uri::try_from(request.uri().to_string()) {
+            *request.uri_mut() = uri;
+        }
         Answer::Passed(self.inner.call(request), key)
     }
 }

@@ -13,11 +13,12 @@ use tonic::{Request, Status, Streaming};
 
 use super::decode::{BulkError, Decoder, Received};
 use super::{BulkMessage, Payload};
+use crate::prompt::Prompted;
 
 /// A generated server that is given the body of one method past its decoder, for [`Incoming`] to read.
 ///
 /// It stands directly in front of the generated server. All but the body goes through that as ever, so it answers unknown methods, refuses
-/// encodings and sends the answers. Requests of all other methods have to come [in time](crate::prompt).
+/// encodings and sends the answers. All other methods are without client streaming, and their requests have to come [in time](crate::prompt).
 #[derive(Debug, Clone)]
 pub struct WithRawBody<S> {
     inner: S,
@@ -42,13 +43,14 @@ impl<S: NamedService> NamedService for WithRawBody<S> {
 
 impl<S, B> Service<http::Request<B>> for WithRawBody<S>
 where
-    S: Service<http::Request<Body>>,
+    S: Service<http::Request<Body>> + Clone,
+    S::Future: Unpin,
     B: http_body::Body<Data = Bytes> + Send + 'static,
     B::Error: Into<StdError>,
 {
     type Response = S::Response;
     type Error = S::Error;
-    type Future = S::Future;
+    type Future = Prompted<S>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
         self.inner.poll_ready(cx)
@@ -59,9 +61,9 @@ where
         if request.uri().path() == self.path {
             let body = std::mem::replace(request.body_mut(), Body::empty());
             request.extensions_mut().insert(RawBody(Arc::new(Mutex::new(Some(body)))));
-            return self.inner.call(request);
+            return Prompted::called(self.inner.call(request));
         }
-        self.inner.call(crate::prompt::in_time(request))
+        Prompted::whole(self.inner.clone(), request)
     }
 }
 
