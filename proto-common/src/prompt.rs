@@ -477,7 +477,7 @@ mod tests {
             }
             let pieces: Vec<_> = whole.chunks(90).collect();
             let mut ended = PromptBody::new(frames(&pieces, true), peer(5), wanted);
-            assert_eq!(handed_on(&mut ended), [whole.clone()]);
+            assert_eq!(handed_on(&mut ended), std::slice::from_ref(&whole));
             assert_eq!(ended.is_end_stream(), wanted == Wanted::All, "of a stream more may come");
             // Its end is part of a request, and not of a first message.
             let mut open = PromptBody::new(frames(&pieces, false), peer(5), wanted);
