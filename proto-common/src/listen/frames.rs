@@ -7,10 +7,10 @@
 //! that is filled up with a frame of a type that nobody knows, which h2 skips (RFC 9113, 4.1), and then it begins with a new one.
 
 use std::io;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::task::{Context, Poll, ready};
 
-use tokio::io::{AsyncRead, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt as _, ReadBuf};
 
 use crate::refusals;
 
@@ -96,11 +96,11 @@ impl Frames {
             }
             return Poll::Ready(looked_at);
         }
-        let mut part = ReadBuf::new(buf.initialize_unfilled_to(self.rest));
-        ready!(io.poll_read(cx, &mut part))?;
-        let came = part.filled().len();
+        let before = buf.filled().len();
+        // Does not fill with zeros what is read into, unlike a buffer that is made of a part of this one.
+        ready!(pin!(io.take(u64::try_from(self.rest).unwrap_or(u64::MAX))).poll_read(cx, buf))?;
+        let came = buf.filled().len() - before;
         self.rest -= came;
-        buf.advance(came);
         if self.rest == 0 && !self.in_block && buf.remaining() >= HEAD {
             let payload = (buf.remaining() - HEAD).min(LARGEST_FILLING);
             let [_, len @ ..] = u32::try_from(payload).unwrap_or_default().to_be_bytes();
