@@ -251,13 +251,23 @@ pub trait MigrationSource: Send + Sync + 'static {
     /// `STORAGE_FAILED`.
     fn digests(&self, id: &MigrationId) -> impl Future<Output = Result<Vec<SlotDigest>, Error>> + Send;
 
+    /// The commit is known, and this node learns of it again if it crashes: requests for the slots are redirected from now on, in memory, and
+    /// [`give_up`](Self::give_up), which is called next, makes that durable. Returns whether they are: then the hold is dropped at once, and
+    /// clients do not wait for the disk. Whatever else the store learns of owners meanwhile must not take it back. By default they wait.
+    ///
+    /// Does not wait. May come more than once.
+    fn redirect(&self, handover: &Handover) -> bool {
+        let _ = handover;
+        false
+    }
+
     /// The commit is known: in one durable transaction, the slots belong to `handover.owner` at `slot_epoch`, their rows here are
     /// invisible (to scans and counts, too), and the log of the migration is gone. The rows are deleted in the background. From the
     /// moment it returns, requests are redirected. Does nothing where that is done.
     ///
     /// # Errors
     ///
-    /// `STORAGE_FAILED`; it is called again until it succeeds, with the slots held.
+    /// `STORAGE_FAILED`; it is called again until it succeeds, with the slots held or [redirected](Self::redirect).
     fn give_up(&self, handover: &Handover) -> impl Future<Output = Result<(), Error>> + Send;
 
     /// The migration ended without a commit: its log is gone. With `claim`, an operator decided so: this node claims the slots at that

@@ -105,6 +105,21 @@ pub trait MigrationTarget: Send + Sync + 'static {
     /// `STORAGE_FAILED`, and nothing has changed.
     fn save(&self, id: &MigrationId, record: Bytes) -> impl Future<Output = Result<(), Error>> + Send;
 
+    /// [`save`](Self::save) of a record that says that the target is prepared, with writes held at the source. A store may do with less than it
+    /// spends on other records, as on rows: of one that a crash takes back, the source learns by its next stream that nothing was committed. By
+    /// default it is saved like any other.
+    ///
+    /// # Errors
+    ///
+    /// As of [`save`](Self::save).
+    fn save_prepared(
+        &self,
+        id: &MigrationId,
+        record: Bytes,
+    ) -> impl Future<Output = Result<(), Error>> + Send {
+        self.save(id, record)
+    }
+
     /// Stages entries, and returns what is staged then: each is applied if and only if its sequence is higher than that of the entry
     /// that is staged for its key; tombstones are kept as such. Staged rows never expire. All of it is durable on return.
     ///

@@ -18,7 +18,7 @@ use tokio::time::Instant;
 pub use slow::WriteDelay;
 
 use crate::common::{NodeId, SLOT_COUNT, SlotRange};
-use crate::store::Ownership;
+use crate::store::{Claim, Ownership};
 
 /// What a request does to its slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -92,6 +92,8 @@ struct Shared {
 #[derive(Debug)]
 struct State {
     ownership: Arc<Ownership>,
+    /// Claims of it that are not durable yet.
+    ahead: Vec<Claim>,
     /// The same by slot, since every request asks.
     owners: Box<[Owner]>,
     holds: Vec<Entry>,
@@ -138,6 +140,7 @@ impl Gate {
                 me,
                 state: RwLock::new(State {
                     ownership: Arc::new(ownership),
+                    ahead: Vec::new(),
                     owners,
                     holds: Vec::new(),
                     held: vec![None; slots].into(),
@@ -162,12 +165,24 @@ impl Gate {
         Arc::clone(&self.shared.read().ownership)
     }
 
-    /// Replaces the picture of who owns what. Call it after the change is durable.
+    /// Replaces the picture of who owns what by what is durable. What it was [told ahead of that](Gate::redirect) stays, until it is.
     pub fn set_ownership(&self, ownership: Ownership) {
-        let owners = owners(&self.shared.me, &ownership);
         let mut state = self.shared.write();
-        state.owners = owners;
-        state.ownership = Arc::new(ownership);
+        let mut ahead = std::mem::take(&mut state.ahead);
+        state.set_ownership(&self.shared.me, ownership, &mut ahead);
+        state.ahead = ahead;
+        drop(state);
+        self.shared.changed.notify_waiters();
+    }
+
+    /// Takes `claim` over, by epoch, before it is durable here: its owner has the slots durably, and what leads this node to know so after a
+    /// crash is durable, too. Repeating it changes nothing.
+    pub fn redirect(&self, claim: Claim) {
+        let mut state = self.shared.write();
+        let ownership = Ownership::clone(&state.ownership);
+        let mut ahead = vec![claim];
+        state.set_ownership(&self.shared.me, ownership, &mut ahead);
+        state.ahead.append(&mut ahead);
         drop(state);
         self.shared.changed.notify_waiters();
     }
@@ -344,6 +359,13 @@ fn owners(me: &NodeId, ownership: &Ownership) -> Box<[Owner]> {
 }
 
 impl State {
+    /// Replaces the picture by this one and those of `ahead` that it does not have, which stay there.
+    fn set_ownership(&mut self, me: &NodeId, mut ownership: Ownership, ahead: &mut Vec<Claim>) {
+        ahead.retain(|claim| ownership.adopt(claim));
+        self.owners = owners(me, &ownership);
+        self.ownership = Arc::new(ownership);
+    }
+
     fn verdict(&self, slot: u16, access: Access) -> Verdict {
         let slot = usize::from(slot);
         match (self.held[slot], access) {

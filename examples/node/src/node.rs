@@ -274,6 +274,14 @@ impl Node {
         .await
     }
 
+    /// Redirects requests for the slots of `claim` to its owner, which is at `grpc`, before that is durable here; see [`Gate::redirect`].
+    pub(crate) fn redirect(&self, claim: Claim, grpc: String) {
+        let mut nodes = self.inner.nodes.write().unwrap_or_else(PoisonError::into_inner);
+        nodes.entry(claim.owner.clone()).or_default().grpc = grpc;
+        drop(nodes);
+        self.inner.gate.redirect(claim);
+    }
+
     /// Learns of the database where nodes are.
     pub(crate) async fn reload_nodes(&self) -> Result<(), StoreError> {
         let store = self.inner.store.clone();

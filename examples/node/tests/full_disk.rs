@@ -169,3 +169,25 @@ async fn a_source_that_cannot_save_that_it_commits_does_not_commit() {
     assert!(done.freezes.len() > 1, "{done:?}");
     pair.ends("the disk of the source was full in the freeze", load, MigrationState::Completed).await;
 }
+
+/// Who owns the slots is decided, and clients do not wait until the source can write it down.
+#[tokio::test]
+async fn a_source_that_cannot_give_the_slots_up_redirects_all_the_same() {
+    let mut pair = Pair::start_as(program_without_signal, 300, 100).await;
+    let load = pair.load();
+    let (proxy, asked) = pair.behind(request(ID, &pair.n2)).await;
+    proxy.arm(Frame::Commit, Ways::LATE);
+    begin(&pair.n1, asked).await.unwrap();
+    proxy.fired().await;
+    full_at(&pair.n1, 0);
+    proxy.go(Ways::default());
+    storage_failed(&pair.n1, Direction::Out).await;
+    load.going().await;
+    let shown = out(&pair).await;
+    assert_eq!((shown.state(), shown.gate()), (MigrationState::Committing, MigrationGate::Moved));
+    assert_eq!(shown.freezes.last().unwrap().outcome(), FreezeOutcome::Committed, "{shown:?}");
+    let there = pair.target_is_honest("the disk of the source was full").await.unwrap();
+    assert_eq!((there.state(), there.gate()), (MigrationState::Committed, MigrationGate::Open));
+    room(&mut pair.n1).await;
+    pair.ends("the disk of the source was full behind the commit", load, MigrationState::Completed).await;
+}

@@ -229,6 +229,15 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
             address: self.shown().target_address.clone(),
             slot_epoch: committed.slot_epoch.max(self.new_slot_epoch()),
         };
+        // After a crash, a record that is COMMITTING asks the target again before it serves anybody. An operator's word is not saved yet.
+        let found_again =
+            self.state() == MigrationState::Committing && self.shown().resolved_reason.is_none();
+        if found_again && self.inner.source.redirect(&handover) {
+            self.open_gate();
+            self.end_freeze(FreezeOutcome::Committed, None);
+            self.change().set_gate(MigrationGate::Moved);
+            self.show();
+        }
         reached("give_up.before", self.state());
         self.until(|task| {
             let (source, handover) = (Arc::clone(&task.inner.source), handover.clone());

@@ -217,9 +217,17 @@ impl<T: MigrationTarget> Inner<T> {
         next: super::record::Record,
     ) -> Result<(), Error> {
         reached("record.before", next.state());
-        guarded(async { self.target.save(&slot.id, next.encode()).await })
-            .await
-            .map_err(|error| incoming.failed(error))?;
+        let record = next.encode();
+        // Where others decide, what says so has to be as safe as they are.
+        let only_prepared = next.state() == MigrationState::Prepared && !next.kept.deciding;
+        let saving = async {
+            if only_prepared {
+                self.target.save_prepared(&slot.id, record).await
+            } else {
+                self.target.save(&slot.id, record).await
+            }
+        };
+        guarded(saving).await.map_err(|error| incoming.failed(error))?;
         reached("record.after", next.state());
         incoming.record = next;
         incoming.show(|_| {});

@@ -86,6 +86,35 @@ async fn quarantined_slots_are_refused_at_once_unless_another_node_owns_them() {
 }
 
 #[tokio::test]
+async fn a_redirect_is_not_taken_back_by_what_was_durable_before() {
+    let gate = gate(1);
+    let claim =
+        |owner: &str, epoch| Claim { range: range("50-99"), owner: NodeId::new(owner).unwrap(), epoch };
+    let durable = Ownership::clone(&gate.ownership());
+    for _ in 0..2 {
+        gate.redirect(claim("n2", 2));
+        gate.set_ownership(durable.clone());
+        assert_eq!(
+            (gate.verdict(49, Access::Write), gate.verdict(50, Access::Read)),
+            (Verdict::Pass, Verdict::Moved)
+        );
+    }
+    // A claim that is older than what is known is none.
+    gate.redirect(claim("n1", 1));
+    assert_eq!(gate.verdict(50, Access::Read), Verdict::Moved);
+    let mut next = durable.clone();
+    next.adopt(&claim("n2", 2));
+    gate.set_ownership(next.clone());
+    assert_eq!(*gate.ownership(), next);
+    // Once it is durable, that is what counts.
+    next.adopt(&claim("n1", 3));
+    gate.set_ownership(next);
+    assert_eq!(gate.verdict(50, Access::Write), Verdict::Pass);
+    gate.set_ownership(durable);
+    assert_eq!(gate.verdict(50, Access::Write), Verdict::Pass);
+}
+
+#[tokio::test]
 async fn a_dropped_hold_in_waiting_is_released() {
     let gate = gate(1);
     let mut permits = gate.permits(Access::Write);

@@ -126,12 +126,11 @@ impl MigrationSource for NodeSource {
             HoldMode::Writes => gate::HoldMode::Writes,
             HoldMode::All => gate::HoldMode::All,
         };
-        let store = self.node.store();
-        let expiry = store.pause_expiry(slots);
-        let (hold, settled) =
-            tokio::join!(self.node.gate().hold_for(slots, mode, self.options.patience), store.settle());
-        settled.map_err(failed)?;
-        Ok(Box::new(NodeHold { hold, _expiry: Some(expiry) }))
+        let (hold, expiry) = tokio::join!(
+            self.node.gate().hold_for(slots, mode, self.options.patience),
+            self.node.store().stop_expiry(slots)
+        );
+        Ok(Box::new(NodeHold { hold, _expiry: Some(expiry.map_err(failed)?) }))
     }
 
     async fn logs(&self) -> Result<Vec<(MigrationId, SlotRange)>, Error> {
@@ -150,6 +149,12 @@ impl MigrationSource for NodeSource {
 
     async fn digests(&self, id: &MigrationId) -> Result<Vec<SlotDigest>, Error> {
         self.node.store().slot_digests(id).await.map_err(failed)
+    }
+
+    fn redirect(&self, handover: &Handover) -> bool {
+        let Handover { id: _, slots, owner, address, slot_epoch } = handover.clone();
+        self.node.redirect(Claim { range: slots, owner, epoch: slot_epoch }, address);
+        true
     }
 
     async fn give_up(&self, handover: &Handover) -> Result<(), Error> {

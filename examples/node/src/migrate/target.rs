@@ -79,6 +79,10 @@ impl MigrationTarget for NodeTarget {
         self.node.store().save_migration(id, record).await.map_err(failed)
     }
 
+    async fn save_prepared(&self, id: &MigrationId, record: Bytes) -> Result<(), Error> {
+        self.node.store().save_prepared(id, record).await.map_err(failed)
+    }
+
     async fn apply(&self, id: &MigrationId, entries: Vec<Entry>, record: Bytes) -> Result<Staged, Error> {
         let store = self.node.store();
         self.room.check(store, id, &entries)?;

@@ -213,14 +213,20 @@ impl Store {
         self.inner.shared.counts.sum(range)
     }
 
-    /// Leaves expired rows of `range` alone until the result is dropped. A removal that has begun ends before [`Store::settle`] does.
+    /// Leaves expired rows of `range` alone until the result is dropped. A removal that has begun may still go on: see [`Store::stop_expiry`].
     pub(crate) fn pause_expiry(&self, range: SlotRange) -> ExpiryPause {
-        self.inner.shared.paused.add(range)
+        self.inner.shared.paused.add(range).0
     }
 
-    /// Returns when every deletion in the background that was asked for before is done.
-    pub(crate) async fn settle(&self) -> Result<(), StoreError> {
-        self.writer()?.settle().await
+    /// [`Store::pause_expiry`]; when it returns, no removal is under way. That takes no time where another such pause has the slots already.
+    pub(crate) async fn stop_expiry(&self, range: SlotRange) -> Result<ExpiryPause, StoreError> {
+        let (pause, is_quiet) = self.inner.shared.paused.add(range);
+        if !is_quiet {
+            // Behind all deletions in the background that were asked for before.
+            self.writer()?.settle().await?;
+            pause.is_quiet();
+        }
+        Ok(pause)
     }
 
     /// Whether slots of `range` are being imported.

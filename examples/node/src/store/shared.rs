@@ -94,18 +94,29 @@ impl SlotCounts {
 /// Slots whose expired rows are not removed for now.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Paused {
-    ranges: Arc<Mutex<Vec<SlotRange>>>,
+    pauses: Arc<Mutex<Vec<Pause>>>,
+}
+
+#[derive(Debug)]
+struct Pause {
+    id: u64,
+    range: SlotRange,
+    /// What was being removed when it began is removed.
+    quiet: bool,
 }
 
 impl Paused {
-    /// Adds slots until the result is dropped.
-    pub(super) fn add(&self, range: SlotRange) -> ExpiryPause {
-        lock(&self.ranges).push(range);
-        ExpiryPause { paused: self.clone(), range }
+    /// Adds slots until the result is dropped, and says whether a pause that is quiet has all of them already.
+    pub(super) fn add(&self, range: SlotRange) -> (ExpiryPause, bool) {
+        let mut pauses = lock(&self.pauses);
+        let quiet = pauses.iter().any(|pause| pause.quiet && pause.range.intersection(range) == Some(range));
+        let id = pauses.iter().map(|pause| pause.id + 1).max().unwrap_or(0);
+        pauses.push(Pause { id, range, quiet });
+        (ExpiryPause { paused: self.clone(), id }, quiet)
     }
 
     pub(super) fn ranges(&self) -> Vec<SlotRange> {
-        lock(&self.ranges).clone()
+        lock(&self.pauses).iter().map(|pause| pause.range).collect()
     }
 }
 
@@ -114,14 +125,20 @@ impl Paused {
 #[must_use = "dropping it lets expired rows be removed"]
 pub struct ExpiryPause {
     paused: Paused,
-    range: SlotRange,
+    id: u64,
+}
+
+impl ExpiryPause {
+    /// Nothing is removed any more that was being removed when it began.
+    pub(super) fn is_quiet(&self) {
+        for pause in lock(&self.paused.pauses).iter_mut().filter(|pause| pause.id == self.id) {
+            pause.quiet = true;
+        }
+    }
 }
 
 impl Drop for ExpiryPause {
     fn drop(&mut self) {
-        let mut ranges = lock(&self.paused.ranges);
-        if let Some(at) = ranges.iter().position(|range| *range == self.range) {
-            ranges.swap_remove(at);
-        }
+        lock(&self.paused.pauses).retain(|pause| pause.id != self.id);
     }
 }

@@ -14,7 +14,7 @@ use super::log::first_not_in;
 use super::ownership::{Claim, Ownership, adopt_all, load};
 use super::tables::{self, Place, Row};
 use super::txn::RowsTxn;
-use super::writer::Slice;
+use super::writer::{Phases, Slice};
 use super::{Store, StoreError};
 use crate::common::{SlotRange, slot_of};
 
@@ -104,9 +104,18 @@ impl Store {
 
     /// See [`save`](proto::migration::MigrationTarget::save).
     pub(crate) async fn save_migration(&self, id: &MigrationId, record: Bytes) -> Result<(), StoreError> {
+        self.save_in(Phases::Two, id, record).await
+    }
+
+    /// See [`save_prepared`](proto::migration::MigrationTarget::save_prepared).
+    pub(crate) async fn save_prepared(&self, id: &MigrationId, record: Bytes) -> Result<(), StoreError> {
+        self.save_in(Phases::One, id, record).await
+    }
+
+    async fn save_in(&self, phases: Phases, id: &MigrationId, record: Bytes) -> Result<(), StoreError> {
         let id = id.clone();
         self.writer()?
-            .transact(move |txn, _| {
+            .transact_in(phases, move |txn, _| {
                 let stored = Stored::get(txn, &id)?.unwrap_or_default();
                 Stored { record, ..stored }.put(txn, &id)
             })

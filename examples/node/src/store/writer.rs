@@ -111,7 +111,16 @@ impl Writer {
         &self,
         work: impl FnOnce(&WriteTransaction, &mut RowsTxn<'_>) -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, StoreError> {
-        let (job, outcome) = alone(move |shared| transaction(shared, Phases::Two, work));
+        self.transact_in(Phases::Two, work).await
+    }
+
+    /// [`Writer::transact`] in as many phases.
+    pub(super) async fn transact_in<T: Send + 'static>(
+        &self,
+        phases: Phases,
+        work: impl FnOnce(&WriteTransaction, &mut RowsTxn<'_>) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let (job, outcome) = alone(move |shared| transaction(shared, phases, work));
         self.queue.send(Job::Alone(job)).await.map_err(|_| StoreError::Closed)?;
         outcome.await.map_err(|_| StoreError::Closed)?
     }
@@ -289,7 +298,7 @@ impl Batch {
 /// How often a commit is synced. After a crash, redb cannot tell damage in a commit of one phase from one that was torn, and takes the one before; a
 /// commit of two phases was whole when it was made the last, so that its damage is damage.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Phases {
+pub(super) enum Phases {
     /// Once: for rows, whose time is that of the disk's sync.
     One,
     /// Twice: for who owns what, and for records of what moves.
@@ -459,6 +468,31 @@ mod tests {
             hurried * 2 < calm,
             "{hurried} groups of writes came before it was done, and {calm} without hurry"
         );
+    }
+
+    #[tokio::test]
+    async fn only_a_pause_that_is_quiet_and_has_all_slots_spares_another_one_the_wait() {
+        let directory = tempfile::tempdir().unwrap();
+        let (store, _) = open(directory.path(), "a", "0-16383");
+        let writer = store.writer().unwrap();
+        let (few, all) = ("100-199".parse().unwrap(), "0-16383".parse().unwrap());
+        let is_at_once = async |range| {
+            let stopping = store.stop_expiry(range);
+            tokio::pin!(stopping);
+            futures::poll!(stopping).is_ready()
+        };
+        let pause = store.pause_expiry(all);
+        let hold = held(&writer).await;
+        assert!(!is_at_once(few).await, "what was being removed may be so still");
+        drop(hold);
+        drop(pause);
+        let pause = store.stop_expiry(few).await.unwrap();
+        let hold = held(&writer).await;
+        assert!(is_at_once(few).await);
+        assert!(!is_at_once(all).await);
+        drop(pause);
+        assert!(!is_at_once(few).await);
+        drop(hold);
     }
 
     #[tokio::test]

@@ -25,7 +25,8 @@ fn gates(direction: Direction, state: MigrationState) -> &'static [MigrationGate
     match (direction, state) {
         (Direction::Out, S::Pending | S::Copying | S::CatchingUp | S::Ready) => &[Open],
         (Direction::Out, S::Freezing) => &[WritesHeld],
-        (Direction::Out, S::Committing) => &[Closed],
+        // Clients are redirected before that is durable.
+        (Direction::Out, S::Committing) => &[Closed, Moved],
         (Direction::Out, S::Completed) => &[Moved],
         (Direction::Out, S::Cancelling | S::Cancelled | S::Failed) => &[Open],
         (Direction::Out, S::NeedsOperator) => &[Open, Closed],

@@ -6,11 +6,12 @@ use bytes::Bytes;
 use proptest::prelude::*;
 use proto::common::slots::SlotRange;
 use proto::migration::entry::Entry;
-use proto::migration::source::PageLimit;
+use proto::migration::hold::HoldMode;
+use proto::migration::source::{Handover, PageLimit};
 use proto::migration::{MigrationSource as _, MigrationTarget as _};
 
 use super::support::*;
-use crate::common::slot_of;
+use crate::common::{NodeId, slot_of};
 use crate::gate::{Access, Verdict};
 use crate::store::{SetExpiry, WriteOp, test_store};
 
@@ -226,6 +227,40 @@ proptest! {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(run(steps));
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_redirected_is_not_given_up_before_a_crash() {
+    let dir = tempfile::tempdir().unwrap();
+    let a = TestNode::open(&dir.path().join("a"), "n1", "0-16383");
+    let b = NodeId::new("n2").unwrap();
+    let key = key_in("key", moving(), true);
+    a.set(&key, "value").await;
+    a.source.open_log(&id("m1"), moving(), None).await.unwrap();
+    let hold = a.source.hold(moving(), HoldMode::All).await.unwrap();
+    let handover = Handover {
+        id: id("m1"),
+        slots: moving(),
+        owner: b.clone(),
+        address: "127.0.0.1:7102".into(),
+        slot_epoch: 2,
+    };
+    assert!(a.source.redirect(&handover));
+    drop(hold);
+    let verdict = |node: &TestNode| node.node.gate().verdict(slot_of(key.as_bytes()), Access::Write);
+    assert_eq!((verdict(&a), a.node.key_count()), (Verdict::Moved, 0));
+    assert_eq!(a.node.addresses(&b).unwrap().grpc, "127.0.0.1:7102");
+    // Another migration ends meanwhile, and brings what is durable.
+    a.source.keep(&id("m2"), range("0-9"), None).await.unwrap();
+    assert_eq!(verdict(&a), Verdict::Moved);
+    // The driver's record says that the target is to be asked; until then it holds them.
+    let crashed = a.copy();
+    assert_eq!((verdict(&crashed), crashed.rows(moving()).await.len()), (Verdict::Pass, 1));
+    crashed.source.give_up(&handover).await.unwrap();
+    assert_eq!((verdict(&crashed), crashed.rows(moving()).await.len()), (Verdict::Moved, 0));
+    a.source.give_up(&handover).await.unwrap();
+    assert_eq!((verdict(&a), a.rows(moving()).await.len()), (Verdict::Moved, 0));
+    a.check();
 }
 
 /// Writers that never pause, on few keys and many.
