@@ -417,11 +417,13 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_byte_now_and_then_does_not_help() {
         let _alone = ALONE.lock().await;
-        // Of a request, and of what the decoder takes as it comes.
-        for (byte, handed_on) in [(0, 0..=0), (b'x', 25..=26)] {
+        // Of a request, of what the decoder takes as it comes, and of a stream with an empty message every five seconds.
+        for (byte, wanted, handed_on) in
+            [(0, Wanted::All, 0..=0), (b'x', Wanted::All, 25..=26), (0, Wanted::First, 25..=26)]
+        {
             let began = Instant::now();
             let drip = Drip(byte, Box::pin(tokio::time::sleep(Duration::from_secs(1))));
-            let mut body = PromptBody::new(Body::new(drip), peer(1), Wanted::All);
+            let mut body = PromptBody::new(Body::new(drip), peer(1), wanted);
             let mut came = 0;
             let status = loop {
                 match poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await.unwrap() {
