@@ -3,8 +3,12 @@
 //! h2 reads frames into one buffer after the other, and what it keeps of a header block, in the request and in the table of HPACK, are slices of the buffer that
 //! the block was read into. A frame for which that has no room makes it grow, to twice its size where that is more, and behind the frame there is room for
 //! others: a client that sends a few frames, each twice as long as the one before, and then a header block of a hundred bytes, makes a hundred bytes keep a
-//! mebibyte, for each stream, and for each of the hundred entries that the table has room for. So a long frame is the last one in its buffer: what is left of
-//! that is filled up with a frame of a type that nobody knows, which h2 skips (RFC 9113, 4.1), and then it begins with a new one.
+//! mebibyte, for each stream, and for each of the hundred entries that the table has room for. So a long frame, or a header block that has one, is the last in
+//! its buffer: what is left of that is filled up with frames of a type that nobody knows, which h2 skips (RFC 9113, 4.1). It asks for room for the next frame
+//! while the last of these is still there, so it gets a new buffer.
+//!
+//! Where only a part of a head fits, that is what there is, and h2 asks for room for the rest of it. By then nothing else may be in the buffer, and it is used
+//! again: so what follows is the rest of that head, and once more frames that fill it up.
 
 use std::io;
 use std::pin::{Pin, pin};
@@ -31,8 +35,8 @@ const UNKNOWN: u8 = 0xfa;
 /// a long frame at its end it is at most that much larger than the frame.
 const SHORT: usize = 8 << 10;
 
-/// What there is behind a long frame, at most.
-const LARGEST_FILLING: usize = 2 * SHORT;
+/// Longest payload of a frame that fills up: what every HTTP/2 endpoint takes (RFC 9113, 4.2).
+const FILLING: usize = 16 << 10;
 
 /// Follows the frames that come on one connection.
 #[derive(Debug)]
@@ -45,12 +49,14 @@ pub(super) struct Frames {
     len: usize,
     /// Bytes of the frame that are still to come behind the head.
     rest: usize,
-    /// Whether the frame is longer than [`SHORT`].
+    /// Whether the frame, or one before it in the same block, is longer than [`SHORT`].
     long: bool,
     /// Whether only `CONTINUATION` may follow.
     in_block: bool,
     /// Longest frame of a header block.
     header_frame: usize,
+    /// Bytes that are left of the head of a frame that fills up.
+    owed: usize,
 }
 
 impl Frames {
@@ -67,6 +73,7 @@ impl Frames {
             long: false,
             in_block: false,
             header_frame,
+            owed: 0,
         }
     }
 
@@ -86,30 +93,54 @@ impl Frames {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        // Only of a frame that was begun by an earlier read. One that comes in one read made no buffer grow.
-        if !(self.is_http2 && self.long && self.rest > 0 && self.rest < buf.remaining()) {
-            let before = buf.filled().len();
-            ready!(io.poll_read(cx, buf))?;
-            let looked_at = self.came(buf.filled().get(before..).unwrap_or_default());
-            if looked_at.is_err() {
-                buf.set_filled(before);
-            }
-            return Poll::Ready(looked_at);
+        if self.owed > 0 {
+            self.fill(buf);
+            return Poll::Ready(Ok(()));
         }
         let before = buf.filled().len();
-        // Does not fill with zeros what is read into, unlike a buffer that is made of a part of this one.
-        ready!(pin!(io.take(u64::try_from(self.rest).unwrap_or(u64::MAX))).poll_read(cx, buf))?;
-        let came = buf.filled().len() - before;
-        self.rest -= came;
-        if self.rest == 0 && !self.in_block && buf.remaining() >= HEAD {
-            let payload = (buf.remaining() - HEAD).min(LARGEST_FILLING);
-            let [_, len @ ..] = u32::try_from(payload).unwrap_or_default().to_be_bytes();
-            buf.put_slice(&len);
-            buf.put_slice(&[UNKNOWN, 0, 0, 0, 0, 0]);
-            buf.initialize_unfilled_to(payload).fill(0);
-            buf.advance(payload);
+        let end = self.end();
+        match end.filter(|end| *end < buf.remaining()) {
+            // Does not fill with zeros what is read into, unlike a buffer that is made of a part of this one.
+            Some(end) => {
+                ready!(pin!(io.take(u64::try_from(end).unwrap_or(u64::MAX))).poll_read(cx, buf))?;
+            }
+            None => ready!(io.poll_read(cx, buf))?,
         }
-        Poll::Ready(Ok(()))
+        let looked_at = self.came(buf.filled().get(before..).unwrap_or_default());
+        if looked_at.is_err() {
+            buf.set_filled(before);
+        } else if end.is_some() && self.rest == 0 && self.len == 0 && !self.in_block {
+            self.fill(buf);
+        }
+        Poll::Ready(looked_at)
+    }
+
+    /// Bytes until something ends behind which there may be nothing else in the buffer. Only of a frame that was begun by an earlier read: one that comes in one
+    /// read made no buffer grow.
+    fn end(&self) -> Option<usize> {
+        match self.rest {
+            _ if !self.is_http2 || !self.long => None,
+            0 => self.in_block.then_some(HEAD - self.len),
+            rest => Some(rest),
+        }
+    }
+
+    /// Leaves no room in `buf`.
+    fn fill(&mut self, buf: &mut ReadBuf<'_>) {
+        let is_owed = self.owed > 0;
+        self.owed = put_end(filling(0), self.owed, buf);
+        while buf.remaining() >= HEAD {
+            let room = buf.remaining() - HEAD;
+            // Behind it there is nothing, or room for another head.
+            let len = if room <= FILLING { room } else { FILLING.min(room - HEAD) };
+            buf.put_slice(&filling(len));
+            buf.initialize_unfilled_to(len);
+            buf.advance(len);
+        }
+        // Once is enough: what is left then is that of a buffer that was made for the rest of a head, so it is small.
+        if !is_owed && buf.remaining() > 0 {
+            self.owed = put_end(filling(0), HEAD, buf);
+        }
     }
 
     fn came(&mut self, mut bytes: &[u8]) -> io::Result<()> {
@@ -140,7 +171,7 @@ impl Frames {
         let [a, b, c, kind, flags, ..] = self.head;
         self.len = 0;
         self.rest = [a, b, c].iter().fold(0, |len, byte| len << 8 | usize::from(*byte));
-        self.long = HEAD + self.rest > SHORT;
+        self.long = HEAD + self.rest > SHORT || (self.in_block && self.long);
         if matches!(kind, HEADERS | PUSH_PROMISE | CONTINUATION) {
             self.in_block = flags & END_HEADERS == 0;
             if self.rest > self.header_frame {
@@ -150,6 +181,20 @@ impl Frames {
         }
         Ok(())
     }
+}
+
+/// The head of a frame that fills up with `len` bytes behind it.
+fn filling(len: usize) -> [u8; HEAD] {
+    let [_, a, b, c] = u32::try_from(len).unwrap_or_default().to_be_bytes();
+    [a, b, c, UNKNOWN, 0, 0, 0, 0, 0]
+}
+
+/// Puts as much of the last `left` bytes of `head` into `buf` as there is room for, and returns how many are left then.
+fn put_end(head: [u8; HEAD], left: usize, buf: &mut ReadBuf<'_>) -> usize {
+    let end = &head[HEAD - left..];
+    let (now, later) = end.split_at(end.len().min(buf.remaining()));
+    buf.put_slice(now);
+    later.len()
 }
 
 #[cfg(test)]
@@ -208,24 +253,48 @@ mod tests {
         kept.into_iter().filter_map(|mut frame| frame.try_reclaim(bytes).then_some(())).count()
     }
 
-    #[tokio::test]
-    async fn a_header_block_does_not_keep_the_frames_before_it() {
-        let mut sent = Vec::new();
-        for _ in 0..8 {
-            for kib in [20, 9, 17, 33, 65, 129, 257, 500] {
-                sent.extend(frame(UNKNOWN, 0, kib * KIB));
-            }
-            sent.extend(frame(HEADERS, END_HEADERS, 50));
+    /// The header blocks in `sent`, as h2 reads them, and whether they are `followed`.
+    async fn kept(sent: &[u8], followed: bool) -> Vec<BytesMut> {
+        if !followed {
+            return read(Cursor::new(sent.to_vec())).await;
         }
-        let kept = read(Cursor::new(sent.clone())).await;
-        assert_eq!(kept.len(), 8);
-        assert_eq!(keep_more(kept, 400 * KIB), 8, "what would be kept");
-        let followed = Followed(Cursor::new([PREFACE, &*sent].concat()), Frames::new(16 << 10));
+        let followed = Followed(Cursor::new([PREFACE, sent].concat()), Frames::new(1 << 20));
         let mut followed = Box::pin(followed);
         followed.read_exact(&mut [0; PREFACE.len()]).await.unwrap();
-        let kept = read(followed).await;
-        assert_eq!(kept.len(), 8);
-        assert_eq!(keep_more(kept, 2 * SHORT + 1), 0);
+        read(followed).await
+    }
+
+    /// What a header block may keep: frames of up to [`SHORT`] share a buffer of twice that, and one of them may double it.
+    const MOST: usize = 4 * SHORT;
+
+    #[tokio::test]
+    async fn a_header_block_does_not_keep_the_frames_before_it() {
+        let before = [20, 9, 17, 33, 65, 129, 257, 500].map(|kib| frame(UNKNOWN, 0, kib * KIB)).concat();
+        let sent = [before, frame(HEADERS, END_HEADERS, 50)].concat().repeat(8);
+        let without = kept(&sent, false).await;
+        assert_eq!((without.len(), keep_more(without, 400 * KIB)), (8, 8), "what would be kept");
+        let with = kept(&sent, true).await;
+        assert_eq!((with.len(), keep_more(with, 2 * SHORT + 1)), (8, 0));
+    }
+
+    /// As the codec of h2 asks for room, whatever is kept of the frames before.
+    #[test]
+    fn all_room_is_filled_with_frames() {
+        for room in (0..100).chain(FILLING..FILLING + 30).chain(2 * FILLING..2 * FILLING + 30) {
+            let mut frames = Frames::new(1 << 20);
+            let mut memory = vec![1; room];
+            let mut buf = ReadBuf::new(&mut memory);
+            frames.fill(&mut buf);
+            assert_eq!(buf.remaining(), 0, "{room}");
+            let mut all = buf.filled().to_vec();
+            while frames.owed > 0 {
+                let mut memory = [1; 3 * HEAD];
+                let mut buf = ReadBuf::new(&mut memory);
+                frames.fill(&mut buf);
+                all.extend_from_slice(buf.filled());
+            }
+            assert!(without_filling(all.into()).is_empty(), "{room}");
+        }
     }
 
     #[tokio::test]
@@ -279,7 +348,32 @@ mod tests {
         frames
     }
 
+    /// Frames of some kind, each about twice as long as the one before, and short ones between.
+    fn growing() -> impl Strategy<Value = Vec<u8>> {
+        let one = |power: u32| {
+            let near = prop_oneof![-40..40_isize, -(1_isize << power) / 4..(1_isize << power) / 4];
+            let short = prop::collection::vec(prop_oneof![0..100_usize, 1000..9000_usize], 0..3);
+            (any::<bool>(), near, 0..20_usize, short).prop_map(move |(is_block, near, end, short)| {
+                let len = (1_usize << power).saturating_add_signed(near);
+                let long = match is_block {
+                    true => [frame(PUSH_PROMISE, 0, len), frame(CONTINUATION, END_HEADERS, end)].concat(),
+                    false => frame(UNKNOWN, 0, len),
+                };
+                short.into_iter().flat_map(|len| frame(UNKNOWN, 0, len)).chain(long).collect()
+            })
+        };
+        (13..19).map(one).collect::<Vec<_>>().prop_map(|frames: Vec<Vec<u8>>| frames.concat())
+    }
+
     proptest! {
+        #[test]
+        fn a_header_block_keeps_little_whatever_came_before_it(before in growing()) {
+            let sent = [before, frame(HEADERS, END_HEADERS, 50)].concat();
+            let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+            let with = runtime.block_on(kept(&sent, true));
+            prop_assert_eq!((with.len(), keep_more(with, MOST + 1)), (1, 0));
+        }
+
         #[test]
         fn all_comes_as_it_was_sent_however_it_is_cut(
             frames in prop::collection::vec((0_u8..10, 0_u8..8, prop_oneof![0..40_usize, 7000..40_000_usize]), 1..12),
