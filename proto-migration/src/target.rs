@@ -106,8 +106,9 @@ pub trait MigrationTarget: Send + Sync + 'static {
     fn save(&self, id: &MigrationId, record: Bytes) -> impl Future<Output = Result<(), Error>> + Send;
 
     /// [`save`](Self::save) of a record that says that the target is prepared, with writes held at the source. A store may do with less than it
-    /// spends on other records, as on rows: of one that a crash takes back, the source learns by its next stream that nothing was committed. By
-    /// default it is saved like any other.
+    /// spends on other records, as on rows: of one that a crash takes back, the source learns by its next stream that nothing was committed. An operator who
+    /// decides COMMITTED at the source while the target is away relies on it: damage that goes unseen leaves rows that are staged, and nobody who
+    /// may commit them. By default it is saved like any other.
     ///
     /// # Errors
     ///

@@ -176,15 +176,19 @@ impl Gate {
     }
 
     /// Takes `claim` over, by epoch, before it is durable here: its owner has the slots durably, and what leads this node to know so after a
-    /// crash is durable, too. Repeating it changes nothing.
-    pub fn redirect(&self, claim: Claim) {
+    /// crash is durable, too. Repeating it changes nothing. Returns whether its owner has all of the slots then; not where another one is known at an epoch
+    /// that is as high.
+    #[must_use]
+    pub fn redirect(&self, claim: Claim) -> bool {
         let mut state = self.shared.write();
         let ownership = Ownership::clone(&state.ownership);
-        let mut ahead = vec![claim];
+        let mut ahead = vec![claim.clone()];
         state.set_ownership(&self.shared.me, ownership, &mut ahead);
         state.ahead.append(&mut ahead);
+        let gives = state.ownership.gives(&claim);
         drop(state);
         self.shared.changed.notify_waiters();
+        gives
     }
 
     /// Permits of no slots yet, to [enter](Permits::enter) with.

@@ -275,11 +275,12 @@ impl Node {
     }
 
     /// Redirects requests for the slots of `claim` to its owner, which is at `grpc`, before that is durable here; see [`Gate::redirect`].
-    pub(crate) fn redirect(&self, claim: Claim, grpc: String) {
+    #[must_use]
+    pub(crate) fn redirect(&self, claim: Claim, grpc: String) -> bool {
         let mut nodes = self.inner.nodes.write().unwrap_or_else(PoisonError::into_inner);
         nodes.entry(claim.owner.clone()).or_default().grpc = grpc;
         drop(nodes);
-        self.inner.gate.redirect(claim);
+        self.inner.gate.redirect(claim)
     }
 
     /// Learns of the database where nodes are.

@@ -92,15 +92,15 @@ async fn a_redirect_is_not_taken_back_by_what_was_durable_before() {
         |owner: &str, epoch| Claim { range: range("50-99"), owner: NodeId::new(owner).unwrap(), epoch };
     let durable = Ownership::clone(&gate.ownership());
     for _ in 0..2 {
-        gate.redirect(claim("n2", 2));
+        assert!(gate.redirect(claim("n2", 2)));
         gate.set_ownership(durable.clone());
         assert_eq!(
             (gate.verdict(49, Access::Write), gate.verdict(50, Access::Read)),
             (Verdict::Pass, Verdict::Moved)
         );
     }
-    // A claim that is older than what is known is none.
-    gate.redirect(claim("n1", 1));
+    // A claim that is older than what is known is none, and clients are not let go because of it.
+    assert!(!gate.redirect(claim("n1", 1)) && !gate.redirect(claim("n3", 2)));
     assert_eq!(gate.verdict(50, Access::Read), Verdict::Moved);
     let mut next = durable.clone();
     next.adopt(&claim("n2", 2));

@@ -153,8 +153,7 @@ impl MigrationSource for NodeSource {
 
     fn redirect(&self, handover: &Handover) -> bool {
         let Handover { id: _, slots, owner, address, slot_epoch } = handover.clone();
-        self.node.redirect(Claim { range: slots, owner, epoch: slot_epoch }, address);
-        true
+        self.node.redirect(Claim { range: slots, owner, epoch: slot_epoch }, address)
     }
 
     async fn give_up(&self, handover: &Handover) -> Result<(), Error> {
