@@ -36,7 +36,7 @@ pub use receive::{Incoming, WithRawBody};
 pub use send::{Outgoing, WithBody};
 
 /// Length of what precedes each message in a gRPC stream: a flag and the length in four bytes, big endian.
-const PREFIX: usize = 5;
+pub(crate) const PREFIX: usize = 5;
 
 /// A message of which one field may be large: a `oneof` of frames, some of which have a payload.
 ///

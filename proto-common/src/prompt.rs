@@ -19,6 +19,7 @@ use tonic::codegen::{Service, StdError, http};
 use tonic::server::NamedService;
 
 use crate::access::Caller;
+use crate::bulk::PREFIX;
 use crate::error::{CommonReason, Error, RETRY_AFTER};
 use crate::peer::PeerKey;
 use crate::shares::{Share, Shares};
@@ -278,9 +279,6 @@ impl PromptBody {
         Poll::Ready(())
     }
 }
-
-/// Of gRPC, before each message: a flag and its length.
-const PREFIX: usize = 5;
 
 /// Length of the first message with its prefix, if that is there: in `gathered` and the `data` behind it. `u64::MAX` for one that is compressed.
 fn first_len(gathered: &[u8], data: &[u8]) -> Option<u64> {

@@ -18,6 +18,14 @@ use crate::v1::transfer_split_snapshot_request as request;
 /// Largest `content_version`, in bytes.
 pub const MAX_CONTENT_VERSION: usize = 1024;
 
+/// Features that this version has, at either end.
+#[cfg(any(feature = "client", feature = "server"))]
+pub(crate) const FEATURES: [&str; 5] = ["lanes", "reuse", "unknown-size", "crc64nvme", FILE_RUNS];
+
+/// The sender understands [`Extent::more_files`](v1::transfer_split_snapshot_response::Extent::more_files).
+#[cfg(any(feature = "client", feature = "server"))]
+pub(crate) const FILE_RUNS: &str = "file-runs";
+
 /// Where in the Raft log a snapshot was taken. Ordered by term, then index.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct SnapshotPoint {

@@ -91,9 +91,11 @@ struct Shared {
 
 #[derive(Debug)]
 struct State {
-    ownership: Arc<Ownership>,
-    /// Claims of it that are not durable yet.
+    durable: Ownership,
+    /// Claims that are not durable yet.
     ahead: Vec<Claim>,
+    /// Both together.
+    ownership: Arc<Ownership>,
     /// The same by slot, since every request asks.
     owners: Box<[Owner]>,
     holds: Vec<Entry>,
@@ -139,8 +141,9 @@ impl Gate {
             shared: Arc::new(Shared {
                 me,
                 state: RwLock::new(State {
-                    ownership: Arc::new(ownership),
+                    durable: ownership.clone(),
                     ahead: Vec::new(),
+                    ownership: Arc::new(ownership),
                     owners,
                     holds: Vec::new(),
                     held: vec![None; slots].into(),
@@ -168,9 +171,8 @@ impl Gate {
     /// Replaces the picture of who owns what by what is durable. What it was [told ahead of that](Gate::redirect) stays, until it is.
     pub fn set_ownership(&self, ownership: Ownership) {
         let mut state = self.shared.write();
-        let mut ahead = std::mem::take(&mut state.ahead);
-        state.set_ownership(&self.shared.me, ownership, &mut ahead);
-        state.ahead = ahead;
+        state.durable = ownership;
+        state.put_together(&self.shared.me);
         drop(state);
         self.shared.changed.notify_waiters();
     }
@@ -181,10 +183,8 @@ impl Gate {
     #[must_use]
     pub fn redirect(&self, claim: Claim) -> bool {
         let mut state = self.shared.write();
-        let ownership = Ownership::clone(&state.ownership);
-        let mut ahead = vec![claim.clone()];
-        state.set_ownership(&self.shared.me, ownership, &mut ahead);
-        state.ahead.append(&mut ahead);
+        state.ahead.push(claim.clone());
+        state.put_together(&self.shared.me);
         let gives = state.ownership.gives(&claim);
         drop(state);
         self.shared.changed.notify_waiters();
@@ -363,9 +363,10 @@ fn owners(me: &NodeId, ownership: &Ownership) -> Box<[Owner]> {
 }
 
 impl State {
-    /// Replaces the picture by this one and those of `ahead` that it does not have, which stay there.
-    fn set_ownership(&mut self, me: &NodeId, mut ownership: Ownership, ahead: &mut Vec<Claim>) {
-        ahead.retain(|claim| ownership.adopt(claim));
+    /// Makes the picture anew, and forgets those claims ahead that tell nothing new.
+    fn put_together(&mut self, me: &NodeId) {
+        let mut ownership = self.durable.clone();
+        self.ahead.retain(|claim| ownership.adopt(claim));
         self.owners = owners(me, &ownership);
         self.ownership = Arc::new(ownership);
     }

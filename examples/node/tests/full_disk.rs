@@ -16,8 +16,9 @@ use proto::node::{
     MigrationProgress, MigrationState, StartMigrationRequest,
 };
 use support::disk::{full_at, program_without_signal};
+use support::load::Load;
 use support::migration::{ID, Pair, Slow, begin, complete, limits, manual, progress, reaches, request};
-use support::proxy::{Frame, Ways};
+use support::proxy::{Frame, Proxy, Ways};
 use support::{call, client, until};
 
 /// Waits until a node tells that its store failed, and returns what it says of it.
@@ -92,15 +93,21 @@ async fn a_target_that_cannot_stage_says_so_and_goes_on_when_it_can() {
     pair.ends("the disk of the target was full", load, MigrationState::Completed).await;
 }
 
-/// Nothing can be written any more, a line of the log neither.
-#[tokio::test]
-async fn a_target_that_cannot_commit_holds_the_clients_until_it_can() {
-    let mut pair = Pair::start_as(program_without_signal, 300, 100).await;
+/// A migration under load, with a `Commit` that has not arrived.
+async fn with_commit_on_its_way() -> (Pair, Load, Proxy) {
+    let pair = Pair::start_as(program_without_signal, 300, 100).await;
     let load = pair.load();
     let (proxy, asked) = pair.behind(request(ID, &pair.n2)).await;
     proxy.arm(Frame::Commit, Ways::LATE);
     begin(&pair.n1, asked).await.unwrap();
     proxy.fired().await;
+    (pair, load, proxy)
+}
+
+/// Nothing can be written any more, a line of the log neither.
+#[tokio::test]
+async fn a_target_that_cannot_commit_holds_the_clients_until_it_can() {
+    let (mut pair, load, proxy) = with_commit_on_its_way().await;
     reaches(&pair.n2, ID, Direction::In, MigrationState::Prepared).await;
     full_at(&pair.n2, 0);
     proxy.go(Ways::default());
@@ -173,12 +180,7 @@ async fn a_source_that_cannot_save_that_it_commits_does_not_commit() {
 /// Who owns the slots is decided, and clients do not wait until the source can write it down.
 #[tokio::test]
 async fn a_source_that_cannot_give_the_slots_up_redirects_all_the_same() {
-    let mut pair = Pair::start_as(program_without_signal, 300, 100).await;
-    let load = pair.load();
-    let (proxy, asked) = pair.behind(request(ID, &pair.n2)).await;
-    proxy.arm(Frame::Commit, Ways::LATE);
-    begin(&pair.n1, asked).await.unwrap();
-    proxy.fired().await;
+    let (mut pair, load, proxy) = with_commit_on_its_way().await;
     full_at(&pair.n1, 0);
     proxy.go(Ways::default());
     storage_failed(&pair.n1, Direction::Out).await;

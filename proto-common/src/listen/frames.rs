@@ -277,6 +277,24 @@ mod tests {
         assert_eq!((with.len(), keep_more(with, 2 * SHORT + 1)), (8, 0));
     }
 
+    /// Each long frame makes a buffer twice as large as it was, but for so many bytes, and a short one behind it has it used again.
+    #[tokio::test]
+    async fn no_room_is_too_small_to_be_filled() {
+        for room in 0..2 * HEAD {
+            let grown = (14..20).flat_map(|power| {
+                let short = frame(UNKNOWN, 0, 100);
+                let long = frame(UNKNOWN, 0, (1 << power) - room - short.len() - HEAD);
+                [short, long].concat()
+            });
+            let sent = grown.chain(frame(HEADERS, END_HEADERS, 50)).collect::<Vec<_>>();
+            // Where not even a length fits, there is a new buffer.
+            let without = keep_more(kept(&sent, false).await, 400 * KIB);
+            assert_eq!(without, usize::from(room >= 3), "what would be kept: {room}");
+            let with = kept(&sent, true).await;
+            assert_eq!((with.len(), keep_more(with, MOST + 1)), (1, 0), "{room}");
+        }
+    }
+
     /// As the codec of h2 asks for room, whatever is kept of the frames before.
     #[test]
     fn all_room_is_filled_with_frames() {
@@ -291,6 +309,7 @@ mod tests {
                 let mut memory = [1; 3 * HEAD];
                 let mut buf = ReadBuf::new(&mut memory);
                 frames.fill(&mut buf);
+                assert_eq!(buf.remaining(), 0, "{room}");
                 all.extend_from_slice(buf.filled());
             }
             assert!(without_filling(all.into()).is_empty(), "{room}");

@@ -12,14 +12,14 @@ use tokio_util::sync::CancellationToken;
 
 use super::admission::{Charge, Place};
 use super::completion::shutting_down;
-use super::handshake::{CheckedLane, ControlHeader, FEATURES, Frames, ended_early, unexpected};
+use super::handshake::{CheckedLane, ControlHeader, Frames, ended_early, unexpected};
 use super::identity::{check_same, check_same_shown, check_same_spec, initial_progress};
 use super::incoming::{Incoming, Outcome, Stage, StreamPermit, cancelled, replaced};
 use super::session::{Answers, Session, accept};
 use super::{Inner, Slot};
 use crate::extent::{Extent, ExtentRecord};
 use crate::reason::Reason;
-use crate::spec::{Manifest, TransferPlan, TransferSpec};
+use crate::spec::{FEATURES, Manifest, TransferPlan, TransferSpec};
 use crate::store::{ShardState, SnapshotStore, Staging, StoreError};
 use crate::v1::TransferPhase;
 use crate::v1::transfer_split_snapshot_request::Frame;

@@ -15,16 +15,10 @@ use tonic::{Request, Streaming};
 use super::identity::other_manifest;
 use crate::limits::{Limits, MAX_MESSAGE_BYTES};
 use crate::reason::Reason;
-use crate::spec::{Manifest, ManifestFile, TransferPlan, TransferSpec, id};
+use crate::spec::{FEATURES, FILE_RUNS, Manifest, ManifestFile, TransferPlan, TransferSpec, id};
 use crate::store::Claim;
 use crate::v1::TransferSplitSnapshotRequest;
 use crate::v1::transfer_split_snapshot_request::{Frame, Header, LaneHeader};
-
-/// Features that this version has.
-pub(crate) const FEATURES: [&str; 5] = ["lanes", "reuse", "unknown-size", "crc64nvme", FILE_RUNS];
-
-/// The sender understands [`Extent::more_files`](crate::v1::transfer_split_snapshot_response::Extent::more_files).
-const FILE_RUNS: &str = "file-runs";
 
 /// Features in a header at most; more than any version will have.
 const MAX_FEATURES: usize = 64;

@@ -19,7 +19,7 @@ use super::task::{Claimed, Described, Ended, Task};
 use super::work::{UNIT_BYTES, Work};
 use crate::reason::Reason;
 use crate::source::SnapshotSource;
-use crate::spec::Manifest;
+use crate::spec::{FEATURES, Manifest};
 use crate::v1::transfer_split_snapshot_request::{End, Frame, Header, LaneHeader};
 use crate::v1::transfer_split_snapshot_response::{Accepted, Installed};
 
@@ -214,9 +214,7 @@ impl<C: Connect, S: SnapshotSource> Task<C, S> {
             lanes: self.sender.options.streams(),
             discard_staged: claimed.discard_staged && claimed.generation == 1,
             required_features: vec!["crc64nvme".to_owned()],
-            supported_features: ["lanes", "reuse", "unknown-size", "crc64nvme", "file-runs"]
-                .map(str::to_owned)
-                .to_vec(),
+            supported_features: FEATURES.map(str::to_owned).to_vec(),
         }
     }
 
