@@ -5,12 +5,13 @@
 //! | what is the state, what is saved when? | `driver/task.rs` |
 //! | what may callers ask? | `driver/calls.rs` |
 //! | how are rows and changes sent? | `driver/pump.rs`, within one stream: `driver/transfer.rs` |
-//! | how do slots change hands? | `driver/freeze.rs` |
+//! | how do slots change hands? | `driver/freeze.rs`, and what is done so that it is short: `driver/approach.rs` |
 //! | what of an earlier process is gone on with? | `driver/recovery.rs` |
 //! | how is an unknown outcome found out? | `driver/resolve.rs` |
 //! | who is slowed when the target does not keep up? | `driver/pressure.rs` |
 //! | what must my store do? | implement [`MigrationSource`] |
 
+mod approach;
 mod calls;
 mod dial;
 mod freeze;

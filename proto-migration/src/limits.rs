@@ -99,7 +99,7 @@ pub struct TaskLimits {
     pub ready_lag: Duration,
     /// Unacknowledged changes that the source retains, in bytes.
     pub log_bytes_cap: u64,
-    /// Slow the writers of the moving slots near the cap.
+    /// Slow the writers of the moving slots: where the target does not keep up, and for a moment before a freeze.
     pub slow_writers: bool,
     /// How long the target may take to accept for the first time.
     pub accept_timeout: Duration,

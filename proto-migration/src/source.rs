@@ -200,7 +200,8 @@ pub trait MigrationSource: Send + Sync + 'static {
         through: u64,
     ) -> impl Future<Output = Result<(), Error>> + Send;
 
-    /// Delays each write to the slots of `id` by `delay` from now on; zero ends that. It must not hold up other slots.
+    /// Delays each write to the slots of `id` by `delay` from now on; zero ends that. It must not hold up other slots, and a [hold](Self::hold) that begins must not wait for
+    /// a write that is being delayed.
     fn slow_writers(&self, id: &MigrationId, delay: Duration);
 
     /// Milliseconds that writers were kept waiting by [`slow_writers`](Self::slow_writers), summed over all of them.

@@ -179,6 +179,39 @@ async fn the_target_hurries_before_writes_are_held() {
     assert!(!pair.target.hurried());
 }
 
+/// Freezes with so many changes on their way that the target has not applied.
+async fn freezes_with_a_lag(limits: MigrationLimits, writes: usize) -> (Pair, MigrationProgress) {
+    let pair = Pair::start().await;
+    let gate = nothing_is_applied(&pair, limits).await;
+    for n in 0..writes {
+        pair.source.write(format!("late{n}").as_bytes(), Some(b"1")).await;
+    }
+    pair.complete(Some(60_000)).await.unwrap();
+    pair.until("writes are held", |_| pair.source.held().is_some()).await;
+    assert_eq!(pair.source.delay(), Duration::ZERO, "who is held is not slowed as well");
+    gate.add_permits(1);
+    let done = pair.reaches(MigrationState::Completed).await;
+    assert_eq!(pair.target_rows().iter().filter(|(key, _)| key.starts_with(b"late")).count(), writes);
+    (pair, done)
+}
+
+#[tokio::test]
+async fn writers_are_slowed_a_little_before_a_freeze_that_has_much_to_send() {
+    let (pair, done) = freezes_with_a_lag(MigrationLimits::default(), 200).await;
+    let longest = pair.source.longest_delay();
+    assert!(!longest.is_zero() && longest <= Duration::from_millis(4), "{longest:?}");
+    assert!(!done.not_converging && pair.source.delay().is_zero());
+}
+
+#[tokio::test]
+async fn nobody_is_slowed_before_a_freeze_who_may_not_be_or_need_not() {
+    let unslowed = MigrationLimits { slow_writers: Some(false), ..MigrationLimits::default() };
+    for (limits, writes) in [(unslowed, 200), (MigrationLimits::default(), 10)] {
+        let (pair, _) = freezes_with_a_lag(limits, writes).await;
+        assert_eq!(pair.source.longest_delay(), Duration::ZERO, "{writes} writes");
+    }
+}
+
 #[tokio::test]
 async fn the_target_hurries_where_the_lag_does_not_fall() {
     let pair = Pair::start().await;

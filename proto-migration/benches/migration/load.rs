@@ -81,6 +81,8 @@ impl Offer {
 
 /// Writers that run.
 pub(crate) struct Load {
+    /// That write to the moving slots.
+    pub(crate) connections: u64,
     shared: Arc<Shared>,
     since: Mutex<Instant>,
     tasks: JoinSet<()>,
@@ -116,7 +118,8 @@ impl Load {
                 tasks.spawn(async move { write(addresses, &keys, writer, offer, of_moving, &shared).await });
             }
         }
-        Self { shared, since: Mutex::new(Instant::now()), tasks }
+        let (_, connections) = moving.shared(CONNECTIONS);
+        Self { connections, shared, since: Mutex::new(Instant::now()), tasks }
     }
 
     /// What was acknowledged since the last call.

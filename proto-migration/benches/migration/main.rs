@@ -137,7 +137,7 @@ async fn measure(
     let alone = alone(&writers, time).await;
     let mut ends = [&one, &two];
     let mut took = Duration::ZERO;
-    let (mut freezes, mut given_up, mut slowed) = (Vec::new(), 0, 0);
+    let (mut freezes, mut given_up, mut slowed_ms) = (Vec::new(), 0, 0);
     for number in 0..migrations {
         let began = Instant::now();
         let done: MigrationProgress = nodes::migrate(ends, &format!("m{number}"), MOVING).await;
@@ -145,7 +145,7 @@ async fn measure(
         let committed: Vec<Freeze> = done.freezes.iter().filter_map(Freeze::of).collect();
         given_up += done.freezes.len() - committed.len();
         freezes.extend(committed);
-        slowed += usize::from(done.writers_slowed_ms > 0);
+        slowed_ms += done.writers_slowed_ms;
         ends.reverse();
     }
     let migrating = writers.take();
@@ -153,9 +153,23 @@ async fn measure(
     // What was moved away is deleted in the background.
     tokio::time::sleep(Duration::from_millis(100)).await;
     let after = self::alone(&writers, time).await;
+    let connections = writers.connections;
     writers.stop().await;
     let mean_migration_s = took.as_secs_f64() / f64::from(u32::try_from(migrations.max(1)).unwrap());
-    Row { load, fsync, alone, migrating, after, migrations, mean_migration_s, freezes, given_up, slowed }
+    #[allow(clippy::cast_precision_loss)]
+    let slowed_percent = slowed_ms as f64 / 10.0 / took.as_secs_f64() / connections as f64;
+    Row {
+        load,
+        fsync,
+        alone,
+        migrating,
+        after,
+        migrations,
+        mean_migration_s,
+        freezes,
+        given_up,
+        slowed_percent,
+    }
 }
 
 /// Waits until something holds, at most two minutes.

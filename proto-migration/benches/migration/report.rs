@@ -36,8 +36,8 @@ pub(crate) struct Row {
     pub(crate) freezes: Vec<Freeze>,
     /// Freezes that were given up and tried again.
     pub(crate) given_up: usize,
-    /// Migrations that slowed writers.
-    pub(crate) slowed: usize,
+    /// Of the time of the migrations: how long each writer to moving slots was slowed.
+    pub(crate) slowed_percent: f64,
 }
 
 /// How long writes were held, and by what.
@@ -88,7 +88,8 @@ impl Row {
             format!("{:.1} {:.1}", self.fsync.p50_ms, self.fsync.p99_ms),
             format!("{} {}", self.freeze_ms(50), self.freeze_ms(99)),
             format!("{:.1}", self.mean_migration_s),
-            format!("{}/{} {}", self.slowed, self.migrations, self.given_up),
+            format!("{:.1}", self.slowed_percent),
+            format!("{} {}", self.migrations, self.given_up),
         ]
     }
 }
@@ -116,7 +117,8 @@ impl fmt::Display for Report {
             "fsync ms",
             "freeze ms",
             "migration s",
-            "slowed",
+            "slowed %",
+            "tries",
         ]);
         table.add_rows(self.rows.iter().map(Row::cells));
         for column in table.column_iter_mut() {
@@ -126,7 +128,8 @@ impl fmt::Display for Report {
         writeln!(
             f,
             "acked: without a migration; ×: writes/s while slots move, relative to that; p99: before, during and after the migrations; \
-             fsync: p50 and p99 beside the load, without a migration; freeze: p50 and p99; slowed: migrations that slowed writers, of how many, and freezes that were given up"
+             fsync: p50 and p99 beside the load, without a migration; freeze: p50 and p99; slowed: how much of the time of the migrations writers to moving slots were slowed; \
+             tries: migrations, and freezes that were given up"
         )
     }
 }

@@ -8,8 +8,9 @@ use std::time::Duration;
 
 use proto_common::clock::millis;
 use proto_common::error::Error;
-use tokio::time::{Instant, interval, timeout, timeout_at};
+use tokio::time::{Instant, interval, timeout_at};
 
+use super::approach::Slowed;
 use super::calls::Command;
 use super::dial::Dial;
 use super::link::{Said, unexpected};
@@ -27,10 +28,6 @@ use crate::v1::{FreezeOutcome, MigrationGate, MigrationState, SlotMismatch};
 
 /// Signs of life while requests wait for the target.
 const HEARTBEAT: Duration = Duration::from_millis(500);
-
-/// A round of changes, from being written at the source to being durable at the target, after which a freeze begins: about what it takes to
-/// gather, send, store and acknowledge few.
-const CLOSE: Duration = Duration::from_millis(15);
 
 /// Silence after which the outcome of a commit is asked for over another connection: reads and writes wait for it, and a connection that
 /// swallows what is sent shows in no other way. Four heartbeats, each of which the target answers at once, whatever its store does.
@@ -65,12 +62,11 @@ struct Way {
 impl<S: MigrationSource, D: Dial> Task<S, D> {
     /// Tries to cut over. True when the slots are handed over; false when writes go on.
     pub(super) async fn freeze(&mut self, running: &mut Running) -> Result<bool, Halt> {
-        self.come_close(running).await?;
+        let slowed = self.come_close(running).await?;
         let number = self.begin_freeze();
         // Its number is not used again, whatever crashes.
         self.save().await?;
-        let began = Instant::now();
-        let deadline = began + self.limits.freeze_timeout;
+        let deadline = Instant::now() + self.limits.freeze_timeout;
         let progress = self.change();
         progress.enter(MigrationState::Freezing);
         progress.set_gate(MigrationGate::WritesHeld);
@@ -80,7 +76,9 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         self.show();
 
         let mut way = Way::default();
-        let prepared = self.prepare(running, number, began, deadline, &mut way).await;
+        let prepared = self.prepare(running, number, slowed, deadline, &mut way).await;
+        let writers_slowed_ms = self.inner.source.writers_slowed_ms(&self.id);
+        self.change().writers_slowed_ms = writers_slowed_ms;
         if let Some(freeze) = self.change().freezes.last_mut() {
             freeze.drain_ms = millis(way.drained);
             freeze.flush_ms = millis(way.flushed);
@@ -103,31 +101,12 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         }
     }
 
-    /// Brings the lag down to what a round trip takes, with writes going on, so that the freeze has little to send: each round, what came
-    /// during the one before becomes durable, which takes less and less where the target is faster than the writers.
-    async fn come_close(&mut self, running: &mut Running) -> Result<(), Halt> {
-        let (log, mut acks) = (running.log.clone(), running.link.acks.clone());
-        let patience = self.limits.ready_lag + Duration::from_millis(50);
-        let rounds = async move {
-            loop {
-                let (began, head) = (Instant::now(), log.borrow().head_seq);
-                if acks.wait_for(|ack| ack.durable_seq >= head).await.is_err() || began.elapsed() <= CLOSE {
-                    return;
-                }
-            }
-        };
-        running.wish.send_replace(Wish::Hurry);
-        // The rest is sent with writes held, if it has to be.
-        let _ = self.meanwhile(timeout(patience, rounds)).await?;
-        Ok(())
-    }
-
     /// Up to `Prepared`; returns the hold of the writes.
     async fn prepare(
         &mut self,
         running: &mut Running,
         number: u64,
-        began: Instant,
+        slowed: Slowed<S>,
         deadline: Instant,
         way: &mut Way,
     ) -> Result<Result<Hold, GivenUp>, Halt> {
@@ -137,7 +116,9 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         let (alive, mut beat) = (running.out.clone(), interval(HEARTBEAT));
         let Running { link, out, wish, sent, log, .. } = running;
         let steps = async {
+            let began = Instant::now();
             let hold = source.hold(slots, HoldMode::Writes).await?;
+            drop(slowed);
             way.drained = began.elapsed();
             let goal = log.borrow().head_seq;
             wish.send_replace(Wish::Flush(goal));

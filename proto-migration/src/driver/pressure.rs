@@ -45,6 +45,11 @@ pub(super) struct Verdict {
 }
 
 impl Pressure {
+    /// What the last look decided for each write.
+    pub(super) fn delay(&self) -> Duration {
+        self.delay
+    }
+
     /// Takes a look. `copied`: all rows are at the target, so that a lag is not merely the price of the copy.
     pub(super) fn look(
         &mut self,

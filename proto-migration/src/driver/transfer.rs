@@ -36,7 +36,7 @@ pub(super) struct Running {
     pub(super) log: watch::Receiver<LogState>,
     pump: AbortOnDropHandle<Error>,
     digests: Option<AbortOnDropHandle<Result<(), Error>>>,
-    pressure: Pressure,
+    pub(super) pressure: Pressure,
     /// What earlier streams had counted.
     before: Counted,
     released: u64,

@@ -49,6 +49,7 @@ struct State {
     epoch: u64,
     fence: Fence,
     delay: Duration,
+    longest_delay: Duration,
     /// Faults to inject.
     pub(crate) faults: Faults,
 }
@@ -155,6 +156,11 @@ impl MemorySource {
         self.shared.lock().delay
     }
 
+    /// The longest that there was.
+    pub fn longest_delay(&self) -> Duration {
+        self.shared.lock().longest_delay
+    }
+
     pub fn has_log(&self, id: &MigrationId) -> bool {
         self.shared.lock().logs.contains_key(id)
     }
@@ -169,14 +175,14 @@ impl MemorySource {
     /// A write by a client; `None` deletes. Waits where it is held.
     pub async fn write(&self, key: &[u8], value: Option<&[u8]>) -> Answer {
         let slot = slot_of(key);
-        if let Some(moved) = self.enter(slot, HoldMode::Writes).await {
-            return moved;
-        }
         let delay = self.shared.lock().delay;
         if !delay.is_zero() {
             let slowed = proto_common::clock::millis(delay).max(1);
             self.shared.slowed_ms.fetch_add(slowed, Ordering::SeqCst);
             tokio::time::sleep(delay).await;
+        }
+        if let Some(moved) = self.enter(slot, HoldMode::Writes).await {
+            return moved;
         }
         tokio::task::yield_now().await;
         let mut state = self.shared.lock();
@@ -376,7 +382,9 @@ impl MigrationSource for MemorySource {
     }
 
     fn slow_writers(&self, _id: &MigrationId, delay: Duration) {
-        self.shared.lock().delay = delay;
+        let mut state = self.shared.lock();
+        state.delay = delay;
+        state.longest_delay = state.longest_delay.max(delay);
     }
 
     fn writers_slowed_ms(&self, _id: &MigrationId) -> u64 {

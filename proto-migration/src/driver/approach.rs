@@ -1,0 +1,91 @@
+//! The last moments before a freeze, with writes going on: what a freeze has to drain and to send decides how long it takes.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use proto_common::ids::MigrationId;
+use tokio::time::{Instant, timeout, timeout_at};
+
+use super::dial::Dial;
+use super::pump::Wish;
+use super::task::{Halt, Task};
+use super::transfer::Running;
+use crate::source::MigrationSource;
+
+/// A round of changes, from being written at the source to being durable at the target, after which writers are slowed: about what it takes to
+/// gather, send, store and acknowledge what comes at full speed meanwhile.
+const CLOSE: Duration = Duration::from_millis(15);
+
+/// Delays of a write to the moving slots, one for each of the last rounds. At 30,000 writes/s over 16 connections, with the data on a disk and on 2 cores, rounds begin
+/// with some 300 changes, then 200, then 100; a freeze takes p50 9 ms after them and 16 ms without, p99 of most runs below 22 ms and above.
+const BRAKE: [Duration; 3] = [Duration::from_millis(1), Duration::from_millis(2), Duration::from_millis(4)];
+
+/// Changes during a round that are not worth another one: what they take is little beside what any freeze does.
+const FEW: u64 = 64;
+
+/// How long writers are slowed at most before a freeze, whatever is left then: as long as a long freeze.
+const LONGEST_BRAKE: Duration = Duration::from_millis(50);
+
+/// Writers are slowed until this is dropped.
+pub(super) struct Slowed<S: MigrationSource> {
+    source: Arc<S>,
+    id: MigrationId,
+}
+
+impl<S: MigrationSource> Slowed<S> {
+    fn by(&self, delay: Duration) {
+        self.source.slow_writers(&self.id, delay);
+    }
+}
+
+impl<S: MigrationSource> Drop for Slowed<S> {
+    fn drop(&mut self) {
+        self.by(Duration::ZERO);
+    }
+}
+
+impl<S: MigrationSource, D: Dial> Task<S, D> {
+    /// Brings the lag down to what a round trip takes, so that the freeze has little to send: each round, what came during the one before becomes durable, which
+    /// takes less and less where the target is faster than the writers. Then writers are slowed, if they may be: until the freeze has begun, or the result is
+    /// dropped.
+    pub(super) async fn come_close(&mut self, running: &mut Running) -> Result<Slowed<S>, Halt> {
+        let slowed = Slowed { source: Arc::clone(&self.inner.source), id: self.id.clone() };
+        let (log, acked, mut acks) =
+            (running.log.clone(), running.link.acks.clone(), running.link.acks.clone());
+        let patience = self.limits.ready_lag + Duration::from_millis(50);
+        // Who is slowed more already stays so.
+        let least = running.pressure.delay();
+        let brake: &[Duration] = if self.limits.slow_writers { &BRAKE } else { &[] };
+        let rounds = async {
+            let head = || log.borrow().head_seq;
+            let mut began_at = head();
+            let mut durable = async |seq| {
+                let began = Instant::now();
+                acks.wait_for(|ack| ack.durable_seq >= seq).await.is_ok().then(|| began.elapsed())
+            };
+            let close = async {
+                while durable(began_at).await.is_some_and(|took| took > CLOSE) {
+                    began_at = head();
+                }
+            };
+            // The rest is sent with writes held, if it has to be.
+            let _ = timeout(patience, close).await;
+            let until = Instant::now() + LONGEST_BRAKE;
+            for &delay in brake {
+                // Of a group of writes that the source is committing nothing is seen yet: what came during the last round tells more than what is left.
+                let came = head().saturating_sub(began_at.min(acked.borrow().durable_seq));
+                if came <= FEW {
+                    break;
+                }
+                slowed.by(delay.max(least));
+                began_at = head();
+                if timeout_at(until, durable(began_at)).await.is_err() {
+                    break;
+                }
+            }
+        };
+        running.wish.send_replace(Wish::Hurry);
+        self.meanwhile(rounds).await?;
+        Ok(slowed)
+    }
+}
