@@ -65,7 +65,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         let slowed = self.come_close(running).await?;
         let number = self.begin_freeze();
         // Its number is not used again, whatever crashes.
-        self.save().await?;
+        slowed.during(self.save()).await?;
         let deadline = Instant::now() + self.limits.freeze_timeout;
         let progress = self.change();
         progress.enter(MigrationState::Freezing);

@@ -2,7 +2,7 @@
 //! slowed.
 //!
 //! Additive-increase, multiplicative-decrease turned round: the delay of a write grows by half as long as the lag is too large and does not
-//! fall, and shrinks by a third once it does. So writers run at full speed unless they outrun the target, and never wait longer than
+//! fall, and shrinks by a third once it does. But for the last moments before a freeze (`approach.rs`), writers run at full speed unless they outrun the target, and never wait longer than
 //! [`MAX_DELAY`] for one write.
 
 use std::time::Duration;
