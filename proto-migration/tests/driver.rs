@@ -201,8 +201,8 @@ async fn freezes_with_a_lag(limits: MigrationLimits, writes: usize) -> (Pair, Mi
 #[tokio::test]
 async fn writers_are_slowed_a_little_before_a_freeze_that_has_much_to_send() {
     let (pair, done) = freezes_with_a_lag(MigrationLimits::default(), 200).await;
-    let longest = pair.source.longest_delay();
-    assert!(!longest.is_zero() && longest <= Duration::from_millis(4), "{longest:?}");
+    // The first of the delays: its round does not end, as nothing is applied.
+    assert_eq!(pair.source.longest_delay(), Duration::from_millis(1));
     assert!(!done.not_converging && pair.source.delay().is_zero());
 }
 

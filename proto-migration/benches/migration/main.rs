@@ -157,7 +157,8 @@ async fn measure(
     writers.stop().await;
     let mean_migration_s = took.as_secs_f64() / f64::from(u32::try_from(migrations.max(1)).unwrap());
     #[allow(clippy::cast_precision_loss)]
-    let slowed_percent = slowed_ms as f64 / 10.0 / took.as_secs_f64() / connections as f64;
+    let slowed_percent =
+        slowed_ms as f64 / 10.0 / took.as_secs_f64().max(f64::MIN_POSITIVE) / connections as f64;
     Row {
         load,
         fsync,

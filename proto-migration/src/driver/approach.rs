@@ -30,6 +30,8 @@ const LONGEST_BRAKE: Duration = Duration::from_millis(50);
 pub(super) struct Slowed<S: MigrationSource> {
     source: Arc<S>,
     id: MigrationId,
+    /// What the last look at the lag had decided, which stays.
+    before: Duration,
 }
 
 impl<S: MigrationSource> Slowed<S> {
@@ -43,14 +45,14 @@ impl<S: MigrationSource> Slowed<S> {
         if let Ok(done) = timeout(LONGEST_BRAKE, &mut work).await {
             return done;
         }
-        self.by(Duration::ZERO);
+        self.by(self.before);
         work.await
     }
 }
 
 impl<S: MigrationSource> Drop for Slowed<S> {
     fn drop(&mut self) {
-        self.by(Duration::ZERO);
+        self.by(self.before);
     }
 }
 
@@ -59,12 +61,14 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
     /// takes less and less where the target is faster than the writers. Then writers are slowed, if they may be: until the freeze has begun, or the result is
     /// dropped.
     pub(super) async fn come_close(&mut self, running: &mut Running) -> Result<Slowed<S>, Halt> {
-        let slowed = Slowed { source: Arc::clone(&self.inner.source), id: self.id.clone() };
+        let slowed = Slowed {
+            source: Arc::clone(&self.inner.source),
+            id: self.id.clone(),
+            before: running.pressure.delay(),
+        };
         let (log, acked, mut acks) =
             (running.log.clone(), running.link.acks.clone(), running.link.acks.clone());
         let patience = self.limits.ready_lag + Duration::from_millis(50);
-        // Who is slowed more already stays so.
-        let least = running.pressure.delay();
         let brake: &[Duration] = if self.limits.slow_writers { &BRAKE } else { &[] };
         let rounds = async {
             let head = || log.borrow().head_seq;
@@ -89,7 +93,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
                 if came <= FEW {
                     break;
                 }
-                slowed.by(delay.max(least));
+                slowed.by(delay.max(slowed.before));
                 began_at = head();
                 if !matches!(timeout_at(until, durable(began_at)).await, Ok(Some(_))) {
                     break;
