@@ -117,6 +117,9 @@ impl SlotDigests {
 /// Where two sides differ, if they do: the first slot, what each has there, and how many slots differ in all.
 #[must_use]
 pub fn compare(source: &[SlotDigest], target: &[SlotDigest]) -> Option<v1::SlotMismatch> {
+    if source == target {
+        return None;
+    }
     type Pair = (Option<SlotDigest>, Option<SlotDigest>);
     let mut slots: BTreeMap<u16, Pair> = BTreeMap::new();
     for digest in source {
@@ -141,9 +144,24 @@ pub fn compare(source: &[SlotDigest], target: &[SlotDigest]) -> Option<v1::SlotM
     })
 }
 
+/// Bytes of a sum.
+const SUM_BYTES: usize = size_of::<u128>();
+
 /// Reads the sum of a digest; `None` where it has not 16 bytes.
 pub(crate) fn sum_from_wire(sum: &[u8]) -> Option<u128> {
     Some(u128::from_le_bytes(sum.try_into().ok()?))
+}
+
+/// The digests of a `Prepare`.
+#[must_use]
+pub fn to_wire(digests: &[SlotDigest]) -> v1::SlotDigests {
+    let mut sums = Vec::with_capacity(digests.len() * SUM_BYTES);
+    digests.iter().for_each(|digest| sums.extend_from_slice(&digest.sum.to_le_bytes()));
+    v1::SlotDigests {
+        slots: digests.iter().map(|digest| u32::from(digest.slot)).collect(),
+        keys: digests.iter().map(|digest| digest.keys).collect(),
+        sums: sums.into(),
+    }
 }
 
 /// Reads the digests of a `Prepare`: slots of `range`, each with keys, in strictly rising order.
@@ -151,29 +169,40 @@ pub(crate) fn sum_from_wire(sum: &[u8]) -> Option<u128> {
 /// # Errors
 ///
 /// `INVALID_FIELD`, naming the first one that is not so.
-pub fn from_wire(digests: &[v1::SlotDigest], range: SlotRange) -> Result<Vec<SlotDigest>, Error> {
+pub fn from_wire(digests: &v1::SlotDigests, range: SlotRange) -> Result<Vec<SlotDigest>, Error> {
+    let v1::SlotDigests { slots, keys, sums } = digests;
+    let of_all = |field: &str, problem: String| {
+        Reason::InvalidField.field(&format!("prepare.digests.{field}"), problem)
+    };
+    if keys.len() != slots.len() {
+        return Err(of_all("keys", format!("are {}, of {} slots", keys.len(), slots.len())));
+    }
+    let (sums, rest) = sums.as_chunks::<SUM_BYTES>();
+    if sums.len() != slots.len() || !rest.is_empty() {
+        let bytes = sums.as_flattened().len() + rest.len();
+        let problem = format!("has {bytes} bytes instead of {SUM_BYTES} for each of {} slots", slots.len());
+        return Err(of_all("sums", problem));
+    }
     let mut last = None;
-    digests
+    slots
         .iter()
+        .zip(keys)
+        .zip(sums)
         .enumerate()
-        .map(|(index, v1::SlotDigest { slot, keys, sum })| {
-            let bad = |field: &str, problem: String| {
-                Reason::InvalidField.field(&format!("prepare.digests[{index}].{field}"), problem)
-            };
+        .map(|(index, ((slot, &keys), sum))| {
+            let bad = |field: &str, problem: String| of_all(&format!("{field}[{index}]"), problem);
             let slot = u16::try_from(*slot)
                 .ok()
                 .filter(|&slot| range.contains(slot))
-                .ok_or_else(|| bad("slot", format!("is {slot}, outside of {range}")))?;
+                .ok_or_else(|| bad("slots", format!("is {slot}, outside of {range}")))?;
             if last.is_some_and(|last| slot <= last) {
-                return Err(bad("slot", format!("is {slot}; slots are in strictly rising order")));
+                return Err(bad("slots", format!("is {slot}; slots are in strictly rising order")));
             }
             last = Some(slot);
-            if *keys == 0 {
+            if keys == 0 {
                 return Err(bad("keys", "is 0; slots without keys are left out".to_owned()));
             }
-            let sum = sum_from_wire(sum)
-                .ok_or_else(|| bad("sum", format!("has {} bytes instead of 16", sum.len())))?;
-            Ok(SlotDigest { slot, keys: *keys, sum })
+            Ok(SlotDigest { slot, keys, sum: u128::from_le_bytes(*sum) })
         })
         .collect()
 }
@@ -213,18 +242,23 @@ mod tests {
 
     #[test]
     fn digests_of_a_prepare_are_checked() {
-        type Spoil = fn(&mut Vec<v1::SlotDigest>);
+        type Spoil = fn(&mut v1::SlotDigests);
         let range = SlotRange::new(5, 10).unwrap();
-        let good: Vec<v1::SlotDigest> =
-            [5, 9].map(|slot| SlotDigest { slot, keys: 1, sum: 3 }.into()).to_vec();
-        assert_eq!(from_wire(&good, range).unwrap().len(), 2);
-        let bad: [(&str, Spoil); 6] = [
-            ("[0].slot", |d| d[0].slot = 4),
-            ("[1].slot", |d| d[1].slot = 10),
-            ("[1].slot", |d| d[1].slot = 5),
-            ("[0].slot", |d| d[0].slot = 65_536 + 5),
-            ("[1].keys", |d| d[1].keys = 0),
-            ("[1].sum", |d| d[1].sum = Bytes::from_static(b"short")),
+        let digests =
+            [SlotDigest { slot: 5, keys: 1, sum: 3 }, SlotDigest { slot: 9, keys: 2, sum: u128::MAX - 1 }];
+        let good = to_wire(&digests);
+        assert_eq!(from_wire(&good, range).unwrap(), digests);
+        assert_eq!(from_wire(&v1::SlotDigests::default(), range).unwrap(), []);
+        let bad: [(&str, Spoil); 9] = [
+            (".slots[0]", |d| d.slots[0] = 4),
+            (".slots[1]", |d| d.slots[1] = 10),
+            (".slots[1]", |d| d.slots[1] = 5),
+            (".slots[0]", |d| d.slots[0] = 65_536 + 5),
+            (".keys[1]", |d| d.keys[1] = 0),
+            (".keys", |d| d.keys.push(1)),
+            (".keys", |d| d.keys.clear()),
+            (".sums", |d| d.sums = d.sums.slice(1..)),
+            (".sums", |d| d.sums = d.sums.slice(16..)),
         ];
         for (field, spoil) in bad {
             let mut digests = good.clone();

@@ -18,7 +18,7 @@ use super::pump::Wish;
 use super::task::{Halt, Task};
 use super::transfer::Running;
 use crate::Reason;
-use crate::digest::{SlotDigest, sum_from_wire};
+use crate::digest::{SlotDigest, sum_from_wire, to_wire};
 use crate::failpoint::reached;
 use crate::hold::{Hold, HoldMode};
 use crate::source::MigrationSource;
@@ -129,7 +129,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
                 .watermark;
             way.final_seq = final_seq;
             let digests = source.digests(&id).await?;
-            let prepare = prepare_frame(number, final_seq, new_slot_epoch, digests);
+            let prepare = prepare_frame(number, final_seq, new_slot_epoch, &digests);
             out.send(Frame::Prepare(prepare)).await?;
             way.asked = true;
             way.flushed = began.elapsed().saturating_sub(way.drained);
@@ -301,13 +301,13 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
     }
 }
 
-fn prepare_frame(freeze: u64, final_seq: u64, new_slot_epoch: u64, digests: Vec<SlotDigest>) -> Prepare {
+fn prepare_frame(freeze: u64, final_seq: u64, new_slot_epoch: u64, digests: &[SlotDigest]) -> Prepare {
     Prepare {
         freeze,
         final_seq,
         new_slot_epoch,
         keys: digests.iter().fold(0, |keys, digest| digest.keys.saturating_add(keys)),
-        digests: digests.into_iter().map(Into::into).collect(),
+        digests: Some(to_wire(digests)),
     }
 }
 

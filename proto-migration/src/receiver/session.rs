@@ -397,7 +397,7 @@ impl<T: MigrationTarget> Reader<'_, T> {
         if new_slot_epoch == 0 {
             return Err(bad("prepare.new_slot_epoch", "is 0; it is higher than any before".to_owned()));
         }
-        let digests = from_wire(&digests, self.checker.slots)?;
+        let digests = from_wire(&digests.unwrap_or_default(), self.checker.slots)?;
         let sum = digests.iter().fold(0_u64, |sum, digest| sum.saturating_add(digest.keys));
         if sum != keys {
             return Err(bad("prepare.keys", format!("is {keys}; the digests are of {sum} keys")));

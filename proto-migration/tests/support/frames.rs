@@ -11,6 +11,7 @@ use proto_common::error::Error;
 use proto_common::ids::MigrationId;
 use proto_common::slots::SlotRange;
 use proto_common::v1::{Direction, NodeIdentity};
+use proto_migration::digest::to_wire;
 use proto_migration::entry::{Entry, Image, encode};
 use proto_migration::journal::Journal;
 use proto_migration::migrations::Migrations;
@@ -316,7 +317,7 @@ pub fn prepare(freeze: u64, final_seq: u64, rows: &Rows) -> Prepare {
         final_seq,
         new_slot_epoch: 5,
         keys: digests.iter().map(|digest| digest.keys).sum(),
-        digests: digests.into_iter().map(v1::SlotDigest::from).collect(),
+        digests: Some(to_wire(&digests)),
     }
 }
 

@@ -447,6 +447,7 @@ impl Model {
                 18 if data.ratio(1_u8, 2)? => {
                     // What was prepared is not what is there: it is refused, and the stream goes on.
                     let mut prepare = self.prepare();
+                    let digests = prepare.digests.get_or_insert_default();
                     let reason = match data.int_in_range(0..=2_u8)? {
                         _ if !self.copied => "NOT_CAUGHT_UP",
                         0 => {
@@ -454,13 +455,14 @@ impl Model {
                                 prepare.final_seq.wrapping_add(data.int_in_range(1..=u64::MAX)?);
                             "NOT_CAUGHT_UP"
                         }
-                        1 if !prepare.digests.is_empty() => {
-                            let sum = &mut prepare.digests[0].sum;
-                            *sum = sum.iter().map(|byte| byte ^ 1).collect::<Vec<_>>().into();
+                        1 if !digests.slots.is_empty() => {
+                            digests.sums = digests.sums.iter().map(|byte| byte ^ 1).collect();
                             "DIGEST_MISMATCH"
                         }
-                        _ if !prepare.digests.is_empty() => {
-                            prepare.keys -= prepare.digests.remove(0).keys;
+                        _ if !digests.slots.is_empty() => {
+                            digests.slots.remove(0);
+                            prepare.keys -= digests.keys.remove(0);
+                            digests.sums = digests.sums.slice(16..);
                             "DIGEST_MISMATCH"
                         }
                         _ => continue,
