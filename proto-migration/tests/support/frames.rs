@@ -23,8 +23,8 @@ use proto_migration::v1::transfer_migration_data_request::{
 };
 use proto_migration::v1::transfer_migration_data_response::{Accepted, Ack, Frame as Answer};
 use proto_migration::v1::{
-    self, CancelMigrationRequest, MigrationDecision, MigrationProgress, MigrationSpec,
-    ResolveMigrationRequest, TransferMigrationDataRequest, TransferMigrationDataResponse,
+    CancelMigrationRequest, MigrationDecision, MigrationProgress, MigrationSpec, ResolveMigrationRequest,
+    TransferMigrationDataRequest, TransferMigrationDataResponse,
 };
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
