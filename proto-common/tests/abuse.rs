@@ -480,6 +480,25 @@ async fn a_header_block_that_never_ends_ends_its_connection() {
     scene.others_go_on().await;
 }
 
+#[tokio::test]
+async fn one_frame_without_data_more_than_allowed_ends_its_connection() {
+    let mut scene = Scene::new(|_| {}).await;
+    for (over, goes_on) in [(0, true), (1, false)] {
+        let mut stream = hello(2, scene.address).await;
+        // Nobody reads what comes for it.
+        stream.write_all(&frame(HEADERS, 4, 1, &block("/test.Test/Never", &[]))).await.unwrap();
+        stream.write_all(&frame(DATA, 0, 1, &[]).repeat(100 + over)).await.unwrap();
+        if goes_on {
+            assert!(answers(&mut stream, 3).await);
+            assert_eq!(scene.refused(), BTreeMap::new());
+        } else {
+            closed(&mut stream).await;
+            scene.has_refused("ENHANCE_YOUR_CALM", 1);
+        }
+        scene.others_go_on().await;
+    }
+}
+
 /// Streams that their client resets as soon as it has opened them.
 fn resets(numbers: std::ops::Range<u32>) -> Vec<u8> {
     let reset = |number| {
