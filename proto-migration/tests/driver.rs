@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use proto_common::error::Error;
 use proto_common::fence::Fence;
-use proto_common::slots::SlotRange;
+use proto_common::slots::{SlotRange, slot_of};
 use proto_common::v1::Direction;
 use proto_migration::driver::{MigrationDriver, dial_fn};
 use proto_migration::hold::HoldMode;
@@ -130,11 +130,17 @@ async fn a_freeze_that_takes_too_long_is_given_up_and_tried_again() {
     assert!(pair.target_rows().iter().any(|(key, _)| key == b"between"));
 }
 
+/// Half of the slots, with that of `key1`.
+fn moving() -> SlotRange {
+    SlotRange::new(8192, 16_384).unwrap()
+}
+
 /// Begins a manual migration, waits until it is READY, and stops the target from applying until the gate is opened.
 async fn nothing_is_applied(pair: &Pair, limits: MigrationLimits) -> Arc<Semaphore> {
     pair.fill(20).await;
     pair.begin(|request| {
-        request.spec.as_mut().unwrap().auto_complete = false;
+        let spec = request.spec.as_mut().unwrap();
+        (spec.auto_complete, spec.slots) = (false, Some(moving().into()));
         request.limits = Some(limits);
     })
     .await
@@ -153,7 +159,7 @@ async fn it_hurries(pair: &Pair) -> MigrationProgress {
     let hurries = Cell::new(false);
     let writes = async {
         while !hurries.get() {
-            pair.source.write(b"key2", Some(b"2")).await;
+            pair.source.write(b"key1", Some(b"2")).await;
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
     };
@@ -179,13 +185,20 @@ async fn the_target_hurries_before_writes_are_held() {
     assert!(!pair.target.hurried());
 }
 
-/// Freezes with so many changes on their way that the target has not applied.
-async fn freezes_with_a_lag(limits: MigrationLimits, writes: usize) -> (Pair, MigrationProgress) {
+/// Freezes with so many changes on their way that the target has not applied, after as many writes to slots that stay.
+async fn freezes_with_a_lag(
+    limits: MigrationLimits,
+    writes: usize,
+    elsewhere: usize,
+) -> (Pair, MigrationProgress) {
     let pair = Pair::start().await;
     let limits = MigrationLimits { freeze_timeout_ms: Some(20_000), ready_lag_ms: Some(1000), ..limits };
     let gate = nothing_is_applied(&pair, limits).await;
-    for n in 0..writes {
-        pair.source.write(format!("late{n}").as_bytes(), Some(b"1")).await;
+    let keys = || (0..).map(|n| format!("late{n}"));
+    let moves = |key: &String| moving().contains(slot_of(key.as_bytes()));
+    let staying = keys().filter(|key| !moves(key)).take(elsewhere);
+    for key in keys().filter(moves).take(writes).chain(staying) {
+        assert_eq!(pair.source.write(key.as_bytes(), Some(b"1")).await, Answer::Done);
     }
     pair.complete(Some(60_000)).await.unwrap();
     pair.until("who is held is not slowed as well", |_| {
@@ -200,7 +213,7 @@ async fn freezes_with_a_lag(limits: MigrationLimits, writes: usize) -> (Pair, Mi
 
 #[tokio::test]
 async fn writers_are_slowed_a_little_before_a_freeze_that_has_much_to_send() {
-    let (pair, done) = freezes_with_a_lag(MigrationLimits::default(), 200).await;
+    let (pair, done) = freezes_with_a_lag(MigrationLimits::default(), 200, 0).await;
     // The first of the delays: its round does not end, as nothing is applied.
     assert_eq!(pair.source.longest_delay(), Duration::from_millis(1));
     assert!(!done.not_converging && pair.source.delay().is_zero());
@@ -209,9 +222,10 @@ async fn writers_are_slowed_a_little_before_a_freeze_that_has_much_to_send() {
 #[tokio::test]
 async fn nobody_is_slowed_before_a_freeze_who_may_not_be_or_need_not() {
     let unslowed = MigrationLimits { slow_writers: Some(false), ..MigrationLimits::default() };
-    for (limits, writes) in [(unslowed, 200), (MigrationLimits::default(), 10)] {
-        let (pair, _) = freezes_with_a_lag(limits, writes).await;
-        assert_eq!(pair.source.longest_delay(), Duration::ZERO, "{writes} writes");
+    let default = MigrationLimits::default();
+    for (limits, writes, elsewhere) in [(unslowed, 200, 0), (default, 10, 0), (default, 10, 200)] {
+        let (pair, _) = freezes_with_a_lag(limits, writes, elsewhere).await;
+        assert_eq!(pair.source.longest_delay(), Duration::ZERO, "{writes} writes, {elsewhere} elsewhere");
     }
 }
 
