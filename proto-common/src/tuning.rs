@@ -100,7 +100,8 @@ pub fn tune_server<L>(server: tonic::transport::Server<L>) -> tonic::transport::
 /// [`tune_server`], with other limits than the default ones.
 ///
 /// What `limits` say of a connection once it is open. h2 bounds the rest by itself: frames of one header block that goes on and on
-/// (CVE-2024-27316), and pings, settings and small frames, which it answers from a bounded queue and stops reading until that is sent.
+/// (CVE-2024-27316); pings and settings, which it answers from a bounded queue and stops reading until that is sent; and frames of little data that nobody has
+/// read, since 0.4.20 by half of [`CONNECTION_WINDOW`].
 #[cfg(feature = "listen")]
 #[must_use]
 pub fn tune_server_within<L>(

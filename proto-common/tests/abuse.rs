@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use proto_common::limits::ConnectionLimits;
 use proto_common::refusals::counts;
-use proto_common::tuning::{FRAME_SIZE, incoming_within, tune_server_within};
+use proto_common::tuning::{CONNECTION_WINDOW, FRAME_SIZE, incoming_within, tune_server_within};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::{Mutex, MutexGuard};
@@ -480,22 +480,25 @@ async fn a_header_block_that_never_ends_ends_its_connection() {
     scene.others_go_on().await;
 }
 
+/// Nobody reads what comes for the stream.
 #[tokio::test]
-async fn one_frame_without_data_more_than_allowed_ends_its_connection() {
-    let mut scene = Scene::new(|_| {}).await;
-    for (over, goes_on) in [(0, true), (1, false)] {
-        let mut stream = hello(2, scene.address).await;
-        // Nobody reads what comes for it.
-        stream.write_all(&frame(HEADERS, 4, 1, &block("/test.Test/Never", &[]))).await.unwrap();
-        stream.write_all(&frame(DATA, 0, 1, &[]).repeat(100 + over)).await.unwrap();
-        if goes_on {
-            assert!(answers(&mut stream, 3).await);
-            assert_eq!(scene.refused(), BTreeMap::new());
-        } else {
-            closed(&mut stream).await;
-            scene.has_refused("ENHANCE_YOUR_CALM", 1);
+async fn one_unread_frame_of_little_data_more_than_allowed_ends_its_connection() {
+    let of_one_byte = CONNECTION_WINDOW as usize / 2 / 255;
+    for (data, most) in [(&[][..], 100), (&[7][..], of_one_byte)] {
+        for over in [0, 1] {
+            let mut scene = Scene::new(|_| {}).await;
+            let mut stream = hello(2, scene.address).await;
+            stream.write_all(&frame(HEADERS, 4, 1, &block("/test.Test/Never", &[]))).await.unwrap();
+            stream.write_all(&frame(DATA, 0, 1, data).repeat(most + over)).await.unwrap();
+            if over == 0 {
+                assert!(answers(&mut stream, 3).await, "{most} frames of {data:?}");
+                assert_eq!(scene.refused(), BTreeMap::new());
+            } else {
+                assert_eq!(gone_away(&mut stream).await, Some(ENHANCE_YOUR_CALM), "{most} and one");
+                scene.has_refused("ENHANCE_YOUR_CALM", 1);
+            }
+            scene.others_go_on().await;
         }
-        scene.others_go_on().await;
     }
 }
 

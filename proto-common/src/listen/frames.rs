@@ -9,9 +9,6 @@
 //!
 //! Where only a part of a head fits, that is what there is, and h2 asks for room for the rest of it. By then nothing else may be in the buffer, and it is used
 //! again: so what follows is the rest of that head, and once more frames that fill it up.
-//!
-//! A `DATA` frame without data takes nothing of a window, and some hundred bytes of memory until the handler of its stream reads on: a client could send them for
-//! ever to one that does not. So many of them in a row end the connection (RFC 9113, 10.5, calls them abuse).
 
 use std::io;
 use std::pin::{Pin, pin};
@@ -26,13 +23,10 @@ pub(super) const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 /// Length (3 bytes), type, flags, stream (RFC 9113, 4.1).
 const HEAD: usize = 9;
-const DATA: u8 = 0;
 const HEADERS: u8 = 1;
 const PUSH_PROMISE: u8 = 5;
 const CONTINUATION: u8 = 9;
-const END_STREAM: u8 = 1;
 const END_HEADERS: u8 = 4;
-const PADDED: u8 = 8;
 
 /// A type that is in no registry of HTTP/2's, for experiments.
 const UNKNOWN: u8 = 0xfa;
@@ -40,12 +34,6 @@ const UNKNOWN: u8 = 0xfa;
 /// Frames that may share their buffer, in bytes: h2 begins with one of this size, which those of up to this size make no larger than twice that. With
 /// a long frame at its end it is at most that much larger than the frame.
 const SHORT: usize = 8 << 10;
-
-/// `DATA` frames in a row, on all streams of a connection, that have no data and end no stream. No client of gRPC is known to send any; Netty takes 2, Envoy 1.
-const EMPTY: u32 = 100;
-
-/// Longest payload that may be nothing but padding: its length, and 255 bytes of it (RFC 9113, 6.1).
-const PADDING: usize = 256;
 
 /// Longest payload of a frame that fills up: what every HTTP/2 endpoint takes (RFC 9113, 4.2).
 const FILLING: usize = 16 << 10;
@@ -69,8 +57,6 @@ pub(super) struct Frames {
     header_frame: usize,
     /// Bytes that are left of the head of a frame that fills up.
     owed: usize,
-    /// `DATA` frames without data since the last one that had some.
-    empty: u32,
 }
 
 impl Frames {
@@ -88,7 +74,6 @@ impl Frames {
             in_block: false,
             header_frame,
             owed: 0,
-            empty: 0,
         }
     }
 
@@ -101,7 +86,7 @@ impl Frames {
     ///
     /// # Errors
     ///
-    /// Those of `io`; `InvalidData` for a frame of a header block that is too long, and for too many frames without data.
+    /// Those of `io`; `InvalidData` for a frame of a header block that is too long.
     pub(super) fn poll_read<IO: AsyncRead>(
         &mut self,
         io: Pin<&mut IO>,
@@ -190,28 +175,12 @@ impl Frames {
         if matches!(kind, HEADERS | PUSH_PROMISE | CONTINUATION) {
             self.in_block = flags & END_HEADERS == 0;
             if self.rest > self.header_frame {
-                return Err(abuse("a header frame is too long"));
-            }
-        } else if kind == DATA {
-            // One that is padded may have data even so; no client of gRPC pads.
-            let is_empty = self.rest == 0 || (flags & PADDED != 0 && self.rest <= PADDING);
-            if !is_empty {
-                self.empty = 0;
-            } else if flags & END_STREAM == 0 {
-                self.empty += 1;
-                if self.empty > EMPTY {
-                    return Err(abuse("too many frames without data"));
-                }
+                refusals::count("ENHANCE_YOUR_CALM");
+                return Err(io::Error::new(io::ErrorKind::InvalidData, "a header frame is too long"));
             }
         }
         Ok(())
     }
-}
-
-/// Ends the connection, and is counted like what HTTP/2 ends for the same reason.
-fn abuse(what: &'static str) -> io::Error {
-    refusals::count("ENHANCE_YOUR_CALM");
-    io::Error::new(io::ErrorKind::InvalidData, what)
 }
 
 /// The head of a frame that fills up with `len` bytes behind it.
@@ -352,28 +321,6 @@ mod tests {
         for (len, is_read) in [(2048, true), (2049, false)] {
             let sent = [PREFACE, &*frame(HEADERS, END_HEADERS, len)].concat();
             let mut followed = Followed(Cursor::new(sent), Frames::new(1024));
-            let read = followed.read_to_end(&mut Vec::new()).await;
-            assert_eq!(read.is_ok(), is_read, "{read:?}");
-        }
-    }
-
-    #[tokio::test]
-    async fn frames_without_data_are_taken_if_they_are_few_or_end_a_stream() {
-        let empty = EMPTY as usize;
-        let (nothing, end) = (frame(DATA, 0, 0), frame(DATA, END_STREAM, 0));
-        let padding = [frame(DATA, PADDED, 1), frame(DATA, PADDED, PADDING)].concat();
-        let padded = frame(DATA, PADDED, PADDING + 1);
-        for (sent, is_read) in [
-            (nothing.repeat(empty), true),
-            (nothing.repeat(empty + 1), false),
-            (padding.repeat(empty / 2), true),
-            (padding.repeat(empty / 2 + 1), false),
-            ([nothing.repeat(empty), frame(UNKNOWN, 0, 5), end.clone(), nothing.clone()].concat(), false),
-            (end.repeat(3 * empty), true),
-            ([nothing.repeat(empty), frame(DATA, 0, 1)].concat().repeat(3), true),
-            ([nothing.repeat(empty), padded].concat().repeat(3), true),
-        ] {
-            let mut followed = Followed(Cursor::new([PREFACE, &*sent].concat()), Frames::new(1024));
             let read = followed.read_to_end(&mut Vec::new()).await;
             assert_eq!(read.is_ok(), is_read, "{read:?}");
         }
