@@ -145,12 +145,7 @@ pub fn compare(source: &[SlotDigest], target: &[SlotDigest]) -> Option<v1::SlotM
 }
 
 /// Bytes of a sum.
-const SUM_BYTES: usize = size_of::<u128>();
-
-/// Reads the sum of a digest; `None` where it has not 16 bytes.
-pub(crate) fn sum_from_wire(sum: &[u8]) -> Option<u128> {
-    Some(u128::from_le_bytes(sum.try_into().ok()?))
-}
+pub(crate) const SUM_BYTES: usize = size_of::<u128>();
 
 /// The digests of a `Prepare`.
 #[must_use]
