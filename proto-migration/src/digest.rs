@@ -117,6 +117,7 @@ impl SlotDigests {
 /// Where two sides differ, if they do: the first slot, what each has there, and how many slots differ in all.
 #[must_use]
 pub fn compare(source: &[SlotDigest], target: &[SlotDigest]) -> Option<v1::SlotMismatch> {
+    // As a rule, and a freeze waits for it.
     if source == target {
         return None;
     }

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use proto_common::ids::MigrationId;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::dial::Dial;
@@ -27,32 +26,27 @@ const FEW: u64 = 64;
 const LONGEST_BRAKE: Duration = Duration::from_millis(50);
 
 /// Writers are slowed until this is dropped.
-pub(super) struct Slowed<S: MigrationSource> {
-    source: Arc<S>,
-    id: MigrationId,
+pub(super) struct Slowed {
+    by: Box<dyn Fn(Duration) + Send + Sync>,
     /// What the last look at the lag had decided, which stays.
     before: Duration,
 }
 
-impl<S: MigrationSource> Slowed<S> {
-    fn by(&self, delay: Duration) {
-        self.source.slow_writers(&self.id, delay);
-    }
-
+impl Slowed {
     /// Waits for `work`, and lets the writers go before if that takes long: for a disk that hangs.
     pub(super) async fn during<T>(&self, work: impl Future<Output = T>) -> T {
         let mut work = std::pin::pin!(work);
         if let Ok(done) = timeout(LONGEST_BRAKE, &mut work).await {
             return done;
         }
-        self.by(self.before);
+        (self.by)(self.before);
         work.await
     }
 }
 
-impl<S: MigrationSource> Drop for Slowed<S> {
+impl Drop for Slowed {
     fn drop(&mut self) {
-        self.by(self.before);
+        (self.by)(self.before);
     }
 }
 
@@ -60,10 +54,10 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
     /// Brings the lag down to what a round trip takes, so that the freeze has little to send: each round, what came during the one before becomes durable, which
     /// takes less and less where the target is faster than the writers. Then writers are slowed, if they may be: until the freeze has begun, or the result is
     /// dropped.
-    pub(super) async fn come_close(&mut self, running: &mut Running) -> Result<Slowed<S>, Halt> {
+    pub(super) async fn come_close(&mut self, running: &mut Running) -> Result<Slowed, Halt> {
+        let (source, id) = (Arc::clone(&self.inner.source), self.id.clone());
         let slowed = Slowed {
-            source: Arc::clone(&self.inner.source),
-            id: self.id.clone(),
+            by: Box::new(move |delay| source.slow_writers(&id, delay)),
             before: running.pressure.delay(),
         };
         let (log, acked, mut acks) =
@@ -93,7 +87,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
                 if came <= FEW {
                     break;
                 }
-                slowed.by(delay.max(slowed.before));
+                (slowed.by)(delay.max(slowed.before));
                 began_at = head();
                 if !matches!(timeout_at(until, durable(began_at)).await, Ok(Some(_))) {
                     break;
@@ -103,5 +97,31 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         running.wish.send_replace(Wish::Hurry);
         self.meanwhile(rounds).await?;
         Ok(slowed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use tokio::time::sleep;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn writers_are_as_slow_as_before_once_it_is_over_or_takes_too_long() {
+        let (before, delays) = (Duration::from_millis(30), Arc::new(Mutex::new(Vec::new())));
+        let seen = Arc::clone(&delays);
+        let slowed = Slowed { by: Box::new(move |delay| seen.lock().unwrap().push(delay)), before };
+        slowed.during(sleep(LONGEST_BRAKE / 2)).await;
+        assert_eq!(*delays.lock().unwrap(), []);
+        let began = Instant::now();
+        let (hung, ()) = tokio::join!(slowed.during(sleep(10 * LONGEST_BRAKE)), async {
+            sleep(2 * LONGEST_BRAKE).await;
+            assert_eq!(*delays.lock().unwrap(), [before], "while it hangs");
+        });
+        assert_eq!((hung, began.elapsed()), ((), 10 * LONGEST_BRAKE));
+        drop(slowed);
+        assert_eq!(*delays.lock().unwrap(), [before; 2]);
     }
 }

@@ -106,7 +106,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         &mut self,
         running: &mut Running,
         number: u64,
-        slowed: Slowed<S>,
+        slowed: Slowed,
         deadline: Instant,
         way: &mut Way,
     ) -> Result<Result<Hold, GivenUp>, Halt> {

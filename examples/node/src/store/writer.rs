@@ -31,7 +31,7 @@ const MAX_OPS: usize = 16 * 1024;
 /// How long a slice of background work goes on, from where it can stop, before it commits: several times what a commit costs, and little
 /// beside what clients notice. What it begins with, a bounded number of rows of logs and staging, comes on top.
 const SLICE: Duration = Duration::from_micros(400);
-/// The same where the clients of another node wait for it with their writes held: longer than a group of writes, so that few of these come before it
+/// The same where the clients of another node wait for it with their writes held: about as long as a group of writes, so that not many of these come before it
 /// is done. With 5 ms, freezes are no shorter, and on a disk 99 of 100 writes of this node's clients take up to 38 ms meanwhile, instead of 24.
 const LONG_SLICE: Duration = Duration::from_millis(2);
 /// Slices that may wait for the writer; each of the few that work in the background asks for one at a time.
