@@ -111,17 +111,18 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn writers_are_as_slow_as_before_once_it_is_over_or_takes_too_long() {
         let (before, delays) = (Duration::from_millis(30), Arc::new(Mutex::new(Vec::new())));
-        let seen = Arc::clone(&delays);
-        let slowed = Slowed { by: Box::new(move |delay| seen.lock().unwrap().push(delay)), before };
+        let kept = Arc::clone(&delays);
+        let slowed = Slowed { by: Box::new(move |delay| kept.lock().unwrap().push(delay)), before };
+        let seen = || delays.lock().unwrap().clone();
         slowed.during(sleep(LONGEST_BRAKE / 2)).await;
-        assert_eq!(*delays.lock().unwrap(), []);
+        assert_eq!(seen(), []);
         let began = Instant::now();
         let (hung, ()) = tokio::join!(slowed.during(sleep(10 * LONGEST_BRAKE)), async {
             sleep(2 * LONGEST_BRAKE).await;
-            assert_eq!(*delays.lock().unwrap(), [before], "while it hangs");
+            assert_eq!(seen(), [before], "while it hangs");
         });
         assert_eq!((hung, began.elapsed()), ((), 10 * LONGEST_BRAKE));
         drop(slowed);
-        assert_eq!(*delays.lock().unwrap(), [before; 2]);
+        assert_eq!(seen(), [before; 2]);
     }
 }
