@@ -7,7 +7,10 @@ mod support;
 
 use std::time::Duration;
 
+use node::common::slot_of;
 use node::demo::processes::NodeProcess;
+use node::store::MAX_ROW_BYTES;
+use proto::migration::entry::MAX_KEY_BYTES;
 use proto::node::health_service_client::HealthServiceClient;
 use proto::node::{Direction, GetNodeStatusRequest, MigrationProgress, MigrationState, NodeStatus};
 use support::load::Load;
@@ -78,6 +81,41 @@ async fn slots_move_there_and_back_under_writes() {
     all_there([&n1, &n2], 5_000).await;
     let slot_map = call(&mut client(&n1).await, "CLUSTER SLOTS").await;
     assert!(slot_map.contains("n2"), "{slot_map}");
+}
+
+#[tokio::test]
+async fn what_is_stored_can_be_moved_however_large() {
+    let dir = tempfile::tempdir().unwrap();
+    let n1 = start("n1", dir.path(), "0-16383").await;
+    let n2 = start("n2", dir.path(), "none").await;
+    let tag =
+        (0..).map(|n| format!("{{{n}}}")).find(|tag| slots().contains(slot_of(tag.as_bytes()))).unwrap();
+    let key = |len: usize| format!("{tag}{}", "k".repeat(len - tag.len()));
+    let value = |len: usize| "v".repeat(len);
+    let mut client = client(&n1).await;
+    let mut answer = async |command: &[String]| {
+        show(&client.call(command).await.unwrap()).chars().take(99).collect::<String>()
+    };
+    let set = |key: String, value: String| ["SET".to_owned(), key, value];
+
+    let (name, longest) = (key(MAX_KEY_BYTES), key(MAX_KEY_BYTES + 1));
+    let largest = value(MAX_ROW_BYTES - name.len());
+    assert_eq!(answer(&set(name.clone(), largest.clone())).await, "OK");
+    let refused = "-ERR key and value have 16777153 bytes together; the limit is 16777152";
+    for (key, value) in [(&name, format!("{largest}v")), (&tag, value(MAX_ROW_BYTES + 1 - tag.len()))] {
+        assert_eq!(answer(&set(key.clone(), value.clone())).await, refused);
+        let many = ["MSET".to_owned(), key.clone(), String::new(), key.clone(), value];
+        assert_eq!(answer(&many).await, refused);
+    }
+    let refused = "-ERR the key has 65537 bytes; the limit is 65536";
+    assert_eq!(answer(&set(longest.clone(), String::new())).await, refused);
+    assert_eq!(answer(&["INCR".to_owned(), longest.clone()]).await, refused);
+    assert_eq!(answer(&["DEL".to_owned(), longest]).await, ":0", "what is not stored may be asked for");
+
+    begin(&n1, request("m1", &n2)).await.unwrap();
+    completed(&n1, &n2, "m1").await;
+    let mut client = support::client(&n2).await;
+    assert!(show(&client.call(&["GET".to_owned(), name]).await.unwrap()) == largest);
 }
 
 #[tokio::test]

@@ -107,7 +107,13 @@ pub(super) fn parse(context: &Arc<Context>, session: &mut Session, arguments: Ar
     if !spec.takes(arguments.len()) {
         return Action::Reply(wrong_arity(spec.name));
     }
-    (spec.parse)(context, session, arguments).unwrap_or_else(Action::Reply)
+    let action = (spec.parse)(context, session, arguments).unwrap_or_else(Action::Reply);
+    if let Action::Write { op, .. } = &action
+        && let Some(why) = op.too_large()
+    {
+        return Action::Reply(Reply::error(format!("ERR {why}")));
+    }
+    action
 }
 
 fn unknown_command(arguments: &[Bytes]) -> Reply {

@@ -1,6 +1,10 @@
 //! The writes that clients ask for, and what they answer.
 
 use bytes::Bytes;
+use proto::migration::entry::{ENTRY_OVERHEAD, MAX_KEY_BYTES};
+
+/// Bytes of a key and its value together: what fits into a batch of a migration, as targets take it by default. A slot with more in it could not be moved.
+pub const MAX_ROW_BYTES: usize = (16 << 20) - ENTRY_OVERHEAD;
 
 /// When a stored value expires.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -91,6 +95,27 @@ pub enum WriteOp {
     },
 }
 
+impl WriteOp {
+    /// Why it is not stored, where a slot could not be moved to another node with it.
+    #[must_use]
+    pub fn too_large(&self) -> Option<String> {
+        let too_large = |(key, value): (&Bytes, &Bytes)| {
+            if key.len() > MAX_KEY_BYTES {
+                return Some(format!("the key has {} bytes; the limit is {MAX_KEY_BYTES}", key.len()));
+            }
+            let len = key.len().saturating_add(value.len());
+            (len > MAX_ROW_BYTES)
+                .then(|| format!("key and value have {len} bytes together; the limit is {MAX_ROW_BYTES}"))
+        };
+        match self {
+            Self::Set { key, value, .. } => too_large((key, value)),
+            Self::SetMany { pairs } => pairs.iter().find_map(|(key, value)| too_large((key, value))),
+            Self::Add { key, .. } => too_large((key, &Bytes::new())),
+            Self::Delete { .. } | Self::Take { .. } | Self::Expire { .. } | Self::Persist { .. } => None,
+        }
+    }
+}
+
 /// What a write answers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
@@ -106,4 +131,15 @@ pub enum Outcome {
     NotAnInteger,
     /// The sum would not be an integer of 64 bits; nothing was done.
     Overflow,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_largest_row_is_what_a_migration_takes_by_default() {
+        let batch = proto::migration::limits::Limits::default().batch_bytes;
+        assert_eq!(MAX_ROW_BYTES + ENTRY_OVERHEAD, usize::try_from(batch).unwrap());
+    }
 }
