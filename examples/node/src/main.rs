@@ -7,6 +7,11 @@ use clap::Parser as _;
 use node::cli::{Cli, Command};
 use tracing_subscriber::EnvFilter;
 
+/// glibc keeps what was freed, in the worst case all that an attack took.
+#[cfg(feature = "jemalloc")]
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 /// As a shell tells of SIGINT.
 const INTERRUPTED: u8 = 130;
 

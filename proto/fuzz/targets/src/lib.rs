@@ -1,6 +1,6 @@
 //! What is fuzzed: each target is a plain function of bytes that panics on a finding.
 //!
-//! libFuzzer calls them (`proto/fuzz/fuzz_targets`, needs nightly), so do the runner of this package (stable) and the test that replays
+//! libFuzzer calls them (`proto/fuzz/fuzz_targets`, needs a C++ compiler), so do the runner of this package (stable) and the test that replays
 //! `proto/fuzz/seeds`. A finding's input is kept there.
 #![allow(
     clippy::unwrap_used,
