@@ -136,10 +136,11 @@ pub(crate) fn own_error(error: &(dyn std::error::Error + 'static)) -> Option<Err
 /// Whether this status says that the connection broke, not that a server refused.
 ///
 /// tonic attaches a source to the statuses that it makes of transport errors, and to no status that a peer sent. The
-/// exception is a response that ends without any status, as with a proxy that cuts the stream.
+/// exception is a response that ends without any status, as with a proxy that cuts the stream: the text is tonic's (`infer_grpc_status`).
 fn broke(status: &Status) -> bool {
     std::error::Error::source(status).is_some()
-        || (status.code() == tonic::Code::Unknown && status.message().contains("missing grpc-status"))
+        || (status.code() == tonic::Code::Unknown
+            && status.message().starts_with("protocol error: missing grpc-status"))
 }
 
 /// tonic's own text is often no more than "transport error"; what happened is in the chain of sources.

@@ -2,9 +2,10 @@
 
 use std::cell::OnceCell;
 use std::future::Future;
+use std::hash::{BuildHasher as _, RandomState};
 use std::path::{Path, PathBuf};
-use std::sync::Once;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{LazyLock, Once};
 use std::time::Duration;
 
 use proto_common::error::{ERROR_DOMAIN, Error};
@@ -14,6 +15,10 @@ use tonic_types::StatusExt as _;
 
 /// Longest time for one input. Far beyond what any takes, and below the idle timeouts, which would hide a hang.
 const LIMIT: Duration = Duration::from_secs(20);
+
+/// Begins the name of every directory here. No input can guess it, so an error that has it has told a path.
+static MARK: LazyLock<String> =
+    LazyLock::new(|| format!("proto-fuzz-{:016x}-", RandomState::new().hash_one("a path")));
 
 static PANICS: AtomicUsize = AtomicUsize::new(0);
 
@@ -52,7 +57,7 @@ pub(crate) fn block_on<T>(work: impl Future<Output = T>) -> T {
 pub(crate) fn directory() -> tempfile::TempDir {
     let shm = Path::new("/dev/shm");
     let root: PathBuf = if shm.is_dir() { shm.to_owned() } else { std::env::temp_dir() };
-    tempfile::Builder::new().prefix("proto-fuzz").tempdir_in(root).unwrap()
+    tempfile::Builder::new().prefix(MARK.as_str()).tempdir_in(root).unwrap()
 }
 
 /// A refusal names its reason itself: without one, the name of the code would stand in for it.
@@ -74,7 +79,7 @@ pub(crate) fn polite(error: &Error) -> &str {
         .chain(error.metadata_map().values().map(String::as_str))
         .chain([error.message()]);
     for text in texts {
-        assert!(!text.contains("proto-fuzz"), "a path of the server: {error:?}");
+        assert!(!text.contains(MARK.as_str()), "a path of the server: {error:?}");
         assert!(!text.chars().any(char::is_control), "a control character: {error:?}");
     }
     let reason = error.reason();

@@ -83,8 +83,15 @@ fn structured(code: Code, data: &mut Unstructured<'_>) -> arbitrary::Result<Stat
 
 /// Holds `error` to what `status` says.
 fn means(status: &Status, error: &Error) {
-    // An error that says that there is none is still one.
-    let code = if status.code() == Code::Ok { Code::Unknown } else { status.code() };
+    let code = match status.code() {
+        // An error that says that there is none is still one.
+        Code::Ok => Code::Unknown,
+        // What tonic says of a response without a status, whoever says it.
+        Code::Unknown if status.message().starts_with("protocol error: missing grpc-status") => {
+            Code::Unavailable
+        }
+        code => code,
+    };
     assert_eq!(error.code().number(), u32::try_from(i32::from(code)).unwrap(), "{status:?}");
     // What does not decode as a whole says nothing.
     let details = status.check_error_details().unwrap_or_default();
