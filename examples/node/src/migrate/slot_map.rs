@@ -11,7 +11,8 @@ use proto::migration::driver::Dial;
 use proto::node::health_service_client::HealthServiceClient;
 use proto::node::{GetNodeStatusRequest, NodeStatus, NodeStatusSection, SlotOwner};
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::error::Elapsed;
+use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::common::NodeId;
@@ -27,42 +28,49 @@ const PAGES: usize = 32;
 /// Nodes that are known at most: each is asked as often, and kept for ever. Slots of further ones are known as theirs, without an address.
 const MAX_NODES: usize = 1024;
 
-/// Asks the nodes that `node` knows, until `stop`.
+type Answer = (NodeId, Result<Result<Told, Error>, Elapsed>);
+
+/// Asks the nodes that `node` knows, until `stop`: each by itself, so that who is silent delays nothing that others tell.
 pub(crate) async fn follow(node: Node, stop: CancellationToken) {
     let mut asked: BTreeMap<NodeId, Asked> = BTreeMap::new();
+    let mut answers = JoinSet::new();
+    let mut turns = interval(ASK);
+    turns.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
-        let mut known = node.nodes();
-        known.remove(node.id());
-        asked.retain(|id, asked| known.get(id).is_some_and(|addresses| addresses.grpc == asked.address));
-        let mut round = JoinSet::new();
-        for (id, NodeAddresses { grpc, .. }) in known {
-            let asked = asked.entry(id.clone()).or_insert_with(|| Asked::new(&node, &id, grpc));
-            if let Some(channel) = &asked.channel {
-                let (channel, me) = (channel.clone(), node.id().clone());
-                let revision = asked.revision;
-                round.spawn(async move { (id, timeout(ANSWER, ask(channel, &me, revision)).await) });
-            }
-        }
-        let answers = tokio::select! {
-            () = stop.cancelled() => return,
-            answers = round.join_all() => answers,
-        };
-        for (id, answer) in answers {
-            // Who cannot be reached is for the monitor of peers to tell.
-            let Ok(Ok(told)) = answer else { continue };
-            match learn(&node, &id, &told).await {
-                Ok(()) => {
-                    if let Some(asked) = asked.get_mut(&id) {
-                        asked.revision = Some(told.revision);
-                    }
-                }
-                Err(error) => tracing::warn!(from = %id, %error, "the slot map cannot be saved"),
-            }
-        }
         tokio::select! {
             () = stop.cancelled() => return,
-            () = tokio::time::sleep(ASK) => {}
+            _ = turns.tick() => ask_all(&node, &mut asked, &mut answers),
+            Some(answer) = answers.join_next() => match answer {
+                Ok(answer) => take(&node, &mut asked, answer).await,
+                // Whose it was is not known: all are asked.
+                Err(_) => asked.values_mut().for_each(|asked| asked.waiting = false),
+            },
         }
+    }
+}
+
+/// Asks each that has answered, or not in time.
+fn ask_all(node: &Node, asked: &mut BTreeMap<NodeId, Asked>, answers: &mut JoinSet<Answer>) {
+    let mut known = node.nodes();
+    known.remove(node.id());
+    asked.retain(|id, asked| known.get(id).is_some_and(|addresses| addresses.grpc == asked.address));
+    for (id, NodeAddresses { grpc, .. }) in known {
+        let asked = asked.entry(id.clone()).or_insert_with(|| Asked::new(node, &id, grpc));
+        let Some(channel) = asked.channel.clone().filter(|_| !asked.waiting) else { continue };
+        asked.waiting = true;
+        let (me, revision) = (node.id().clone(), asked.revision);
+        answers.spawn(async move { (id, timeout(ANSWER, ask(channel, &me, revision)).await) });
+    }
+}
+
+async fn take(node: &Node, asked: &mut BTreeMap<NodeId, Asked>, (id, answer): Answer) {
+    let Some(asked) = asked.get_mut(&id) else { return };
+    asked.waiting = false;
+    // Who cannot be reached is for the monitor of peers to tell.
+    let Ok(Ok(told)) = answer else { return };
+    match learn(node, &id, &told).await {
+        Ok(()) => asked.revision = Some(told.revision),
+        Err(error) => tracing::warn!(from = %id, %error, "the slot map cannot be saved"),
     }
 }
 
@@ -89,6 +97,8 @@ pub(crate) async fn ask_first(node: &Node) {
 struct Asked {
     address: String,
     channel: Option<NodeChannel>,
+    /// It has not answered yet.
+    waiting: bool,
     /// Of the map that was learned last.
     revision: Option<(u64, u64)>,
 }
@@ -97,7 +107,7 @@ impl Asked {
     fn new(node: &Node, id: &NodeId, address: String) -> Self {
         let dial = node.trust().dialer().to(&address, Some(id));
         let channel = dial.ok().map(|dial| dial.connect_timeout(ANSWER).connect_lazy());
-        Self { address, channel, revision: None }
+        Self { address, channel, waiting: false, revision: None }
     }
 }
 
@@ -271,6 +281,8 @@ mod tests {
     use proptest::prelude::*;
     use proptest::strategy::ValueTree as _;
     use proptest::test_runner::TestRunner;
+    use tokio::net::TcpListener;
+    use tokio::time::Instant;
 
     use super::*;
     use crate::store::{Init, StoreOptions};
@@ -293,6 +305,31 @@ mod tests {
             node_address: address.into(),
             client_address: address.into(),
         }
+    }
+
+    #[tokio::test]
+    async fn a_node_that_is_silent_delays_no_question_to_others() {
+        let dir = tempfile::tempdir().unwrap();
+        let node = bare(dir.path());
+        let listen = || TcpListener::bind("127.0.0.1:0");
+        let (silent, other) = (listen().await.unwrap(), listen().await.unwrap());
+        let at = |listener: &TcpListener| {
+            let grpc = listener.local_addr().unwrap().to_string();
+            NodeAddresses { resp: grpc.clone(), grpc }
+        };
+        node.put_nodes([(id("n2"), at(&silent)), (id("n3"), at(&other))].into()).await.unwrap();
+        let stop = CancellationToken::new();
+        let following = tokio::spawn(follow(node.clone(), stop.clone()));
+        let _silent = silent.accept().await.unwrap();
+        // Each question is a connection, since none is answered.
+        let mut asked = Vec::new();
+        while !asked.windows(2).any(|two: &[Instant]| two[1] - two[0] < ANSWER) {
+            assert!(asked.len() < 8, "each waits for the one that is silent: {asked:?}");
+            drop(other.accept().await.unwrap());
+            asked.push(Instant::now());
+        }
+        stop.cancel();
+        following.await.unwrap();
     }
 
     async fn n2_tells(node: &Node, epoch: u64, status: NodeStatus) {
