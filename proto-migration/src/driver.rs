@@ -290,6 +290,7 @@ impl<S: MigrationSource, D: Dial> Inner<S, D> {
             record,
             tracker,
             commands: asked,
+            later: Vec::new(),
             hold,
             range,
             meter: Meter::default(),

@@ -10,15 +10,20 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use proto_common::error::Error;
-use proto_common::slots::slot_of;
+use proto_common::slots::{SlotRange, slot_of};
+use proto_common::v1::Direction;
 use proto_migration::Reason;
 use proto_migration::hold::HoldMode;
+use proto_migration::journal::Journal;
+use proto_migration::receiver::MigrationReceiver;
+use proto_migration::v1::migration_service_client::MigrationServiceClient;
 use proto_migration::v1::{
-    FreezeOutcome, MigrationDecision, MigrationGate, MigrationLimits, MigrationProgress, MigrationState,
+    FreezeOutcome, GetMigrationProgressRequest, MigrationDecision, MigrationGate, MigrationLimits,
+    MigrationProgress, MigrationState,
 };
 use support::memory_source::{Answer, Faults, MemorySource};
 use support::memory_target::{Fault, MemoryTarget};
-use support::pair::{Pair, driver, error_of, id};
+use support::pair::{Pair, driver, error_of, id, identity};
 use tokio::sync::Semaphore;
 
 #[tokio::test]
@@ -344,4 +349,127 @@ async fn a_target_without_a_free_place_is_waited_for() {
     pair.target_limits.incoming_per_peer = 1;
     pair.target_up(2).await;
     pair.reaches(MigrationState::Completed).await;
+}
+
+#[tokio::test]
+async fn an_id_that_only_the_target_remembers_gives_nothing_away() {
+    let mut pair = Pair::start().await;
+    pair.fill(50).await;
+    pair.begin(|_| {}).await.unwrap();
+    pair.reaches(MigrationState::Completed).await;
+    until_progress_there(&pair, MigrationState::Completed).await;
+    // Another migration brings the slots back, and the source forgets the first one.
+    pair.source_down().await;
+    std::fs::remove_dir_all(pair.dir.path().join("source")).unwrap();
+    pair.source.take_back(2);
+    pair.source = pair.source.restarted();
+    pair.source_up().await;
+    pair.fill(50).await;
+
+    pair.begin(|_| {}).await.unwrap();
+    let failed = pair.reaches(MigrationState::Failed).await;
+    let error = error_of(&failed);
+    assert_eq!((error.reason(), error.get("field")), ("SPECIFICATION_MISMATCH", Some("migration_id")));
+    assert_eq!((pair.source.held(), pair.source.has_log(&id())), (None, false));
+    assert_eq!(pair.source.write(b"later", Some(b"1")).await, Answer::Done);
+    assert_eq!(pair.source.rows(SlotRange::FULL).len(), 51, "all that was written since is there");
+    // Nor does it wait for the target to hear of that.
+    pair.begin(|request| request.migration_id = "m2".into()).await.unwrap();
+}
+
+async fn until_progress_there(pair: &Pair, state: MigrationState) {
+    let service = pair.receiver.clone().unwrap().into_service();
+    let mut client = MigrationServiceClient::new(service);
+    let request = GetMigrationProgressRequest { migration_id: "m1".into(), direction: Direction::In.into() };
+    let began = Instant::now();
+    while client
+        .get_migration_progress(request.clone())
+        .await
+        .unwrap()
+        .into_inner()
+        .migration
+        .unwrap()
+        .state()
+        != state
+    {
+        assert!(began.elapsed() < Duration::from_secs(30), "never {state:?}");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+}
+
+/// Another node answers where the target was.
+fn another_node(pair: &Pair) -> impl Future<Output = ()> {
+    let (journal, _) = Journal::open(pair.dir.path().join("other"), 10).unwrap();
+    let starting = MigrationReceiver::builder(identity("n9", 9), MemoryTarget::default(), journal).start();
+    let reachable = Arc::clone(&pair.reachable);
+    async move {
+        let other = starting.await.unwrap();
+        *reachable.lock().unwrap() = Some(other.into_service());
+    }
+}
+
+#[tokio::test]
+async fn another_node_at_the_address_of_the_target_is_no_word_from_the_target() {
+    let meets_another = |progress: &MigrationProgress| {
+        let errors = progress.incidents.iter().filter_map(|incident| incident.error.as_ref());
+        errors.filter(|error| error.reason == "WRONG_NODE").count() > 1
+    };
+    for cancel in [false, true] {
+        let mut pair = Pair::start().await;
+        pair.fill(50).await;
+        pair.begin(|request| request.spec.as_mut().unwrap().auto_complete = false).await.unwrap();
+        pair.reaches(MigrationState::Ready).await;
+        pair.target_down().await;
+        another_node(&pair).await;
+        if cancel {
+            assert_eq!(pair.cancel().await.unwrap().state(), MigrationState::Cancelling);
+        }
+        let waiting = pair.until("another node answers, again and again", meets_another).await;
+        let state = if cancel { MigrationState::Cancelling } else { MigrationState::CatchingUp };
+        assert_eq!((waiting.state(), waiting.gate()), (state, MigrationGate::Open));
+        pair.target_up(2).await;
+        if cancel {
+            pair.reaches(MigrationState::Cancelled).await;
+            until_progress_there(&pair, MigrationState::Cancelled).await;
+            assert!(pair.target.disk().staged.is_empty(), "the target is told when it is back");
+        } else {
+            pair.reaches(MigrationState::Ready).await;
+            pair.complete(None).await.unwrap();
+            pair.reaches(MigrationState::Completed).await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_target_that_is_too_slow_costs_no_more_log_than_the_cap() {
+    let pair = Pair::start().await;
+    pair.fill(20).await;
+    let limits = |rate| {
+        Some(MigrationLimits {
+            max_bytes_per_second: rate,
+            log_bytes_cap: Some(1 << 20),
+            slow_writers: Some(false),
+            ..MigrationLimits::default()
+        })
+    };
+    let begin = |rate| {
+        pair.begin(move |request| {
+            request.spec.as_mut().unwrap().auto_complete = false;
+            request.limits = limits(rate);
+        })
+    };
+    begin(Some(100_000)).await.unwrap();
+    pair.reaches(MigrationState::Ready).await;
+    let long = |n: usize| format!("{n:060000}").into_bytes();
+    for n in 0..40 {
+        pair.source.write(&long(n), Some(b"1")).await;
+    }
+    let again = pair.until("copied again", |progress| progress.copy == 2).await;
+    assert!(again.copy_reason.contains("slower than they come"), "{}", again.copy_reason);
+    pair.until("the log is dropped", |progress| progress.log_bytes < 1 << 20).await;
+    begin(None).await.unwrap();
+    pair.reaches(MigrationState::Ready).await;
+    pair.complete(None).await.unwrap();
+    pair.reaches(MigrationState::Completed).await;
+    assert_eq!(pair.target_rows().len(), 60);
 }

@@ -190,7 +190,7 @@ pub struct ServeArgs {
     /// what does not is resumed later. A second signal cuts it short.
     #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
     grace: u64,
-    /// Seconds that a request waits at most for slots that a migration hands over; then it is told to try again.
+    /// Seconds that a request waits at most for slots that a migration hands over; then it is told to try again. Writes wait for the end of a freeze, if its caller allows that to take longer.
     #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=3600))]
     patience: u64,
     /// Seconds of silence after which the stream of a migration to this node is given up; its source opens the next one.

@@ -103,6 +103,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
                 let progress = self.change();
                 reason.clone_into(&mut progress.cancel_reason);
                 progress.cancelled_at_node_id = me;
+                self.end_freeze(FreezeOutcome::Cancelled, None);
                 let done = if accepted {
                     let entered = self.enter(MigrationState::Cancelling, MigrationGate::Open).await;
                     if entered.is_ok() {

@@ -38,8 +38,10 @@ enum GivenUp {
     TimedOut,
     Refused(Error, Option<SlotMismatch>),
     Interrupted(Error),
-    /// A caller asked for something that ends it.
+    /// A caller asked to cancel.
     Asked(Command),
+    /// Somebody cancelled at the target, and said why.
+    Discarded(String),
 }
 
 impl From<Error> for GivenUp {
@@ -62,6 +64,16 @@ struct Way {
 impl<S: MigrationSource, D: Dial> Task<S, D> {
     /// Tries to cut over. True when the slots are handed over; false when writes go on.
     pub(super) async fn freeze(&mut self, running: &mut Running) -> Result<bool, Halt> {
+        let done = self.try_freeze(running).await;
+        for command in std::mem::take(&mut self.later) {
+            if !matches!(done, Err(Halt::Stopping)) {
+                self.command(command).await?;
+            }
+        }
+        done
+    }
+
+    async fn try_freeze(&mut self, running: &mut Running) -> Result<bool, Halt> {
         let slowed = self.come_close(running).await?;
         let number = self.begin_freeze();
         // Its number is not used again, whatever crashes.
@@ -147,9 +159,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
                     }
                     // Of an earlier freeze.
                     Said::Prepared(_) | Said::Refused(_) => {}
-                    Said::Discarded(_) => {
-                        return Err(Reason::MigrationCancelled.error("cancelled at the target").into());
-                    }
+                    Said::Discarded(discarded) => return Err(GivenUp::Discarded(discarded.reason)),
                     Said::Committed(_) | Said::Forgotten => {
                         return Err(unexpected("the target answered what it was not asked").into());
                     }
@@ -165,11 +175,13 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
                 () = stopping.cancelled() => return Err(Halt::Stopping),
                 command = self.commands.recv() => match command {
                     None => return Err(Halt::Stopping),
-                    Some(command @ (Command::Cancel { .. } | Command::Resolve { .. })) => {
-                        return Ok(Err(GivenUp::Asked(command)));
+                    Some(command @ Command::Cancel { .. }) => return Ok(Err(GivenUp::Asked(command))),
+                    // Writes don't wait for it to be saved.
+                    Some(command @ Command::Join { .. }) => self.later.push(command),
+                    // Neither ends a freeze, nor changes anything in it.
+                    Some(command @ (Command::Complete { .. } | Command::Resolve { .. })) => {
+                        self.command(command).await?;
                     }
-                    // Nothing that it asks can end a freeze.
-                    Some(command) => self.command(command).await?,
                 },
                 _ = beat.tick() => {
                     alive.offer(Frame::Heartbeat(self.heartbeat()));
@@ -272,6 +284,10 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
                 (FreezeOutcome::Refused, error, None)
             }
             GivenUp::Interrupted(error) => (FreezeOutcome::Interrupted, error.clone(), Some(Ok(error))),
+            GivenUp::Discarded(reason) => {
+                self.discarded(&reason).await?;
+                return Err(Halt::Changed);
+            }
             GivenUp::Asked(command) => (
                 FreezeOutcome::Cancelled,
                 Reason::MigrationCancelled.error("a caller ended the freeze"),

@@ -131,8 +131,24 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
                 );
                 Err(Reason::StoreChanged.error(text).metadata("store_id", id))
             }
-            _ => Ok(()),
+            _ => self.check_commit(accepted),
         }
+    }
+
+    /// A target may know of an earlier migration with this ID that this node has forgotten: what was committed then was given back since, at a higher epoch. A
+    /// migration that has ended here may have a higher one by an operator's word, and only tells the target.
+    fn check_commit(&self, accepted: &Accepted) -> Result<(), Error> {
+        let Some(committed) = &accepted.committed else { return Ok(()) };
+        if self.state().is_final() || committed.slot_epoch >= self.new_slot_epoch() {
+            return Ok(());
+        }
+        let text = format!(
+            "{} committed a migration of this ID at slot epoch {}, and the slots have come back since, at {}; choose another ID",
+            self.spec.target_node,
+            committed.slot_epoch,
+            self.shown().slot_epoch
+        );
+        Err(Reason::SpecificationMismatch.error(text).metadata("field", "migration_id"))
     }
 
     /// Makes sure that changes are logged before the first row is read. From then on the store logs them until the migration ends.

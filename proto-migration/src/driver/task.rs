@@ -60,6 +60,8 @@ pub(super) struct Task<S: MigrationSource, D: Dial> {
     pub(super) record: SourceRecord,
     pub(super) tracker: Tracker<MigrationProgress>,
     pub(super) commands: mpsc::Receiver<Command>,
+    /// Came while writes were held, and is looked at when they go on.
+    pub(super) later: Vec<Command>,
     /// What clients wait for, outside of a freeze.
     pub(super) hold: Option<Hold>,
     /// Keeps others off the slots until the migration has ended.
@@ -398,7 +400,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         let unanswered = state == MigrationState::Pending && reason != Some(Reason::TooManyMigrations);
         let done = match reason {
             Some(Reason::Superseded) => self.needs_operator(&error).await,
-            Some(Reason::StoreChanged | Reason::WrongCluster | Reason::WrongNode) if known => {
+            Some(Reason::StoreChanged) if known => {
                 match state {
                     // Nothing can have been committed there, and nothing of it is left.
                     MigrationState::Cancelling => self.discarded("").await,
@@ -445,9 +447,14 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
                 );
                 self.fail(&Reason::TargetUnreachable.error(text)).await
             }
-            // What was accepted waits for an operator to put it right: a certificate, a record at the target.
+            // What was accepted waits for an operator to put it right: a certificate, a record at the target, an address at which another node answers for now.
             _ if error.is_retryable()
-                || (known && (error.is_renewable() || reason == Some(Reason::SlotsQuarantined))) =>
+                || (known
+                    && (error.is_renewable()
+                        || matches!(
+                            reason,
+                            Some(Reason::SlotsQuarantined | Reason::WrongNode | Reason::WrongCluster)
+                        ))) =>
             {
                 let wait = self.wait_after(&error);
                 self.change().task().error = Some(kept(&error));

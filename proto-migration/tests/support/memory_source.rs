@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use proto_common::clock::now_unix_ms;
@@ -142,6 +142,14 @@ impl MemorySource {
         } else {
             any(HoldMode::Writes).then_some(HoldMode::Writes)
         }
+    }
+
+    /// The slots have come back, empty and at this epoch.
+    pub fn take_back(&self, epoch: u64) {
+        let mut state = self.shared.lock();
+        state.moved.clear();
+        state.rows.clear();
+        state.epoch = epoch;
     }
 
     pub fn set_faults(&self, faults: Faults) {
@@ -400,8 +408,11 @@ impl MigrationSource for MemorySource {
             state.holds.push((id, slots, mode, Arc::clone(&held)));
             MemoryHold { shared: Arc::clone(&self.shared), id, held }
         };
-        let drain = self.shared.lock().faults.slow_drain;
-        tokio::time::sleep(drain).await;
+        let began = Instant::now();
+        // Ends when the fault does.
+        while began.elapsed() < self.shared.lock().faults.slow_drain {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
         loop {
             let changed = self.shared.changed.notified();
             tokio::pin!(changed);

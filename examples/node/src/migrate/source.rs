@@ -22,6 +22,9 @@ use crate::gate::{self, WriteDelay};
 use crate::node::Node;
 use crate::store::Claim;
 
+/// The longest freeze that a caller may ask for (`MigrationLimits.freeze_timeout_ms`).
+const LONGEST_FREEZE: Duration = Duration::from_secs(60);
+
 /// Gives slots of a node away.
 #[derive(Debug)]
 pub struct NodeSource {
@@ -122,12 +125,14 @@ impl MigrationSource for NodeSource {
     }
 
     async fn hold(&self, slots: SlotRange, mode: HoldMode) -> Result<Hold, Error> {
-        let mode = match mode {
-            HoldMode::Writes => gate::HoldMode::Writes,
-            HoldMode::All => gate::HoldMode::All,
+        let patience = self.options.patience;
+        let (mode, patience) = match mode {
+            // A freeze ends by itself: writes wait for its end, and don't fail.
+            HoldMode::Writes => (gate::HoldMode::Writes, patience.max(LONGEST_FREEZE)),
+            HoldMode::All => (gate::HoldMode::All, patience),
         };
         let (hold, expiry) = tokio::join!(
-            self.node.gate().hold_for(slots, mode, self.options.patience),
+            self.node.gate().hold_for(slots, mode, patience),
             self.node.store().stop_expiry(slots)
         );
         Ok(Box::new(NodeHold { hold, _expiry: Some(expiry.map_err(failed)?) }))

@@ -1,0 +1,88 @@
+//! What is asked of the source, or said by the target, while writes are held.
+
+#![cfg(all(feature = "client", feature = "server"))]
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failed expectation is a failed test")]
+
+mod support;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use proto_migration::hold::HoldMode;
+use proto_migration::v1::{MigrationDecision, MigrationLimits, MigrationState};
+use support::memory_source::Faults;
+use support::memory_target::Fault;
+use support::pair::Pair;
+use tokio::sync::Semaphore;
+
+/// Writes are held, and drain until the faults of the source are taken away.
+async fn frozen() -> Pair {
+    let pair = Pair::start().await;
+    pair.fill(100).await;
+    pair.source.set_faults(Faults { slow_drain: Duration::from_secs(60), ..Faults::default() });
+    pair.begin(|request| request.limits = limits()).await.unwrap();
+    pair.reaches(MigrationState::Freezing).await;
+    pair.until("writes are held", |_| pair.source.held() == Some(HoldMode::Writes)).await;
+    pair
+}
+
+fn limits() -> Option<MigrationLimits> {
+    Some(MigrationLimits { freeze_timeout_ms: Some(60_000), ..MigrationLimits::default() })
+}
+
+#[tokio::test]
+async fn what_an_operator_may_not_decide_does_not_end_a_freeze() {
+    let pair = frozen().await;
+    let refused = pair.resolve(MigrationDecision::Discarded, |_| {}).await.unwrap_err();
+    assert_eq!(refused.reason(), "RESOLVE_REFUSED");
+    assert_eq!(pair.source.held(), Some(HoldMode::Writes));
+    pair.source.set_faults(Faults::default());
+    let done = pair.reaches(MigrationState::Completed).await;
+    assert_eq!((done.freeze_count, done.attempt), (1, 1), "{done:?}");
+}
+
+#[tokio::test]
+async fn a_start_that_joins_waits_for_the_end_of_a_freeze_and_not_the_other_way_round() {
+    let pair = frozen().await;
+    let mut joining = std::pin::pin!(pair.begin(|request| {
+        request.limits = limits();
+        request.target_address = "n2:2".into();
+    }));
+    let early = tokio::time::timeout(Duration::from_millis(100), &mut joining).await;
+    assert!(early.is_err(), "nothing is saved meanwhile: {early:?}");
+    assert_eq!(pair.progress().await.target_address, "n2:1");
+    pair.source.set_faults(Faults::default());
+    assert_eq!(joining.await.unwrap().target_address, "n2:2");
+    let done = pair.reaches(MigrationState::Completed).await;
+    assert_eq!(done.freeze_count, 1, "{done:?}");
+}
+
+#[tokio::test]
+async fn a_cancel_at_the_target_is_a_cancel_in_a_freeze_too() {
+    for asked in [false, true] {
+        let gate = Arc::new(Semaphore::new(0));
+        let pair = if asked {
+            // The target was asked to prepare, and looks at what it has.
+            let pair = Pair::start().await;
+            pair.fill(100).await;
+            pair.target.fault("digests", Fault::Wait(Arc::clone(&gate)));
+            pair.begin(|request| request.limits = limits()).await.unwrap();
+            pair.reaches(MigrationState::Freezing).await;
+            pair.until("the target looks", |_| pair.target.calls("digests") > 0).await;
+            pair
+        } else {
+            frozen().await
+        };
+        let cancelling = pair.cancel_there();
+        let cancelling = async {
+            cancelling.await.unwrap();
+            pair.source.set_faults(Faults::default());
+        };
+        tokio::join!(cancelling, async { gate.add_permits(10) });
+        let end = pair.until("it has ended", |progress| progress.state().is_final()).await;
+        assert_eq!(end.state(), MigrationState::Cancelled, "{end:?}");
+        assert_eq!((end.cancel_reason.as_str(), end.cancelled_at_node_id.as_str()), ("why not", "n2"));
+        assert!(end.freezes.iter().all(|freeze| freeze.freeze_ms.is_some()), "{end:?}");
+        pair.source_serves().await;
+    }
+}
