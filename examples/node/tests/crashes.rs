@@ -1,4 +1,4 @@
-//! Either node dies exactly at each persisted transition of a migration, while clients write: all ends by itself, in one owner.
+//! Either node, or both, die exactly at each persisted transition of a migration, while clients write: all ends by itself, in one owner.
 
 #![allow(clippy::unwrap_used)]
 

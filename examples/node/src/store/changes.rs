@@ -25,10 +25,10 @@ use super::{Store, StoreError, counters};
 use crate::common::SlotRange;
 
 /// How many times as long as a page of the copy took to read, its answer waits: what becomes of it at both nodes takes some times as long. At half of what
-/// saturates a node, with both nodes and the clients on 2 cores, the p99 of writes to other slots is 1.6 to 2.1 times as long during migrations as without
-/// one, 1.7 in the median of five runs; with 15, and at most 8 ms, 1.8 to 2.1, and 2 to 2.2 with 7 and at most 4.
+/// saturates a node, with both nodes and the clients on 2 cores, the p99 of writes to other slots is 1.5 to 2.1 times as long during migrations as without
+/// one, 1.6 in the median of ten runs; with 15, and at most 8 ms, 1.8 to 2.1, and 2 to 2.2 with 7 and at most 4.
 const REST: u32 = 23;
-/// Changes wait for the answer, too, so it is not later than this. The driver's pages have 512 KiB at most, so beside clients a copy of large values is no faster than some
+/// Changes wait for the answer, too, so it is not later than this. With 6 ms, the p99 of others is 1.6 to 2.8 times as long. The driver's pages have 512 KiB at most, so beside clients a copy of large values is no faster than some
 /// 40 MiB/s.
 const LONGEST_REST: Duration = Duration::from_millis(12);
 /// Rows of a page that is read for digests alone.

@@ -3,11 +3,15 @@
 use std::os::unix::process::ExitStatusExt as _;
 use std::time::Duration;
 
+use bytes::Bytes;
+use node::common::NodeId;
 use node::demo::processes::NodeProcess;
+use node::gate::{Access, Gate};
+use node::store::{Ownership, Store, StoreOptions, WriteOp};
 use proto::node::{CancelMigrationRequest, Direction, MigrationProgress, MigrationState};
 
 use super::migration::{ID, Pair, manual, reaches, request, service, state};
-use super::{at_once, call, client, until};
+use super::{at_once, until};
 
 const SIGKILL: i32 = 9;
 
@@ -98,11 +102,26 @@ async fn survivor_is_honest(pair: &Pair, victim: Victim, left: &[Crash], what: &
     .await;
 }
 
-async fn crash(crashes: Vec<Crash>, end: End) {
+/// Puts a key into the store of n1 that is too long to be moved, and that a client could not store.
+async fn plant(pair: &mut Pair) {
+    pair.n1.stop().await.unwrap();
+    let directory = pair.directory.path().join("n1");
+    let (store, _) = Store::open_existing(&directory, &StoreOptions::default()).unwrap();
+    let op = WriteOp::SetMany {
+        pairs: vec![(format!("{{foo}}{}", "k".repeat(70_000)).into(), Bytes::from_static(b"v"))],
+    };
+    assert!(op.too_large().is_some());
+    let gate = Gate::new(NodeId::new("n1").unwrap(), Ownership::default(), 0);
+    store.write(vec![op], gate.permits(Access::Write)).await.unwrap();
+    tokio::task::spawn_blocking(move || store.close()).await.unwrap();
+    pair.n1.restart().await.unwrap();
+}
+
+/// The other one dies in the same moment, if `both` do.
+async fn crash(crashes: Vec<Crash>, both: bool, end: End) {
     let mut pair = Pair::start(300, 100).await;
     if end == End::Failed {
-        let key = format!("{{foo}}{}", "k".repeat(70_000));
-        assert_eq!(call(&mut client(&pair.n1).await, &format!("SET {key} v")).await, "OK");
+        plant(&mut pair).await;
     }
     for victim in [Source, Target] {
         if crashes.iter().any(|(other, _)| *other == victim) {
@@ -112,11 +131,17 @@ async fn crash(crashes: Vec<Crash>, end: End) {
     let load = pair.load();
     tokio::time::sleep(Duration::from_millis(100)).await;
     ask(&pair, end).await;
-    let what = format!("{crashes:?}");
+    let what = format!("{crashes:?}{}", if both { ", and the other one with it" } else { "" });
     for (n, &(victim, point)) in crashes.iter().enumerate() {
         dies(&mut pair, (victim, point)).await;
         let left = &crashes[n + 1..];
-        survivor_is_honest(&pair, victim, left, &what).await;
+        if both {
+            let other = if victim == Source { Target } else { Source };
+            node(&mut pair, other).kill().await.unwrap();
+            node(&mut pair, other).restart().await.unwrap();
+        } else {
+            survivor_is_honest(&pair, victim, left, &what).await;
+        }
         arm(&mut pair, victim, left);
         if left.first().is_some_and(|(next, _)| *next == victim) {
             // It may die again before it serves.
@@ -143,10 +168,11 @@ async fn crash(crashes: Vec<Crash>, end: End) {
 
 /// One case per list of crashes, a few at the same time.
 pub async fn all(cases: impl IntoIterator<Item = Vec<Crash>>, end: End) {
-    at_once(cases.into_iter().map(|crashes| crash(crashes, end))).await;
+    at_once(cases.into_iter().map(|crashes| crash(crashes, false, end))).await;
 }
 
-/// One case per place.
+/// Two cases per place: it alone dies there, and the other one with it.
 pub async fn each(victim: Victim, points: &[&'static str], end: End) {
-    all(points.iter().map(|point| vec![(victim, *point)]), end).await;
+    let cases = points.iter().flat_map(|point| [(*point, false), (*point, true)]);
+    at_once(cases.map(|(point, both)| crash(vec![(victim, point)], both, end))).await;
 }
