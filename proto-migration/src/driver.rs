@@ -346,10 +346,12 @@ impl<S: MigrationSource, D: Dial> Inner<S, D> {
         })?;
         let limits = TaskLimits::from_wire(limits, "limits")?;
 
-        let _one = self.starting.lock().await;
+        let one = self.starting.lock().await;
         let known = self.running().get(&id).map(|handle| handle.spec.clone());
         if let Some(known) = known {
             same(&known, &spec, &id)?;
+            // It may be busy with its disk, or with a freeze: nobody else waits for that.
+            drop(one);
             let joined = self
                 .ask(&id, |reply| Command::Join { limits, priority, address: target_address, reply })
                 .await;

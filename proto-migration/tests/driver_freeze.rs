@@ -51,6 +51,9 @@ async fn a_start_that_joins_waits_for_the_end_of_a_freeze_and_not_the_other_way_
     let early = tokio::time::timeout(Duration::from_millis(100), &mut joining).await;
     assert!(early.is_err(), "nothing is saved meanwhile: {early:?}");
     assert_eq!(pair.progress().await.target_address, "n2:1");
+    let other = pair.begin(|request| request.migration_id = "m2".into());
+    let other = tokio::time::timeout(Duration::from_secs(20), other).await.expect("it waits for nobody");
+    assert_eq!(other.unwrap_err().reason(), "RANGE_BUSY");
     pair.source.set_faults(Faults::default());
     assert_eq!(joining.await.unwrap().target_address, "n2:2");
     let done = pair.reaches(MigrationState::Completed).await;
