@@ -408,12 +408,38 @@ fn another_node(pair: &Pair) -> impl Future<Output = ()> {
     }
 }
 
+fn meets_another(progress: &MigrationProgress, times: usize) -> bool {
+    let errors = progress.incidents.iter().filter_map(|incident| incident.error.as_ref());
+    errors.filter(|error| error.reason == "WRONG_NODE").count() >= times
+}
+
+#[tokio::test]
+async fn another_node_answers_for_no_commit_and_an_operator_can_name_the_attempt() {
+    let mut pair = Pair::start().await;
+    pair.fill(50).await;
+    pair.target.fault("commit", Fault::Wait(Arc::new(Semaphore::new(0))));
+    pair.begin(|_| {}).await.unwrap();
+    pair.reaches(MigrationState::Committing).await;
+    // The target dies before it commits.
+    another_node(&pair).await;
+    pair.receiver = None;
+    pair.target = pair.target.crash();
+    pair.source_down().await;
+    pair.source = pair.source.restarted();
+    pair.source_up().await;
+    let first = pair.until("another node answers", |progress| meets_another(progress, 2)).await;
+    let later = pair.until("again and again", |progress| meets_another(progress, 5)).await;
+    // One more at the moment at which the other node is asked.
+    assert!(later.attempt <= first.attempt + 1, "{first:?} {later:?}");
+    assert_eq!((later.state(), later.gate()), (MigrationState::Committing, MigrationGate::Closed));
+    assert_eq!(error_of(&later).reason(), "WRONG_NODE");
+    pair.target_up(2).await;
+    pair.reaches(MigrationState::Completed).await;
+    assert_eq!(pair.target_rows().len(), 50);
+}
+
 #[tokio::test]
 async fn another_node_at_the_address_of_the_target_is_no_word_from_the_target() {
-    let meets_another = |progress: &MigrationProgress| {
-        let errors = progress.incidents.iter().filter_map(|incident| incident.error.as_ref());
-        errors.filter(|error| error.reason == "WRONG_NODE").count() > 1
-    };
     for cancel in [false, true] {
         let mut pair = Pair::start().await;
         pair.fill(50).await;
@@ -424,7 +450,8 @@ async fn another_node_at_the_address_of_the_target_is_no_word_from_the_target() 
         if cancel {
             assert_eq!(pair.cancel().await.unwrap().state(), MigrationState::Cancelling);
         }
-        let waiting = pair.until("another node answers, again and again", meets_another).await;
+        let waiting =
+            pair.until("another node answers, again and again", |progress| meets_another(progress, 2)).await;
         let state = if cancel { MigrationState::Cancelling } else { MigrationState::CatchingUp };
         assert_eq!((waiting.state(), waiting.gate()), (state, MigrationGate::Open));
         pair.target_up(2).await;
@@ -458,7 +485,7 @@ async fn a_target_that_is_too_slow_costs_no_more_log_than_the_cap() {
             request.limits = limits(rate);
         })
     };
-    begin(Some(100_000)).await.unwrap();
+    begin(Some(20_000)).await.unwrap();
     pair.reaches(MigrationState::Ready).await;
     let long = |n: usize| format!("{n:060000}").into_bytes();
     for n in 0..40 {
@@ -472,4 +499,22 @@ async fn a_target_that_is_too_slow_costs_no_more_log_than_the_cap() {
     pair.complete(None).await.unwrap();
     pair.reaches(MigrationState::Completed).await;
     assert_eq!(pair.target_rows().len(), 60);
+}
+
+#[tokio::test]
+async fn a_source_that_forgot_a_migration_does_not_take_it_up_by_its_id() {
+    let mut pair = Pair::start().await;
+    pair.fill(50).await;
+    pair.begin(|request| request.spec.as_mut().unwrap().auto_complete = false).await.unwrap();
+    pair.reaches(MigrationState::Ready).await;
+    pair.source_down().await;
+    std::fs::remove_dir_all(pair.dir.path().join("source")).unwrap();
+    pair.source.keep_no_log(&id());
+    pair.source = pair.source.restarted();
+    pair.source_up().await;
+    pair.begin(|request| request.spec.as_mut().unwrap().auto_complete = false).await.unwrap();
+    // Nobody could vouch for a target that has accepted nothing.
+    let failed = pair.reaches(MigrationState::Failed).await;
+    assert_eq!(error_of(&failed).reason(), "SUPERSEDED");
+    pair.source_serves().await;
 }

@@ -111,6 +111,7 @@ struct Entry {
     mode: HoldMode,
     /// How long a request waits for it at most.
     patience: Option<Duration>,
+    began: Instant,
     /// Requests that have waited for it.
     waited: Arc<AtomicU64>,
     /// Of slots that are refused.
@@ -224,17 +225,17 @@ impl Gate {
             tokio::pin!(changed);
             // Registered before looking, so that no change between looking and waiting is missed.
             changed.as_mut().enable();
-            let patience = {
+            let until = {
                 let state = self.shared.read();
                 match state.verdict(slot, access) {
-                    Verdict::Held => state.count_waiting(slot, access, &mut counted),
+                    Verdict::Held => state.count_waiting(slot, access, since, &mut counted),
                     verdict => return Ok(verdict),
                 }
             };
-            match patience {
+            match until {
                 None => changed.await,
-                Some(patience) => {
-                    let left = tokio::time::timeout_at(since + patience, changed).await;
+                Some(until) => {
+                    let left = tokio::time::timeout_at(until, changed).await;
                     left.map_err(|_| WaitError::TooLong)?;
                 }
             }
@@ -329,7 +330,8 @@ impl Gate {
         let mut state = self.shared.write();
         let id = state.next_hold;
         state.next_hold += 1;
-        state.holds.push(Entry { id, range, mode, patience, waited: Arc::clone(&waited), why });
+        let began = Instant::now();
+        state.holds.push(Entry { id, range, mode, patience, began, waited: Arc::clone(&waited), why });
         state.spread();
         GateHold { shared: Arc::clone(&self.shared), id, range, mode, waited }
     }
@@ -385,14 +387,15 @@ impl State {
         }
     }
 
-    /// Counts a request that waits, once per hold, and says how long it may. `counted` is which holds it was counted for.
-    fn count_waiting(&self, slot: u16, access: Access, counted: &mut u64) -> Option<Duration> {
+    /// Counts a request that waits `since` then, once per hold, and says until when it may: the patience of a hold is for what that hold takes. `counted` is which
+    /// holds it was counted for.
+    fn count_waiting(&self, slot: u16, access: Access, since: Instant, counted: &mut u64) -> Option<Instant> {
         let stopping = || self.holds.iter().filter(|hold| hold.stops(slot, access));
         for hold in stopping().filter(|hold| hold.id >= *counted) {
             hold.waited.fetch_add(1, Ordering::Relaxed);
         }
         *counted = self.next_hold;
-        stopping().filter_map(|hold| hold.patience).min()
+        stopping().filter_map(|hold| Some(since.max(hold.began) + hold.patience?)).min()
     }
 
     fn spread(&mut self) {

@@ -13,12 +13,12 @@ use tokio::time::{Instant, timeout};
 use super::FEATURES;
 use super::dial::Dial;
 use super::link::{Link, unexpected};
-use super::task::{Halt, Task};
+use super::task::{Halt, Task, another_node};
 use crate::Reason;
 use crate::source::MigrationSource;
-use crate::v1::MigrationState;
 use crate::v1::transfer_migration_data_request::{Header, Purpose};
 use crate::v1::transfer_migration_data_response::Accepted;
+use crate::v1::{MigrationDecision, MigrationState};
 
 /// How long a target may take to tell the outcome: reads and writes wait for it, and over another connection it may come at once.
 pub(super) const OUTCOME_TIMEOUT: Duration = Duration::from_secs(5);
@@ -40,8 +40,13 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         self.save().await?;
         let header = self.header(purpose);
         let opening = timeout(patience.saturating_sub(began.elapsed()), Link::open(channel, header));
-        let link = self.meanwhile(opening).await?.unwrap_or_else(|_| Err(silent()))?;
-        self.check_target(&link.accepted)?;
+        let opened = self.meanwhile(opening).await?.unwrap_or_else(|_| Err(silent()));
+        let opened = opened.and_then(|link| self.check_target(&link.accepted).map(|()| link));
+        if opened.as_ref().is_err_and(another_node) {
+            // The target has not heard of it, and an operator can go on naming the attempt that it has heard of.
+            self.change().attempt -= 1;
+        }
+        let link = opened?;
         if self.shown().peer.is_none() {
             self.change().peer = link.accepted.target.clone().map(|target| NodeIdentity {
                 cluster_id: printable(&target.cluster_id, 128),
@@ -138,7 +143,13 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
     /// A target may know of an earlier migration with this ID that this node has forgotten: what was committed then was given back since, at a higher epoch. A
     /// migration that has ended here may have a higher one by an operator's word, and only tells the target.
     fn check_commit(&self, accepted: &Accepted) -> Result<(), Error> {
-        let Some(committed) = &accepted.committed else { return Ok(()) };
+        let committed = match (&accepted.committed, accepted.decision()) {
+            (Some(committed), _) => committed,
+            (None, MigrationDecision::Committed) => {
+                return Err(unexpected("the target does not say what it committed"));
+            }
+            (None, _) => return Ok(()),
+        };
         if self.state().is_final() || committed.slot_epoch >= self.new_slot_epoch() {
             return Ok(());
         }

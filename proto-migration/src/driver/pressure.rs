@@ -32,12 +32,17 @@ pub(super) struct Pressure {
     /// Least lag since the count of looks began.
     least: Option<u64>,
     looks_without_progress: u32,
+    /// Least bytes of the log since it is above its cap.
+    least_above_cap: Option<u64>,
+    looks_above_cap: u32,
 }
 
 /// What follows from a look.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Verdict {
     pub(super) not_converging: bool,
+    /// Whether the log has to be given up: it has been above its cap for 2 s without falling. One write, or a burst that is worked off, is no reason.
+    pub(super) outgrown: bool,
     /// Whether the target's store is to let other work wait for the changes.
     pub(super) hurry: bool,
     /// For each write to the moving slots; zero without `slow_writers`.
@@ -68,6 +73,14 @@ impl Pressure {
         } else {
             self.looks_without_progress = self.looks_without_progress.saturating_add(1);
         }
+        let above_cap = log.bytes > limits.log_bytes_cap;
+        if !above_cap || self.least_above_cap.is_none_or(|least| log.bytes < least - least / 10) {
+            self.least_above_cap = above_cap.then_some(log.bytes);
+            self.looks_above_cap = 0;
+        } else {
+            self.looks_above_cap = self.looks_above_cap.saturating_add(1);
+        }
+        let outgrown = self.looks_above_cap >= PATIENCE;
         let not_converging = near_cap || self.looks_without_progress >= PATIENCE;
         self.delay = if not_converging && limits.slow_writers {
             (self.delay * 3 / 2).clamp(MIN_DELAY * 5, MAX_DELAY)
@@ -77,7 +90,7 @@ impl Pressure {
             Duration::ZERO
         };
         let hurry = not_converging || self.looks_without_progress >= HURRY;
-        Verdict { not_converging, hurry, delay: self.delay }
+        Verdict { not_converging, outgrown, hurry, delay: self.delay }
     }
 }
 
@@ -99,7 +112,9 @@ mod tests {
         for entries in [0, 5000, 9000, 100, 0] {
             let verdict =
                 pressure.look(&log(entries, entries * 100), Duration::from_millis(50), true, &limits());
-            assert_eq!(verdict, Verdict { not_converging: false, hurry: false, delay: Duration::ZERO });
+            let free =
+                Verdict { not_converging: false, outgrown: false, hurry: false, delay: Duration::ZERO };
+            assert_eq!(verdict, free);
         }
         // A lag that falls is no reason, however large.
         for round in 0..100 {
@@ -141,6 +156,26 @@ mod tests {
         assert!(near.not_converging && !near.delay.is_zero());
         let off = TaskLimits { slow_writers: false, ..limits() };
         let near = pressure.look(&log(1_000_000, 200 << 20), Duration::from_secs(9), false, &off);
-        assert_eq!(near, Verdict { not_converging: true, hurry: true, delay: Duration::ZERO });
+        let unslowed = Verdict { not_converging: true, outgrown: false, hurry: true, delay: Duration::ZERO };
+        assert_eq!(near, unslowed);
+    }
+
+    #[test]
+    fn a_log_is_outgrown_when_it_stays_above_its_cap_and_not_by_a_burst() {
+        let mut pressure = Pressure::default();
+        let cap = limits().log_bytes_cap;
+        let mut look = |bytes| pressure.look(&log(1, bytes), Duration::ZERO, false, &limits()).outgrown;
+        for _ in 0..3 {
+            // A large write, and one burst after the other that is worked off.
+            assert!(!look(2 * cap));
+            let mut bytes = 10 * cap;
+            while bytes > cap / 2 {
+                assert!(!look(bytes));
+                bytes -= bytes / 9;
+            }
+        }
+        let first = (0..).find(|_| look(cap + 1)).unwrap();
+        assert_eq!(first, PATIENCE);
+        assert!(!look(cap));
     }
 }

@@ -60,7 +60,7 @@ pub(super) struct Task<S: MigrationSource, D: Dial> {
     pub(super) record: SourceRecord,
     pub(super) tracker: Tracker<MigrationProgress>,
     pub(super) commands: mpsc::Receiver<Command>,
-    /// Came while writes were held, and is looked at when they go on.
+    /// Came while writes were held for the target to be prepared, and is looked at when the freeze has ended.
     pub(super) later: Vec<Command>,
     /// What clients wait for, outside of a freeze.
     pub(super) hold: Option<Hold>,
@@ -90,6 +90,11 @@ pub(super) fn freeze_backoff() -> BackoffState {
         ..Backoff::default()
     }
     .start()
+}
+
+/// Whether another node than the target answered at its address.
+pub(super) fn another_node(error: &Error) -> bool {
+    error.is(Reason::WrongNode) || error.is(Reason::WrongCluster)
 }
 
 impl<S: MigrationSource, D: Dial> Task<S, D> {
@@ -399,7 +404,8 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         // A target that has no place is there, and has one later.
         let unanswered = state == MigrationState::Pending && reason != Some(Reason::TooManyMigrations);
         let done = match reason {
-            Some(Reason::Superseded) => self.needs_operator(&error).await,
+            // Where nothing was accepted, another migration has this ID there, and no operator can decide about it here.
+            Some(Reason::Superseded) if known => self.needs_operator(&error).await,
             Some(Reason::StoreChanged) if known => {
                 match state {
                     // Nothing can have been committed there, and nothing of it is left.
@@ -428,6 +434,9 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
             _ if matches!(state, MigrationState::Committing | MigrationState::Cancelling)
                 || state.is_final() =>
             {
+                if another_node(&error) {
+                    self.change().task().error = Some(kept(&error));
+                }
                 self.show();
                 return Some(self.wait_after(&error));
             }
@@ -451,10 +460,8 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
             _ if error.is_retryable()
                 || (known
                     && (error.is_renewable()
-                        || matches!(
-                            reason,
-                            Some(Reason::SlotsQuarantined | Reason::WrongNode | Reason::WrongCluster)
-                        ))) =>
+                        || reason == Some(Reason::SlotsQuarantined)
+                        || another_node(&error))) =>
             {
                 let wait = self.wait_after(&error);
                 self.change().task().error = Some(kept(&error));
@@ -482,7 +489,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         }
         let mut log = *self.inner.source.watch_log(&self.id).borrow();
         if log.bytes > self.limits.log_bytes_cap {
-            tracing::warn!(migration_id = %self.id, bytes = log.bytes, "the target is away for too long: the change log is dropped");
+            tracing::warn!(migration_id = %self.id, bytes = log.bytes, "the change log has outgrown its cap: it is dropped, and the next copy begins");
             match self.inner.source.release_changes(&self.id, log.head_seq).await {
                 Ok(()) => log = *self.inner.source.watch_log(&self.id).borrow(),
                 Err(error) => self.change().incident(&error),

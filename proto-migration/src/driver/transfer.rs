@@ -205,14 +205,6 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
             let (source, id) = (Arc::clone(&self.inner.source), self.id.clone());
             self.meanwhile(async move { source.release_changes(&id, ack.durable_seq).await }).await??;
         }
-        if log.bytes > self.limits.log_bytes_cap {
-            // Writers are not slowed, or are too many for that. Nor is the disk given up for them.
-            let text = format!(
-                "{} bytes of changes wait for the target, more than {}: it takes them slower than they come",
-                log.bytes, self.limits.log_bytes_cap
-            );
-            return Err(Reason::LogLost.error(text).into());
-        }
         let age = log.age_ms();
         self.count(running, &sent, &log, age, now);
         if now >= running.heartbeat {
@@ -226,6 +218,14 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         if now >= running.looked {
             running.looked = now + LOOK;
             let verdict = running.pressure.look(&log, Duration::from_millis(age), copied, &self.limits);
+            if verdict.outgrown {
+                // Writers are not slowed, or are too many for that. Nor is the disk given up for them.
+                let text = format!(
+                    "{} bytes of changes wait for the target, and have been more than {} for long: it takes them slower than they come",
+                    log.bytes, self.limits.log_bytes_cap
+                );
+                return Err(Reason::LogLost.error(text).into());
+            }
             self.inner.source.slow_writers(&self.id, verdict.delay);
             let wish = if verdict.hurry { Wish::Hurry } else { Wish::Run };
             running.wish.send_if_modified(|last| std::mem::replace(last, wish) != wish);

@@ -169,6 +169,11 @@ impl MemorySource {
         self.shared.lock().longest_delay
     }
 
+    /// As an operator does whose journal is lost.
+    pub fn keep_no_log(&self, id: &MigrationId) {
+        self.shared.lock().logs.remove(id);
+    }
+
     pub fn has_log(&self, id: &MigrationId) -> bool {
         self.shared.lock().logs.contains_key(id)
     }

@@ -147,6 +147,22 @@ async fn waiting_requests_go_on_with_the_new_owner() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn the_patience_of_a_hold_counts_from_its_own_beginning() {
+    let gate = gate(9);
+    let freeze = gate.hold_for(range("0-99"), HoldMode::Writes, Duration::from_secs(60)).await;
+    let waiting = gate.clone();
+    let waiter = tokio::spawn(async move { waiting.wait(60, Access::Write).await });
+    tokio::time::sleep(Duration::from_secs(8)).await;
+    let _commit = gate.hold_for(range("0-99"), HoldMode::All, Duration::from_secs(5)).await;
+    drop(freeze);
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    assert!(!waiter.is_finished(), "a long freeze takes nothing from the patience with the commit");
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert!(waiter.is_finished());
+    assert_eq!(waiter.await.unwrap(), Err(WaitError::TooLong));
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_request_waits_as_long_as_the_least_patient_hold_lets_it() {
     let gate = gate(9);
     let patient = gate.hold(range("0-99"), HoldMode::All).await;

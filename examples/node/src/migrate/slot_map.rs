@@ -28,7 +28,8 @@ const PAGES: usize = 32;
 /// Nodes that are known at most: each is asked as often, and kept for ever. Slots of further ones are known as theirs, without an address.
 const MAX_NODES: usize = 1024;
 
-type Answer = (NodeId, Result<Result<Told, Error>, Elapsed>);
+/// What was asked where, and what came of it.
+type Answer = (NodeId, String, Result<Result<Told, Error>, Elapsed>);
 
 /// Asks the nodes that `node` knows, until `stop`: each by itself, so that who is silent delays nothing that others tell.
 pub(crate) async fn follow(node: Node, stop: CancellationToken) {
@@ -59,12 +60,14 @@ fn ask_all(node: &Node, asked: &mut BTreeMap<NodeId, Asked>, answers: &mut JoinS
         let Some(channel) = asked.channel.clone().filter(|_| !asked.waiting) else { continue };
         asked.waiting = true;
         let (me, revision) = (node.id().clone(), asked.revision);
-        answers.spawn(async move { (id, timeout(ANSWER, ask(channel, &me, revision)).await) });
+        let address = asked.address.clone();
+        answers.spawn(async move { (id, address, timeout(ANSWER, ask(channel, &me, revision)).await) });
     }
 }
 
-async fn take(node: &Node, asked: &mut BTreeMap<NodeId, Asked>, (id, answer): Answer) {
-    let Some(asked) = asked.get_mut(&id) else { return };
+async fn take(node: &Node, asked: &mut BTreeMap<NodeId, Asked>, (id, address, answer): Answer) {
+    // It may be elsewhere by now.
+    let Some(asked) = asked.get_mut(&id).filter(|asked| asked.address == address) else { return };
     asked.waiting = false;
     // Who cannot be reached is for the monitor of peers to tell.
     let Ok(Ok(told)) = answer else { return };
