@@ -5,10 +5,10 @@
 #[allow(dead_code, unreachable_pub)]
 mod support;
 
-use proto::node::{Direction, MigrationDecision, MigrationGate, MigrationState};
+use proto::node::{Direction, MigrationDecision, MigrationGate, MigrationProgress, MigrationState};
 use support::crash::{Crash, End, Source, Target, all, dies, doom};
-use support::migration::{ID, Pair, begin, manual, reaches, request, resolve};
-use support::{at_once, checker};
+use support::migration::{ID, Pair, begin, manual, progress, reaches, request, resolve};
+use support::{at_once, call, checker, client, until};
 
 fn after(first: Crash, second: &[Crash]) -> Vec<Vec<Crash>> {
     second.iter().map(|second| vec![first, *second]).collect()
@@ -101,4 +101,93 @@ async fn the_source_dies_while_it_asks_for_an_operator() {
     let points = ["save.before:NEEDS_OPERATOR", "save.after:NEEDS_OPERATOR"];
     let cases = points.into_iter().flat_map(|point| [false, true].map(|committing| (point, committing)));
     at_once(cases.map(|(point, committing)| evidence_is_gone(point, committing))).await;
+}
+
+/// The source dies while it does what an operator decided about a target that was wiped; returns what it tells then.
+async fn dies_deciding(
+    pair: &mut Pair,
+    decision: MigrationDecision,
+    point: &'static str,
+) -> MigrationProgress {
+    let dead = (Target, "take_over.before:COMMITTED");
+    doom(pair, Target, &[dead]).await;
+    begin(&pair.n1, request(ID, &pair.n2)).await.unwrap();
+    dies(pair, dead).await;
+    std::fs::remove_dir_all(pair.directory.path().join("n2")).unwrap();
+    pair.n2.set_environment(&[]);
+    pair.n2.restart().await.unwrap();
+    reaches(&pair.n1, ID, Direction::Out, MigrationState::NeedsOperator).await;
+    let crash = (Source, point);
+    doom(pair, Source, &[crash]).await;
+    let stopped = reaches(&pair.n1, ID, Direction::Out, MigrationState::NeedsOperator).await;
+    assert_eq!(stopped.gate(), MigrationGate::Closed);
+    resolve(&pair.n1, &stopped, decision).await.unwrap_err();
+    dies(pair, crash).await;
+    pair.n1.set_environment(&[]);
+    pair.n1.restart().await.unwrap();
+    progress(&pair.n1, ID, Direction::Out).await.unwrap()
+}
+
+async fn taken_back(point: &'static str) {
+    let mut pair = Pair::start(300, 100).await;
+    let load = pair.load();
+    load.going().await;
+    let after = dies_deciding(&mut pair, MigrationDecision::Discarded, point).await;
+    // Either the decision was lost with the process, or it is carried out.
+    let lost = point == "save.before:NEEDS_OPERATOR";
+    let state = if lost { MigrationState::NeedsOperator } else { MigrationState::Cancelled };
+    assert_eq!(after.state(), state, "{point}");
+    let decided = resolve(&pair.n1, &after, MigrationDecision::Discarded).await.unwrap();
+    assert_eq!(
+        (decided.state(), decided.gate()),
+        (MigrationState::Cancelled, MigrationGate::Open),
+        "{point}"
+    );
+    assert_eq!(decided.slot_epoch, 3, "{point}: higher than what the lost store may have");
+    pair.owner(false).await;
+    let faults = checker::check(&load.finish().await, 0);
+    assert!(faults.is_empty(), "{point}: {faults:?}");
+    pair.nothing_is_left().await;
+}
+
+async fn given_up(point: &'static str) {
+    let mut pair = Pair::start(300, 100).await;
+    let after = dies_deciding(&mut pair, MigrationDecision::Committed, point).await;
+    let saved = point == "save.after:COMPLETED";
+    let state = if saved { MigrationState::Completed } else { MigrationState::NeedsOperator };
+    assert_eq!(after.state(), state, "{point}");
+    let decided = resolve(&pair.n1, &after, MigrationDecision::Committed).await.unwrap();
+    assert_eq!(
+        (decided.state(), decided.gate()),
+        (MigrationState::Completed, MigrationGate::Moved),
+        "{point}"
+    );
+    until("clients are sent to n2", async || {
+        let answer = call(&mut client(&pair.n1).await, "GET foo").await;
+        assert!(answer.starts_with('-'), "{point}: {answer}");
+        answer.starts_with("-MOVED") && answer.ends_with(&pair.n2.addresses().resp)
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_source_dies_while_it_takes_the_slots_back() {
+    let points = [
+        "save.before:NEEDS_OPERATOR",
+        "save.after:NEEDS_OPERATOR",
+        "save.before:CANCELLED",
+        "save.after:CANCELLED",
+    ];
+    at_once(points.into_iter().map(taken_back)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_source_dies_while_it_gives_the_slots_to_a_target_that_an_operator_vouches_for() {
+    let points = [
+        "give_up.before:NEEDS_OPERATOR",
+        "give_up.after:NEEDS_OPERATOR",
+        "save.before:COMPLETED",
+        "save.after:COMPLETED",
+    ];
+    at_once(points.into_iter().map(given_up)).await;
 }

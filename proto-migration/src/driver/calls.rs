@@ -174,13 +174,18 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         self.record.untold = true;
         self.save().await?;
         self.keep(Some(epoch)).await?;
+        self.taken_back(epoch);
+        self.enter(MigrationState::Cancelled, MigrationGate::Open).await?;
+        self.open_gate();
+        Ok(())
+    }
+
+    /// The store has claimed the slots at `epoch`.
+    pub(super) fn taken_back(&mut self, epoch: u64) {
         let progress = self.change();
         progress.set_decision(MigrationDecision::Discarded);
         progress.slot_epoch = epoch;
         self.end_freeze(FreezeOutcome::Fenced, None);
-        self.enter(MigrationState::Cancelled, MigrationGate::Open).await?;
-        self.open_gate();
-        Ok(())
     }
 }
 

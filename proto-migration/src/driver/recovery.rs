@@ -215,12 +215,14 @@ impl<S: MigrationSource, D: Dial> Inner<S, D> {
         let hold = if closed { Some(self.source.hold(spec.slots, HoldMode::All).await?) } else { None };
         let claim = record.claim_epoch;
         let mut task = self.task(id, spec, limits, record, hold, range)?;
-        if state != MigrationState::Committing {
+        let taking_back = claim > 0 && state != MigrationState::Cancelled;
+        if state != MigrationState::Committing && !taking_back {
             task.end_freeze(FreezeOutcome::Interrupted, None);
         }
-        if claim > 0 && state != MigrationState::Cancelled {
+        if taking_back {
             // An operator took the slots back, and the crash came before that was recorded.
             self.source.keep(&task.id, task.spec.slots, Some(claim)).await?;
+            task.taken_back(claim);
             task.change().enter(MigrationState::Cancelled);
             task.change().set_gate(MigrationGate::Open);
             task.open_gate();
