@@ -240,7 +240,13 @@ impl Shared {
         self.trash.take(&area.tree)?;
         self.trash.take(&area.reuse())?;
         let dir = self.layout.quarantine();
-        fs::rename(&area.dir, dir.join(format!("{:016x}.{id}", unix_ms())))?;
+        // One that was set aside in the same millisecond, or after the clock was set back, is in the way.
+        let place = |at: u64| dir.join(format!("{at:016x}.{id}"));
+        let mut at = unix_ms();
+        while exists(&place(at))? {
+            at += 1;
+        }
+        fs::rename(&area.dir, place(at))?;
         sync_dir(&dir)?;
         sync_dir(self.layout.staging_root())?;
         let mut kept = names(&dir)?;

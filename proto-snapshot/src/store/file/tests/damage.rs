@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use proto_common::fence::Fence;
 
@@ -251,6 +252,26 @@ async fn what_was_set_aside_is_bounded_and_holds_no_data() {
         fs::read_dir(dir.path().join("quarantine")).unwrap().map(|entry| entry.unwrap().path()).collect();
     assert_eq!(kept.len(), 16);
     assert!(kept.iter().all(|kept| kept.join("meta").exists() && !kept.join("tree").exists()));
+}
+
+/// As where the clock was set back.
+#[tokio::test]
+async fn what_is_set_aside_in_the_same_moment_as_another_is_kept_beside_it() {
+    let dir = tempfile::tempdir_in(fast_dir()).unwrap();
+    let (store, _) = open(dir.path()).await;
+    let staging = store.stage(&plan("t", 1, &files())).await.unwrap();
+    drop((staging, store));
+    fs::write(dir.path().join("staging/t/meta"), "damaged").unwrap();
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis();
+    for at in now..now + 3000 {
+        let other = dir.path().join(format!("quarantine/{at:016x}.t"));
+        fs::create_dir(&other).unwrap();
+        fs::write(other.join("meta"), "of another").unwrap();
+    }
+    let (_store, recovered) = open(dir.path()).await;
+    assert!(recovered.staged.is_empty());
+    assert!(recovered.damage.iter().any(|damage| damage.contains("was set aside")), "{:?}", recovered.damage);
+    assert!(!dir.path().join("staging/t").exists());
 }
 
 #[tokio::test]
