@@ -398,14 +398,11 @@ async fn until_progress_there(pair: &Pair, state: MigrationState) {
 }
 
 /// Another node answers where the target was.
-fn another_node(pair: &Pair) -> impl Future<Output = ()> {
+async fn another_node(pair: &Pair) {
     let (journal, _) = Journal::open(pair.dir.path().join("other"), 10).unwrap();
     let starting = MigrationReceiver::builder(identity("n9", 9), MemoryTarget::default(), journal).start();
-    let reachable = Arc::clone(&pair.reachable);
-    async move {
-        let other = starting.await.unwrap();
-        *reachable.lock().unwrap() = Some(other.into_service());
-    }
+    let other = starting.await.unwrap();
+    *pair.reachable.lock().unwrap() = Some(other.into_service());
 }
 
 fn meets_another(progress: &MigrationProgress, times: usize) -> bool {

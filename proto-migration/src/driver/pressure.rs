@@ -29,12 +29,30 @@ const HURRY: u32 = 3;
 #[derive(Debug, Clone, Default)]
 pub(super) struct Pressure {
     delay: Duration,
-    /// Least lag since the count of looks began.
+    /// Changes, while they are late.
+    lag: Stuck,
+    /// Bytes of the log, while it is above its cap.
+    log: Stuck,
+}
+
+/// Counts looks at what is too much and does not fall.
+#[derive(Debug, Clone, Default)]
+struct Stuck {
     least: Option<u64>,
-    looks_without_progress: u32,
-    /// Least bytes of the log since it is above its cap.
-    least_above_cap: Option<u64>,
-    looks_above_cap: u32,
+    looks: u32,
+}
+
+impl Stuck {
+    /// Looks at so much; a tenth less than the least so far is progress.
+    fn look(&mut self, amount: u64, too_much: bool) -> u32 {
+        if !too_much || self.least.is_none_or(|least| amount < least - least / 10) {
+            self.least = too_much.then_some(amount);
+            self.looks = 0;
+        } else {
+            self.looks = self.looks.saturating_add(1);
+        }
+        self.looks
+    }
 }
 
 /// What follows from a look.
@@ -65,23 +83,9 @@ impl Pressure {
     ) -> Verdict {
         let near_cap = log.bytes > limits.log_bytes_cap / 4 * 3;
         let late = copied && (log.entries > limits.ready_lag_entries || age > limits.ready_lag);
-        // A tenth less is progress.
-        let progress = self.least.is_none_or(|least| log.entries < least - least / 10);
-        if progress || !late {
-            self.least = Some(log.entries);
-            self.looks_without_progress = 0;
-        } else {
-            self.looks_without_progress = self.looks_without_progress.saturating_add(1);
-        }
-        let above_cap = log.bytes > limits.log_bytes_cap;
-        if !above_cap || self.least_above_cap.is_none_or(|least| log.bytes < least - least / 10) {
-            self.least_above_cap = above_cap.then_some(log.bytes);
-            self.looks_above_cap = 0;
-        } else {
-            self.looks_above_cap = self.looks_above_cap.saturating_add(1);
-        }
-        let outgrown = self.looks_above_cap >= PATIENCE;
-        let not_converging = near_cap || self.looks_without_progress >= PATIENCE;
+        let late_for = self.lag.look(log.entries, late);
+        let outgrown = self.log.look(log.bytes, log.bytes > limits.log_bytes_cap) >= PATIENCE;
+        let not_converging = near_cap || late_for >= PATIENCE;
         self.delay = if not_converging && limits.slow_writers {
             (self.delay * 3 / 2).clamp(MIN_DELAY * 5, MAX_DELAY)
         } else if self.delay > MIN_DELAY && limits.slow_writers {
@@ -89,7 +93,7 @@ impl Pressure {
         } else {
             Duration::ZERO
         };
-        let hurry = not_converging || self.looks_without_progress >= HURRY;
+        let hurry = not_converging || late_for >= HURRY;
         Verdict { not_converging, outgrown, hurry, delay: self.delay }
     }
 }
