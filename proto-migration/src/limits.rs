@@ -19,6 +19,9 @@ pub(crate) fn largest_message(batch_bytes: u32) -> usize {
 /// Bounds of a batch's payload that a target may declare.
 pub const BATCH_BYTES: std::ops::RangeInclusive<u32> = (64 << 10)..=(64 << 20);
 
+/// The longest time that a caller may have writes wait in a freeze (`MigrationLimits.freeze_timeout_ms`).
+pub const LONGEST_FREEZE: Duration = Duration::from_secs(60);
+
 /// Limits of a node. Each default is safe for a node with 4 GiB of memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
@@ -124,8 +127,9 @@ impl TaskLimits {
         let bad =
             |field: &str, problem: String| Reason::InvalidField.field(&format!("{path}.{field}"), problem);
         let freeze = freeze_timeout_ms.unwrap_or(500);
-        if !(1..=60_000).contains(&freeze) {
-            return Err(bad("freeze_timeout_ms", format!("is {freeze}; it takes 1 to 60000")));
+        let longest = LONGEST_FREEZE.as_secs() * 1000;
+        if !(1..=longest).contains(&u64::from(freeze)) {
+            return Err(bad("freeze_timeout_ms", format!("is {freeze}; it takes 1 to {longest}")));
         }
         let cap = log_bytes_cap.unwrap_or(256 << 20);
         if cap < 1 << 20 {

@@ -78,11 +78,8 @@ async fn evidence_is_gone(point: &'static str, committing: bool) {
         dies(&mut pair, dead[0]).await;
     } else {
         reaches(&pair.n1, ID, Direction::Out, MigrationState::Ready).await;
-        pair.n2.kill().await.unwrap();
     }
-    std::fs::remove_dir_all(pair.directory.path().join("n2")).unwrap();
-    pair.n2.set_environment(&[]);
-    pair.n2.restart().await.unwrap();
+    pair.restart_target_wiped().await;
     dies(&mut pair, crash).await;
     pair.n1.set_environment(&[]);
     pair.n1.restart().await.unwrap();
@@ -113,9 +110,7 @@ async fn dies_deciding(
     doom(pair, Target, &[dead]).await;
     begin(&pair.n1, request(ID, &pair.n2)).await.unwrap();
     dies(pair, dead).await;
-    std::fs::remove_dir_all(pair.directory.path().join("n2")).unwrap();
-    pair.n2.set_environment(&[]);
-    pair.n2.restart().await.unwrap();
+    pair.restart_target_wiped().await;
     reaches(&pair.n1, ID, Direction::Out, MigrationState::NeedsOperator).await;
     let crash = (Source, point);
     doom(pair, Source, &[crash]).await;

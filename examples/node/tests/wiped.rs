@@ -22,13 +22,6 @@ use support::migration::{
 use support::proxy::{Frame, Proxy, Ways};
 use support::{call, checker, client, until};
 
-/// Kills a node, deletes its data, and starts it anew under the same ID and addresses.
-async fn wipe(node: &mut NodeProcess, directory: &std::path::Path) {
-    node.kill().await.unwrap();
-    std::fs::remove_dir_all(directory.join(node.id())).unwrap();
-    node.restart().await.unwrap();
-}
-
 /// Leads a migration to where the source waits for the answer to `Commit`.
 async fn committing(pair: &Pair, ways: Ways) -> Proxy {
     let (proxy, request) = pair.behind(request(ID, &pair.n2)).await;
@@ -63,7 +56,7 @@ async fn a_target_that_was_wiped_before_the_freeze_costs_nobody_anything() {
         begin(&pair.n1, asked).await.unwrap();
         let state = if slow.is_some() { MigrationState::Copying } else { MigrationState::Ready };
         reaches(&pair.n1, ID, Direction::Out, state).await;
-        wipe(&mut pair.n2, pair.directory.path()).await;
+        pair.restart_target_wiped().await;
         let stopped = reaches(&pair.n1, ID, Direction::Out, MigrationState::NeedsOperator).await;
         assert_eq!((stopped.gate(), reason_of(&stopped).as_str()), (MigrationGate::Open, "STORE_CHANGED"));
         assert_eq!(pair.target().await, MigrationState::Unspecified);
@@ -93,7 +86,7 @@ async fn a_target_that_was_wiped_while_it_was_prepared_leaves_the_slots_to_an_op
     let load = pair.load();
     load.going().await;
     let proxy = committing(&pair, Ways::LATE).await;
-    wipe(&mut pair.n2, pair.directory.path()).await;
+    pair.restart_target_wiped().await;
     proxy.cut();
     let stopped = reaches(&pair.n1, ID, Direction::Out, MigrationState::NeedsOperator).await;
     assert_eq!((stopped.gate(), reason_of(&stopped).as_str()), (MigrationGate::Closed, "STORE_CHANGED"));
@@ -131,7 +124,7 @@ async fn a_target_that_was_wiped_while_it_was_prepared_leaves_the_slots_to_an_op
 async fn a_target_that_was_wiped_after_the_commit_may_be_given_up() {
     let mut pair = Pair::start(300, 100).await;
     let proxy = committing(&pair, Ways::LOST).await;
-    wipe(&mut pair.n2, pair.directory.path()).await;
+    pair.restart_target_wiped().await;
     proxy.cut();
     let stopped = reaches(&pair.n1, ID, Direction::Out, MigrationState::NeedsOperator).await;
     assert_eq!(stopped.gate(), MigrationGate::Closed);

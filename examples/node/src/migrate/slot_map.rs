@@ -328,7 +328,8 @@ mod tests {
         let mut asked = Vec::new();
         while !asked.windows(2).any(|two: &[Instant]| two[1] - two[0] < ANSWER) {
             assert!(asked.len() < 8, "each waits for the one that is silent: {asked:?}");
-            drop(other.accept().await.unwrap());
+            let question = tokio::time::timeout(Duration::from_secs(30), other.accept()).await;
+            drop(question.expect("a peer is not asked at all").unwrap());
             asked.push(Instant::now());
         }
         stop.cancel();

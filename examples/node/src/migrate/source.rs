@@ -14,6 +14,7 @@ use proto::migration::hold::{Hold, HoldMode};
 use proto::migration::source::{
     ChangeCursor, ChangePage, Handover, LogState, PageLimit, RowPage, SourceTerms,
 };
+use proto::migration::limits::LONGEST_FREEZE;
 use proto::migration::{MigrationSource, MigrationSpec, Reason};
 use tokio::sync::watch;
 
@@ -21,9 +22,6 @@ use super::{MigrateOptions, NodeHold, check_value_format, failed};
 use crate::gate::{self, WriteDelay};
 use crate::node::Node;
 use crate::store::Claim;
-
-/// The longest freeze that a caller may ask for (`MigrationLimits.freeze_timeout_ms`).
-const LONGEST_FREEZE: Duration = Duration::from_secs(60);
 
 /// Gives slots of a node away.
 #[derive(Debug)]

@@ -247,6 +247,15 @@ impl Pair {
         self.n2.restart().await.unwrap();
     }
 
+    /// The target comes back under its ID and addresses without anything that it knew, and dies no more.
+    pub async fn restart_target_wiped(&mut self) {
+        // An error where a fail point has killed it.
+        let _ = self.n2.kill().await;
+        std::fs::remove_dir_all(self.directory.path().join(self.n2.id())).unwrap();
+        self.n2.set_environment(&[]);
+        self.n2.restart().await.unwrap();
+    }
+
     /// Both nodes die at once, and come back.
     pub async fn crash(&mut self) {
         let (one, two) = tokio::join!(self.n1.kill(), self.n2.kill());
