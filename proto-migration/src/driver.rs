@@ -39,7 +39,7 @@ use proto_common::rate::RateLimiter;
 use proto_common::retry::Backoff;
 use proto_common::v1::{Direction, NodeIdentity, Priority, Progress};
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -67,6 +67,9 @@ pub(crate) const FEATURES: [&str; 2] = ["crc64nvme", "blake3-sum128"];
 
 /// Calls that wait for one task.
 const COMMANDS: usize = 16;
+
+/// Longest wait of a caller for a task. Saving a command takes milliseconds, and the longest freeze but those that somebody asked for half a second.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Drives the migrations that leave a node. Cheap to clone; all clones are one driver.
 pub struct MigrationDriver<S: MigrationSource, D: Dial> {
@@ -228,6 +231,15 @@ impl<S: MigrationSource, D: Dial> MigrationDriver<S, D> {
         self.inner.migrations.clone()
     }
 
+    /// Migrations that are COMPLETED here, while their target has not confirmed yet that it need not remember that. Without this node it would
+    /// for ever, and could not be removed itself.
+    #[must_use]
+    pub fn unconfirmed(&self) -> Vec<MigrationProgress> {
+        let running: Vec<MigrationId> = self.inner.running().keys().cloned().collect();
+        let shown = running.iter().filter_map(|id| self.inner.migrations.get(Some(Direction::Out), id).ok());
+        shown.filter(|migration| migration.state() == MigrationState::Completed).collect()
+    }
+
     /// Refuses new migrations with `SHUTTING_DOWN`; those under way go on.
     pub fn drain(&self) {
         self.inner.draining.cancel();
@@ -302,6 +314,8 @@ impl<S: MigrationSource, D: Dial> Inner<S, D> {
     }
 
     /// Asks a task that runs. `None` if it has ended, or ends before it looks.
+    ///
+    /// A task that waits for its disk looks at nothing: its caller gets an answer all the same.
     async fn ask(
         &self,
         id: &MigrationId,
@@ -309,8 +323,20 @@ impl<S: MigrationSource, D: Dial> Inner<S, D> {
     ) -> Option<Result<MigrationProgress, Error>> {
         let handle = self.running().get(id).cloned()?;
         let (reply, answer) = oneshot::channel();
-        handle.commands.send(command(reply)).await.ok()?;
-        answer.await.ok()
+        let asking = async {
+            handle.commands.send(command(reply)).await.ok()?;
+            answer.await.ok()
+        };
+        timeout(ANSWER_TIMEOUT, asking).await.unwrap_or_else(|_| {
+            let waited = ANSWER_TIMEOUT.as_secs();
+            Some(Err(Error::new(
+                CommonReason::Unavailable,
+                format!(
+                "migration {id} has not answered for {waited} s, as while its disk takes nothing or a freeze lasts; what was asked \
+                 may still be done: look at its progress, and ask again"
+                ),
+            )))
+        })
     }
 
     /// What is known of a migration whose task has ended.
@@ -373,8 +399,9 @@ impl<S: MigrationSource, D: Dial> Inner<S, D> {
                 .metadata("limit", self.limits.outgoing.to_string())
                 .retry_after(Duration::from_secs(1)));
         }
-        let terms = self.source.admit(&spec, fence.map(Fence::from)).await?;
+        // First, so that nobody gives them away between the store's answer and this migration.
         let range = acquire(&self.guard, &id, &spec)?;
+        let terms = self.source.admit(&spec, fence.map(Fence::from)).await?;
         let now = now_unix_ms();
         let mut progress = MigrationProgress {
             migration_id: id.to_string(),

@@ -128,7 +128,7 @@ impl TaskLimits {
             |field: &str, problem: String| Reason::InvalidField.field(&format!("{path}.{field}"), problem);
         let freeze = freeze_timeout_ms.unwrap_or(500);
         let longest = LONGEST_FREEZE.as_secs() * 1000;
-        if !(1..=longest).contains(&u64::from(freeze)) {
+        if !(1..=longest).contains(&freeze) {
             return Err(bad("freeze_timeout_ms", format!("is {freeze}; it takes 1 to {longest}")));
         }
         let cap = log_bytes_cap.unwrap_or(256 << 20);

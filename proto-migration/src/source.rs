@@ -140,6 +140,14 @@ pub trait MigrationSource: Send + Sync + 'static {
         fence: Option<Fence>,
     ) -> impl Future<Output = Result<SourceTerms, Error>> + Send;
 
+    /// Says whether this node still owns every slot of `slots`, and none at another epoch than up to `slot_epoch`, which
+    /// [`admit`](Self::admit) told. Asked before a copy begins, and before the commit, with everybody held. Does not wait.
+    ///
+    /// # Errors
+    ///
+    /// `NOT_SLOT_OWNER`, as of `admit`.
+    fn check_owner(&self, slots: SlotRange, slot_epoch: u64) -> Result<(), Error>;
+
     /// Logs every change of `slots` from the moment it returns, for migration `id`, and returns the sequence behind which the log
     /// starts. With `from`, an existing log of `id` goes on: it reaches back to `from`, and nothing behind it was dropped.
     /// Without, a log that `id` has is replaced by an empty one.

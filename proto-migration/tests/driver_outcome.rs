@@ -378,20 +378,8 @@ async fn an_id_that_only_the_target_remembers_gives_nothing_away() {
 }
 
 async fn until_progress_there(pair: &Pair, state: MigrationState) {
-    let service = pair.receiver.clone().unwrap().into_service();
-    let mut client = MigrationServiceClient::new(service);
-    let request = GetMigrationProgressRequest { migration_id: "m1".into(), direction: Direction::In.into() };
     let began = Instant::now();
-    while client
-        .get_migration_progress(request.clone())
-        .await
-        .unwrap()
-        .into_inner()
-        .migration
-        .unwrap()
-        .state()
-        != state
-    {
+    while pair.there().await.state() != state {
         assert!(began.elapsed() < Duration::from_secs(30), "never {state:?}");
         tokio::time::sleep(Duration::from_millis(2)).await;
     }

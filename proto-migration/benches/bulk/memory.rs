@@ -64,6 +64,10 @@ impl MigrationSource for MemorySource {
         Ok(SourceTerms { slot_epoch: 0, estimated_keys: Some(self.rows()), estimated_bytes: None })
     }
 
+    fn check_owner(&self, _: SlotRange, _: u64) -> Result<(), Error> {
+        Ok(())
+    }
+
     async fn open_log(&self, _: &MigrationId, _: SlotRange, _: Option<u64>) -> Result<u64, Error> {
         Ok(0)
     }

@@ -133,6 +133,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         }
         let peer = shown.peer.as_ref().map(|peer| peer.store_id.clone()).unwrap_or_default();
         let refusal = match state {
+            _ if shown.resolved_reason.is_some() => Some("an operator has decided otherwise".to_owned()),
             MigrationState::Committing | MigrationState::Cancelling | MigrationState::NeedsOperator => {
                 if attempt != shown.attempt {
                     Some(format!("attempt {attempt} is not the present one, {}; look again", shown.attempt))
@@ -150,14 +151,13 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         tracing::warn!(migration_id = %self.id, decision = decision.as_str_name(), reason, "an operator decided");
         self.change().resolved_reason = Some(reason);
         let halt = if decision == MigrationDecision::Committed {
-            let slot_epoch = self.new_slot_epoch();
-            self.hand_over(&Committed {
-                attempt,
-                slot_epoch,
-                resolved_by_operator: true,
-                ..Committed::default()
-            })
-            .await
+            // Before the slots are given up: a process that knew nothing of it would ask the target, which then could not commit any more what
+            // only it has.
+            self.change().set_decision(decision);
+            match self.save().await {
+                Ok(()) => self.give_away().await,
+                Err(halt) => Err(halt),
+            }
         } else {
             self.take_back().await
         };
@@ -165,6 +165,22 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
             Ok(()) => (Ok(()), Err(Halt::Changed)),
             Err(halt) => (Err(shutting_down()), Err(halt)),
         }
+    }
+
+    /// Whether an operator's COMMITTED is saved and not carried out.
+    pub(super) fn is_given_away(&self) -> bool {
+        given_away(self.shown())
+    }
+
+    /// The operator's COMMITTED: the target owns the slots, whatever it knows of that.
+    pub(super) async fn give_away(&mut self) -> Result<(), Halt> {
+        let committed = Committed {
+            attempt: self.shown().attempt,
+            slot_epoch: self.new_slot_epoch(),
+            resolved_by_operator: true,
+            ..Committed::default()
+        };
+        self.hand_over(&committed).await
     }
 
     /// The operator's DISCARDED: this node serves, at an epoch that the lost target cannot have.
@@ -187,6 +203,13 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         progress.slot_epoch = epoch;
         self.end_freeze(FreezeOutcome::Fenced, None);
     }
+}
+
+/// Whether an operator decided COMMITTED, and the slots are not given up yet.
+pub(super) fn given_away(progress: &MigrationProgress) -> bool {
+    progress.decision() == MigrationDecision::Committed
+        && progress.resolved_reason.is_some()
+        && !progress.state().is_final()
 }
 
 pub(super) fn ended(state: MigrationState) -> Error {

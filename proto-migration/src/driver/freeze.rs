@@ -208,6 +208,9 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
             Ok(Err(_)) => return Ok(Err(GivenUp::TimedOut)),
             Err(halt) => return Err(halt),
         };
+        if let Err(error) = self.check_owner() {
+            return Ok(Err(GivenUp::Refused(error, None)));
+        }
         // A cancel and the commit race for this point: commands are not looked at until it is saved.
         let progress = self.change();
         progress.enter(MigrationState::Committing);

@@ -167,6 +167,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         if self.shown().copy > 0 {
             return Ok(());
         }
+        self.check_owner()?;
         let (source, id, slots) = (Arc::clone(&self.inner.source), self.id.clone(), self.spec.slots);
         let base = self.meanwhile(async move { source.open_log(&id, slots, None).await }).await??;
         self.record.base_seq = base;

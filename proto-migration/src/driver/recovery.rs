@@ -7,6 +7,7 @@ use proto_common::guard::{RangeGuard, RangeHold};
 use proto_common::ids::MigrationId;
 use proto_common::slots::SlotRange;
 
+use super::calls::given_away;
 use super::{Dial, Inner, acquire, lock};
 use crate::Reason;
 use crate::hold::HoldMode;
@@ -211,7 +212,9 @@ impl<S: MigrationSource, D: Dial> Inner<S, D> {
             progress.set_gate(MigrationGate::Open);
         }
         let state = progress.state();
-        let closed = state == MigrationState::Committing || progress.gate() == MigrationGate::Closed;
+        let closed = state == MigrationState::Committing
+            || progress.gate() == MigrationGate::Closed
+            || given_away(progress);
         let hold = if closed { Some(self.source.hold(spec.slots, HoldMode::All).await?) } else { None };
         let claim = record.claim_epoch;
         let mut task = self.task(id, spec, limits, record, hold, range)?;

@@ -73,6 +73,10 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
                 self.discarded(&reason).await.and(Err(Halt::Changed))
             }
             (_, MigrationDecision::Undecided) if accepted.known => {
+                if let Err(error) = self.check_owner() {
+                    // Whatever the target has may be the only copy.
+                    return self.needs_operator(&error).await.and(Err(Halt::Changed));
+                }
                 let error = Reason::StreamEndedEarly.error(
                     "the stream broke before the commit; the target's fence proves that it did not commit",
                 );

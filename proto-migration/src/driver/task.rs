@@ -102,6 +102,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
     pub(super) async fn run(mut self) {
         loop {
             let ended = match self.state() {
+                _ if self.is_given_away() => self.give_away().await.and(Err(Halt::Changed)),
                 MigrationState::Committing | MigrationState::Cancelling => self.resolve().await,
                 MigrationState::Completed | MigrationState::Cancelled | MigrationState::Failed => {
                     if self.record.untold { self.resolve().await } else { Ok(()) }
@@ -162,7 +163,8 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
                 Err(error) => {
                     tracing::error!(migration_id = %self.id, error = %error, "the journal cannot be written");
                     self.change().incident(&error);
-                    self.show();
+                    // Nobody is told of a state that a crash would take back.
+                    self.tracker.update(|shown| shown.incident(&error));
                     let wait = backoff.next(&error).unwrap_or(Duration::from_secs(10));
                     tokio::select! {
                         () = self.inner.stopping.cancelled() => return Err(Halt::Stopping),
@@ -366,8 +368,17 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         self.enter(MigrationState::NeedsOperator, gate).await
     }
 
+    /// Whether this node owns the slots as when the migration began.
+    pub(super) fn check_owner(&self) -> Result<(), Error> {
+        self.inner.source.check_owner(self.spec.slots, self.shown().slot_epoch)
+    }
+
     /// Begins the next copy, from nothing, after a wait.
     pub(super) async fn copy_again(&mut self, why: &str) -> Result<(), Halt> {
+        // A copy of slots that another node owns is a copy of nothing, and takes the place of what the target has.
+        if let Err(error) = self.check_owner() {
+            return self.fail(&error).await;
+        }
         tracing::warn!(migration_id = %self.id, why, "copying starts again");
         let base = self
             .until(|task| {
@@ -565,6 +576,10 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
     async fn finish(mut self) {
         self.range = None;
         let progress = self.shown().clone();
+        // Whoever asks gets the end, whenever the history takes it.
+        self.inner.ended(&self.id);
+        self.commands.close();
+        while self.commands.try_recv().is_ok() {}
         let mut backoff = Backoff::default().start();
         while let Err(error) = self.inner.journal.finish(&self.id, self.spec.slots, &progress).await {
             tracing::error!(migration_id = %self.id, error = %error, "the journal cannot be written");
@@ -574,7 +589,6 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
                 () = tokio::time::sleep(wait) => {}
             }
         }
-        self.inner.ended(&self.id);
         self.tracker.finish(|shown| *shown = progress);
     }
 

@@ -19,7 +19,7 @@ use proto_migration::hold::{Held, Hold, HoldMode};
 use proto_migration::source::{
     ChangeCursor, ChangePage, Handover, LogState, MigrationSource, PageLimit, RowPage, SourceTerms,
 };
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, Semaphore, watch};
 
 /// Clones are one store.
 #[derive(Clone, Default)]
@@ -65,6 +65,10 @@ pub struct Faults {
     pub slow_pages: Duration,
     /// Writes that are on their way end this long after a hold.
     pub slow_drain: Duration,
+    /// Whoever is admitted waits for a permit, with what the store says decided.
+    pub slow_admit: Option<Arc<Semaphore>>,
+    /// Nothing is given up.
+    pub full_disk: bool,
 }
 
 struct Log {
@@ -150,6 +154,20 @@ impl MemorySource {
         state.moved.clear();
         state.rows.clear();
         state.epoch = epoch;
+    }
+
+    /// Another node turns out to own all slots.
+    pub fn lose(&self, owner: &str, epoch: u64) {
+        self.shared.lock().moved.push((SlotRange::FULL, owner.into(), epoch));
+    }
+
+    /// A change of what is in no log.
+    pub fn touch(&self) {
+        let state = &mut *self.shared.lock();
+        state.seq += 1;
+        for log in state.logs.values() {
+            log.publish(state.seq);
+        }
     }
 
     pub fn set_faults(&self, faults: Faults) {
@@ -278,22 +296,37 @@ impl MemorySource {
 
 impl MigrationSource for MemorySource {
     async fn admit(&self, spec: &MigrationSpec, fence: Option<Fence>) -> Result<SourceTerms, Error> {
+        self.check_owner(spec.slots, u64::MAX)?;
+        let (terms, gate) = {
+            let state = self.shared.lock();
+            if let Some(fence) = fence {
+                fence.check(state.fence, &spec.source_shard)?;
+            }
+            let rows = state.rows.keys().filter(|key| spec.slots.contains(slot_of(key)));
+            let estimated_keys = Some(rows.count() as u64);
+            let terms = SourceTerms { slot_epoch: state.epoch, estimated_keys, estimated_bytes: None };
+            (terms, state.faults.slow_admit.clone())
+        };
+        if let Some(gate) = gate {
+            gate.acquire().await.unwrap().forget();
+        }
+        Ok(terms)
+    }
+
+    fn check_owner(&self, asked: SlotRange, slot_epoch: u64) -> Result<(), Error> {
         let state = self.shared.lock();
-        if let Some((slots, owner, _)) = state.moved.iter().find(|(slots, ..)| slots.overlaps(spec.slots)) {
+        if let Some((slots, owner, _)) = state.moved.iter().find(|(slots, ..)| slots.overlaps(asked)) {
             return Err(Reason::NotSlotOwner
                 .error(format!("{owner} owns {slots}"))
                 .metadata("slot", slots.start().to_string())
                 .metadata("owner", owner.as_str()));
         }
-        if let Some(fence) = fence {
-            fence.check(state.fence, &spec.source_shard)?;
+        if state.epoch > slot_epoch {
+            return Err(Reason::NotSlotOwner
+                .error("the slots have come back since")
+                .metadata("slot", asked.start().to_string()));
         }
-        let rows = state.rows.keys().filter(|key| spec.slots.contains(slot_of(key)));
-        Ok(SourceTerms {
-            slot_epoch: state.epoch,
-            estimated_keys: Some(rows.count() as u64),
-            estimated_bytes: None,
-        })
+        Ok(())
     }
 
     async fn open_log(&self, id: &MigrationId, slots: SlotRange, from: Option<u64>) -> Result<u64, Error> {
@@ -451,6 +484,9 @@ impl MigrationSource for MemorySource {
 
     async fn give_up(&self, handover: &Handover) -> Result<(), Error> {
         let mut state = self.shared.lock();
+        if state.faults.full_disk {
+            return Err(Reason::StorageFailed.error("the disk is full"));
+        }
         let Handover { id, slots, owner, slot_epoch, .. } = handover;
         if state.moved.iter().any(|(_, _, epoch)| epoch == slot_epoch) {
             return Ok(());

@@ -131,6 +131,15 @@ impl Pair {
         answer.into_inner().migration.unwrap()
     }
 
+    /// The same at the target.
+    pub async fn there(&self) -> MigrationProgress {
+        let service = self.receiver.clone().expect("the target is up").into_service();
+        let request =
+            GetMigrationProgressRequest { migration_id: "m1".into(), direction: Direction::In.into() };
+        let answer = MigrationServiceClient::new(service).get_migration_progress(request).await.unwrap();
+        answer.into_inner().migration.unwrap()
+    }
+
     pub async fn until(&self, what: &str, wanted: impl Fn(&MigrationProgress) -> bool) -> MigrationProgress {
         let began = Instant::now();
         loop {

@@ -11,10 +11,10 @@ use proto::common::ids::MigrationId;
 use proto::common::slots::SlotRange;
 use proto::migration::digest::SlotDigest;
 use proto::migration::hold::{Hold, HoldMode};
+use proto::migration::limits::LONGEST_FREEZE;
 use proto::migration::source::{
     ChangeCursor, ChangePage, Handover, LogState, PageLimit, RowPage, SourceTerms,
 };
-use proto::migration::limits::LONGEST_FREEZE;
 use proto::migration::{MigrationSource, MigrationSpec, Reason};
 use tokio::sync::watch;
 
@@ -41,32 +41,13 @@ impl NodeSource {
     fn delays(&self) -> MutexGuard<'_, BTreeMap<MigrationId, WriteDelay>> {
         self.delays.lock().unwrap_or_else(PoisonError::into_inner)
     }
-
-    fn check_owner(&self, slots: SlotRange) -> Result<(), Error> {
-        let ownership = self.node.gate().ownership();
-        for slot in slots.iter() {
-            let owner = ownership.of(slot).map(|claim| &claim.owner);
-            if owner == Some(self.node.id()) {
-                continue;
-            }
-            let whose = owner.map_or("nobody".into(), |owner| format!("node {owner}"));
-            let sentence =
-                format!("slot {slot} of slots {slots} is owned by {whose}, not by {}", self.node.id());
-            let error = Reason::NotSlotOwner.error(sentence).metadata("slot", slot.to_string());
-            return Err(match owner {
-                Some(owner) => error.metadata("owner", owner.as_str()),
-                None => error,
-            });
-        }
-        Ok(())
-    }
 }
 
 impl MigrationSource for NodeSource {
     async fn admit(&self, spec: &MigrationSpec, fence: Option<Fence>) -> Result<SourceTerms, Error> {
         let store = self.node.store();
         check_value_format(spec)?;
-        self.check_owner(spec.slots)?;
+        self.check_owner(spec.slots, u64::MAX)?;
         if let Some(fence) = fence {
             fence.check(
                 store.raise_fence(&spec.source_shard, fence, None).await.map_err(failed)?,
@@ -78,6 +59,32 @@ impl MigrationSource for NodeSource {
             estimated_keys: Some(store.rows_in(spec.slots)),
             estimated_bytes: Some(store.estimate_bytes(spec.slots).await.map_err(failed)?),
         })
+    }
+
+    fn check_owner(&self, slots: SlotRange, slot_epoch: u64) -> Result<(), Error> {
+        let ownership = self.node.gate().ownership();
+        for slot in slots.iter() {
+            let claim = ownership.of(slot);
+            let is_mine = |claim: &&Claim| claim.owner == *self.node.id();
+            if claim.filter(is_mine).is_some_and(|claim| claim.epoch <= slot_epoch) {
+                continue;
+            }
+            let me = self.node.id();
+            let whose = match claim {
+                None => format!("nobody, not by {me}"),
+                Some(claim) if claim.owner == *me => {
+                    format!("{me} at epoch {}, not up to {slot_epoch}", claim.epoch)
+                }
+                Some(claim) => format!("node {}, not by {me}", claim.owner),
+            };
+            let sentence = format!("slot {slot} of slots {slots} is owned by {whose}");
+            let error = Reason::NotSlotOwner.error(sentence).metadata("slot", slot.to_string());
+            return Err(match claim {
+                Some(claim) => error.metadata("owner", claim.owner.as_str()),
+                None => error,
+            });
+        }
+        Ok(())
     }
 
     async fn open_log(&self, id: &MigrationId, slots: SlotRange, from: Option<u64>) -> Result<u64, Error> {
@@ -183,7 +190,7 @@ impl MigrationSource for NodeSource {
             .change_ownership(move |store| async move { store.keep_migrated(&migration, claim).await })
             .await
             .map_err(failed)?;
-        if claimed && self.check_owner(slots).is_err() {
+        if claimed && self.check_owner(slots, u64::MAX).is_err() {
             tracing::warn!(migration = %id, %slots, "a claim is void: a newer owner of some of the slots is known");
         }
         self.delays().remove(id);

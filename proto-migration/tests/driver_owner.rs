@@ -1,0 +1,168 @@
+//! Who owns the slots is looked at again and again: whoever does not must not give them away, and what an operator gave away stays so.
+
+#![cfg(all(feature = "client", feature = "server"))]
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failed expectation is a failed test")]
+
+mod support;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use proto_common::error::Error;
+use proto_common::guard::RangeGuard;
+use proto_common::slots::SlotRange;
+use proto_migration::MigrationDriver;
+use proto_migration::hold::HoldMode;
+use proto_migration::journal::Journal;
+use proto_migration::v1::migration_service_client::MigrationServiceClient;
+use proto_migration::v1::{MigrationDecision, MigrationGate, MigrationProgress, MigrationState};
+use support::memory_source::{Answer, Faults, MemorySource};
+use support::memory_target::Fault;
+use support::pair::{Pair, dial, error_of, identity};
+use tokio::sync::Semaphore;
+
+#[tokio::test]
+async fn nobody_else_gets_slots_that_a_start_asks_its_store_about() {
+    let dir = tempfile::tempdir().unwrap();
+    let (source, guard) = (MemorySource::default(), RangeGuard::new());
+    let gate = Arc::new(Semaphore::new(0));
+    source.set_faults(Faults { slow_admit: Some(Arc::clone(&gate)), ..Faults::default() });
+    let (journal, recovered) = Journal::open(dir.path(), 10).unwrap();
+    let driver = MigrationDriver::builder(identity("n1", 1), source.clone(), journal, dial(&Arc::default()))
+        .guard(guard.clone())
+        .start(recovered)
+        .await
+        .unwrap();
+    let client = MigrationServiceClient::new(driver.node().into_service());
+    let start = async |id| client.clone().start_migration(Pair::request(id)).await.map_err(Error::from);
+    let mut first = std::pin::pin!(start("m1"));
+    let early = tokio::time::timeout(Duration::from_millis(50), &mut first).await;
+    assert!(early.is_err(), "the store has not answered: {early:?}");
+    let other = guard.try_acquire(SlotRange::FULL, "split");
+    assert_eq!(other.unwrap_err().reason(), "RANGE_BUSY");
+    gate.add_permits(1);
+    first.await.unwrap();
+    driver.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_start_that_is_refused_holds_no_slots() {
+    let pair = Pair::start().await;
+    pair.source.lose("n3", 1);
+    for _ in 0..2 {
+        assert_eq!(pair.begin(|_| {}).await.unwrap_err().reason(), "NOT_SLOT_OWNER");
+    }
+    pair.source.take_back(2);
+    pair.begin(|request| request.migration_id = "m2".into()).await.unwrap();
+}
+
+#[tokio::test]
+async fn slots_that_turn_out_to_be_of_another_node_are_not_given_away() {
+    let pair = Pair::start().await;
+    pair.fill(100).await;
+    pair.begin(|request| request.spec.as_mut().unwrap().auto_complete = false).await.unwrap();
+    pair.reaches(MigrationState::Ready).await;
+    pair.source.lose("n3", 1);
+    pair.complete(None).await.unwrap();
+    let failed = pair.reaches(MigrationState::Failed).await;
+    let error = error_of(&failed);
+    assert_eq!((error.reason(), error.get("owner")), ("NOT_SLOT_OWNER", Some("n3")), "{failed:?}");
+    assert_eq!((failed.gate(), pair.source.held()), (MigrationGate::Open, None));
+    assert_eq!(pair.target.calls("commit"), 0);
+    assert!(pair.target.disk().owned.is_empty());
+}
+
+/// A copy of nothing, with the digests of nothing, would take the place of what is staged.
+#[tokio::test]
+async fn a_copy_does_not_begin_again_of_slots_that_are_of_another_node() {
+    let pair = Pair::start().await;
+    pair.fill(100).await;
+    pair.begin(|request| request.spec.as_mut().unwrap().auto_complete = false).await.unwrap();
+    pair.reaches(MigrationState::Ready).await;
+    pair.source.lose("n3", 1);
+    pair.source.set_faults(Faults { lose_log: true, ..Faults::default() });
+    pair.source.touch();
+    let failed = pair.reaches(MigrationState::Failed).await;
+    assert_eq!((error_of(&failed).reason(), failed.copy), ("NOT_SLOT_OWNER", 1), "{failed:?}");
+}
+
+/// The commit never gets to the target, which dies with the only copy that is prepared, and comes back when it is `up`.
+async fn prepared_and_away() -> Pair {
+    let mut pair = Pair::start().await;
+    pair.fill(100).await;
+    pair.target.fault("commit", Fault::Wait(Arc::new(Semaphore::new(0))));
+    pair.begin(|_| {}).await.unwrap();
+    pair.reaches(MigrationState::Committing).await;
+    *pair.reachable.lock().unwrap() = None;
+    pair.receiver = None;
+    pair.target = pair.target.crash();
+    pair
+}
+
+#[tokio::test]
+async fn what_an_operator_gave_away_stays_so_though_the_source_dies_over_it() {
+    let mut pair = prepared_and_away().await;
+    pair.source.set_faults(Faults { full_disk: true, ..Faults::default() });
+    {
+        let mut deciding = std::pin::pin!(pair.resolve(MigrationDecision::Committed, |_| {}));
+        let early = tokio::time::timeout(Duration::from_millis(200), &mut deciding).await;
+        assert!(early.is_err(), "it cannot be carried out yet: {early:?}");
+    }
+    assert_eq!(pair.progress().await.state(), MigrationState::Committing);
+    pair.source_down().await;
+    pair.source = pair.source.restarted();
+    pair.target_up(2).await;
+    pair.source_up().await;
+    assert_eq!(pair.source.held(), Some(HoldMode::All), "nobody is served before it is done");
+    let last = |progress: &MigrationProgress| progress.incidents.last().map(|seen| seen.at_unix_ms);
+    let before = last(&pair.progress().await);
+    pair.until("it is tried again", |progress| last(progress) > before).await;
+    pair.source.set_faults(Faults::default());
+    let done = pair.reaches(MigrationState::Completed).await;
+    assert_eq!(done.resolved_reason.as_deref(), Some("the disk burnt"));
+    assert_eq!(pair.source.read(b"key1").await, Answer::Moved { owner: "n2".into(), epoch: 1 });
+    // Nobody told the target of it, which then could not commit any more what only it has.
+    assert_eq!(pair.target.disk().staged.values().map(|rows| rows.len()).sum::<usize>(), 100);
+    let there = pair.there().await;
+    assert_eq!(there.state(), MigrationState::Prepared, "{there:?}");
+    assert_eq!(
+        pair.resolve(MigrationDecision::Discarded, |_| {}).await.unwrap_err().reason(),
+        "RESOLVE_REFUSED",
+        "it is decided"
+    );
+}
+
+/// It has ended, and the history that it goes to takes nothing.
+#[tokio::test]
+async fn an_end_is_told_before_the_history_has_it() {
+    let pair = Pair::start().await;
+    pair.fill(10).await;
+    let journal = pair.dir.path().join("source");
+    let history = journal.join("history");
+    std::fs::remove_file(&history).unwrap();
+    std::fs::create_dir(&history).unwrap();
+    pair.begin(|_| {}).await.unwrap();
+    pair.reaches(MigrationState::Completed).await;
+    pair.until("the target has forgotten", |_| pair.target.disk().records.is_empty()).await;
+    let asked = async {
+        assert_eq!(pair.cancel().await.unwrap_err().reason(), "ALREADY_COMMITTED");
+        assert_eq!(pair.begin(|_| {}).await.unwrap().state(), MigrationState::Completed);
+    };
+    tokio::time::timeout(Duration::from_secs(5), asked).await.expect("nobody waits for the history");
+    let active = || std::fs::read_dir(journal.join("active")).unwrap().count();
+    assert_eq!(active(), 1, "it was not taken until now");
+    std::fs::remove_dir(&history).unwrap();
+    pair.until("it is in the history", |_| active() == 0).await;
+}
+
+#[tokio::test]
+async fn callers_get_an_answer_though_the_task_waits_for_its_disk() {
+    let pair = prepared_and_away().await;
+    pair.source.set_faults(Faults { full_disk: true, ..Faults::default() });
+    let asked = pair.resolve(MigrationDecision::Committed, |_| {});
+    let answer = tokio::time::timeout(Duration::from_secs(60), asked).await.expect("an answer");
+    let answer = answer.unwrap_err();
+    assert_eq!((answer.reason(), answer.is_retryable()), ("UNAVAILABLE", true), "{answer}");
+    pair.source.set_faults(Faults::default());
+    pair.reaches(MigrationState::Completed).await;
+}
