@@ -162,6 +162,51 @@ async fn an_operator_decides_what_is_prepared() {
 }
 
 #[tokio::test]
+async fn a_commit_that_a_newer_owner_forbids_is_not_tried_for_ever() {
+    for by_operator in [false, true] {
+        let node = Node::start().await;
+        let mut source = node.prepared(1).await;
+        node.target.fault("commit", Fault::Fail(Reason::StaleSlotEpoch.error("n3 owns slot 7 at epoch 9")));
+        if by_operator {
+            let refused = node.decide(MigrationDecision::Committed, 1).await.unwrap_err();
+            assert_eq!(refused.reason(), "RESOLVE_REFUSED");
+            assert!(refused.message().contains("n3 owns slot 7"), "{refused}");
+        } else {
+            source.send(COMMIT).await;
+            assert_eq!(source.error().await.reason(), "STALE_SLOT_EPOCH");
+        }
+        // Clients are let through, and what is staged can be discarded.
+        assert_eq!((node.progress().state(), node.target.holds()), (MigrationState::Receiving, 0));
+        let (mut source, accepted) = node.accept(resolve(2)).await;
+        assert_eq!(accepted.decision(), MigrationDecision::Undecided);
+        source.send(Frame::Discard(Discard::default())).await;
+        assert!(matches!(source.answer().await.unwrap(), Answer::Discarded(_)));
+        assert_eq!(node.target.calls("commit"), 1);
+    }
+}
+
+#[tokio::test]
+async fn nobody_waits_for_a_source_that_an_operator_says_is_gone() {
+    let node = Node::start().await;
+    let mut source = node.prepared(1).await;
+    source.send(COMMIT).await;
+    assert!(matches!(source.answer().await.unwrap(), Answer::Committed(_)));
+    drop(source);
+    let refused = node.decide(MigrationDecision::Committed, 2).await.unwrap_err();
+    assert_eq!(refused.reason(), "RESOLVE_REFUSED", "of another attempt");
+    assert_eq!(node.decide(MigrationDecision::Discarded, 1).await.unwrap_err().reason(), "RESOLVE_REFUSED");
+    for _ in 0..2 {
+        let confirmed = node.decide(MigrationDecision::Committed, 1).await.unwrap();
+        assert_eq!(confirmed.state(), MigrationState::Completed);
+        assert_eq!(confirmed.resolved_reason.as_deref(), Some("the disk burnt"));
+    }
+    assert!(node.target.disk().records.is_empty());
+    // The source comes back after all.
+    let (_, accepted) = node.accept(resolve(2)).await;
+    assert_eq!(accepted.decision(), MigrationDecision::Committed);
+}
+
+#[tokio::test]
 async fn a_record_that_cannot_be_read_is_left_alone() {
     let node = Node::start().await;
     let id = MigrationId::new("m1").unwrap();

@@ -163,7 +163,9 @@ impl<T: MigrationTarget> Inner<T> {
             let ended = self.migrations.get(Some(Direction::In), id).map_err(|_| not_found(id))?;
             return if same(&ended) { Ok(ended) } else { Err(has_ended(ended.state())) };
         };
+        Self::pending(&slot)?;
         let _attach = slot.attach.lock().await;
+        Self::pending(&slot)?;
         let mut state = slot.state.lock().await;
         self.settle(&slot, &mut state).await?;
         let Some(incoming) = state.as_mut() else {
@@ -174,27 +176,44 @@ impl<T: MigrationTarget> Inner<T> {
         if same(progress) {
             return Ok(progress.clone());
         }
-        let peer = progress.peer.clone().unwrap_or_default().store_id;
-        let problem = if incoming.state() != MigrationState::Prepared {
+        let confirmed =
+            incoming.state() == MigrationState::Committed && decision == MigrationDecision::Committed;
+        let (present, peer) = (progress.attempt, progress.peer.clone().unwrap_or_default().store_id);
+        let problem = if incoming.state() != MigrationState::Prepared && !confirmed {
             Some(format!("the migration is {}, not PREPARED", incoming.state().short_name()))
-        } else if attempt != progress.attempt {
-            Some(format!("the attempt is {}, not {attempt}", progress.attempt))
+        } else if attempt != present {
+            Some(format!("the attempt is {present}, not {attempt}"))
         } else if peer_store_id != peer {
             Some(format!("the store of the source is {}, not {}", hex(&peer), hex(&peer_store_id)))
         } else {
             None
         };
-        if let Some(problem) = problem {
-            return Err(Reason::ResolveRefused
+        let refusal = |problem: &str, state: MigrationState| {
+            Reason::ResolveRefused
                 .error(format!("{problem}; look at its progress again"))
-                .metadata("state", incoming.state().short_name())
-                .metadata("attempt", progress.attempt.to_string())
-                .metadata("store_id", hex(&peer)));
+                .metadata("state", state.short_name())
+                .metadata("attempt", present.to_string())
+                .metadata("store_id", hex(&peer))
+        };
+        if let Some(problem) = problem {
+            return Err(refusal(&problem, incoming.state()));
+        }
+        if confirmed {
+            // The source is gone, and nobody else would say that it knows.
+            incoming.record.progress.resolved_reason = Some(reason);
+            self.forget(&slot, &mut state).await?;
+            return self.migrations.get(Some(Direction::In), id);
         }
         if decision == MigrationDecision::Discarded {
             self.cancel_here(&slot, incoming, &reason, true).await?;
         } else {
-            self.commit(&slot, incoming, Some(&reason)).await?;
+            match self.commit(&slot, incoming, Some(&reason)).await {
+                Err(error) if error.is(Reason::StaleSlotEpoch) => {
+                    let problem = format!("the slots have another owner by now: {}", error.message());
+                    return Err(refusal(&problem, incoming.state()));
+                }
+                committed => committed?,
+            };
             slot.tell(Stop::Error(
                 Reason::StaleAttempt
                     .error("an operator decided to commit; open the next stream to learn of it")

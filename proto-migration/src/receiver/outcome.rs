@@ -21,6 +21,9 @@ const COMMIT_BACKOFF: (Duration, Duration) = (Duration::from_millis(10), Duratio
 
 impl<T: MigrationTarget> Inner<T> {
     /// Makes the slots those of this node, as was prepared: tried until it succeeds or the node stops. Requests are held meanwhile.
+    ///
+    /// `STALE_SLOT_EPOCH` if another owner has become known since: no retry helps, and nothing is prepared any more, unless others have
+    /// decided that it commits.
     pub(super) async fn commit(
         &self,
         slot: &Slot,
@@ -71,8 +74,12 @@ impl<T: MigrationTarget> Inner<T> {
         reached("take_over.before", next.state());
         let mut wait = COMMIT_BACKOFF.0;
         while let Err(error) = guarded(async { self.target.commit(&takeover, next.encode()).await }).await {
-            tracing::error!(migration_id = %slot.id, error = %error, "cannot commit; it is tried again");
+            tracing::error!(migration_id = %slot.id, error = %error, "cannot commit");
             incoming.show(|progress| progress.incident(&error));
+            if error.is(Reason::StaleSlotEpoch) && self.decisions.is_none() {
+                self.unprepare(slot, incoming).await?;
+                return Err(error);
+            }
             self.pause(wait).await.inspect_err(|_| incoming.doubt = true)?;
             wait = (wait * 2).min(COMMIT_BACKOFF.1);
         }

@@ -10,7 +10,9 @@ use proto::migration::limits::Limits;
 use proto::migration::migrations::Migrations;
 use proto::migration::service::MigrationService;
 use proto::migration::{MigrationDriver, MigrationReceiver};
-use proto::node::{ActiveTask, Direction, MigrationProgress, MigrationState, TaskKind};
+use proto::node::{
+    ActiveTask, Direction, MigrationProgress, MigrationState, RemovalBlocker, RemovalBlockerKind, TaskKind,
+};
 
 use super::slot_map::LearningDial;
 use super::{MigrateOptions, NodeSource, NodeTarget};
@@ -87,6 +89,24 @@ impl Migrating {
 impl health::Migrations for Migrating {
     fn active(&self) -> Vec<ActiveTask> {
         self.driver.migrations().active(None).iter().map(task).collect()
+    }
+
+    fn removal_blockers(&self) -> Vec<RemovalBlocker> {
+        self.driver.unconfirmed().iter().map(unconfirmed).collect()
+    }
+}
+
+fn unconfirmed(migration: &MigrationProgress) -> RemovalBlocker {
+    let target = migration.spec.as_ref().map_or("", |spec| &spec.target_node_id);
+    RemovalBlocker {
+        kind: RemovalBlockerKind::UnconfirmedCommit.into(),
+        subject: migration.migration_id.clone(),
+        count: 1,
+        message: format!(
+            "migration {} is completed, and node {target} still has to confirm that it knows; wait until it answers, or decide COMMITTED there \
+             if this node is gone by then",
+            migration.migration_id
+        ),
     }
 }
 
