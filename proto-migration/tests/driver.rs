@@ -481,3 +481,19 @@ async fn what_the_target_wishes_limits_the_rate_whatever_a_caller_allows() {
     let after = pair.until("it goes on waiting", throttled(more)).await;
     assert_eq!(after.limits.unwrap().max_bytes_per_second, rate);
 }
+
+/// Nothing would ever arrive of a row that takes longer than the target waits for one.
+#[tokio::test]
+async fn a_row_that_the_rate_holds_up_for_longer_than_a_stream_may_be_slow_arrives() {
+    let mut pair = Pair::start().await;
+    pair.target_down().await;
+    (pair.target_limits.slowest_bytes, pair.target_limits.slowest_time) = (8 << 10, Duration::from_secs(2));
+    pair.target_up(2).await;
+    pair.fill(20).await;
+    pair.source.write(b"large", Some(&[b'x'; 20 << 10])).await;
+    let limits = MigrationLimits { max_bytes_per_second: Some(5 << 10), ..MigrationLimits::default() };
+    pair.begin(|request| request.limits = Some(limits)).await.unwrap();
+    let done = pair.reaches(MigrationState::Completed).await;
+    assert!(done.source_throttled_ms > 0, "{done:?}");
+    assert_eq!(pair.target_rows().len(), 21);
+}

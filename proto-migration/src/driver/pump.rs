@@ -1,5 +1,6 @@
 //! Sends rows and changes into an accepted stream, within credit and rate, until told to flush the last changes.
 
+use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -89,7 +90,14 @@ impl<S: MigrationSource> Pump<S> {
     }
 
     fn limit(&self, entries: usize) -> PageLimit {
-        PageLimit { bytes: self.page_bytes.min(self.largest() / 2), entries }
+        // A page that took longer to be let through than the target waits for one would never get there.
+        let second = usize::try_from(self.second()).unwrap_or(usize::MAX);
+        PageLimit { bytes: self.page_bytes.min(self.largest() / 2).min(second), entries }
+    }
+
+    /// Bytes that the rate lets through in a second.
+    fn second(&self) -> u64 {
+        self.rate.rate().map_or(u64::MAX, NonZeroU64::get)
     }
 
     fn largest(&self) -> usize {
@@ -154,9 +162,11 @@ impl<S: MigrationSource> Pump<S> {
         let began = Instant::now();
         self.credit(len.saturating_add(reserve).min(most).max(len)).await?;
         let rate = self.rate.clone();
+        // What a large row takes beyond that, later ones wait for: it would be waited for in vain, if the stream never lasted so long.
+        let first = len.min(self.second());
         tokio::select! {
             biased;
-            _ = rate.acquire(len) => {}
+            _ = rate.acquire(first) => rate.charge(len - first),
             // Rows wait for the end of a freeze; this page was read before it, so it may go first.
             () = flushing(&mut self.wish) => rate.charge(len),
         }
@@ -204,10 +214,11 @@ impl<S: MigrationSource> Pump<S> {
         let began = Instant::now();
         self.credit(len).await?;
         let rate = self.rate.clone();
+        let first = len.min(self.second());
         tokio::select! {
             biased;
             () = flushing(&mut self.wish) => rate.charge(len),
-            _ = rate.acquire_urgent(len) => {}
+            _ = rate.acquire_urgent(first) => rate.charge(len - first),
         }
         let throttled = began.elapsed();
         let number = self.next_number();
