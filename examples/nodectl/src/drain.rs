@@ -11,6 +11,7 @@ use futures::StreamExt as _;
 use indicatif::MultiProgress;
 use proto::common::error::{Code, Error};
 use proto::common::ids::NodeId;
+use proto::migration::Reason;
 use proto::node::{Direction, MigrationProgress, MigrationState, NodeStatus};
 
 use self::document::{DrainDocument, DrainPlanDocument};
@@ -56,9 +57,7 @@ async fn drain(command: &Drain, output: &mut Output) -> Result<(), Failure> {
             )));
         }
         let at = Node { at: command.address.clone(), timeout: command.asking.timeout };
-        let running = list_all(&at, true, Direction::Out.into())
-            .await
-            .map_err(|error| explained(error, &command.address, ""))?;
+        let running = running(command, &at).await?;
         if let Some(stuck) = running.iter().find(|migration| never_ends(migration)) {
             return Err(stuck_failure(stuck, command));
         }
@@ -95,11 +94,26 @@ async fn look(command: &Drain) -> Result<(NodeId, NodeStatus), Failure> {
     Ok((node_id, answer.status.unwrap_or_default()))
 }
 
+/// What leaves the node, once nothing is being cancelled: the slots of that are busy until its target has answered.
+async fn running(command: &Drain, at: &Node) -> Result<Vec<MigrationProgress>, Failure> {
+    let began = Instant::now();
+    loop {
+        let running = list_all(at, true, Direction::Out.into())
+            .await
+            .map_err(|error| explained(error, &command.address, ""))?;
+        match running.iter().find(|migration| migration.state() == MigrationState::Cancelling) {
+            None => return Ok(running),
+            Some(stuck) if began.elapsed() >= command.settle => return Err(stuck_failure(stuck, command)),
+            Some(_) => tokio::time::sleep(LOOK_AGAIN).await,
+        }
+    }
+}
+
 /// Somebody has to do something before it goes on.
 fn never_ends(migration: &MigrationProgress) -> bool {
     let by_hand = migration.spec.as_ref().is_some_and(|spec| !spec.auto_complete);
     let asked = migration.complete_deadline_unix_ms.is_some();
-    let open = !matches!(migration.state(), MigrationState::Committing | MigrationState::Cancelling);
+    let open = migration.state() != MigrationState::Committing;
     migration.state() == MigrationState::NeedsOperator || (by_hand && open && !asked)
 }
 
@@ -107,6 +121,17 @@ fn stuck_failure(migration: &MigrationProgress, command: &Drain) -> Failure {
     let (id, at) = (safe(&migration.migration_id), &command.address);
     if migration.state() == MigrationState::NeedsOperator {
         return outcome(migration, at).err().unwrap_or_else(|| Failure::failed("it needs an operator"));
+    }
+    if migration.state() == MigrationState::Cancelling {
+        let target = migration.spec.as_ref().map_or("?", |spec| &spec.target_node_id);
+        let target = safe(target);
+        return Failure::failed(format!("the migration {id} is being cancelled, and {target} does not answer"))
+            .about_migration(&migration.migration_id)
+            .help(Some(format!(
+                "its slots are busy until {target} is back; if its store is gone for good: nodectl migrate resolve {id} --at {at} \
+                 --discard --reason WHY; then run this command again"
+            )))
+            .resume(again());
     }
     Failure::failed(format!("the migration {id} waits for somebody to complete it"))
         .about_migration(&migration.migration_id)
@@ -204,9 +229,17 @@ async fn begin(command: &Drain, node_id: &NodeId, one: &Move<'_>) -> Result<Migr
             limits: command.limits,
             priority: command.priority,
         };
-        let Started { migration, joined } = order(&command.address, command.asking, &wish)
-            .await
-            .map_err(|error| explained(error, &command.address, id.as_str()))?;
+        let Started { migration, joined } = loop {
+            match order(&command.address, command.asking, &wish).await {
+                // The node lets fewer go at once than were asked for; one that ends makes room.
+                Err(error) if error.is(Reason::TooManyMigrations) => {
+                    tokio::time::sleep(error.retry_after_hint().unwrap_or(LOOK_AGAIN)).await;
+                }
+                started => {
+                    break started.map_err(|error| explained(error, &command.address, id.as_str()))?;
+                }
+            }
+        };
         let over = matches!(migration.state(), MigrationState::Cancelled | MigrationState::Failed);
         if !(joined && over) {
             return Ok(migration);

@@ -392,15 +392,33 @@ async fn a_drain_tries_again_under_another_id_what_failed_before() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_drain_waits_for_a_place_and_for_what_is_being_cancelled() {
+    let mut state = owning(&[(0, 100)]);
+    state.places_taken = 5;
+    state.migrations = vec![migration("m1", MigrationState::Cancelling)];
+    let script = Script::start(state).await;
+    let draining = Running::start(&format!("{} --parallel 8", drain(&script)));
+    until("it has looked", || script.with(|state| state.listed > 1)).await;
+    script.with(|state| {
+        assert!(state.started.is_empty());
+        state.migrations[0] = migration("m1", MigrationState::Cancelled);
+    });
+    let ended = draining.ended().await;
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    assert_eq!(script.with(|state| (state.places_taken, state.owned.len())), (0, 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_drain_stops_at_what_waits_for_a_person() {
     let mut manual = migration("m1", MigrationState::Ready);
     manual.spec.as_mut().unwrap().auto_complete = false;
     for (waiting, advice) in [
         (manual, "migrate complete m1"),
         (migration("m1", MigrationState::NeedsOperator), "migrate resolve m1"),
+        (migration("m1", MigrationState::Cancelling), "migrate resolve m1"),
     ] {
         let script = Script::start(State { migrations: vec![waiting], ..owning(&[(0, 100)]) }).await;
-        let ended = nodectl(&drain(&script)).await;
+        let ended = nodectl(&format!("{} --settle 1ms", drain(&script))).await;
         assert_eq!(ended.code, Some(1), "{ended:?}");
         assert!(ended.stderr.contains(advice), "{ended:?}");
         assert!(script.with(|state| state.started.is_empty()));

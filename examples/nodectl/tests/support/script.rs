@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use proto::common::error::Error;
 use proto::migration::Reason;
@@ -34,6 +35,10 @@ pub(crate) struct State {
     pub(crate) cancelled: Vec<CancelMigrationRequest>,
     pub(crate) resolved: Vec<ResolveMigrationRequest>,
     pub(crate) refuse: Option<Error>,
+    /// So many are refused that are started, since others have their places.
+    pub(crate) places_taken: u32,
+    /// How often they were listed.
+    pub(crate) listed: u32,
 }
 
 /// It, and its address.
@@ -136,6 +141,11 @@ impl MigrationService for Script {
             if let Some(error) = &state.refuse {
                 return Err(error.clone().into());
             }
+            if state.places_taken > 0 {
+                state.places_taken -= 1;
+                let error = Reason::TooManyMigrations.error("4 migrations leave this node already");
+                return Err(error.retry_after(Duration::from_millis(1)).into());
+            }
             let ends = state.start_ends.unwrap_or(MigrationState::Pending);
             let moved = request.spec.clone().unwrap();
             if ends == MigrationState::Completed {
@@ -209,7 +219,10 @@ impl MigrationService for Script {
         request: Request<ListMigrationsRequest>,
     ) -> Result<Response<ListMigrationsResponse>, Status> {
         let active_only = request.into_inner().active_only;
-        let migrations = self.with(|state| state.migrations.clone());
+        let migrations = self.with(|state| {
+            state.listed += 1;
+            state.migrations.clone()
+        });
         let active =
             |migration: &MigrationProgress| migration.progress.as_ref().unwrap().finished_unix_ms.is_none();
         let migrations =
