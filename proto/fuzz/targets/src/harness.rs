@@ -1,11 +1,12 @@
 //! What the targets share: a runtime, a directory in memory, and what every refusal must be like.
 
 use std::cell::OnceCell;
+use std::collections::VecDeque;
 use std::future::Future;
 use std::hash::{BuildHasher as _, RandomState};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{LazyLock, Once};
+use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 use std::time::Duration;
 
 use proto_common::error::{ERROR_DOMAIN, Error};
@@ -16,9 +17,12 @@ use tonic_types::StatusExt as _;
 /// Longest time for one input. Far beyond what any takes, and below the idle timeouts, which would hide a hang.
 const LIMIT: Duration = Duration::from_secs(20);
 
-/// Begins the name of every directory here. No input can guess it, so an error that has it has told a path.
-static MARK: LazyLock<String> =
-    LazyLock::new(|| format!("proto-fuzz-{:016x}-", RandomState::new().hash_one("a path")));
+/// Names of the last directories. Each has its own, which no input can hold that was made before it: an error that has one has told a path. A name
+/// for the whole process would not do, since libFuzzer learns what its inputs are compared with.
+static DIRECTORIES: Mutex<VecDeque<String>> = Mutex::new(VecDeque::new());
+
+/// As many names as inputs that are tried at once can need, where tests run side by side.
+const DIRECTORIES_KEPT: usize = 256;
 
 static PANICS: AtomicUsize = AtomicUsize::new(0);
 
@@ -57,7 +61,18 @@ pub(crate) fn block_on<T>(work: impl Future<Output = T>) -> T {
 pub(crate) fn directory() -> tempfile::TempDir {
     let shm = Path::new("/dev/shm");
     let root: PathBuf = if shm.is_dir() { shm.to_owned() } else { std::env::temp_dir() };
-    tempfile::Builder::new().prefix(MARK.as_str()).tempdir_in(root).unwrap()
+    let name = format!("proto-fuzz-{:016x}", RandomState::new().hash_one("a path"));
+    let directory = tempfile::Builder::new().prefix(&name).tempdir_in(root).unwrap();
+    let mut directories = directories();
+    directories.push_back(name);
+    if directories.len() > DIRECTORIES_KEPT {
+        directories.pop_front();
+    }
+    directory
+}
+
+fn directories() -> MutexGuard<'static, VecDeque<String>> {
+    DIRECTORIES.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A refusal names its reason itself: without one, the name of the code would stand in for it.
@@ -79,7 +94,8 @@ pub(crate) fn polite(error: &Error) -> &str {
         .chain(error.metadata_map().values().map(String::as_str))
         .chain([error.message()]);
     for text in texts {
-        assert!(!text.contains(MARK.as_str()), "a path of the server: {error:?}");
+        let told = directories().iter().any(|directory| text.contains(directory.as_str()));
+        assert!(!told, "a path of the server: {error:?}");
         assert!(!text.chars().any(char::is_control), "a control character: {error:?}");
     }
     let reason = error.reason();
