@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::common::NodeId;
 use crate::node::Node;
-use crate::store::{Claim, NodeAddresses, Ownership};
+use crate::store::{Claim, MAX_NODES, NodeAddresses, Ownership};
 
 /// How often each node is asked: three times within the second in which everybody should know.
 const ASK: Duration = Duration::from_millis(300);
@@ -25,8 +25,6 @@ const ASK: Duration = Duration::from_millis(300);
 const ANSWER: Duration = Duration::from_secs(1);
 /// Pages of one answer; a map of 16384 single slots takes 17.
 const PAGES: usize = 32;
-/// Nodes that are known at most: each is asked as often, and kept for ever. Slots of further ones are known as theirs, without an address.
-const MAX_NODES: usize = 1024;
 
 /// What was asked where, and what came of it.
 type Answer = (NodeId, String, Result<Result<Told, Error>, Elapsed>);

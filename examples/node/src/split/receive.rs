@@ -35,28 +35,30 @@ impl SplitHook {
             .as_ref()
             .ok_or_else(|| Reason::Internal.error("the snapshot is not in a directory"))?;
         let path = directory.join(ROWS_FILE);
-        let header = {
+        let (range, claims, mut nodes) = {
             let path = path.clone();
-            tokio::task::spawn_blocking(move || read_header(&path))
+            let read = move || {
+                let header = read_header(&path)?;
+                Ok((header.range()?, header.handover.claims()?, header.handover.nodes()?))
+            };
+            tokio::task::spawn_blocking(read)
                 .await
                 .map_err(|_| Reason::ShuttingDown.error("the node is shutting down"))?
                 .map_err(refused)?
         };
-        if header.range().map_err(refused)? != spec.slots {
+        if range != spec.slots {
             return Err(Reason::InstallRefused.error(format!(
-                "the snapshot holds slots {}-{}, the transfer was announced for {}",
-                header.start, header.end, spec.slots
+                "the snapshot holds slots {range}, the transfer was announced for {}",
+                spec.slots
             )));
         }
         // Of what the file says of owners and addresses, only what its sender may say: the rest is learned from those concerned.
         let (source, me) = (&spec.source_node, self.node.id());
         let ownership = self.node.gate().ownership();
-        let claims = header.handover.claims().map_err(refused)?;
         let claims: Vec<Claim> = claims
             .into_iter()
             .flat_map(|claim| credible(claim, spec.slots, source, me, &ownership))
             .collect();
-        let mut nodes = header.handover.nodes().map_err(refused)?;
         nodes.retain(|node, _| node == source);
         let rows = self.node.import(path, spec.slots, claims, nodes).await.map_err(refused)?;
         match rows {
@@ -80,9 +82,7 @@ fn credible(claim: Claim, slots: SlotRange, source: &NodeId, me: &NodeId, known:
     if claim.owner != *source {
         return Vec::new();
     }
-    let anothers = |range: SlotRange| {
-        known.claims().iter().any(|known| known.owner != *source && known.range.overlaps(range))
-    };
+    let anothers = |range: SlotRange| known.overlapping(range).any(|known| known.owner != *source);
     let before = SlotRange::new(claim.range.start(), claim.range.end().min(slots.start()));
     let after = SlotRange::new(claim.range.start().max(slots.end()), claim.range.end());
     let parts = [before, after].into_iter().flatten().filter(|range| !anothers(*range));

@@ -148,8 +148,10 @@ async fn send(splits: &Splits, begun: &Begun, closing: &Arc<Closing>) -> Result<
     if !tokio::fs::try_exists(&path).await? {
         splits.enter(&begun.transfer, SplitPhase::Exporting);
         let ownership = node.gate().ownership();
-        let new = claim(begun);
-        let handover = Handover::new(ownership.claims().iter().chain([&new]), &node.nodes());
+        // The target believes nobody else's address.
+        let mut nodes = node.nodes();
+        nodes.retain(|id, _| id == node.id());
+        let handover = Handover::new(&ownership, &claim(begun), &nodes);
         let summary = node.consistent_export(begun.range, handover, path.clone()).await?;
         splits.update(&begun.transfer, |status| status.rows = Some(summary.rows));
     }

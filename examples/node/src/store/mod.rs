@@ -59,6 +59,7 @@ pub use error::StoreError;
 pub(crate) use fences::SHARDS_PER_PEER;
 pub use identity::{Identity, Init};
 pub use ops::{ExpireCondition, MAX_ROW_BYTES, Outcome, SetCondition, SetExpiry, WriteOp};
+pub(crate) use ownership::MAX_NODES;
 pub use ownership::{Claim, NodeAddresses, Ownership};
 pub use read::{Entry, Reader, ScanPosition, Scanned};
 pub use shared::ExpiryPause;

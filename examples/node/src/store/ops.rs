@@ -99,21 +99,25 @@ impl WriteOp {
     /// Why it is not stored, where a slot could not be moved to another node with it.
     #[must_use]
     pub fn too_large(&self) -> Option<String> {
-        let too_large = |(key, value): (&Bytes, &Bytes)| {
-            if key.len() > MAX_KEY_BYTES {
-                return Some(format!("the key has {} bytes; the limit is {MAX_KEY_BYTES}", key.len()));
-            }
-            let len = key.len().saturating_add(value.len());
-            (len > MAX_ROW_BYTES)
-                .then(|| format!("key and value have {len} bytes together; the limit is {MAX_ROW_BYTES}"))
-        };
         match self {
-            Self::Set { key, value, .. } => too_large((key, value)),
-            Self::SetMany { pairs } => pairs.iter().find_map(|(key, value)| too_large((key, value))),
-            Self::Add { key, .. } => too_large((key, &Bytes::new())),
+            Self::Set { key, value, .. } => row_too_large(key.len(), value.len()),
+            Self::SetMany { pairs } => {
+                pairs.iter().find_map(|(key, value)| row_too_large(key.len(), value.len()))
+            }
+            Self::Add { key, .. } => row_too_large(key.len(), 0),
             Self::Delete { .. } | Self::Take { .. } | Self::Expire { .. } | Self::Persist { .. } => None,
         }
     }
+}
+
+/// Why no row has a key and a value of so many bytes, if none has.
+pub(super) fn row_too_large(key_len: usize, value_len: usize) -> Option<String> {
+    if key_len > MAX_KEY_BYTES {
+        return Some(format!("the key has {key_len} bytes; the limit is {MAX_KEY_BYTES}"));
+    }
+    let len = key_len.saturating_add(value_len);
+    (len > MAX_ROW_BYTES)
+        .then(|| format!("key and value have {len} bytes together; the limit is {MAX_ROW_BYTES}"))
 }
 
 /// What a write answers.

@@ -8,6 +8,9 @@ use serde::{Deserialize, Serialize};
 use super::{StoreError, tables};
 use crate::common::{NodeId, SlotRange};
 
+/// Nodes that are learned of at most: each is asked all the time, and kept for ever. Slots of further ones are known as theirs, without an address.
+pub(crate) const MAX_NODES: usize = 1024;
+
 /// Where a node can be reached.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NodeAddresses {
@@ -58,6 +61,12 @@ impl Ownership {
     pub fn of(&self, slot: u16) -> Option<&Claim> {
         let next = self.claims.partition_point(|claim| claim.range.end() <= slot);
         self.claims.get(next).filter(|claim| claim.range.contains(slot))
+    }
+
+    /// The claims that have slots of `range`.
+    pub fn overlapping(&self, range: SlotRange) -> impl Iterator<Item = &Claim> {
+        let first = self.claims.partition_point(|claim| claim.range.end() <= range.start());
+        self.claims[first..].iter().take_while(move |claim| claim.range.start() < range.end())
     }
 
     /// The ranges of `node`.
@@ -278,6 +287,18 @@ mod tests {
             ]
         );
         assert!(all.of(50).is_none());
+    }
+
+    #[test]
+    fn claims_that_overlap_are_found() {
+        let all = ownership(&[("10-19", "n1", 1), ("20-29", "n2", 1), ("40-49", "n1", 1)]);
+        for start in 0..60 {
+            for end in start + 1..=60 {
+                let range = SlotRange::new(start, end).unwrap();
+                let expected = all.claims().iter().filter(|claim| claim.range.overlaps(range));
+                assert!(all.overlapping(range).eq(expected), "{range}");
+            }
+        }
     }
 
     #[test]
