@@ -17,7 +17,7 @@ pub const MAX_FILE_NAME_LEN: usize = 1024;
 /// Longest component, in bytes: `NAME_MAX` of all common file systems.
 pub const MAX_COMPONENT_LEN: usize = 255;
 
-/// How much of a refused name an error message shows, in bytes.
+/// How much of a name is shown, in bytes.
 const SHOWN_LEN: usize = 128;
 
 /// A relative, `/`-separated name: at most [`MAX_FILE_NAME_LEN`] bytes of UTF-8, every component 1 to
@@ -215,9 +215,10 @@ impl PartialOrd for FileName {
     }
 }
 
+/// For errors and logs, as [`printable`] makes it: a peer may have chosen the name. Paths and keys are made of [`FileName::as_str`].
 impl fmt::Display for FileName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(&self.0)
+        f.pad(&printable(&self.0, SHOWN_LEN))
     }
 }
 
@@ -281,6 +282,20 @@ mod tests {
     }
 
     #[test]
+    fn what_is_shown_of_a_name_is_short_and_has_nothing_that_deceives() {
+        let shown = |name: &str| FileName::new(name).unwrap().to_string();
+        assert_eq!(shown("caf\u{e9}/x"), "caf\u{e9}/x");
+        assert_eq!(shown("a\u{202e}b\u{2028}c"), "a\\u{202e}b\\u{2028}c");
+        let long = ["x"; 512].join("/");
+        assert_eq!(shown(&long), format!("{}…", &long[..SHOWN_LEN - "…".len()]));
+        assert_eq!(FileName::new(&long).unwrap().as_str(), long);
+        assert_eq!(
+            format!("{:>4}|{:<4}|", FileName::new("ab").unwrap(), FileName::new("ab").unwrap()),
+            "  ab|ab  |"
+        );
+    }
+
+    #[test]
     fn refuses_what_leaves_the_directory_or_cannot_be_created() {
         use FileNameProblem as P;
         assert_eq!(problem(""), P::Empty);
@@ -327,7 +342,7 @@ mod tests {
         fn the_tree_check_agrees_with_comparing_all_pairs(names in prop::collection::vec("[a-](/[a-]){0,2}", 0..8)) {
             let mut names: Vec<_> = names.iter().map(|name| FileName::new(name).unwrap()).collect();
             let clash = names.iter().enumerate().any(|(i, a)| {
-                names.iter().enumerate().any(|(j, b)| i != j && (a == b || b.as_str().starts_with(&format!("{a}/"))))
+                names.iter().enumerate().any(|(j, b)| i != j && (a == b || b.as_str().starts_with(&format!("{}/", a.as_str()))))
             });
             prop_assert_eq!(check_tree(&names).is_err(), clash);
             names.sort_unstable();
