@@ -12,6 +12,9 @@ use super::tables::{self, Place, Row};
 use super::visible::VisibleRows;
 use crate::common::{SlotRange, slot_of};
 
+/// Bytes of keys after which a step of a scan ends, whatever its count: a key may have 64 KiB.
+const SCAN_BYTES: usize = 1 << 20;
+
 /// A live row.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
@@ -79,7 +82,7 @@ impl Reader {
     }
 
     /// Keys from `from` on in `range`, in the order of slot and key, until `count` rows were looked at and the
-    /// slot is at its end, or `count` rows more.
+    /// slot is at its end, or `count` rows more, or 1 MiB of keys.
     ///
     /// # Errors
     ///
@@ -95,16 +98,17 @@ impl Reader {
             ScanPosition::After(key) => (range, Some(tables::position(slot_of(key), key))),
         };
         let mut rows = VisibleRows::new(&self.rows, &self.generations, range, behind.as_deref())?;
-        let mut looked_at = 0;
+        let (mut looked_at, mut bytes) = (0, 0);
         while let Some(found) = rows.next()? {
             let Place { slot, key, .. } = found.place()?;
             if let Some(last) = &last {
                 // Ending between slots needs no memory of where it was; a large slot has to be cut.
                 let new_slot = slot_of(last) != slot;
-                if looked_at >= count && new_slot {
+                let is_long = bytes >= SCAN_BYTES;
+                if (looked_at >= count || is_long) && new_slot {
                     return Ok(Scanned { keys, next: Some(ScanPosition::Slot(slot)) });
                 }
-                if looked_at >= count.saturating_mul(2) {
+                if looked_at >= count.saturating_mul(2) || is_long {
                     return Ok(Scanned { keys, next: Some(ScanPosition::After(last.clone())) });
                 }
             }
@@ -114,6 +118,7 @@ impl Reader {
                 keys.push(key);
             }
             looked_at += 1;
+            bytes += last.as_ref().map_or(0, Bytes::len);
         }
         Ok(Scanned { keys, next: None })
     }
@@ -135,4 +140,42 @@ pub struct Scanned {
     pub keys: Vec<Bytes>,
     /// Where to go on; `None` at the end of the range.
     pub next: Option<ScanPosition>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::{ReadExtent, test_store};
+
+    #[tokio::test]
+    async fn a_step_of_a_scan_ends_after_a_mib_of_keys() {
+        const KEY: usize = 64 << 10;
+        let dir = tempfile::tempdir().unwrap();
+        let (store, _) = test_store::open(dir.path(), "n1", "0-16383");
+        // A slot that ends with a step, and one that a step ends in.
+        let (first, second) = ("{b}", "{a}");
+        assert!(slot_of(first.as_bytes()) < slot_of(second.as_bytes()));
+        for (tag, count) in [(first, SCAN_BYTES / KEY), (second, SCAN_BYTES / KEY + 1)] {
+            for n in 0..count {
+                test_store::set(&store, &format!("{tag}{n:0>width$}", width = KEY - tag.len()), "v").await;
+            }
+        }
+        let mut position = ScanPosition::Slot(0);
+        let mut steps = Vec::new();
+        loop {
+            let from = position.clone();
+            let scanned =
+                store.read(ReadExtent::Bulk, move |reader| reader.scan(&from, SlotRange::FULL, 10_000)).await;
+            let Scanned { keys, next } = scanned.unwrap();
+            let last = keys.last().cloned().unwrap();
+            steps.push(keys.len());
+            let Some(next) = next else { break };
+            match steps.len() {
+                1 => assert_eq!(next, ScanPosition::Slot(slot_of(second.as_bytes()))),
+                _ => assert_eq!(next, ScanPosition::After(last)),
+            }
+            position = next;
+        }
+        assert_eq!(steps, [16, 16, 1]);
+    }
 }
