@@ -300,6 +300,57 @@ async fn frames_at_their_edges() {
     assert_eq!(show(&client.call(&["GET", "large"]).await.unwrap()).len(), large.len());
 }
 
+/// What a write answers with is counted as the values of reads are.
+#[tokio::test]
+async fn clients_that_take_no_replies_to_writes_are_refused() {
+    const CLIENTS: usize = 24;
+    let dir = tempfile::tempdir().unwrap();
+    let node = start("n1", dir.path(), "0-16383").await;
+    let mut other = client(&node).await;
+    let large = vec![b'x'; 8 << 20];
+    assert_eq!(show(&other.call(&[b"SET".as_slice(), b"large", &large]).await.unwrap()), "OK");
+    let (refused, answered) = ("-ERR the memory for what", "$8388608\r\nxxxxxxxxxxxxxx");
+    // 64 MiB for each, 1.5 GiB in all, which they don't read.
+    let many = "SET large none NX GET\r\n".repeat(8);
+    let ask = async || {
+        let mut reader = tokio::net::TcpStream::connect(&node.addresses().resp).await.unwrap();
+        reader.write_all(many.as_bytes()).await.unwrap();
+        let mut first = vec![0; refused.len()];
+        reader.read_exact(&mut first).await.unwrap();
+        (reader, String::from_utf8(first).unwrap())
+    };
+    let mut readers = Vec::new();
+    let mut is_refused = false;
+    for _ in 0..CLIENTS {
+        let (mut reader, first) = ask().await;
+        if first == refused {
+            let mut rest = Vec::new();
+            reader.read_to_end(&mut rest).await.unwrap();
+            is_refused = true;
+            break;
+        }
+        assert_eq!(first, answered);
+        readers.push(reader);
+    }
+    assert!(is_refused, "what writes answer is not counted");
+    assert_eq!(call(&mut other, "PING").await, "PONG");
+    drop(readers);
+    until("it is given back", async || ask().await.1 == answered).await;
+}
+
+#[tokio::test]
+async fn a_long_list_of_names_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = start("n1", dir.path(), "0-16383").await;
+    let mut client = client(&node).await;
+    let names = format!("COMMAND INFO{}", " get".repeat(1024));
+    assert!(call(&mut client, &names).await.starts_with("[[get "));
+    for command in ["INFO", "DOCS"] {
+        let names = format!("COMMAND {command}{}", " get".repeat(1025));
+        assert_eq!(call(&mut client, &names).await, "-ERR too many command names, at most 1024 are taken");
+    }
+}
+
 /// Resident memory of a node's process, in MiB.
 async fn resident_mib(client: &mut Client) -> u64 {
     let info = call(client, "INFO server").await;

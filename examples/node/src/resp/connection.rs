@@ -27,6 +27,8 @@ const READ_BYTES: usize = 64 << 10;
 const WRITE_BYTES: usize = 256 << 10;
 /// Commands in a run.
 const RUN_COMMANDS: usize = 1024;
+/// Writes in a run that answer with a value. Together they take no more than the largest reply to MGET.
+const RUN_VALUES: usize = 8;
 /// Values that are read before the replies are sent. A few bytes ask for a large value, so without it a pipeline would take any amount of
 /// memory.
 const READ_VALUES: usize = 4 << 20;
@@ -39,9 +41,11 @@ pub(super) struct Connection {
     decoder: RequestDecoder,
     input: BytesMut,
     output: BytesMut,
-    /// What is counted of `input`, and of values on their way to `output`.
+    /// What is counted of `input`; of `output`, and of values on their way there.
     requests: Held,
     replies: Held,
+    /// A reply was more than could be counted: the connection ends.
+    used_up: bool,
     run: Run,
     stop: CancellationToken,
 }
@@ -50,15 +54,15 @@ pub(super) struct Connection {
 enum Run {
     Empty,
     Reads { reads: Vec<(u16, ReadCommand)>, keys: usize, permits: Permits },
-    Writes { ops: Vec<WriteOp>, answers: Vec<Answer>, permits: Permits },
+    Writes { ops: Vec<WriteOp>, answers: Vec<Answer>, values: usize, permits: Permits },
 }
 
 impl Run {
-    fn len(&self) -> usize {
+    fn is_full(&self) -> bool {
         match self {
-            Self::Empty => 0,
-            Self::Reads { keys, .. } => *keys,
-            Self::Writes { ops, .. } => ops.len(),
+            Self::Empty => false,
+            Self::Reads { keys, .. } => *keys >= RUN_COMMANDS,
+            Self::Writes { ops, values, .. } => ops.len() >= RUN_COMMANDS || *values >= RUN_VALUES,
         }
     }
 }
@@ -89,6 +93,7 @@ impl Connection {
             decoder: RequestDecoder::new(limits),
             input: BytesMut::new(),
             output: BytesMut::new(),
+            used_up: false,
             run: Run::Empty,
             stop,
         }
@@ -101,7 +106,7 @@ impl Connection {
             let next = self.take_requests().await?;
             self.finish_run().await?;
             self.send().await?;
-            if next == Next::Close {
+            if next == Next::Close || self.used_up {
                 return self.stream.shutdown().await;
             }
             if self.requests.is_counted() && self.input.len() < READ_BYTES {
@@ -135,7 +140,7 @@ impl Connection {
                 Ok(Some(arguments)) => {
                     self.context.commands.fetch_add(1, Ordering::Relaxed);
                     let action = commands::parse(&self.context, &mut self.session, arguments);
-                    if self.take(action).await? == Next::Close {
+                    if self.take(action).await? == Next::Close || self.used_up {
                         return Ok(Next::Close);
                     }
                 }
@@ -182,14 +187,15 @@ impl Connection {
             Action::Write { slot, op, answer } => {
                 self.delay_write(slot).await?;
                 if self.enter(slot, Access::Write).await?
-                    && let Run::Writes { ops, answers, .. } = &mut self.run
+                    && let Run::Writes { ops, answers, values, .. } = &mut self.run
                 {
+                    *values += usize::from(op.answers_value());
                     ops.push(op);
                     answers.push(answer);
                 }
             }
         }
-        if self.run.len() >= RUN_COMMANDS {
+        if self.run.is_full() {
             self.finish_run().await?;
         }
         Ok(Next::Continue)
@@ -207,7 +213,9 @@ impl Connection {
                     let permits = self.context.node.gate().permits(access);
                     self.run = match access {
                         Access::Read => Run::Reads { reads: Vec::new(), keys: 0, permits },
-                        Access::Write => Run::Writes { ops: Vec::new(), answers: Vec::new(), permits },
+                        Access::Write => {
+                            Run::Writes { ops: Vec::new(), answers: Vec::new(), values: 0, permits }
+                        }
                     };
                     continue;
                 }
@@ -358,7 +366,7 @@ impl Connection {
                     Err(error) => (0..count).for_each(|_| self.reply(store_error(&error))),
                 }
             }
-            Run::Writes { ops, answers, permits } => {
+            Run::Writes { ops, answers, permits, values: _ } => {
                 match self.context.node.store().write(ops, permits).await {
                     Ok(outcomes) => {
                         for (answer, outcome) in answers.into_iter().zip(outcomes) {
@@ -372,8 +380,21 @@ impl Connection {
         Ok(Vec::new())
     }
 
+    /// Adds a reply. One that is too much for what others hold is the last: what it is the reply to was done, and cannot be refused.
     fn reply(&mut self, reply: Reply) {
+        if self.used_up {
+            return;
+        }
+        let before = self.output.len();
         reply.encode(self.session.version, &mut self.output);
+        if let Err(error) = self.replies.grow(self.output.len()) {
+            self.used_up = true;
+            self.output.truncate(before);
+            let why = format!(
+                "ERR {error}; the connection is closed, and what was sent by it and not answered may have been done"
+            );
+            Reply::error(why).encode(self.session.version, &mut self.output);
+        }
     }
 
     async fn send_if_full(&mut self) -> io::Result<()> {

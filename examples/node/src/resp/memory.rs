@@ -68,6 +68,11 @@ impl Held {
         Ok(())
     }
 
+    /// It holds `bytes` now, if that is more than before.
+    pub(super) fn grow(&mut self, bytes: usize) -> Result<(), UsedUp> {
+        if bytes > self.bytes { self.set(bytes) } else { Ok(()) }
+    }
+
     /// Whether it holds so much that it is counted.
     pub(super) fn is_counted(&self) -> bool {
         self.bytes > 0

@@ -96,6 +96,12 @@ pub enum WriteOp {
 }
 
 impl WriteOp {
+    /// Whether it may answer with a value, of any size that a value can have.
+    #[must_use]
+    pub fn answers_value(&self) -> bool {
+        matches!(self, Self::Set { want_old: true, .. } | Self::Take { .. })
+    }
+
     /// Why it is not stored, where a slot could not be moved to another node with it.
     #[must_use]
     pub fn too_large(&self) -> Option<String> {

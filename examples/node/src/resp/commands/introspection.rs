@@ -8,6 +8,9 @@ use super::table::{COMMANDS, Spec, find};
 use super::{Action, Arguments, Context, Parsed, Reply, Session};
 use super::{unknown_subcommand, word, wrong_arity};
 
+/// Names that COMMAND INFO and COMMAND DOCS take: what they tell of each takes hundreds of times the memory of its name.
+const MAX_NAMES: usize = 1024;
+
 pub(super) fn command(_: &Arc<Context>, _: &mut Session, arguments: Arguments) -> Parsed {
     let Some(subcommand) = arguments.get(1) else {
         return Ok(Action::Reply(Reply::Array(COMMANDS.iter().map(describe).collect())));
@@ -17,6 +20,9 @@ pub(super) fn command(_: &Arc<Context>, _: &mut Session, arguments: Arguments) -
         b"COUNT" => return Err(wrong_arity("command|count")),
         b"LIST" if arguments.len() == 2 => {
             Reply::Array(COMMANDS.iter().map(|spec| Reply::text(spec.name)).collect())
+        }
+        b"INFO" | b"DOCS" if arguments.len() - 2 > MAX_NAMES => {
+            return Err(Reply::error(format!("ERR too many command names, at most {MAX_NAMES} are taken")));
         }
         b"INFO" => Reply::Array(match arguments.len() {
             2 => COMMANDS.iter().map(describe).collect(),
