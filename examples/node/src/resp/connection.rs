@@ -15,7 +15,7 @@ use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
 
 use super::commands::{self, Action, Answer, Context, ReadCommand, Session, store_error, write_error};
-use super::memory::Held;
+use super::memory::{Held, STEP};
 use super::reply::{Reply, Version};
 use super::request::{Limits, RequestDecoder};
 use crate::gate::{Access, Permits, Verdict};
@@ -108,6 +108,10 @@ impl Connection {
             self.send().await?;
             if next == Next::Close || self.used_up {
                 return self.stream.shutdown().await;
+            }
+            if self.output.capacity() > STEP {
+                // Nor the room of large replies: it is counted no more.
+                self.output = BytesMut::new();
             }
             if self.requests.is_counted() && self.input.len() < READ_BYTES {
                 // The room that large requests took is not kept for the connection's life.
@@ -262,7 +266,7 @@ impl Connection {
         loop {
             // A client that went away must not have its write done later, over one that it sent by another connection.
             let len = self.input.len();
-            let room = len < self.limits.request_bytes && self.requests.set(len + READ_BYTES).is_ok();
+            let room = len < self.limits.request_bytes && self.requests.set(len).is_ok();
             self.input.reserve(if room { READ_BYTES } else { 0 });
             tokio::select! {
                 waited = &mut waited => {

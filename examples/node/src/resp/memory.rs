@@ -1,12 +1,12 @@
 //! What clients make the node hold: requests that are not all there, and replies that were not taken.
 //!
 //! Each is bounded by itself, but ten thousand clients may come with one each. So all together have a limit, and who brings much when little is left is
-//! refused. What every connection has, some KiB, is not counted.
+//! refused. What every connection has, buffers of up to some 200 KiB, is not counted.
 
 use proto::common::shares::{Share, Shares};
 
-/// What one connection may hold without being counted, in bytes; also the steps in which it is counted.
-const STEP: usize = 256 << 10;
+/// What one connection may hold in each direction without being counted, in bytes; also the steps in which it is counted.
+pub(super) const STEP: usize = 16 << 10;
 
 /// Of all clients of a server. Clones share it.
 #[derive(Debug, Clone)]
@@ -84,6 +84,14 @@ mod tests {
     use super::*;
 
     const MIB: usize = 1 << 20;
+
+    #[test]
+    fn many_that_hold_little_are_counted() {
+        let memory = Memory::new(64 * MIB);
+        let mut all: Vec<_> = (0..1000).map(|number| memory.of(number)).collect();
+        let taken = all.iter_mut().filter_map(|held| held.set(200 << 10).ok()).count();
+        assert!((256..64 * MIB / (200 << 10)).contains(&taken), "{taken}");
+    }
 
     #[test]
     fn many_that_hold_much_leave_something_and_give_it_back() {
