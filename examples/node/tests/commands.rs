@@ -240,6 +240,11 @@ async fn the_connection_and_the_node() {
         assert!(info.contains(line), "{line} is not in {info}");
     }
     assert!(call(client, "CLUSTER INFO").await.contains("cluster_state:fail"));
+    assert_eq!(call(client, &format!("CLIENT SETNAME {}", "n".repeat(1024))).await, "OK");
+    for command in ["CLIENT SETNAME", "HELLO 2 SETNAME"] {
+        let long = format!("{command} {}", "n".repeat(1025));
+        assert_eq!(call(client, &long).await, "-ERR Client names cannot have more than 1024 bytes.");
+    }
     assert_eq!(call(client, "QUIT").await, "OK");
     assert!(client.reply().await.is_err(), "QUIT closes the connection");
 }

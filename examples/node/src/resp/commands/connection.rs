@@ -84,8 +84,14 @@ pub(super) fn hello(_: &Arc<Context>, session: &mut Session, arguments: Argument
     ])))
 }
 
+/// Bytes of a client's name. It is kept for the connection's life.
+const MAX_NAME: usize = 1024;
+
 /// A name that is safe to show in lists.
 fn checked_name(name: &Bytes) -> Result<Bytes, Reply> {
+    if name.len() > MAX_NAME {
+        return Err(Reply::error(format!("ERR Client names cannot have more than {MAX_NAME} bytes.")));
+    }
     if name.iter().all(|b| (b'!'..=b'~').contains(b)) {
         Ok(Bytes::copy_from_slice(name))
     } else {
