@@ -214,17 +214,34 @@ impl Caller {
         &self.peer
     }
 
-    /// Holds `field`, in which the caller says which node it is, against its certificate.
+    /// Holds `field`, in which the caller says which node it is, against its certificate: the name, and the [role](Authorizer::role), since
+    /// an operator or observer of the same name is not that node.
     ///
     /// # Errors
     ///
     /// `PERMISSION_DENIED`. A caller without certificate may claim what it wants.
     pub fn claims(&self, field: &str, claimed: &NodeId) -> Result<(), Error> {
+        self.claims_as(&[Role::Node], field, claimed)
+    }
+
+    /// The same of who sends a snapshot, which operators do, too, in their own name. Operators need names that no node has, since transfers
+    /// are told apart by them.
+    ///
+    /// # Errors
+    ///
+    /// As [`claims`](Self::claims).
+    pub fn sends_as(&self, field: &str, claimed: &NodeId) -> Result<(), Error> {
+        self.claims_as(&[Role::Node, Role::Operator], field, claimed)
+    }
+
+    fn claims_as(&self, roles: &[Role], field: &str, claimed: &NodeId) -> Result<(), Error> {
         match self.peer.identity() {
-            Some(identity) if identity.id != *claimed => {
+            Some(identity)
+                if identity.id != *claimed || !roles.contains(&self.access.authorizer.role(identity)) =>
+            {
                 let message = format!("{field} is {claimed}, the caller's certificate is that of {identity}");
                 Err(Error::new(CommonReason::PermissionDenied, message)
-                    .violation(field, format!("is not {}", identity.id))
+                    .violation(field, format!("is not {identity}"))
                     .metadata("node_id", identity.id.as_str()))
             }
             _ => Ok(()),
@@ -271,5 +288,41 @@ impl Caller {
     pub fn may(&self, shards: &[&ShardId], slots: Option<SlotRange>) -> Result<(), Error> {
         let Self { peer, access, service, method } = self;
         access.authorizer.authorize(&Call { peer, service, method, shards, slots })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_that_of_a_node_only_in_its_role() {
+        let caller = |uri: &str| Caller {
+            peer: Peer::certified(Some(uri.parse().unwrap()), None),
+            access: Access::new(Some("c1".parse().unwrap()), SameCluster),
+            service: "node.health.v1.HealthService",
+            method: "HealthCheck".into(),
+        };
+        let n1 = "n1".parse().unwrap();
+        for (uri, is_node, sends) in [
+            ("node://c1/n1", true, true),
+            ("operator://c1/n1", false, true),
+            ("observer://c1/n1", false, false),
+            ("node://c1/n2", false, false),
+            ("operator://c1/alice", false, false),
+        ] {
+            let caller = caller(uri);
+            for (decided, expected) in
+                [(caller.claims("from", &n1), is_node), (caller.sends_as("from", &n1), sends)]
+            {
+                match decided {
+                    Ok(()) => assert!(expected, "{uri}"),
+                    Err(error) => {
+                        assert!(!expected && error.is(CommonReason::PermissionDenied), "{uri}: {error}");
+                        assert!(error.message().contains(uri), "{error}");
+                    }
+                }
+            }
+        }
     }
 }

@@ -78,7 +78,7 @@ impl<S: SnapshotStore> Inner<S> {
             Some(Frame::Header(header)) => {
                 let header = ControlHeader::check(header, &self.identity.node_id, &self.limits)?;
                 let TransferSpec { source_node, source_shard, target_shard, slots, .. } = &header.spec;
-                caller.claims("header.source_node_id", source_node)?;
+                caller.sends_as("header.source_node_id", source_node)?;
                 caller.may(&[source_shard, target_shard], Some(*slots))?;
                 self.control(header, frames, answers).await
             }
@@ -241,7 +241,7 @@ impl<S: SnapshotStore> Inner<S> {
             Reason::NoSuchAttempt.error("the transfer has no control stream; open that first")
         })?;
         let TransferSpec { source_node, source_shard, target_shard, slots, .. } = &incoming.plan.spec;
-        caller.claims("the transfer's header.source_node_id", source_node)?;
+        caller.sends_as("the transfer's header.source_node_id", source_node)?;
         caller.may(&[source_shard, target_shard], Some(*slots))?;
         let permit = incoming.attach_lane(header.claim, header.lane, header.generation).await?;
         incoming.show(|_| {});
