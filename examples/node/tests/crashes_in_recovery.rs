@@ -219,7 +219,7 @@ async fn the_only_copy(point: &'static str) {
     resolve(&pair.n2, &seen, MigrationDecision::Committed).await.unwrap();
     reaches(&pair.n2, ID, Direction::In, MigrationState::Completed).await;
     pair.owner(true).await;
-    let faults = checker::check(&load.finish().await, 0);
+    let faults = checker::check(&load.finish().await, 1);
     assert!(faults.is_empty(), "{point}: {faults:?}");
     pair.nothing_is_left().await;
 }
