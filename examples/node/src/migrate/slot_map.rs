@@ -7,6 +7,7 @@ use proto::common::dial::NodeChannel;
 use proto::common::error::Error;
 use proto::common::slots::SlotRange;
 use proto::common::text::printable;
+use proto::migration::Reason;
 use proto::migration::driver::Dial;
 use proto::node::health_service_client::HealthServiceClient;
 use proto::node::{GetNodeStatusRequest, NodeStatus, NodeStatusSection, SlotOwner};
@@ -27,7 +28,7 @@ const ANSWER: Duration = Duration::from_secs(1);
 const PAGES: usize = 32;
 
 /// What was asked where, and what came of it.
-type Answer = (NodeId, String, Result<Result<Told, Error>, Elapsed>);
+type Answer = (NodeId, String, Result<Result<Told, Unusable>, Elapsed>);
 
 /// Asks the nodes that `node` knows, until `stop`: each by itself, so that who is silent delays nothing that others tell.
 pub(crate) async fn follow(node: Node, stop: CancellationToken) {
@@ -67,11 +68,26 @@ async fn take(node: &Node, asked: &mut BTreeMap<NodeId, Asked>, (id, address, an
     // It may be elsewhere by now.
     let Some(asked) = asked.get_mut(&id).filter(|asked| asked.address == address) else { return };
     asked.waiting = false;
-    // Who cannot be reached is for the monitor of peers to tell.
-    let Ok(Ok(told)) = answer else { return };
+    let told = match answer {
+        Ok(Ok(told)) => told,
+        Ok(Err(Unusable::Refused(error))) => {
+            tell_refused(&id, &error, std::mem::replace(&mut asked.refused, true));
+            return;
+        }
+        // Who cannot be reached is for the monitor of peers to tell.
+        _ => return,
+    };
+    asked.refused = false;
     match learn(node, &id, &told).await {
         Ok(()) => asked.revision = Some(told.revision),
         Err(error) => tracing::warn!(from = %id, %error, "the slot map cannot be saved"),
+    }
+}
+
+/// An answer that is none is told once, until the node gives another one: it is asked a few times a second.
+fn tell_refused(id: &NodeId, error: &Error, told_before: bool) {
+    if !told_before {
+        tracing::warn!(from = %id, %error, "the slot map that a node tells is refused");
     }
 }
 
@@ -88,7 +104,14 @@ pub(crate) async fn ask_first(node: &Node) {
         }
     }
     for (id, answer) in round.join_all().await {
-        let Ok(Ok(told)) = answer else { continue };
+        let told = match answer {
+            Ok(Ok(told)) => told,
+            Ok(Err(Unusable::Refused(error))) => {
+                tell_refused(&id, &error, false);
+                continue;
+            }
+            _ => continue,
+        };
         if let Err(error) = learn(node, &id, &told).await {
             tracing::warn!(from = %id, %error, "the slot map cannot be saved");
         }
@@ -102,28 +125,77 @@ struct Asked {
     waiting: bool,
     /// Of the map that was learned last.
     revision: Option<(u64, u64)>,
+    /// Its last answer could not be one.
+    refused: bool,
 }
 
 impl Asked {
     fn new(node: &Node, id: &NodeId, address: String) -> Self {
         let dial = node.trust().dialer().to(&address, Some(id));
         let channel = dial.ok().map(|dial| dial.connect_timeout(ANSWER).connect_lazy());
-        Self { address, channel, waiting: false, revision: None }
+        Self { address, channel, waiting: false, revision: None, refused: false }
     }
 }
 
+/// Why nothing is learned.
+#[derive(Debug)]
+enum Unusable {
+    /// There was no answer, or not to its end.
+    Unanswered,
+    /// No map is like that.
+    Refused(Error),
+}
+
+/// What is kept of an answer: no more than a claim for each slot, whatever comes.
 #[derive(Debug)]
 struct Told {
     /// Incarnation of the node, and revision of its map.
     revision: (u64, u64),
     node_id: String,
-    /// The map is in the status, and not as it was when it was learned last.
+    /// The map is here, and not as it was when it was learned last.
     whole: bool,
-    status: NodeStatus,
+    /// Where the node is.
+    own: NodeAddresses,
+    /// Disjoint claims in order of their slots, and where their owners are.
+    owners: Vec<(Claim, NodeAddresses)>,
+    /// Entries up to here, and where the last of them ends.
+    seen: (usize, u16),
+}
+
+impl Told {
+    fn new(revision: (u64, u64), node_id: String, status: &NodeStatus) -> Self {
+        let own = addresses(&status.node_address, &status.client_address);
+        Self { revision, node_id, whole: true, own, owners: Vec::new(), seen: (0, 0) }
+    }
+
+    /// Adds the owners of the next page.
+    fn add(&mut self, owners: Vec<SlotOwner>) -> Result<(), Error> {
+        for owner in owners {
+            let (number, end) = self.seen;
+            let field = format!("status.slot_owners[{number}].slots");
+            let range = SlotRange::from_wire(owner.slots).map_err(|error| error.at(field.as_str()))?;
+            if range.start() < end {
+                let problem = format!("is {range}; the entry before reaches to {}", end - 1);
+                return Err(Reason::InvalidField.field(&field, problem));
+            }
+            self.seen = (number + 1, range.end());
+            // A name that is none here is nobody's to whom clients could be sent.
+            let Ok(id) = NodeId::new(&owner.node_id) else { continue };
+            let addresses = addresses(&owner.node_address, &owner.client_address);
+            self.owners.push((Claim { range, owner: id, epoch: owner.epoch }, addresses));
+        }
+        Ok(())
+    }
+}
+
+/// Not known is better than what cannot be shown.
+fn addresses(grpc: &str, resp: &str) -> NodeAddresses {
+    let told = NodeAddresses { grpc: grpc.to_owned(), resp: resp.to_owned() };
+    if told.can_be_shown() { told } else { NodeAddresses::default() }
 }
 
 /// The status of a node, with its slot map unless that is the one of `revision`.
-async fn ask(channel: NodeChannel, me: &NodeId, revision: Option<(u64, u64)>) -> Result<Told, Error> {
+async fn ask(channel: NodeChannel, me: &NodeId, revision: Option<(u64, u64)>) -> Result<Told, Unusable> {
     let mut client = HealthServiceClient::new(channel);
     let request = |sections: Vec<NodeStatusSection>, page_token| GetNodeStatusRequest {
         sections: sections.into_iter().map(i32::from).collect(),
@@ -135,28 +207,29 @@ async fn ask(channel: NodeChannel, me: &NodeId, revision: Option<(u64, u64)>) ->
     let mut told: Option<Told> = None;
     let mut token = String::new();
     for _ in 0..PAGES {
-        let answer = client.get_node_status(request(sections(), token)).await?.into_inner();
+        let answer = client.get_node_status(request(sections(), token)).await;
+        let answer = answer.map_err(|_| Unusable::Unanswered)?.into_inner();
         let mut status = answer.status.unwrap_or_default();
         let origin = answer.origin.unwrap_or_default();
         let identity = origin.identity.unwrap_or_default();
         let owners = std::mem::take(&mut status.slot_owners);
-        let told = told.get_or_insert(Told {
-            revision: (identity.incarnation, status.slot_map_revision),
-            node_id: identity.node_id,
-            whole: true,
-            status,
-        });
+        let now = (identity.incarnation, status.slot_map_revision);
+        let told = told.get_or_insert_with(|| Told::new(now, identity.node_id, &status));
+        if told.revision != now {
+            // Two maps need not fit together.
+            return Err(Unusable::Unanswered);
+        }
         if revision == Some(told.revision) {
             told.whole = false;
             break;
         }
-        told.status.slot_owners.extend(owners);
+        told.add(owners).map_err(Unusable::Refused)?;
         token = answer.next_page_token;
         if token.is_empty() {
             break;
         }
     }
-    told.ok_or_else(|| Error::new(proto::common::error::CommonReason::Internal, "a status without a page"))
+    told.ok_or(Unusable::Unanswered)
 }
 
 /// Takes over what is newer, and where nodes are.
@@ -168,15 +241,13 @@ async fn learn(node: &Node, asked: &NodeId, told: &Told) -> Result<(), crate::st
     }
     let known = node.nodes();
     let mut nodes = BTreeMap::new();
-    let own =
-        NodeAddresses { grpc: told.status.node_address.clone(), resp: told.status.client_address.clone() };
+    let own = &told.own;
     // A node knows best where it is.
-    if !own.grpc.is_empty() && !own.resp.is_empty() && own.can_be_shown() && known.get(asked) != Some(&own) {
-        nodes.insert(asked.clone(), own);
+    if !own.grpc.is_empty() && !own.resp.is_empty() && known.get(asked) != Some(own) {
+        nodes.insert(asked.clone(), own.clone());
     }
     let mut claims = Vec::new();
-    for owner in &told.status.slot_owners {
-        let Some((claim, addresses)) = read(owner) else { continue };
+    for (claim, addresses) in &told.owners {
         // What a node owns stands in its own store, with the rows. Another one may believe more: of a store that was lost, or of a
         // migration that an operator decided there and not here yet.
         if claim.owner == *node.id() {
@@ -184,16 +255,16 @@ async fn learn(node: &Node, asked: &NodeId, told: &Told) -> Result<(), crate::st
         }
         let complete = known.get(&claim.owner).is_some_and(|known| !known.resp.is_empty());
         if claim.owner != *asked && !complete && !addresses.grpc.is_empty() {
-            nodes.insert(claim.owner.clone(), addresses);
+            nodes.insert(claim.owner.clone(), addresses.clone());
         }
-        claims.push(claim);
+        claims.push(claim.clone());
     }
     let ownership = node.gate().ownership();
     if told.whole {
         node.set_contested(asked, contest(&ownership, node.id(), asked, &claims));
     }
     let mut after = (*ownership).clone();
-    claims.retain(|claim| after.adopt(claim));
+    let claims = after.adopt_all(&claims);
     // Where somebody is counts of those alone to whom clients may have to be sent: names cost whoever tells them nothing.
     let owners: HashSet<&NodeId> = after.claims().iter().map(|claim| &claim.owner).collect();
     nodes.retain(|id, _| id == asked || owners.contains(id));
@@ -218,13 +289,12 @@ async fn learn(node: &Node, asked: &NodeId, told: &Told) -> Result<(), crate::st
 /// What `asked` claims for itself of the slots that `me` owns at the same or a higher epoch, or whom it takes for the owner at the same epoch, in words.
 /// While slots change hands, the old owner does so for a moment.
 fn contest(ownership: &Ownership, me: &NodeId, asked: &NodeId, claims: &[Claim]) -> Option<String> {
-    let own = || ownership.claims().iter().filter(|own| own.owner == *me);
     claims.iter().find_map(|claim| {
         let same = |own: &&Claim| {
-            own.range.overlaps(claim.range)
+            own.owner == *me
                 && (own.epoch == claim.epoch || (own.epoch > claim.epoch && claim.owner == *asked))
         };
-        let own = own().find(same)?;
+        let own = ownership.overlapping(claim.range).find(same)?;
         let Claim { range, owner, epoch } = claim;
         let what = format!("node {owner} owns slots {range} at epoch {epoch}, says {asked}; slots {} are this node's at epoch {}", own.range, own.epoch);
         if own.epoch == claim.epoch {
@@ -232,15 +302,6 @@ fn contest(ownership: &Ownership, me: &NodeId, asked: &NodeId, claims: &[Claim])
         }
         Some(what)
     })
-}
-
-fn read(owner: &SlotOwner) -> Option<(Claim, NodeAddresses)> {
-    let range = SlotRange::from_wire(owner.slots).ok()?;
-    let id = NodeId::new(&owner.node_id).ok()?;
-    let addresses = NodeAddresses { grpc: owner.node_address.clone(), resp: owner.client_address.clone() };
-    // Not known is better than what cannot be shown.
-    let addresses = if addresses.can_be_shown() { addresses } else { NodeAddresses::default() };
-    Some((Claim { range, owner: id, epoch: owner.epoch }, addresses))
 }
 
 /// Learns where the clients of a target are sent to, before any are.
@@ -335,7 +396,8 @@ mod tests {
     }
 
     async fn n2_tells(node: &Node, epoch: u64, status: NodeStatus) {
-        let told = Told { node_id: "n2".into(), revision: (1, epoch), whole: true, status };
+        let mut told = Told::new((1, epoch), "n2".into(), &status);
+        told.add(status.slot_owners).unwrap();
         learn(node, &id("n2"), &told).await.unwrap();
     }
 
@@ -419,26 +481,81 @@ mod tests {
         assert_eq!(twice, "node n3 owns slots 99 at epoch 3, says n2; slots 0-99 are this node's at epoch 3");
     }
 
+    fn told_by_n2(owners: Vec<SlotOwner>) -> Result<Told, Error> {
+        let mut told = Told::new((1, 1), "n2".into(), &NodeStatus::default());
+        told.add(owners).map(|()| told)
+    }
+
+    #[test]
+    fn a_map_that_is_out_of_order_is_refused_on_whichever_page() {
+        let slots = |start: u32, end: u32| SlotOwner {
+            slots: Some(proto::common::v1::SlotRange { start, end }),
+            ..owner("n3", 0, 9, "h:1")
+        };
+        let good = || vec![slots(0, 10), slots(10, 11), slots(5000, 16_384)];
+        assert_eq!(told_by_n2(good()).unwrap().owners.len(), 3);
+        for bad in
+            [slots(0, 16_384), slots(4000, 4001), slots(16_383, 16_384), slots(16_384, 16_385), slots(7, 7)]
+        {
+            let mut told = told_by_n2(good()).unwrap();
+            let refused = told.add(vec![bad.clone()]).unwrap_err();
+            assert_eq!(refused.violations()[0].field, "status.slot_owners[3].slots", "{refused}");
+            let all = [good(), vec![bad]].concat();
+            assert_eq!(told_by_n2(all).unwrap_err(), refused);
+        }
+        let missing = told_by_n2(vec![SlotOwner::default()]).unwrap_err();
+        assert_eq!(missing.violations()[0].field, "status.slot_owners[0].slots", "{missing}");
+    }
+
+    /// The largest map that an honest node has.
+    #[tokio::test]
+    async fn an_owner_for_each_slot_is_learned_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let node = bare(dir.path());
+        let all = || (0..16_384).map(|slot| owner(if slot % 2 == 0 { "n2" } else { "n3" }, slot, 7, ""));
+        let began = Instant::now();
+        learn(&node, &id("n2"), &told_by_n2(all().collect()).unwrap()).await.unwrap();
+        assert_eq!(node.gate().ownership().claims().len(), 16_384);
+        assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
+        // Only what is new goes to the database, whose writer others need.
+        let before = node.gate().ownership();
+        learn(&node, &id("n2"), &told_by_n2(all().collect()).unwrap()).await.unwrap();
+        assert!(std::sync::Arc::ptr_eq(&before, &node.gate().ownership()), "nothing was written");
+    }
+
     /// What may be true, what is not, and what cannot be.
-    fn told() -> impl Strategy<Value = (String, Told)> {
+    fn told() -> impl Strategy<Value = (String, Told, bool)> {
         let name = || prop_oneof!["n[1-4]", "[a-z0-9.-]{0,140}", ".{0,20}"];
         let address = || prop_oneof!["127[.]0[.]0[.]1:[0-9]{1,5}", ".{0,20}", "[a-z]{250,260}"];
         let epoch = || prop_oneof![19 => 0..1000_u64, 1 => any::<u64>()];
-        let slots = prop::option::of((0..20_000_u32, 0..20_000_u32));
+        let slots = prop::option::weighted(0.9, (0..17_000_u32, 0..900_u32));
         let owner = (slots, name(), epoch(), address(), address());
         let owner = owner.prop_map(|(slots, node_id, epoch, node_address, client_address)| SlotOwner {
-            slots: slots.map(|(start, end)| proto::common::v1::SlotRange { start, end }),
+            slots: slots.map(|(start, len)| proto::common::v1::SlotRange { start, end: start + len }),
             node_id,
             epoch,
             node_address,
             client_address,
         });
         let status = (address(), address(), prop::collection::vec(owner, 0..8));
-        (name(), name(), prop::bool::weighted(0.8), status).prop_map(|(asked, other, itself, status)| {
-            let (node_address, client_address, slot_owners) = status;
+        let kinds = (prop::bool::weighted(0.8), prop::bool::weighted(0.9));
+        (name(), name(), kinds, status).prop_map(|(asked, other, (itself, in_order), status)| {
+            let (node_address, client_address, mut slot_owners) = status;
+            if in_order {
+                slot_owners.sort_by_key(|owner| owner.slots.map(|slots| slots.start));
+                let mut end = 0;
+                slot_owners.retain(|owner| {
+                    let slots = owner.slots.unwrap_or_default();
+                    let fits = end <= slots.start && SlotRange::try_from(slots).is_ok();
+                    end = if fits { slots.end } else { end };
+                    fits
+                });
+            }
             let node_id = if itself { asked.clone() } else { other };
-            let status = NodeStatus { node_address, client_address, slot_owners, ..NodeStatus::default() };
-            (asked, Told { node_id, revision: (1, 1), whole: true, status })
+            let status = NodeStatus { node_address, client_address, ..NodeStatus::default() };
+            let mut told = Told::new((1, 1), node_id, &status);
+            let taken = told.add(slot_owners).is_ok();
+            (asked, told, taken)
         })
     }
 
@@ -450,10 +567,14 @@ mod tests {
         let init = Init { node: me.clone(), slots: Some(vec![own]), others: vec![] };
         let node = Node::open(dir.path(), &init, &StoreOptions::default()).unwrap();
         let mut runner = TestRunner::deterministic();
-        let mut learned = 0;
+        let (mut learned, mut refused) = (0, 0);
         for _ in 0..300 {
-            let (asked, told) = told().new_tree(&mut runner).unwrap().current();
+            let (asked, told, taken) = told().new_tree(&mut runner).unwrap().current();
+            refused += usize::from(!taken);
             let Ok(asked) = NodeId::new(asked) else { continue };
+            if !taken {
+                continue;
+            }
             let before = node.gate().ownership();
             learn(&node, &asked, &told).await.unwrap();
             let after = node.gate().ownership();
@@ -466,6 +587,6 @@ mod tests {
             assert!(sorted, "{after:?}");
             assert!(node.nodes().values().all(NodeAddresses::can_be_shown), "{told:?}");
         }
-        assert!(learned > 10, "{learned}");
+        assert!(learned > 10 && refused > 10, "{learned} {refused}");
     }
 }

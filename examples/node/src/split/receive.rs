@@ -7,7 +7,7 @@ use proto::snapshot::hook::{Hold, HookFuture, InstallHook};
 use proto::snapshot::spec::TransferPlan;
 use proto::snapshot::store::PlacedSnapshot;
 
-use crate::common::{NodeId, SlotRange};
+use crate::common::{NodeId, SLOT_COUNT, SlotRange};
 use crate::node::Node;
 use crate::store::{Claim, Ownership, StoreError, read_header};
 
@@ -131,8 +131,8 @@ impl InstallHook for SplitHook {
             }
             let source = &plan.spec.source_node;
             let known = self.node.gate().ownership();
-            let theirs = |claim: &&Claim| claim.owner != *source && claim.range.overlaps(slots);
-            if !all && let Some(claim) = known.claims().iter().find(theirs) {
+            let theirs = |claim: &&Claim| claim.owner != *source;
+            if !all && let Some(claim) = known.overlapping(slots).find(theirs) {
                 // It may have changed hands a moment ago; the slot map is learned within a second.
                 return Err(Reason::InstallRefused
                     .error(format!(

@@ -1,12 +1,13 @@
 //! Which node owns which slots: a table in the database, and its picture in memory.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 
 use redb::{ReadableTable, WriteTransaction};
 use serde::{Deserialize, Serialize};
 
 use super::{StoreError, tables};
-use crate::common::{NodeId, SlotRange};
+use crate::common::{NodeId, SLOT_COUNT, SlotRange};
 
 /// Nodes that are learned of at most: each is asked all the time, and kept for ever. Slots of further ones are known as theirs, without an address.
 pub(crate) const MAX_NODES: usize = 1024;
@@ -63,12 +64,6 @@ impl Ownership {
         self.claims.get(next).filter(|claim| claim.range.contains(slot))
     }
 
-    /// The claims that have slots of `range`.
-    pub fn overlapping(&self, range: SlotRange) -> impl Iterator<Item = &Claim> {
-        let first = self.claims.partition_point(|claim| claim.range.end() <= range.start());
-        self.claims[first..].iter().take_while(move |claim| claim.range.start() < range.end())
-    }
-
     /// The ranges of `node`.
     pub fn ranges_of<'a>(&'a self, node: &'a NodeId) -> impl Iterator<Item = SlotRange> + 'a {
         self.claims.iter().filter(move |claim| claim.owner == *node).map(|claim| claim.range)
@@ -88,71 +83,106 @@ impl Ownership {
         Some((slot, self.of(slot).map_or(0, |present| present.epoch)))
     }
 
+    /// The claims that hold a slot of `range`, in order of their slots.
+    pub fn overlapping(&self, range: SlotRange) -> impl Iterator<Item = &Claim> {
+        let first = self.claims.partition_point(|claim| claim.range.end() <= range.start());
+        self.claims[first..].iter().take_while(move |claim| claim.range.overlaps(range))
+    }
+
     /// The first slot of `range` that has this epoch or a higher one; and the epoch.
     #[must_use]
     pub fn at_least(&self, range: SlotRange, epoch: u64) -> Option<(u16, u64)> {
-        let claim = self.claims.iter().find(|claim| claim.range.overlaps(range) && claim.epoch >= epoch)?;
+        let claim = self.overlapping(range).find(|claim| claim.epoch >= epoch)?;
         Some((claim.range.start().max(range.start()), claim.epoch))
     }
 
     /// The highest epoch of any slot of `range`; 0 if none is owned.
     #[must_use]
     pub fn highest_epoch(&self, range: SlotRange) -> u64 {
-        self.claims
-            .iter()
-            .filter(|claim| claim.range.overlaps(range))
-            .map(|claim| claim.epoch)
-            .max()
-            .unwrap_or(0)
+        self.overlapping(range).map(|claim| claim.epoch).max().unwrap_or(0)
     }
 
     /// Takes over `new` for those of its slots whose present claim has a lower epoch. Returns whether
     /// anything changed.
     pub fn adopt(&mut self, new: &Claim) -> bool {
-        let mut slots: BTreeMap<u16, Claim> = BTreeMap::new();
-        let mut cursor = new.range.start();
-        let mut changed = false;
-        for present in std::mem::take(&mut self.claims) {
-            if !present.range.overlaps(new.range) || present.epoch >= new.epoch {
-                // The free slots before a claim that stays are taken.
-                if present.range.overlaps(new.range) {
-                    changed |= put(&mut slots, new, cursor, present.range.start());
-                    cursor = cursor.max(present.range.end());
-                }
-                slots.insert(present.range.start(), present);
-                continue;
-            }
-            put(&mut slots, &present, present.range.start(), new.range.start().min(present.range.end()));
-            put(&mut slots, &present, new.range.end().max(present.range.start()), present.range.end());
+        !self.adopt_all(std::slice::from_ref(new)).is_empty()
+    }
+
+    /// [Adopts](Self::adopt) each of `claims`, in any order, as if one by one: of two with the same epoch, the first one counts. Returns what
+    /// they changed: disjoint parts of them, in order of their slots. Takes no longer for claims that overlap than for others.
+    pub fn adopt_all(&mut self, claims: &[Claim]) -> Vec<Claim> {
+        if claims.is_empty() {
+            return Vec::new();
         }
-        changed |= put(&mut slots, new, cursor, new.range.end());
-        for (_, claim) in slots {
-            match self.claims.last_mut() {
-                Some(last)
-                    if last.range.end() == claim.range.start()
-                        && last.owner == claim.owner
-                        && last.epoch == claim.epoch =>
-                {
-                    if let Ok(joined) = SlotRange::new(last.range.start(), claim.range.end()) {
-                        last.range = joined;
-                    }
-                }
-                _ => self.claims.push(claim),
+        let present = std::mem::take(&mut self.claims);
+        let mut owners: Vec<Option<&Claim>> = vec![None; usize::from(SLOT_COUNT)];
+        for claim in &present {
+            owners[usize::from(claim.range.start())..usize::from(claim.range.end())].fill(Some(claim));
+        }
+        let mut by_epoch: Vec<&Claim> = claims.iter().collect();
+        by_epoch.sort_by_key(|claim| Reverse(claim.epoch));
+        let mut best: Vec<Option<&Claim>> = vec![None; usize::from(SLOT_COUNT)];
+        // The highest comes first, so each slot is given away once, however many claim it.
+        let mut free = Free::new();
+        for claim in by_epoch {
+            let end = usize::from(claim.range.end());
+            let mut slot = free.next(usize::from(claim.range.start()));
+            while slot < end {
+                best[slot] = Some(claim);
+                free.take(slot);
+                slot = free.next(slot);
             }
         }
-        changed
+        for (best, owner) in best.iter_mut().zip(&mut owners) {
+            *best = best.filter(|new| owner.is_none_or(|present| present.epoch < new.epoch));
+            *owner = best.or(*owner);
+        }
+        self.claims = joined(&owners);
+        joined(&best)
     }
 }
 
-/// Puts the part `start..end` of `claim`, if there is one.
-fn put(slots: &mut BTreeMap<u16, Claim>, claim: &Claim, start: u16, end: u16) -> bool {
-    match SlotRange::new(start, end) {
-        Ok(range) => {
-            slots.insert(start, Claim { range, ..claim.clone() });
-            true
-        }
-        Err(_) => false,
+/// The slots that nobody has been given yet.
+struct Free {
+    /// By slot: itself if it is free, or else one behind it that no free one lies before. The last entry stands for the end.
+    next: Vec<usize>,
+}
+
+impl Free {
+    fn new() -> Self {
+        Self { next: (0..=usize::from(SLOT_COUNT)).collect() }
     }
+
+    /// The first free slot from `slot` on; that of the end if there is none.
+    fn next(&mut self, mut slot: usize) -> usize {
+        while self.next[slot] != slot {
+            // Halves the way for the next one who comes along.
+            self.next[slot] = self.next[self.next[slot]];
+            slot = self.next[slot];
+        }
+        slot
+    }
+
+    fn take(&mut self, slot: usize) {
+        self.next[slot] = slot + 1;
+    }
+}
+
+/// The claims that `owners`, by slot, make, neighbours of one owner and epoch joined.
+fn joined(owners: &[Option<&Claim>]) -> Vec<Claim> {
+    let mut claims: Vec<Claim> = Vec::new();
+    for (slot, owner) in (0..SLOT_COUNT).zip(owners) {
+        let (Some(owner), Ok(range)) = (owner, SlotRange::new(slot, slot + 1)) else { continue };
+        match claims.last_mut() {
+            Some(last)
+                if last.range.end() == slot && last.epoch == owner.epoch && last.owner == owner.owner =>
+            {
+                last.range = SlotRange::new(last.range.start(), slot + 1).unwrap_or(last.range);
+            }
+            _ => claims.push(Claim { range, owner: owner.owner.clone(), epoch: owner.epoch }),
+        }
+    }
+    claims
 }
 
 #[derive(Serialize, Deserialize)]
@@ -183,11 +213,7 @@ pub(super) fn load(table: &impl ReadableTable<u16, &'static [u8]>) -> Result<Own
 pub(super) fn adopt_all(txn: &WriteTransaction, claims: &[Claim]) -> Result<Ownership, StoreError> {
     let mut table = txn.open_table(tables::OWNERSHIP)?;
     let mut ownership = load(&table)?;
-    let mut changed = false;
-    for claim in claims {
-        changed |= ownership.adopt(claim);
-    }
-    if changed {
+    if !ownership.adopt_all(claims).is_empty() {
         table.retain(|_, _| false)?;
         for claim in ownership.claims() {
             let stored = StoredClaim {
@@ -308,27 +334,69 @@ mod tests {
     }
 
     proptest::proptest! {
-        /// Against the obvious model: one owner per slot, the higher epoch wins.
+        #![proptest_config(proptest::test_runner::Config::with_cases(100))]
+
+        /// Against the obvious model: one owner per slot, the higher epoch wins. However the claims come: one by one, or some of them at once.
         #[test]
-        fn adopting_equals_the_model(claims in proptest::collection::vec((0u16..60, 1u16..30, 0usize..3, 1u64..5), 0..12)) {
+        fn adopting_equals_the_model(
+            claims in proptest::collection::vec((0u16..60, 1u16..30, 0usize..3, 1u64..5), 0..12),
+            first in 0usize..12,
+        ) {
             let names = ["a", "b", "c"];
-            let mut all = Ownership::default();
-            let mut model: Vec<Option<(usize, u64)>> = vec![None; 100];
-            for (start, len, owner, epoch) in claims {
-                let range = SlotRange::new(start, start + len).unwrap();
-                all.adopt(&Claim { range, owner: NodeId::new(names[owner]).unwrap(), epoch });
-                for slot in start..start + len {
+            let claims: Vec<Claim> = claims
+                .into_iter()
+                .map(|(start, len, owner, epoch)| claim(&format!("{start}-{}", start + len - 1), names[owner], epoch))
+                .collect();
+            let (mut all, mut at_once) = (Ownership::default(), Ownership::default());
+            let mut model: Vec<Option<(&str, u64)>> = vec![None; 100];
+            let (before, after) = claims.split_at(first.min(claims.len()));
+            at_once.adopt_all(before);
+            let middle = at_once.clone();
+            for claim in &claims {
+                let mut changed = false;
+                for slot in claim.range.iter() {
                     let present = &mut model[usize::from(slot)];
-                    if present.is_none_or(|(_, present)| epoch > present) {
-                        *present = Some((owner, epoch));
+                    if present.is_none_or(|(_, present)| claim.epoch > present) {
+                        *present = Some((claim.owner.as_str(), claim.epoch));
+                        changed = true;
                     }
                 }
+                proptest::prop_assert_eq!(all.adopt(claim), changed);
             }
-            for (slot, expected) in model.iter().enumerate() {
-                let found = all.of(u16::try_from(slot).unwrap());
-                let found = found.map(|claim| (claim.owner.as_str(), claim.epoch));
-                proptest::prop_assert_eq!(found, expected.map(|(owner, epoch)| (names[owner], epoch)));
+            let changed = at_once.adopt_all(after);
+            proptest::prop_assert_eq!(&at_once, &all);
+            for (slot, expected) in (0..).zip(&model) {
+                let found = all.of(slot).map(|claim| (claim.owner.as_str(), claim.epoch));
+                proptest::prop_assert_eq!(found, *expected);
+                let told = changed.iter().find(|claim| claim.range.contains(slot));
+                let differs = Some(at_once.of(slot)).filter(|now| now.map(what) != middle.of(slot).map(what));
+                proptest::prop_assert_eq!(told.map(what), differs.flatten().map(what));
+            }
+            let overlapping = |range: SlotRange| all.claims().iter().filter(move |claim| claim.range.overlaps(range));
+            for range in claims.iter().map(|claim| claim.range) {
+                proptest::prop_assert!(all.overlapping(range).eq(overlapping(range)));
             }
         }
+    }
+
+    fn what(claim: &Claim) -> (&str, u64) {
+        (claim.owner.as_str(), claim.epoch)
+    }
+
+    /// A claim for each slot, and as many that each hold all of them.
+    #[test]
+    fn many_claims_take_no_longer_than_their_slots() {
+        let single = |slot: u16| Claim {
+            range: SlotRange::new(slot, slot + 1).unwrap(),
+            ..claim("0", &format!("n{slot}"), 1)
+        };
+        let singles: Vec<Claim> = (0..SLOT_COUNT).map(single).collect();
+        let began = std::time::Instant::now();
+        let mut all = Ownership::default();
+        assert_eq!(all.adopt_all(&singles), singles);
+        let wide: Vec<Claim> = (0..100_000).map(|n| claim("0-16383", "n1", 2 + n)).collect();
+        assert_eq!(all.adopt_all(&wide), [claim("0-16383", "n1", 100_001)]);
+        // One by one: minutes.
+        assert!(began.elapsed() < std::time::Duration::from_secs(20), "{:?}", began.elapsed());
     }
 }
