@@ -123,16 +123,19 @@ impl InstallHook for SplitHook {
             }
             let slots = plan.spec.slots;
             let own = self.node.own_ranges();
-            // All of them: perhaps this very snapshot was installed and the sender does not know. The install finds out.
-            let all = own.iter().any(|own| own.contains_range(slots));
-            if let Some(own) = own.iter().find(|own| own.overlaps(slots)).filter(|_| !all) {
+            // All of them: perhaps this very snapshot was installed and the sender does not know. The install finds out, and takes nothing over, so
+            // nobody is kept off the slots for as long as the transfer is staged.
+            if own.iter().any(|own| own.contains_range(slots)) {
+                return Ok(Box::new(()) as Hold);
+            }
+            if let Some(own) = own.iter().find(|own| own.overlaps(slots)) {
                 return Err(Reason::InstallRefused
                     .error(format!("node {} owns slots {own} of {slots} already", self.node.id())));
             }
             let source = &plan.spec.source_node;
             let known = self.node.gate().ownership();
             let theirs = |claim: &&Claim| claim.owner != *source;
-            if !all && let Some(claim) = known.overlapping(slots).find(theirs) {
+            if let Some(claim) = known.overlapping(slots).find(theirs) {
                 // It may have changed hands a moment ago; the slot map is learned within a second.
                 return Err(Reason::InstallRefused
                     .error(format!(
@@ -158,7 +161,47 @@ impl InstallHook for SplitHook {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
+    use proto::common::ids::{ShardId, TransferId};
+    use proto::snapshot::spec::{Manifest, ManifestFile, SnapshotPoint, TransferSpec};
+
     use super::*;
+    use crate::store::{Init, StoreOptions};
+
+    fn node(directory: &Path, slots: &str) -> Node {
+        let slots = slots.parse().into_iter().collect();
+        let init = Init { node: "n2".parse().unwrap(), slots: Some(slots), others: vec![] };
+        Node::open(directory, &init, &StoreOptions::default()).unwrap()
+    }
+
+    /// A snapshot of rows that n1 announces.
+    fn plan(slots: &str) -> TransferPlan {
+        let rows = ManifestFile { name: ROWS_FILE.parse().unwrap(), size: None, blake3: None };
+        let spec = TransferSpec {
+            transfer_id: TransferId::new("t1").unwrap(),
+            source_shard: ShardId::new("s1").unwrap(),
+            target_shard: ShardId::new("s2").unwrap(),
+            source_node: "n1".parse().unwrap(),
+            slots: slots.parse().unwrap(),
+            point: SnapshotPoint { term: 1, index: 1 },
+            content_version: String::new(),
+        };
+        TransferPlan { spec, manifest: Manifest::new(vec![rows]).unwrap() }
+    }
+
+    /// A peer that announces a snapshot of this node's own slots, and leaves it there, keeps nobody off them.
+    #[tokio::test]
+    async fn slots_of_this_node_can_be_moved_whatever_a_peer_announces() {
+        let dir = tempfile::tempdir().unwrap();
+        let (node, guard) = (node(dir.path(), "0-99"), RangeGuard::new());
+        let hook = SplitHook::new(node, guard.clone());
+        let _left = hook.admit(&plan("0-99")).await.unwrap();
+        drop(guard.try_acquire("0-99".parse().unwrap(), "a migration away").unwrap());
+        // Those that it does not own are kept for the transfer.
+        let _taken = hook.admit(&plan("100-199")).await.unwrap();
+        guard.try_acquire("100-199".parse().unwrap(), "a migration").unwrap_err();
+    }
 
     fn claim(range: &str, owner: &str) -> Claim {
         Claim { range: range.parse().unwrap(), owner: owner.parse().unwrap(), epoch: 9 }
