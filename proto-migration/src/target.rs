@@ -83,7 +83,7 @@ pub trait MigrationTarget: Send + Sync + 'static {
     /// # Errors
     ///
     /// `STALE_FENCE`, `UNSUPPORTED_VALUE_FORMAT`, `INSUFFICIENT_DISK` (metadata `needed_bytes`, `available_bytes`, and `peer` for a share), or `RANGE_BUSY`
-    /// if this node owns a slot of the range itself or cannot take it for another reason that passes.
+    /// (metadata `holder`) if this node owns a slot of the range itself, knows of another owner than the source, or cannot take it for another reason that passes.
     fn admit(&self, offer: &Offer<'_>) -> impl Future<Output = Result<(), Error>> + Send;
 
     /// Starts staging for `id` from nothing: what was staged for it before becomes invisible garbage, deleted in the background.
@@ -155,7 +155,8 @@ pub trait MigrationTarget: Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// `STALE_SLOT_EPOCH` (metadata `slot`, `slot_epoch`) if it knows of a claim to one of them with the same or a higher epoch.
+    /// `STALE_SLOT_EPOCH` (metadata `slot`, `slot_epoch`) if it knows of a claim to one of them with the same or a higher epoch. `INVALID_FIELD`
+    /// (`prepare.new_slot_epoch`) if the epoch is so far above all that it knows that no honest source has come to it.
     fn check_epoch(
         &self,
         slots: SlotRange,

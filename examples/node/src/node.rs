@@ -163,6 +163,16 @@ impl Node {
         self.inner.gate.ownership().ranges_of(&self.inner.id).collect()
     }
 
+    /// Which other node than `source`, which wants to hand `range` over, is known to own slots of it; and a sentence that says so. They may have changed hands a
+    /// moment ago: the slot map is learned within a second.
+    pub(crate) fn third_owner(&self, range: SlotRange, source: &NodeId) -> Option<(NodeId, String)> {
+        let ownership = self.inner.gate.ownership();
+        let third = |claim: &&Claim| claim.owner != *source && claim.owner != self.inner.id;
+        let Claim { range: slots, owner, .. } = ownership.overlapping(range).find(third)?;
+        let sentence = format!("slots {slots} of {range} are known to be of node {owner}, not of {source}");
+        Some((owner.clone(), sentence))
+    }
+
     /// How many keys this node serves. Expired ones count until they are deleted, as in Redis. Takes the same time however
     /// many there are.
     #[must_use]

@@ -30,9 +30,10 @@ use proto::node::split_snapshot_service_client::SplitSnapshotServiceClient;
 use proto::node::transfer_split_snapshot_request::{Chunk, File, Frame, Header, LaneHeader, Manifest};
 use proto::node::transfer_split_snapshot_response::Frame as Answer;
 use proto::node::{
-    MigrationSpec, NodeIdentity, TransferMigrationDataRequest, TransferSplitSnapshotRequest,
-    TransferSplitSnapshotResponse, WatchHealthRequest, WatchTransferProgressRequest,
-    transfer_migration_data_request as migration, transfer_migration_data_response as migration_answer,
+    Direction, MigrationSpec, MigrationState, NodeIdentity, TransferMigrationDataRequest,
+    TransferSplitSnapshotRequest, TransferSplitSnapshotResponse, WatchHealthRequest,
+    WatchTransferProgressRequest, transfer_migration_data_request as migration,
+    transfer_migration_data_response as migration_answer,
 };
 use proto::snapshot::sender::{SnapshotSender, SnapshotToSend};
 use proto::snapshot::source::FileSource;
@@ -244,44 +245,52 @@ async fn old_attempts(channel: &NodeChannel, round: u64) {
     assert_eq!(second.refusal().await.reason(), "SUPERSEDED");
 }
 
+/// Begins a migration of one slot to a node, and keeps its stream open.
+async fn migration(
+    channel: &NodeChannel,
+    id: &str,
+    attempt: u64,
+    slot: u16,
+    target: &str,
+) -> Result<impl Sized + use<>, Error> {
+    let header = migration::Header {
+        migration_id: id.to_owned(),
+        spec: Some(MigrationSpec {
+            slots: Some(SlotRange::new(slot, slot + 1).unwrap().into()),
+            source_shard_id: "s1".to_owned(),
+            target_shard_id: "s2".to_owned(),
+            source_node_id: EVIL.to_owned(),
+            target_node_id: target.to_owned(),
+            ..MigrationSpec::default()
+        }),
+        purpose: migration::Purpose::Transfer.into(),
+        source: Some(NodeIdentity {
+            node_id: EVIL.to_owned(),
+            store_id: vec![1; 16].into(),
+            cluster_id: String::new(),
+            ..NodeIdentity::default()
+        }),
+        attempt,
+        session: vec![7; 16].into(),
+        copy: 1,
+        ..migration::Header::default()
+    };
+    let (frames, requests) = mpsc::channel(4);
+    let first = TransferMigrationDataRequest { frame: Some(migration::Frame::Header(header)) };
+    frames.send(first).await.unwrap();
+    let mut client = MigrationServiceClient::new(channel.clone());
+    let mut answers = client.transfer_migration_data(ReceiverStream::new(requests)).await?.into_inner();
+    let frame = answers.message().await?.unwrap().frame;
+    assert!(matches!(frame, Some(migration_answer::Frame::Accepted(_))), "{frame:?}");
+    Ok((frames, answers))
+}
+
 /// Streams of migrations to the node, which it keeps open: as many as it gets, and how the next one is refused.
 async fn migrations(channel: &NodeChannel, round: u64) -> (Vec<impl Sized + use<>>, Error) {
     let mut open = Vec::new();
     for number in 0..8_u16 {
-        let header = migration::Header {
-            migration_id: format!("evil-{number}"),
-            spec: Some(MigrationSpec {
-                slots: Some(SlotRange::new(300 + number, 301 + number).unwrap().into()),
-                source_shard_id: "s1".to_owned(),
-                target_shard_id: "s2".to_owned(),
-                source_node_id: EVIL.to_owned(),
-                target_node_id: "n1".to_owned(),
-                ..MigrationSpec::default()
-            }),
-            purpose: migration::Purpose::Transfer.into(),
-            source: Some(NodeIdentity {
-                node_id: EVIL.to_owned(),
-                store_id: vec![1; 16].into(),
-                cluster_id: String::new(),
-                ..NodeIdentity::default()
-            }),
-            attempt: round + 1,
-            session: vec![7; 16].into(),
-            copy: 1,
-            ..migration::Header::default()
-        };
-        let (frames, requests) = mpsc::channel(4);
-        let first = TransferMigrationDataRequest { frame: Some(migration::Frame::Header(header)) };
-        frames.send(first).await.unwrap();
-        let mut client = MigrationServiceClient::new(channel.clone());
-        let answers = client.transfer_migration_data(ReceiverStream::new(requests)).await.unwrap();
-        let mut answers = answers.into_inner();
-        match answers.message().await.map_err(Error::from) {
-            Ok(answer) => {
-                let frame = answer.unwrap().frame;
-                assert!(matches!(frame, Some(migration_answer::Frame::Accepted(_))), "{frame:?}");
-                open.push((frames, answers));
-            }
+        match migration(channel, &format!("evil-{number}"), round + 1, 300 + number, "n1").await {
+            Ok(stream) => open.push(stream),
             Err(error) => return (open, error),
         }
     }
@@ -654,6 +663,40 @@ async fn a_hostile_node_with_a_valid_certificate_gets_no_further() {
     let refused = refused(&channel(&node, &dialer(EVIL)).await, [Frame::Header(as_other)]).await;
     assert_eq!(refused.reason(), "PERMISSION_DENIED", "{refused:?}");
     hostile(node, &nodes, dialer(EVIL), dialer("n2")).await;
+}
+
+/// A node that owns nothing offers slots of others, and announces those of its victim.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn slots_that_are_not_of_a_hostile_node_are_neither_taken_from_it_nor_held_for_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let n1 = support::start("n1", directory.path(), "0-99").await;
+    let peer = support::migration::peer(&n1);
+    let arguments = ["--peer", peer.as_str()];
+    let n2 = NodeProcess::start_with(&program(), "n2", directory.path(), "none", &arguments).await.unwrap();
+    let mut keys = (0..).map(|n| format!("key:{n}"));
+    let key = keys.find(|key| node::common::slot_of(key.as_bytes()) < 100).unwrap();
+    until("n2 knows the owner", async || {
+        call(&mut client(&n2).await, &format!("GET {key}")).await.starts_with("-MOVED")
+    })
+    .await;
+    let evil = Dialer::plaintext();
+    let (to_n1, to_n2) = (channel(&n1, &evil).await, channel(&n2, &evil).await);
+    let Err(error) = migration(&to_n2, "evil", 1, 7, "n2").await else { panic!("n1's slot is taken") };
+    assert_eq!((error.reason(), error.get("holder")), ("RANGE_BUSY", Some("n1")), "{error:?}");
+    // A slot of nobody may be anybody's.
+    let _open = migration(&to_n2, "evil", 1, 300, "n2").await.unwrap();
+
+    let rows = node::split::ROWS_FILE;
+    let first = || [Frame::Header(header("evil", 1, 1, rows, 4)), manifest(rows, 4)];
+    let error = refused(&to_n2, first()).await;
+    assert_eq!(error.reason(), "INSTALL_REFUSED", "{error:?}");
+    let mut left = Stream::open(&to_n1, first()).await.unwrap();
+    left.accepted().await.unwrap();
+    drop(left);
+    let mut request = support::migration::request("m", &n2);
+    request.spec.as_mut().unwrap().slots = Some(SlotRange::new(0, 50).unwrap().into());
+    support::migration::begin(&n1, request).await.unwrap();
+    support::migration::reaches(&n1, "m", Direction::Out, MigrationState::Completed).await;
 }
 
 /// By how much another peer's rate drops meanwhile. Alone on the machine: `cargo test --release -p node --test hostile -- --ignored --nocapture`.

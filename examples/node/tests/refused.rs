@@ -259,3 +259,21 @@ async fn a_target_without_space_keeps_the_source_waiting() {
     assert_eq!(done.copy, 1, "nothing was copied again: {done:?}");
     pair.ends("a full disk at the target", load, MigrationState::Completed).await;
 }
+
+/// A third node takes the earlier owner for the present one, for a moment: it refuses, learns better, and takes the slots.
+#[tokio::test]
+async fn slots_go_on_to_a_third_node_at_once() {
+    let pair = Pair::start(100, 100).await;
+    let peers = [support::migration::peer(&pair.n1), support::migration::peer(&pair.n2)];
+    let arguments = ["--peer", peers[0].as_str(), "--peer", peers[1].as_str()];
+    let directory = pair.directory.path();
+    let n3 = NodeProcess::start_with(&support::program(), "n3", directory, "none", &arguments).await.unwrap();
+    for (round, (from, to)) in
+        (0..).zip([(&pair.n1, &pair.n2), (&pair.n2, &n3), (&n3, &pair.n1), (&pair.n1, &n3), (&n3, &pair.n2)])
+    {
+        let id = format!("round-{round}");
+        begin(from, request(&id, to)).await.unwrap();
+        let moved = reaches(from, &id, Direction::Out, MigrationState::Completed).await;
+        assert_eq!(moved.slot_epoch, 2 + round);
+    }
+}

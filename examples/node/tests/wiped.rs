@@ -315,12 +315,12 @@ async fn a_third_node_that_knows_the_true_owner_takes_nothing_from_one_that_was_
     let (pair, n3) = to_a_third(true).await;
     until("n3 refuses", async || {
         let shown = progress(&pair.n1, "again", Direction::Out).await.unwrap();
-        let refusals = shown.freezes.iter().filter_map(|freeze| freeze.error.clone());
-        refusals.into_iter().any(|error| {
-            let of = |key: &str| error.metadata.get(key).map(String::as_str);
-            let stale = error.reason == "STALE_SLOT_EPOCH";
-            assert!(stale && (of("slot"), of("slot_epoch")) == (Some("8192"), Some("2")), "{error:?}");
-            stale
+        assert_eq!(shown.state(), MigrationState::Pending, "nothing is copied: {shown:?}");
+        let refusal = shown.progress.unwrap().error;
+        refusal.is_some_and(|error| {
+            let holder = error.metadata.get("holder").map(String::as_str);
+            assert_eq!((error.reason.as_str(), holder), ("RANGE_BUSY", Some("n2")), "{error:?}");
+            true
         })
     })
     .await;

@@ -263,6 +263,19 @@ async fn learn(node: &Node, asked: &NodeId, told: &Told) -> Result<(), crate::st
     if told.whole {
         node.set_contested(asked, contest(&ownership, node.id(), asked, &claims));
     }
+    let told_of = claims.len();
+    let mut leap = None;
+    claims.retain(|claim| {
+        let believed = !ownership.is_leap(claim.range, claim.epoch);
+        if !believed {
+            leap.get_or_insert_with(|| claim.clone());
+        }
+        believed
+    });
+    if let Some(Claim { range, owner, epoch }) = leap {
+        let ignored = told_of - claims.len();
+        tracing::warn!(from = %asked, ignored, slots = %range, %owner, epoch, "epochs of slots are not believed, too far above what is known");
+    }
     let mut after = (*ownership).clone();
     let claims = after.adopt_all(&claims);
     // Where somebody is counts of those alone to whom clients may have to be sent: names cost whoever tells them nothing.
@@ -347,7 +360,7 @@ mod tests {
     use tokio::time::Instant;
 
     use super::*;
-    use crate::store::{Init, StoreOptions};
+    use crate::store::{Init, MAX_EPOCH_LEAP, StoreOptions};
 
     fn id(name: &str) -> NodeId {
         NodeId::new(name).unwrap()
@@ -505,6 +518,23 @@ mod tests {
         }
         let missing = told_by_n2(vec![SlotOwner::default()]).unwrap_err();
         assert_eq!(missing.violations()[0].field, "status.slot_owners[0].slots", "{missing}");
+    }
+
+    /// It would be the owner for ever.
+    #[tokio::test]
+    async fn an_epoch_that_leaps_is_not_believed() {
+        let dir = tempfile::tempdir().unwrap();
+        let node = bare(dir.path());
+        let tell = async |first: u64, second: u64| {
+            let owners = vec![owner("n2", 1, first, ""), owner("n3", 2, second, "")];
+            learn(&node, &id("n2"), &told_by_n2(owners).unwrap()).await.unwrap();
+            let epoch = |slot| node.gate().ownership().of(slot).map(|claim| claim.epoch);
+            (epoch(1), epoch(2))
+        };
+        assert_eq!(tell(u64::MAX, MAX_EPOCH_LEAP + 1).await, (None, None));
+        assert_eq!(tell(u64::MAX, 7).await, (None, Some(7)), "the rest is learned");
+        assert_eq!(tell(1, 8 + MAX_EPOCH_LEAP).await, (Some(1), Some(7)));
+        assert_eq!(tell(2, 7 + MAX_EPOCH_LEAP).await, (Some(2), Some(7 + MAX_EPOCH_LEAP)));
     }
 
     /// The largest map that an honest node has.

@@ -21,7 +21,7 @@ use tokio::sync::watch;
 use super::{MigrateOptions, NodeHold, check_value_format, failed};
 use crate::gate::{self, WriteDelay};
 use crate::node::Node;
-use crate::store::Claim;
+use crate::store::{Claim, MAX_EPOCH_LEAP};
 
 /// Gives slots of a node away.
 #[derive(Debug)]
@@ -40,6 +40,13 @@ impl NodeSource {
 
     fn delays(&self) -> MutexGuard<'_, BTreeMap<MigrationId, WriteDelay>> {
         self.delays.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What the target owns from now on. That it does is its word; how high it says so is believed as far as that of any peer.
+    fn given(&self, handover: &Handover) -> Claim {
+        let Handover { id: _, slots, owner, address: _, slot_epoch } = handover.clone();
+        let most = self.node.gate().ownership().highest_epoch(slots).saturating_add(MAX_EPOCH_LEAP);
+        Claim { range: slots, owner, epoch: slot_epoch.min(most) }
     }
 }
 
@@ -162,14 +169,13 @@ impl MigrationSource for NodeSource {
     }
 
     fn redirect(&self, handover: &Handover) -> bool {
-        let Handover { id: _, slots, owner, address, slot_epoch } = handover.clone();
-        self.node.redirect(Claim { range: slots, owner, epoch: slot_epoch }, address)
+        self.node.redirect(self.given(handover), handover.address.clone())
     }
 
     async fn give_up(&self, handover: &Handover) -> Result<(), Error> {
-        let Handover { id, slots, owner, address, slot_epoch } = handover.clone();
+        let Handover { id, address, .. } = handover.clone();
         let me = self.node.id().clone();
-        let claim = Claim { range: slots, owner, epoch: slot_epoch };
+        let claim = self.given(handover);
         let migration = id.clone();
         self.node
             .change_ownership(move |store| async move {

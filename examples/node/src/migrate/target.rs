@@ -14,7 +14,7 @@ use super::room::{Room, tombstones};
 use super::{MigrateOptions, NodeHold, check_value_format, failed};
 use crate::gate::HoldMode;
 use crate::node::Node;
-use crate::store::{Claim, StoreError};
+use crate::store::{Claim, MAX_EPOCH_LEAP, StoreError};
 
 /// Takes slots over for a node.
 #[derive(Debug)]
@@ -51,6 +51,9 @@ impl MigrationTarget for NodeTarget {
         if let Some(own) = self.node.own_ranges().into_iter().find(|own| own.overlaps(slots)) {
             let sentence = format!("node {} owns slots {own} of {slots} itself", self.node.id());
             return Err(Reason::RangeBusy.error(sentence).metadata("holder", self.node.id().as_str()));
+        }
+        if let Some((owner, sentence)) = self.node.third_owner(slots, &offer.spec.source_node) {
+            return Err(Reason::RangeBusy.error(sentence).metadata("holder", owner.as_str()));
         }
         if store.is_importing(slots) {
             let sentence = format!("a snapshot with some of slots {slots} is being imported");
@@ -101,10 +104,18 @@ impl MigrationTarget for NodeTarget {
     }
 
     async fn check_epoch(&self, slots: SlotRange, slot_epoch: u64) -> Result<(), Error> {
-        match self.node.gate().ownership().at_least(slots, slot_epoch) {
-            None => Ok(()),
-            Some((slot, epoch)) => Err(failed(StoreError::Outdated { slot, epoch })),
+        let ownership = self.node.gate().ownership();
+        if let Some((slot, epoch)) = ownership.at_least(slots, slot_epoch) {
+            return Err(failed(StoreError::Outdated { slot, epoch }));
         }
+        if ownership.is_leap(slots, slot_epoch) {
+            let highest = ownership.highest_epoch(slots);
+            let problem = format!(
+                "is {slot_epoch}, more than {MAX_EPOCH_LEAP} above {highest}, the highest that is known of slots {slots}"
+            );
+            return Err(Reason::InvalidField.field("prepare.new_slot_epoch", problem));
+        }
+        Ok(())
     }
 
     async fn commit(&self, takeover: &Takeover<'_>, record: Bytes) -> Result<(), Error> {

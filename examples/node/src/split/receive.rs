@@ -7,9 +7,9 @@ use proto::snapshot::hook::{Hold, HookFuture, InstallHook};
 use proto::snapshot::spec::TransferPlan;
 use proto::snapshot::store::PlacedSnapshot;
 
-use crate::common::{NodeId, SLOT_COUNT, SlotRange};
+use crate::common::{NodeId, SlotRange};
 use crate::node::Node;
-use crate::store::{Claim, Ownership, StoreError, read_header};
+use crate::store::{Claim, MAX_EPOCH_LEAP, Ownership, StoreError, read_header};
 
 /// The name of the one file that a snapshot of rows consists of.
 pub const ROWS_FILE: &str = "node-rows.snapshot";
@@ -59,6 +59,16 @@ impl SplitHook {
             .into_iter()
             .flat_map(|claim| credible(claim, spec.slots, source, me, &ownership))
             .collect();
+        if let Some(claim) = claims.iter().find(|claim| ownership.is_leap(claim.range, claim.epoch)) {
+            return Err(Reason::InstallRefused.error(format!(
+                "the snapshot claims slots {} at epoch {}, more than {MAX_EPOCH_LEAP} above what is known of them",
+                claim.range, claim.epoch
+            )));
+        }
+        // What the transfer was admitted for may be another one's by now: for good, since owners that are known are never forgotten.
+        if let Some((_, sentence)) = self.node.third_owner(spec.slots, source) {
+            return Err(Reason::InstallRefused.error(sentence));
+        }
         nodes.retain(|node, _| node == source);
         let rows = self.node.import(path, spec.slots, claims, nodes).await.map_err(refused)?;
         match rows {
@@ -132,16 +142,9 @@ impl InstallHook for SplitHook {
                 return Err(Reason::InstallRefused
                     .error(format!("node {} owns slots {own} of {slots} already", self.node.id())));
             }
-            let source = &plan.spec.source_node;
-            let known = self.node.gate().ownership();
-            let theirs = |claim: &&Claim| claim.owner != *source;
-            if let Some(claim) = known.overlapping(slots).find(theirs) {
-                // It may have changed hands a moment ago; the slot map is learned within a second.
+            if let Some((_, sentence)) = self.node.third_owner(slots, &plan.spec.source_node) {
                 return Err(Reason::InstallRefused
-                    .error(format!(
-                        "slots {} of {slots} are known to be of node {}, not of {source}",
-                        claim.range, claim.owner
-                    ))
+                    .error(sentence)
                     .retry_after(std::time::Duration::from_secs(1)));
             }
             let hold = self.guard.try_acquire(slots, plan.spec.transfer_id.as_str())?;
@@ -161,13 +164,14 @@ impl InstallHook for SplitHook {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
     use std::path::Path;
 
     use proto::common::ids::{ShardId, TransferId};
     use proto::snapshot::spec::{Manifest, ManifestFile, SnapshotPoint, TransferSpec};
 
     use super::*;
-    use crate::store::{Init, StoreOptions};
+    use crate::store::{Handover, Init, Store, StoreOptions};
 
     fn node(directory: &Path, slots: &str) -> Node {
         let slots = slots.parse().into_iter().collect();
@@ -205,6 +209,53 @@ mod tests {
 
     fn claim(range: &str, owner: &str) -> Claim {
         Claim { range: range.parse().unwrap(), owner: owner.parse().unwrap(), epoch: 9 }
+    }
+
+    /// A snapshot without rows that is complete, and says that n2 owns its slots from now on, at `epoch`.
+    fn placed(directory: &Path, slots: &str, epoch: u64) -> PlacedSnapshot {
+        let source: NodeId = "n1".parse().unwrap();
+        let path = directory.join(epoch.to_string());
+        std::fs::create_dir(&path).unwrap();
+        let init = Init { node: source.clone(), slots: None, others: vec![] };
+        let (store, _) = Store::open(&path.join("n1"), &init, &StoreOptions::default()).unwrap();
+        let handover =
+            Handover::new(&Ownership::default(), &Claim { epoch, ..claim(slots, "n2") }, &BTreeMap::new());
+        store.export_file(&source, slots.parse().unwrap(), handover, &path.join(ROWS_FILE)).unwrap();
+        store.close();
+        PlacedSnapshot { path: Some(path), plan: plan(slots) }
+    }
+
+    #[tokio::test]
+    async fn slots_that_became_a_third_nodes_meanwhile_are_not_taken_over() {
+        let dir = tempfile::tempdir().unwrap();
+        let (node, snapshot) = (node(&dir.path().join("n2"), "none"), placed(dir.path(), "100-199", 12));
+        let hook = SplitHook::new(node.clone(), RangeGuard::new());
+        let _hold = hook.admit(&snapshot.plan).await.unwrap();
+        let learned = vec![claim("150-150", "n3"), claim("0-99", "n4")];
+        node.change_ownership(|store| async move { store.adopt(learned).await }).await.unwrap();
+        let refused = hook.install(&snapshot).await.unwrap_err();
+        assert!(refused.is(Reason::InstallRefused) && !refused.is_retryable(), "{refused:?}");
+        let why = "slots 150 of 100-199 are known to be of node n3, not of n1";
+        assert!(refused.message().contains(why), "{refused}");
+        assert_eq!(node.own_ranges(), []);
+        // The sender hears the same if it begins again, and may try until this node has learned better.
+        let Err(refused) = hook.admit(&snapshot.plan).await else { panic!("it is admitted") };
+        assert!(refused.is(Reason::InstallRefused) && refused.is_retryable(), "{refused:?}");
+        assert!(refused.message().contains(why), "{refused}");
+    }
+
+    #[tokio::test]
+    async fn a_snapshot_whose_epoch_leaps_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let node = node(&dir.path().join("n2"), "none");
+        let hook = SplitHook::new(node.clone(), RangeGuard::new());
+        for epoch in [u64::MAX, MAX_EPOCH_LEAP + 1] {
+            let refused = hook.install(&placed(dir.path(), "100-199", epoch)).await.unwrap_err();
+            assert!(refused.is(Reason::InstallRefused) && !refused.is_retryable(), "{refused:?}");
+            assert_eq!(node.own_ranges(), []);
+        }
+        hook.install(&placed(dir.path(), "100-199", MAX_EPOCH_LEAP)).await.unwrap();
+        assert_eq!(node.own_ranges(), ["100-199".parse().unwrap()]);
     }
 
     /// A file that claims more than its sender may say.

@@ -11,6 +11,9 @@ use crate::common::{NodeId, SLOT_COUNT, SlotRange};
 
 /// Nodes that are learned of at most: each is asked all the time, and kept for ever. Slots of further ones are known as theirs, without an address.
 pub(crate) const MAX_NODES: usize = 1024;
+/// How far above the highest epoch that is known of its slots one may be that a peer tells. Honest ones rise by one or two with each move; and in steps of
+/// this size nobody gets to the highest number that there is, which would leave the slots with an owner for ever.
+pub(crate) const MAX_EPOCH_LEAP: u64 = 1 << 32;
 
 /// Where a node can be reached.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -100,6 +103,11 @@ impl Ownership {
     #[must_use]
     pub fn highest_epoch(&self, range: SlotRange) -> u64 {
         self.overlapping(range).map(|claim| claim.epoch).max().unwrap_or(0)
+    }
+
+    /// Whether `epoch`, which a peer tells for `range`, is [too far](MAX_EPOCH_LEAP) above what is known.
+    pub(crate) fn is_leap(&self, range: SlotRange, epoch: u64) -> bool {
+        epoch.saturating_sub(self.highest_epoch(range)) > MAX_EPOCH_LEAP
     }
 
     /// Takes over `new` for those of its slots whose present claim has a lower epoch. Returns whether

@@ -13,7 +13,7 @@ use proto::migration::{MigrationSource as _, MigrationTarget as _};
 use super::support::*;
 use crate::common::{NodeId, slot_of};
 use crate::gate::{Access, Verdict};
-use crate::store::{SetExpiry, WriteOp, test_store};
+use crate::store::{MAX_EPOCH_LEAP, SetExpiry, WriteOp, test_store};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn slots_move_there_and_back() {
@@ -218,6 +218,21 @@ async fn run(steps: Vec<Step>) {
         assert_eq!(outside.get(&key), Some(&row));
     }
     assert!(a.keys(moving()).await.is_empty());
+}
+
+/// The target has the slots, whatever it says; but nobody has them for ever.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_target_that_tells_of_the_highest_epoch_gets_one_that_can_be_surpassed() {
+    let dir = tempfile::tempdir().unwrap();
+    let a = TestNode::open(&dir.path().join("a"), "n1", "0-16383");
+    let (id, slots, address) = (id("m"), moving(), "127.0.0.1:7102".to_owned());
+    a.source.open_log(&id, slots, None).await.unwrap();
+    let owner = NodeId::new("n2").unwrap();
+    let handover = Handover { id, slots, owner: owner.clone(), address, slot_epoch: u64::MAX };
+    a.source.give_up(&handover).await.unwrap();
+    let ownership = a.node.gate().ownership();
+    let claim = ownership.of(slots.start()).unwrap();
+    assert_eq!((claim.range, &claim.owner, claim.epoch), (slots, &owner, 1 + MAX_EPOCH_LEAP));
 }
 
 proptest! {

@@ -22,7 +22,7 @@ use super::support::*;
 use crate::common::{NodeId, slot_of};
 use crate::gate::{Access, Verdict};
 use crate::migrate::{MigrateOptions, NodeTarget};
-use crate::store::{Claim, Handover, SHARDS_PER_PEER, StoreOptions, test_store};
+use crate::store::{Claim, Handover, MAX_EPOCH_LEAP, SHARDS_PER_PEER, StoreOptions, test_store};
 
 fn image(value: &str) -> Option<Image> {
     Some(Image { value: bytes(value), expires_unix_ms: None })
@@ -317,6 +317,30 @@ async fn what_the_node_cannot_take_is_refused() {
         (stale.reason(), stale.get("slot"), stale.get("slot_epoch")),
         ("STALE_SLOT_EPOCH", Some("5000"), Some("7"))
     );
+    b.target.check_epoch(moving(), 7 + MAX_EPOCH_LEAP).await.unwrap();
+    for (slots, leap) in
+        [(moving(), 8 + MAX_EPOCH_LEAP), (range("6000-7000"), 1 + MAX_EPOCH_LEAP), (moving(), u64::MAX)]
+    {
+        let leap = b.target.check_epoch(slots, leap).await.unwrap_err();
+        assert_eq!(
+            (leap.reason(), leap.violations()[0].field.as_str()),
+            ("INVALID_FIELD", "prepare.new_slot_epoch")
+        );
+        assert!(!leap.is_retryable());
+    }
+    // Nor are slots taken over from a node that they are known not to be of.
+    let offer = async |spec: &MigrationSpec| {
+        b.target.admit(&Offer { id: &id, spec, fence: None, missing_bytes: None }).await
+    };
+    let third = offer(&good).await.unwrap_err();
+    assert_eq!((third.reason(), third.get("holder"), third.is_retryable()), ("RANGE_BUSY", Some("n3"), true));
+    assert!(
+        third.message().contains("slots 5000-5009 of 4096-12287 are known to be of node n3, not of n1"),
+        "{third}"
+    );
+    offer(&spec(range("4096-4999"))).await.unwrap();
+    offer(&MigrationSpec { source_node: NodeId::new("n3").unwrap(), ..good.clone() }).await.unwrap();
+
     b.target.begin(&id, moving(), Bytes::new()).await.unwrap();
     b.target.apply(&id, many(5, 3, "x"), Bytes::new()).await.unwrap();
     let refused = b.target.commit(&takeover(&id, 7), Bytes::new()).await.unwrap_err();
