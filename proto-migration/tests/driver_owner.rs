@@ -132,27 +132,31 @@ async fn what_an_operator_gave_away_stays_so_though_the_source_dies_over_it() {
     );
 }
 
-/// It has ended, and the history that it goes to takes nothing.
+/// It has ended, and its record cannot be taken away.
 #[tokio::test]
 async fn an_end_is_told_before_the_history_has_it() {
     let pair = Pair::start().await;
     pair.fill(10).await;
-    let journal = pair.dir.path().join("source");
-    let history = journal.join("history");
-    std::fs::remove_file(&history).unwrap();
-    std::fs::create_dir(&history).unwrap();
+    let gate = Arc::new(Semaphore::new(0));
+    pair.target.fault("forget", Fault::Wait(Arc::clone(&gate)));
     pair.begin(|_| {}).await.unwrap();
-    pair.reaches(MigrationState::Completed).await;
+    pair.until("the target is told", |_| pair.target.calls("forget") == 1).await;
+    let active = pair.dir.path().join("source/active");
+    let record = std::fs::read_dir(&active).unwrap().next().unwrap().unwrap().path();
+    std::fs::remove_file(&record).unwrap();
+    std::fs::create_dir(&record).unwrap();
+    gate.add_permits(1);
     pair.until("the target has forgotten", |_| pair.target.disk().records.is_empty()).await;
     let asked = async {
         assert_eq!(pair.cancel().await.unwrap_err().reason(), "ALREADY_COMMITTED");
         assert_eq!(pair.begin(|_| {}).await.unwrap().state(), MigrationState::Completed);
     };
     tokio::time::timeout(Duration::from_secs(5), asked).await.expect("nobody waits for the history");
-    let active = || std::fs::read_dir(journal.join("active")).unwrap().count();
-    assert_eq!(active(), 1, "it was not taken until now");
-    std::fs::remove_dir(&history).unwrap();
-    pair.until("it is in the history", |_| active() == 0).await;
+    assert!(record.exists(), "it was not taken away until now");
+    std::fs::remove_dir(&record).unwrap();
+    pair.stop_driver.unwrap()().await;
+    let (_, recovered) = Journal::open(pair.dir.path().join("source"), 10).unwrap();
+    assert!(recovered.active.is_empty() && !recovered.finished.is_empty(), "{recovered:?}");
 }
 
 #[tokio::test]

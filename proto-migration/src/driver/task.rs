@@ -163,8 +163,12 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
                 Err(error) => {
                     tracing::error!(migration_id = %self.id, error = %error, "the journal cannot be written");
                     self.change().incident(&error);
-                    // Nobody is told of a state that a crash would take back.
-                    self.tracker.update(|shown| shown.incident(&error));
+                    if self.state().is_final() {
+                        // Nobody is told of an end that a crash would take back.
+                        self.tracker.update(|shown| shown.incident(&error));
+                    } else {
+                        self.show();
+                    }
                     let wait = backoff.next(&error).unwrap_or(Duration::from_secs(10));
                     tokio::select! {
                         () = self.inner.stopping.cancelled() => return Err(Halt::Stopping),
