@@ -42,6 +42,11 @@ pub struct Limits {
     /// Payload bytes that the store is given to stage and to make durable at once. Default 1 MiB: one sync for a thousand small entries and
     /// more, and little enough that what a disk has to keep at once holds clients of other slots up for milliseconds.
     pub apply_bytes: u64,
+    /// How long the store is given nothing after it began with a part, unless so much has come meanwhile, or somebody waits for it: the last row of a
+    /// copy, and changes that clients of the source wait for. What comes in between is staged at once, and pages that several changes lie in are written once. It
+    /// counts for the lag, and so for `ready_lag_ms`. Default 100 ms: with `examples/node` on a disk 99 of 100 writes of other clients take 4 to 5 ms less
+    /// meanwhile, of 13 to 17.
+    pub apply_every: Duration,
     /// Payload bytes per second that sources are asked for, per migration. Default: no limit.
     pub bytes_per_second: Option<NonZeroU64>,
     /// Silence after which a stream is given up. Default 30 s; 3 s or more.
@@ -76,6 +81,7 @@ impl Default for Limits {
             sent_batch_bytes: 512 << 10,
             credit_bytes: 32 << 20,
             apply_bytes: 1 << 20,
+            apply_every: Duration::from_millis(100),
             bytes_per_second: None,
             idle: Duration::from_secs(30),
             slowest_bytes: 64 << 10,

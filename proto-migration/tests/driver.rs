@@ -5,6 +5,7 @@
 
 mod support;
 
+use std::cell::Cell;
 use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -153,13 +154,22 @@ async fn nothing_is_applied(pair: &Pair, limits: MigrationLimits) -> Arc<Semapho
     gate
 }
 
-/// Writes, and waits until the target's store hurries.
+/// Writes until the target's store hurries.
 async fn it_hurries(pair: &Pair) -> MigrationProgress {
-    // Each may be a batch, of which the target queues 64 while nothing is applied: behind those it would not hear of any hurry.
-    for _ in 0..32 {
-        pair.source.write(b"key1", Some(b"2")).await;
-    }
-    pair.until("it hurries", |_| pair.target.hurried()).await
+    let hurries = Cell::new(false);
+    let writes = async {
+        while !hurries.get() {
+            pair.source.write(b"key1", Some(b"2")).await;
+            // Each is a batch, of which the target queues 64 while nothing is applied: behind those it would not hear that it is to hurry.
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    let until = async {
+        let progress = pair.until("it hurries", |_| pair.target.hurried()).await;
+        hurries.set(true);
+        progress
+    };
+    tokio::join!(until, writes).0
 }
 
 #[tokio::test]

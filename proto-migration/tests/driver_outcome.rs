@@ -11,15 +11,12 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use proto_common::error::Error;
 use proto_common::slots::{SlotRange, slot_of};
-use proto_common::v1::Direction;
 use proto_migration::Reason;
 use proto_migration::hold::HoldMode;
 use proto_migration::journal::Journal;
 use proto_migration::receiver::MigrationReceiver;
-use proto_migration::v1::migration_service_client::MigrationServiceClient;
 use proto_migration::v1::{
-    FreezeOutcome, GetMigrationProgressRequest, MigrationDecision, MigrationGate, MigrationLimits,
-    MigrationProgress, MigrationState,
+    FreezeOutcome, MigrationDecision, MigrationGate, MigrationLimits, MigrationProgress, MigrationState,
 };
 use support::memory_source::{Answer, Faults, MemorySource};
 use support::memory_target::{Fault, MemoryTarget};

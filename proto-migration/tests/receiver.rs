@@ -528,6 +528,32 @@ async fn a_heartbeat_is_answered_and_shown_and_silence_is_not_waited_for() {
     assert_eq!(source.error().await.reason(), "IDLE_TIMEOUT");
 }
 
+#[tokio::test]
+async fn what_nobody_waits_for_is_staged_in_rounds() {
+    let mut limits = Limits::default();
+    limits.apply_every = Duration::from_secs(3600);
+    let node = Node::with(|builder| builder.limits(limits)).await;
+    let (mut source, _) = node.accept(header(1)).await;
+    source.bulk(vec![row(10, "a")], false).await;
+    source.durable().await;
+    assert_eq!(node.target.calls("apply"), 1, "the first one at once");
+    for key in ["b", "c"] {
+        source.bulk(vec![row(10, key)], false).await;
+        // Answered once all before it was read.
+        source.send(Frame::Heartbeat(Heartbeat::default())).await;
+        source.acked(|_| true).await;
+    }
+    source.bulk(vec![row(10, "d")], true).await;
+    source.durable().await;
+    assert_eq!(node.target.calls("apply"), 2, "all of them with the last row");
+    source.delta(11, vec![row(11, "e")]).await;
+    source.send(Frame::Heartbeat(Heartbeat::default())).await;
+    source.acked(|_| true).await;
+    source.urgent(12, vec![row(12, "f")]).await;
+    source.durable().await;
+    assert_eq!(node.target.calls("apply"), 3, "with changes that clients wait for");
+}
+
 #[derive(Debug, Clone)]
 enum Step {
     Rows(Vec<(u8, u64)>),

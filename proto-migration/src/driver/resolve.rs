@@ -46,7 +46,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
                 Err(unexpected("the target told no decision that this version knows").into())
             }
             (MigrationState::Completed, MigrationDecision::Committed) => self.forget(link).await,
-            (MigrationState::Completed, _) if !accepted.known => self.told().await,
+            (MigrationState::Completed, _) if !accepted.known => self.told(),
             (MigrationState::Completed, _) => Err(undecided_there().into()),
             (MigrationState::Cancelled | MigrationState::Failed, MigrationDecision::Committed) => {
                 self.forget(link).await
@@ -55,9 +55,9 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
                 if accepted.known =>
             {
                 self.discard(&mut link).await?;
-                self.told().await
+                self.told()
             }
-            (MigrationState::Cancelled | MigrationState::Failed, _) => self.told().await,
+            (MigrationState::Cancelled | MigrationState::Failed, _) => self.told(),
 
             (_, MigrationDecision::Committed) => {
                 let committed = accepted.committed.unwrap_or_default();
@@ -132,7 +132,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         self.meanwhile(forgotten)
             .await?
             .unwrap_or_else(|_| Err(unexpected("the target does not say that it forgot")))?;
-        self.told().await
+        self.told()
     }
 
     async fn discard(&mut self, link: &mut Link) -> Result<String, Halt> {
@@ -158,10 +158,11 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         Ok(self.meanwhile(answered).await??)
     }
 
-    async fn told(&mut self) -> Result<(), Halt> {
+    /// The target knows the end, or of nothing. Not saved: after a crash it is told again, which does no harm, and answers that it knows no such
+    /// migration.
+    fn told(&mut self) -> Result<(), Halt> {
         self.record.untold = false;
-        // Repeated after a crash, which does no harm: the target answers that it knows no such migration.
-        self.save().await
+        Ok(())
     }
 }
 

@@ -7,6 +7,7 @@ use std::time::Instant;
 use proto_common::clock::millis;
 use proto_common::error::Error;
 use tokio::sync::{Notify, mpsc};
+use tokio::time::timeout_at;
 
 use super::Inner;
 use super::batch::{Batch, Moves};
@@ -22,6 +23,9 @@ use crate::target::{MigrationTarget, Offer, Staged};
 use crate::v1::transfer_migration_data_request::Commit;
 use crate::v1::transfer_migration_data_response::{Forgotten, Frame as Answer, PrepareRefused, Prepared};
 use crate::v1::{MigrationState, SlotMismatch};
+
+/// Batches that are gathered at most, however small they are.
+const GATHERED: usize = 1024;
 
 /// Something to do.
 #[derive(Debug)]
@@ -103,7 +107,9 @@ pub(super) struct Applier<T: MigrationTarget> {
 impl<T: MigrationTarget> Applier<T> {
     /// Does all that is queued. True when the end frame of the stream was answered.
     pub(super) async fn run(self, mut queue: mpsc::Receiver<Work>) -> Result<bool, Error> {
-        let mut next = None;
+        let (mut next, limits) = (None, &self.inner.limits);
+        // Of the next round of batches that nobody waits for.
+        let mut due = tokio::time::Instant::now();
         loop {
             let work = match next.take() {
                 Some(work) => work,
@@ -115,19 +121,26 @@ impl<T: MigrationTarget> Applier<T> {
             match work {
                 Work::Batch(first) => {
                     let mut bytes = first.payload;
+                    let mut waited_for = first.is_waited_for();
                     let mut batches = vec![first];
-                    while next.is_none() && bytes < self.inner.limits.apply_bytes {
-                        match queue.try_recv() {
-                            Ok(Work::Batch(more))
-                                if bytes + more.payload <= self.inner.limits.apply_bytes =>
-                            {
+                    while next.is_none() && bytes < limits.apply_bytes && batches.len() < GATHERED {
+                        let more = match queue.try_recv() {
+                            Ok(more) => Some(more),
+                            // A source that is about to run out of credit waits, too.
+                            Err(_) if waited_for || bytes >= limits.credit_bytes / 4 => None,
+                            Err(_) => timeout_at(due, queue.recv()).await.unwrap_or(None),
+                        };
+                        match more {
+                            Some(Work::Batch(more)) if bytes + more.payload <= limits.apply_bytes => {
                                 bytes += more.payload;
+                                waited_for |= more.is_waited_for();
                                 batches.push(more);
                             }
-                            Ok(other) => next = Some(other),
-                            Err(_) => break,
+                            Some(other) => next = Some(other),
+                            None => break,
                         }
                     }
+                    due = tokio::time::Instant::now() + limits.apply_every;
                     self.apply(batches).await?;
                 }
                 Work::Prepare(wanted) => self.prepare(wanted).await?,

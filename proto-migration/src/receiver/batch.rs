@@ -36,6 +36,13 @@ pub(super) struct Batch {
     pub(super) urgent: Option<Hurried>,
 }
 
+impl Batch {
+    /// Whether somebody waits for it to be durable, or for what can begin once it is.
+    pub(super) fn is_waited_for(&self) -> bool {
+        self.urgent.is_some() || matches!(self.moves, Moves::Copy { last: true, .. })
+    }
+}
+
 /// Checks the batches of one stream in the order in which they come.
 #[derive(Debug)]
 pub(super) struct Checker {

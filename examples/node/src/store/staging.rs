@@ -127,10 +127,13 @@ impl Store {
     pub(crate) async fn stage(
         &self,
         id: &MigrationId,
-        entries: Vec<Entry>,
+        mut entries: Vec<Entry>,
         record: Bytes,
     ) -> Result<Staged, StoreError> {
         let writer = self.writer()?;
+        // Changes come as clients made them. In the order of the table a slice of them lies in fewer pages, of which each is written; their sequences say which
+        // of two is the newer one.
+        entries.sort_by_cached_key(|entry| (slot_of(&entry.key), entry.key.clone()));
         let mut rest = entries.into_iter();
         loop {
             let (id, record) = (id.clone(), record.clone());
