@@ -70,7 +70,7 @@ struct HandoverClaim {
 }
 
 impl Handover {
-    /// What a node knows, but that `new` is so; and where nodes are, [`MAX_NODES`] at most.
+    /// What a node knows, but that `new` is so; and where nodes are, at most as many as are learned of.
     #[must_use]
     pub fn new(known: &Ownership, new: &Claim, nodes: &BTreeMap<NodeId, NodeAddresses>) -> Self {
         let rest = known.claims().iter().flat_map(|known| {
