@@ -329,13 +329,11 @@ impl<S: MigrationSource, D: Dial> Inner<S, D> {
         };
         timeout(ANSWER_TIMEOUT, asking).await.unwrap_or_else(|_| {
             let waited = ANSWER_TIMEOUT.as_secs();
-            Some(Err(Error::new(
-                CommonReason::Unavailable,
-                format!(
-                "migration {id} has not answered for {waited} s, as while its disk takes nothing or a freeze lasts; what was asked \
-                 may still be done: look at its progress, and ask again"
-                ),
-            )))
+            let text = format!(
+                "migration {id} has not answered for {waited} s, as while its disk takes nothing or a freeze lasts; what was asked may \
+                 still be done: look at its progress, and ask again"
+            );
+            Some(Err(Reason::OutcomePending.error(text)))
         })
     }
 

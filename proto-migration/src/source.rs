@@ -140,8 +140,8 @@ pub trait MigrationSource: Send + Sync + 'static {
         fence: Option<Fence>,
     ) -> impl Future<Output = Result<SourceTerms, Error>> + Send;
 
-    /// Says whether this node still owns every slot of `slots`, and none at another epoch than up to `slot_epoch`, which
-    /// [`admit`](Self::admit) told. Asked before a copy begins, and before the commit, with everybody held. Does not wait.
+    /// Says whether this node still owns every slot of `slots`, and none at a higher epoch than `slot_epoch`, which [`admit`](Self::admit)
+    /// told. Asked before a copy begins, and before the commit, with everybody held. Does not wait.
     ///
     /// # Errors
     ///

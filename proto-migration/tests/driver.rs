@@ -24,7 +24,7 @@ use proto_migration::v1::{
 };
 use support::memory_source::{Answer, Faults, MemorySource};
 use support::memory_target::Fault;
-use support::pair::{Pair, Service, error_of, identity};
+use support::pair::{Pair, Service, error_of, identity, manual};
 use tokio::sync::Semaphore;
 
 #[tokio::test]
@@ -85,7 +85,7 @@ async fn a_digest_that_differs_fails_it_and_names_the_slot() {
 async fn a_lost_log_starts_the_copy_again_and_says_so() {
     let pair = Pair::start().await;
     pair.fill(300).await;
-    pair.begin(|request| request.spec.as_mut().unwrap().auto_complete = false).await.unwrap();
+    pair.begin(manual).await.unwrap();
     pair.reaches(MigrationState::Ready).await;
     pair.source.set_faults(Faults { lose_log: true, ..Faults::default() });
     pair.source.write(b"key1", Some(b"after")).await;
@@ -326,7 +326,7 @@ async fn what_cannot_begin_is_refused_by_name() {
     let stale = pair.begin(|request| request.fence = Some(Fence::new(4, 9).into())).await.unwrap_err();
     assert_eq!((stale.reason(), stale.get("current_epoch")), ("STALE_FENCE", Some("5")));
 
-    let manual: Spoil = |request| request.spec.as_mut().unwrap().auto_complete = false;
+    let manual: Spoil = manual;
     let begun = pair.begin(manual).await.unwrap();
     assert_eq!(begun.state(), MigrationState::Pending);
     pair.begin(manual).await.expect("joins");
@@ -490,11 +490,14 @@ async fn a_row_that_the_rate_holds_up_for_longer_than_a_stream_may_be_slow_arriv
     pair.target_down().await;
     (pair.target_limits.slowest_bytes, pair.target_limits.slowest_time) = (8 << 10, Duration::from_secs(2));
     pair.target_up(2).await;
-    pair.fill(20).await;
+    for n in 0..20 {
+        pair.source.write(format!("key{n}").as_bytes(), Some(&[b'x'; 1 << 10])).await;
+    }
     pair.source.write(b"large", Some(&[b'x'; 20 << 10])).await;
     let limits = MigrationLimits { max_bytes_per_second: Some(5 << 10), ..MigrationLimits::default() };
     pair.begin(|request| request.limits = Some(limits)).await.unwrap();
     let done = pair.reaches(MigrationState::Completed).await;
     assert!(done.source_throttled_ms > 0, "{done:?}");
+    assert!(pair.source.pages() >= 5, "no more at once than in a second: {} pages", pair.source.pages());
     assert_eq!(pair.target_rows().len(), 21);
 }

@@ -20,7 +20,7 @@ use proto_migration::v1::{
 };
 use support::memory_source::{Answer, Faults, MemorySource};
 use support::memory_target::{Fault, MemoryTarget};
-use support::pair::{Pair, driver, error_of, id, identity};
+use support::pair::{Pair, driver, error_of, id, identity, manual};
 use tokio::sync::Semaphore;
 
 #[tokio::test]
@@ -67,16 +67,8 @@ async fn while_committing_nothing_but_evidence_opens_the_gate() {
 
 #[tokio::test]
 async fn a_prepared_attempt_that_did_not_commit_is_fenced_and_goes_on() {
-    let mut pair = Pair::start().await;
-    pair.fill(100).await;
-    let never = Arc::new(Semaphore::new(0));
-    pair.target.fault("commit", Fault::Wait(never));
-    pair.begin(|_| {}).await.unwrap();
-    pair.reaches(MigrationState::Committing).await;
-    // The target dies before it commits. Its shutdown would wait for the commit; a crash does not.
-    *pair.reachable.lock().unwrap() = None;
-    pair.receiver = None;
-    pair.target = pair.target.crash();
+    let mut pair = Pair::committing(100).await;
+    pair.target_dies();
     pair.source_down().await;
     pair.source = pair.source.restarted();
     pair.source_up().await;
@@ -92,13 +84,8 @@ async fn a_prepared_attempt_that_did_not_commit_is_fenced_and_goes_on() {
 
 #[tokio::test]
 async fn a_target_that_lost_its_disk_while_committing_needs_an_operator() {
-    let mut pair = Pair::start().await;
-    pair.fill(50).await;
-    pair.target.fault("commit", Fault::Wait(Arc::new(Semaphore::new(0))));
-    pair.begin(|_| {}).await.unwrap();
-    pair.reaches(MigrationState::Committing).await;
-    *pair.reachable.lock().unwrap() = None;
-    pair.receiver = None;
+    let mut pair = Pair::committing(50).await;
+    pair.target_dies();
     pair.source_down().await;
     pair.source = pair.source.restarted();
     pair.source_up().await;
@@ -150,7 +137,7 @@ async fn an_operator_may_give_the_slots_to_the_target() {
 async fn a_target_that_lost_its_disk_before_is_stopped_at_and_one_that_forgot_is_copied_to_again() {
     let mut pair = Pair::start().await;
     pair.fill(50).await;
-    pair.begin(|request| request.spec.as_mut().unwrap().auto_complete = false).await.unwrap();
+    pair.begin(manual).await.unwrap();
     pair.reaches(MigrationState::Ready).await;
     pair.target_down().await;
     pair.target = MemoryTarget::default();
@@ -197,7 +184,7 @@ async fn a_source_that_restarts_goes_on_where_the_target_is() {
 async fn a_source_that_restarts_goes_on_with_the_log_that_it_has() {
     let mut pair = Pair::start().await;
     pair.fill(100).await;
-    pair.begin(|request| request.spec.as_mut().unwrap().auto_complete = false).await.unwrap();
+    pair.begin(manual).await.unwrap();
     pair.reaches(MigrationState::Ready).await;
     let saved = pair.progress().await.durable_seq;
     // What the target acknowledges is dropped from the log, and nothing of it stands in the journal.
@@ -274,7 +261,7 @@ async fn slots_of_a_damaged_record_are_held_and_the_rest_is_served() {
 async fn a_source_that_was_away_hears_why_the_target_was_told_to_cancel() {
     let mut pair = Pair::start().await;
     pair.fill(50).await;
-    pair.begin(|request| request.spec.as_mut().unwrap().auto_complete = false).await.unwrap();
+    pair.begin(manual).await.unwrap();
     pair.reaches(MigrationState::Ready).await;
     pair.source_down().await;
     pair.cancel_there().await.unwrap();
@@ -288,7 +275,7 @@ async fn a_source_that_was_away_hears_why_the_target_was_told_to_cancel() {
 async fn a_damaged_record_at_the_target_is_waited_for() {
     let mut pair = Pair::start().await;
     pair.fill(50).await;
-    pair.begin(|request| request.spec.as_mut().unwrap().auto_complete = false).await.unwrap();
+    pair.begin(manual).await.unwrap();
     pair.reaches(MigrationState::Ready).await;
     pair.target_down().await;
     let whole = pair.target.disk().records.insert(id(), Bytes::from_static(b"\xff")).unwrap();
@@ -311,7 +298,7 @@ async fn a_damaged_record_at_the_target_is_waited_for() {
 async fn a_cancelled_migration_keeps_no_log_while_the_target_is_away() {
     let mut pair = Pair::start().await;
     pair.fill(50).await;
-    pair.begin(|request| request.spec.as_mut().unwrap().auto_complete = false).await.unwrap();
+    pair.begin(manual).await.unwrap();
     pair.reaches(MigrationState::Ready).await;
     assert!(pair.source.has_log(&id()));
     pair.target_down().await;
@@ -397,15 +384,9 @@ fn meets_another(progress: &MigrationProgress, times: usize) -> bool {
 
 #[tokio::test]
 async fn another_node_answers_for_no_commit_and_an_operator_can_name_the_attempt() {
-    let mut pair = Pair::start().await;
-    pair.fill(50).await;
-    pair.target.fault("commit", Fault::Wait(Arc::new(Semaphore::new(0))));
-    pair.begin(|_| {}).await.unwrap();
-    pair.reaches(MigrationState::Committing).await;
-    // The target dies before it commits.
+    let mut pair = Pair::committing(50).await;
+    pair.target_dies();
     another_node(&pair).await;
-    pair.receiver = None;
-    pair.target = pair.target.crash();
     pair.source_down().await;
     pair.source = pair.source.restarted();
     pair.source_up().await;
@@ -425,7 +406,7 @@ async fn another_node_at_the_address_of_the_target_is_no_word_from_the_target() 
     for cancel in [false, true] {
         let mut pair = Pair::start().await;
         pair.fill(50).await;
-        pair.begin(|request| request.spec.as_mut().unwrap().auto_complete = false).await.unwrap();
+        pair.begin(manual).await.unwrap();
         pair.reaches(MigrationState::Ready).await;
         pair.target_down().await;
         another_node(&pair).await;
@@ -487,14 +468,14 @@ async fn a_target_that_is_too_slow_costs_no_more_log_than_the_cap() {
 async fn a_source_that_forgot_a_migration_does_not_take_it_up_by_its_id() {
     let mut pair = Pair::start().await;
     pair.fill(50).await;
-    pair.begin(|request| request.spec.as_mut().unwrap().auto_complete = false).await.unwrap();
+    pair.begin(manual).await.unwrap();
     pair.reaches(MigrationState::Ready).await;
     pair.source_down().await;
     std::fs::remove_dir_all(pair.dir.path().join("source")).unwrap();
     pair.source.keep_no_log(&id());
     pair.source = pair.source.restarted();
     pair.source_up().await;
-    pair.begin(|request| request.spec.as_mut().unwrap().auto_complete = false).await.unwrap();
+    pair.begin(manual).await.unwrap();
     // Nobody could vouch for a target that has accepted nothing.
     let failed = pair.reaches(MigrationState::Failed).await;
     assert_eq!(error_of(&failed).reason(), "SUPERSEDED");

@@ -17,8 +17,8 @@ use proto_migration::journal::Journal;
 use proto_migration::v1::migration_service_client::MigrationServiceClient;
 use proto_migration::v1::{MigrationDecision, MigrationGate, MigrationProgress, MigrationState};
 use support::memory_source::{Answer, Faults, MemorySource};
-use support::memory_target::Fault;
-use support::pair::{Pair, dial, error_of, identity};
+use support::memory_target::{Fault, MemoryTarget};
+use support::pair::{Pair, dial, error_of, identity, manual};
 use tokio::sync::Semaphore;
 
 #[tokio::test]
@@ -60,7 +60,7 @@ async fn a_start_that_is_refused_holds_no_slots() {
 async fn slots_that_turn_out_to_be_of_another_node_are_not_given_away() {
     let pair = Pair::start().await;
     pair.fill(100).await;
-    pair.begin(|request| request.spec.as_mut().unwrap().auto_complete = false).await.unwrap();
+    pair.begin(manual).await.unwrap();
     pair.reaches(MigrationState::Ready).await;
     pair.source.lose("n3", 1);
     pair.complete(None).await.unwrap();
@@ -77,7 +77,7 @@ async fn slots_that_turn_out_to_be_of_another_node_are_not_given_away() {
 async fn a_copy_does_not_begin_again_of_slots_that_are_of_another_node() {
     let pair = Pair::start().await;
     pair.fill(100).await;
-    pair.begin(|request| request.spec.as_mut().unwrap().auto_complete = false).await.unwrap();
+    pair.begin(manual).await.unwrap();
     pair.reaches(MigrationState::Ready).await;
     pair.source.lose("n3", 1);
     pair.source.set_faults(Faults { lose_log: true, ..Faults::default() });
@@ -86,22 +86,10 @@ async fn a_copy_does_not_begin_again_of_slots_that_are_of_another_node() {
     assert_eq!((error_of(&failed).reason(), failed.copy), ("NOT_SLOT_OWNER", 1), "{failed:?}");
 }
 
-/// The commit never gets to the target, which dies with the only copy that is prepared, and comes back when it is `up`.
-async fn prepared_and_away() -> Pair {
-    let mut pair = Pair::start().await;
-    pair.fill(100).await;
-    pair.target.fault("commit", Fault::Wait(Arc::new(Semaphore::new(0))));
-    pair.begin(|_| {}).await.unwrap();
-    pair.reaches(MigrationState::Committing).await;
-    *pair.reachable.lock().unwrap() = None;
-    pair.receiver = None;
-    pair.target = pair.target.crash();
-    pair
-}
-
 #[tokio::test]
 async fn what_an_operator_gave_away_stays_so_though_the_source_dies_over_it() {
-    let mut pair = prepared_and_away().await;
+    let mut pair = Pair::committing(100).await;
+    pair.target_dies();
     pair.source.set_faults(Faults { full_disk: true, ..Faults::default() });
     {
         let mut deciding = std::pin::pin!(pair.resolve(MigrationDecision::Committed, |_| {}));
@@ -130,6 +118,49 @@ async fn what_an_operator_gave_away_stays_so_though_the_source_dies_over_it() {
         "RESOLVE_REFUSED",
         "it is decided"
     );
+}
+
+/// Writes went on after the evidence was gone, until an operator gave the slots away.
+#[tokio::test]
+async fn nobody_is_served_before_what_an_operator_gave_away_while_the_gate_was_open_is_given_up() {
+    let mut pair = Pair::start().await;
+    pair.fill(100).await;
+    pair.begin(manual).await.unwrap();
+    pair.reaches(MigrationState::Ready).await;
+    pair.target_down().await;
+    pair.target = MemoryTarget::default();
+    pair.target_up(9).await;
+    let stopped = pair.reaches(MigrationState::NeedsOperator).await;
+    assert_eq!((stopped.gate(), pair.source.held()), (MigrationGate::Open, None));
+    pair.source.set_faults(Faults { full_disk: true, ..Faults::default() });
+    {
+        let mut deciding = std::pin::pin!(pair.resolve(MigrationDecision::Committed, |_| {}));
+        let early = tokio::time::timeout(Duration::from_millis(200), &mut deciding).await;
+        assert!(early.is_err(), "it cannot be carried out yet: {early:?}");
+    }
+    pair.source_down().await;
+    pair.source = pair.source.restarted();
+    pair.source_up().await;
+    assert_eq!(pair.source.held(), Some(HoldMode::All));
+    pair.source.set_faults(Faults::default());
+    pair.reaches(MigrationState::Completed).await;
+    assert_eq!(pair.source.read(b"key1").await, Answer::Moved { owner: "n2".into(), epoch: 1 });
+}
+
+/// The source's store says that the target owns the slots, and nobody knows how it came to that: what the target has is not copied over.
+#[tokio::test]
+async fn a_source_that_lost_the_slots_in_the_commit_asks_for_an_operator() {
+    let mut pair = Pair::committing(100).await;
+    pair.target_dies();
+    pair.source_down().await;
+    pair.source = pair.source.restarted();
+    pair.source.lose("n2", 1);
+    pair.target_up(2).await;
+    pair.source_up().await;
+    let stopped = pair.reaches(MigrationState::NeedsOperator).await;
+    assert_eq!((error_of(&stopped).reason(), stopped.gate()), ("NOT_SLOT_OWNER", MigrationGate::Closed));
+    assert_eq!(stopped.copy, 1);
+    assert_eq!(pair.target.disk().staged.values().map(|rows| rows.len()).sum::<usize>(), 100);
 }
 
 /// It has ended, and its record cannot be taken away.
@@ -161,12 +192,13 @@ async fn an_end_is_told_before_the_history_has_it() {
 
 #[tokio::test]
 async fn callers_get_an_answer_though_the_task_waits_for_its_disk() {
-    let pair = prepared_and_away().await;
+    let mut pair = Pair::committing(100).await;
+    pair.target_dies();
     pair.source.set_faults(Faults { full_disk: true, ..Faults::default() });
     let asked = pair.resolve(MigrationDecision::Committed, |_| {});
     let answer = tokio::time::timeout(Duration::from_secs(60), asked).await.expect("an answer");
     let answer = answer.unwrap_err();
-    assert_eq!((answer.reason(), answer.is_retryable()), ("UNAVAILABLE", true), "{answer}");
+    assert_eq!((answer.reason(), answer.is_retryable()), ("OUTCOME_PENDING", true), "{answer}");
     pair.source.set_faults(Faults::default());
     pair.reaches(MigrationState::Completed).await;
 }

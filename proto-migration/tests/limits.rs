@@ -38,7 +38,7 @@ use proto_migration::v1::{
 use refusals::{ALONE, Abuse, Refusal, counted, limits_of};
 use support::frames::{COMMIT, Node, PATIENCE, Source, bulk, delta, eventually, header, identity, row};
 use support::memory_target::Fault;
-use support::pair::{Pair, driver, driver_within};
+use support::pair::{Pair, driver, driver_within, manual};
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 use tonic::transport::Channel;
@@ -306,12 +306,12 @@ async fn outgoing() {
     let mut pair = Pair::start().await;
     pair.source_down().await;
     pair.source_up_within(limits).await;
-    pair.begin(|request| request.spec.as_mut().unwrap().auto_complete = false).await.unwrap();
+    pair.begin(manual).await.unwrap();
     pair.reaches(MigrationState::Ready).await;
     let before = counts();
     let refused = pair.client.clone().start_migration(Pair::request("m2")).await.unwrap_err();
     // The one that is there is asked for again, which takes no place, and goes to its end.
-    let joined = pair.begin(|request| request.spec.as_mut().unwrap().auto_complete = false).await.unwrap();
+    let joined = pair.begin(manual).await.unwrap();
     assert_eq!(joined.state(), MigrationState::Ready);
     pair.complete(None).await.unwrap();
     pair.reaches(MigrationState::Completed).await;

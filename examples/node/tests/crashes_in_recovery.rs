@@ -218,11 +218,7 @@ async fn the_only_copy(point: &'static str) {
     let seen = progress(&pair.n2, ID, Direction::In).await.unwrap();
     assert_eq!(seen.state(), MigrationState::Prepared, "{point}: {seen:?}");
     resolve(&pair.n2, &seen, MigrationDecision::Committed).await.unwrap();
-    reaches(&pair.n2, ID, Direction::In, MigrationState::Completed).await;
-    pair.owner(true).await;
-    let faults = checker::check(&load.finish().await, 1);
-    assert!(faults.is_empty(), "{point}: {faults:?}");
-    pair.nothing_is_left().await;
+    pair.ends(point, load, MigrationState::Completed).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -16,12 +16,14 @@ use proto::health::grpc_health_v1::health_client::HealthClient;
 use proto::health::grpc_health_v1::{HealthCheckRequest as StandardRequest, HealthListRequest};
 use proto::node::health_service_client::HealthServiceClient;
 use proto::node::{
-    Direction, GetNodeStatusRequest, HealthCheckRequest, HealthStatus, NodeState, NodeStatus, PeerState,
-    Priority, RemovalBlockerKind, TaskKind, WatchHealthRequest,
+    Direction, GetNodeStatusRequest, HealthCheckRequest, HealthStatus, MigrationDecision, MigrationState,
+    NodeState, NodeStatus, PeerState, Priority, RemovalBlockerKind, TaskKind, WatchHealthRequest,
 };
 use proto::snapshot::sender::{SenderOptions, SnapshotToSend};
 use proto::snapshot::spec::SnapshotPoint;
 use proto::snapshot::{FileSource, SnapshotSender};
+use support::migration::{ID, Pair, begin, progress, reaches, request, resolve};
+use support::proxy::{Frame, Ways};
 use support::{call, client, load, start, until};
 use tonic::transport::Channel;
 
@@ -351,4 +353,34 @@ async fn a_node_under_full_load_is_alive() {
         burner.join().unwrap();
     }
     assert!(writers.finish().await.unwrap().acknowledged > 0);
+}
+
+/// Its target keeps the record of the commit until it has heard that the source knows.
+#[tokio::test]
+async fn a_source_that_its_target_waits_for_is_not_safe_to_remove() {
+    let mut pair = Pair::start(300, 100).await;
+    let (proxy, asked) = pair.behind(request(ID, &pair.n2)).await;
+    proxy.arm(Frame::Forget, Ways::LATE);
+    begin(&pair.n1, asked).await.unwrap();
+    proxy.fired().await;
+    proxy.go(Ways::LATE);
+    reaches(&pair.n1, ID, Direction::Out, MigrationState::Completed).await;
+    let status = status(&pair.n1).await;
+    assert!(blockers(&status).contains(&RemovalBlockerKind::UnconfirmedCommit), "{status:?}");
+    // It is removed all the same.
+    pair.n1.kill().await.unwrap();
+    let there = reaches(&pair.n2, ID, Direction::In, MigrationState::Committed).await;
+    assert!(blockers(&self::status(&pair.n2).await).contains(&RemovalBlockerKind::ActiveMigration));
+    let confirmed = resolve(&pair.n2, &there, MigrationDecision::Committed).await.unwrap();
+    assert_eq!(confirmed.state(), MigrationState::Completed);
+    assert!(!blockers(&self::status(&pair.n2).await).contains(&RemovalBlockerKind::ActiveMigration));
+    // And back after all.
+    proxy.go(Ways::default());
+    pair.n1.restart().await.unwrap();
+    until("nothing keeps the source", async || {
+        !blockers(&self::status(&pair.n1).await).contains(&RemovalBlockerKind::UnconfirmedCommit)
+    })
+    .await;
+    assert_eq!(progress(&pair.n1, ID, Direction::Out).await.unwrap().state(), MigrationState::Completed);
+    pair.owner(true).await;
 }

@@ -57,7 +57,7 @@ async fn drain(command: &Drain, output: &mut Output) -> Result<(), Failure> {
             )));
         }
         let at = Node { at: command.address.clone(), timeout: command.asking.timeout };
-        let running = running(command, &at).await?;
+        let running = running(command, &at, output).await?;
         if let Some(stuck) = running.iter().find(|migration| never_ends(migration)) {
             return Err(stuck_failure(stuck, command));
         }
@@ -95,16 +95,23 @@ async fn look(command: &Drain) -> Result<(NodeId, NodeStatus), Failure> {
 }
 
 /// What leaves the node, once nothing is being cancelled: the slots of that are busy until its target has answered.
-async fn running(command: &Drain, at: &Node) -> Result<Vec<MigrationProgress>, Failure> {
-    let began = Instant::now();
+async fn running(command: &Drain, at: &Node, output: &mut Output) -> Result<Vec<MigrationProgress>, Failure> {
+    let (began, mut told) = (Instant::now(), output.json());
     loop {
         let running = list_all(at, true, Direction::Out.into())
             .await
             .map_err(|error| explained(error, &command.address, ""))?;
         match running.iter().find(|migration| migration.state() == MigrationState::Cancelling) {
             None => return Ok(running),
+            Some(_) if command.dry_run => return Ok(running),
             Some(stuck) if began.elapsed() >= command.settle => return Err(stuck_failure(stuck, command)),
-            Some(_) => tokio::time::sleep(LOOK_AGAIN).await,
+            Some(waited_for) => {
+                if !std::mem::replace(&mut told, true) {
+                    let id = safe(&waited_for.migration_id);
+                    output.line(&format!("waiting for the migration {id}, which is being cancelled"));
+                }
+                tokio::time::sleep(LOOK_AGAIN).await;
+            }
         }
     }
 }
@@ -125,7 +132,7 @@ fn stuck_failure(migration: &MigrationProgress, command: &Drain) -> Failure {
     if migration.state() == MigrationState::Cancelling {
         let target = migration.spec.as_ref().map_or("?", |spec| &spec.target_node_id);
         let target = safe(target);
-        return Failure::failed(format!("the migration {id} is being cancelled, and {target} does not answer"))
+        return Failure::failed(format!("the migration {id} is being cancelled, and {target} has not confirmed that"))
             .about_migration(&migration.migration_id)
             .help(Some(format!(
                 "its slots are busy until {target} is back; if its store is gone for good: nodectl migrate resolve {id} --at {at} \

@@ -283,6 +283,21 @@ async fn resolve_needs_a_store_to_vouch_for() {
     assert!(script.with(|state| state.resolved.is_empty()));
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn resolve_says_what_it_means_at_a_target_that_has_committed() {
+    let script = one(MigrationState::Committed).await;
+    script.with(|state| {
+        state.migrations[0].progress.as_mut().unwrap().set_direction(proto::node::Direction::In);
+    });
+    let line = format!("migrate resolve m1 --at {} --reason lost", script.address);
+    let committed = nodectl(&format!("{line} --commit --yes")).await;
+    assert_eq!(committed.code, Some(0), "{committed:?}");
+    assert!(committed.stderr.contains("n2 owns slots 0-99, and waits no more for n1"), "{committed:?}");
+    assert!(!committed.stderr.contains("refuses a decision"), "{committed:?}");
+    let discarded = nodectl(&format!("{line} --discard")).await;
+    assert!(discarded.stderr.contains("in this state the node refuses a decision"), "{discarded:?}");
+}
+
 const HALVES: [&str; 2] = ["0-49", "50-99"];
 
 fn owning(slots: &[(u32, u32)]) -> State {
@@ -397,8 +412,10 @@ async fn a_drain_waits_for_a_place_and_for_what_is_being_cancelled() {
     state.places_taken = 5;
     state.migrations = vec![migration("m1", MigrationState::Cancelling)];
     let script = Script::start(state).await;
-    let draining = Running::start(&format!("{} --parallel 8", drain(&script)));
-    until("it has looked", || script.with(|state| state.listed > 1)).await;
+    let dry = nodectl(&format!("{} --dry-run", drain(&script))).await;
+    assert_eq!(dry.code, Some(0), "{dry:?}");
+    let mut draining = Running::start(&format!("{} --parallel 8", drain(&script)));
+    draining.says("waiting for the migration m1, which is being cancelled").await;
     script.with(|state| {
         assert!(state.started.is_empty());
         state.migrations[0] = migration("m1", MigrationState::Cancelled);

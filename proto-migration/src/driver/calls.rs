@@ -167,11 +167,6 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         }
     }
 
-    /// Whether an operator's COMMITTED is saved and not carried out.
-    pub(super) fn is_given_away(&self) -> bool {
-        given_away(self.shown())
-    }
-
     /// The operator's COMMITTED: the target owns the slots, whatever it knows of that.
     pub(super) async fn give_away(&mut self) -> Result<(), Halt> {
         let committed = Committed {

@@ -90,7 +90,7 @@ impl<S: MigrationSource> Pump<S> {
     }
 
     fn limit(&self, entries: usize) -> PageLimit {
-        // A page that took longer to be let through than the target waits for one would never get there.
+        // Small enough that what the target gets comes evenly.
         let second = usize::try_from(self.second()).unwrap_or(usize::MAX);
         PageLimit { bytes: self.page_bytes.min(self.largest() / 2).min(second), entries }
     }

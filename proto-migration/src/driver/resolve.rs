@@ -158,9 +158,8 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         Ok(self.meanwhile(answered).await??)
     }
 
-    /// The target knows the end, or of nothing. Not saved: after a crash it is told again, which does no harm, and answers that it knows no such
-    /// migration.
-    fn told(&mut self) -> Result<(), Halt> {
+    /// The target knows the end, or nothing that it would have to be told. Not saved: after a crash it is told again, which does no harm.
+    pub(super) fn told(&mut self) -> Result<(), Halt> {
         self.record.untold = false;
         Ok(())
     }

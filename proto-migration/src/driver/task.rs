@@ -20,7 +20,7 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::Inner;
-use super::calls::Command;
+use super::calls::{Command, given_away};
 use super::dial::Dial;
 use crate::Reason;
 use crate::failpoint::reached;
@@ -102,7 +102,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
     pub(super) async fn run(mut self) {
         loop {
             let ended = match self.state() {
-                _ if self.is_given_away() => self.give_away().await.and(Err(Halt::Changed)),
+                _ if given_away(self.shown()) => self.give_away().await.and(Err(Halt::Changed)),
                 MigrationState::Committing | MigrationState::Cancelling => self.resolve().await,
                 MigrationState::Completed | MigrationState::Cancelled | MigrationState::Failed => {
                     if self.record.untold { self.resolve().await } else { Ok(()) }
@@ -426,8 +426,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
                     // Nothing can have been committed there, and nothing of it is left.
                     MigrationState::Cancelling => self.discarded("").await,
                     MigrationState::Completed | MigrationState::Cancelled | MigrationState::Failed => {
-                        self.record.untold = false;
-                        self.save().await
+                        self.told()
                     }
                     _ => self.needs_operator(&error).await,
                 }
@@ -443,8 +442,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
                 && !known
                 && (!error.is_retryable() || self.began.elapsed() >= self.limits.accept_timeout) =>
             {
-                self.record.untold = false;
-                self.save().await
+                self.told()
             }
             _ if matches!(state, MigrationState::Committing | MigrationState::Cancelling)
                 || state.is_final() =>

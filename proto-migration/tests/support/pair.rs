@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 pub use super::frames::identity;
 use super::memory_source::{Answer, MemorySource};
-use super::memory_target::MemoryTarget;
+use super::memory_target::{Fault, MemoryTarget};
 use proto_common::error::{CommonReason, Error};
 use proto_common::ids::MigrationId;
 use proto_common::slots::SlotRange;
@@ -21,6 +21,7 @@ use proto_migration::v1::{
     CancelMigrationRequest, CompleteMigrationRequest, GetMigrationProgressRequest, MigrationDecision,
     MigrationProgress, MigrationSpec, MigrationState, ResolveMigrationRequest, StartMigrationRequest,
 };
+use tokio::sync::Semaphore;
 
 pub type Service = MigrationService;
 
@@ -189,6 +190,23 @@ impl Pair {
         Ok(self.client.clone().resolve_migration(request).await?.into_inner().migration.unwrap())
     }
 
+    /// The source waits for the answer to `Commit`, and the target never commits.
+    pub async fn committing(keys: usize) -> Self {
+        let pair = Self::start().await;
+        pair.fill(keys).await;
+        pair.target.fault("commit", Fault::Wait(Arc::new(Semaphore::new(0))));
+        pair.begin(|_| {}).await.unwrap();
+        pair.reaches(MigrationState::Committing).await;
+        pair
+    }
+
+    /// The target dies, whatever it is about to do: its shutdown would wait for that.
+    pub fn target_dies(&mut self) {
+        *self.reachable.lock().unwrap() = None;
+        self.receiver = None;
+        self.target = self.target.crash();
+    }
+
     /// Writes some keys before anything starts.
     pub async fn fill(&self, keys: usize) {
         for n in 0..keys {
@@ -267,4 +285,9 @@ pub fn id() -> MigrationId {
 
 pub fn error_of(progress: &MigrationProgress) -> Error {
     progress.progress.clone().unwrap().error.expect("an error").into()
+}
+
+/// Waits in READY until it is told to cut over.
+pub fn manual(request: &mut StartMigrationRequest) {
+    request.spec.as_mut().unwrap().auto_complete = false;
 }

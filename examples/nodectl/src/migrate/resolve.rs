@@ -68,7 +68,9 @@ fn plan(seen: &MigrationProgress, decision: MigrationDecision, attempt: u64, sto
     let (source, target) = (safe(&spec.source_node_id), safe(&spec.target_node_id));
     let incoming = seen.progress.as_ref().is_some_and(|progress| progress.direction() == Direction::In);
     let committed = decision == MigrationDecision::Committed;
+    let confirms = incoming && committed && seen.state() == MigrationState::Committed;
     let what = match (incoming, committed) {
+        _ if confirms => format!("{target} owns slots {slots}, and waits no more for {source} to hear of it"),
         (false, true) => format!(
             "{source} gives slots {slots} up for good and redirects clients to {target}; if {target} did not take them over, nobody \
              serves them"
@@ -91,7 +93,7 @@ fn plan(seen: &MigrationProgress, decision: MigrationDecision, attempt: u64, sto
         (incoming, seen.state()),
         (false, MigrationState::Committing | MigrationState::Cancelling | MigrationState::NeedsOperator)
             | (true, MigrationState::Prepared)
-    );
+    ) || confirms;
     let state = human::state(seen);
     let refused = if able {
         String::new()

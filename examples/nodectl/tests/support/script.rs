@@ -37,8 +37,6 @@ pub(crate) struct State {
     pub(crate) refuse: Option<Error>,
     /// So many are refused that are started, since others have their places.
     pub(crate) places_taken: u32,
-    /// How often they were listed.
-    pub(crate) listed: u32,
 }
 
 /// It, and its address.
@@ -219,10 +217,7 @@ impl MigrationService for Script {
         request: Request<ListMigrationsRequest>,
     ) -> Result<Response<ListMigrationsResponse>, Status> {
         let active_only = request.into_inner().active_only;
-        let migrations = self.with(|state| {
-            state.listed += 1;
-            state.migrations.clone()
-        });
+        let migrations = self.with(|state| state.migrations.clone());
         let active =
             |migration: &MigrationProgress| migration.progress.as_ref().unwrap().finished_unix_ms.is_none();
         let migrations =
