@@ -265,6 +265,22 @@ impl Journal {
         Ok(())
     }
 
+    /// Puts a migration into this node that ended into the history. Its record is the store's; the journal may have one of another migration, out of this
+    /// node, that has the same ID and the same slots.
+    ///
+    /// # Errors
+    ///
+    /// `STORAGE_FAILED`; call it again.
+    pub async fn remember(&self, progress: &MigrationProgress) -> Result<(), Error> {
+        let shared = Arc::clone(&self.shared);
+        let content = progress.encode_to_vec();
+        let state = progress.state();
+        reached("finish.before", state);
+        blocking("record a migration that ended", move || shared.history.add(&content)).await?;
+        reached("finish.between", state);
+        Ok(())
+    }
+
     /// Puts a migration that ended into the history, and drops its record if it has one. Repeated after a crash.
     ///
     /// # Errors
@@ -401,6 +417,17 @@ mod tests {
         let (_, recovered) = Journal::open(dir.path(), 10).unwrap();
         assert_eq!(recovered.active.len(), 1);
         assert_eq!(recovered.finished.last(), Some(&progress("m1", 3)));
+    }
+
+    #[tokio::test]
+    async fn the_end_of_one_into_this_node_drops_no_record_of_one_out_of_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let (journal, _) = Journal::open(dir.path(), 10).unwrap();
+        journal.save(&id("m1"), slots(), &record("m1", 2)).await.unwrap();
+        journal.remember(&progress("m1", 1)).await.unwrap();
+        let (_, recovered) = Journal::open(dir.path(), 10).unwrap();
+        assert_eq!(recovered.active, [(id("m1"), record("m1", 2))]);
+        assert_eq!(recovered.finished, [progress("m1", 1)]);
     }
 
     #[tokio::test]

@@ -6,13 +6,15 @@
 mod support;
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use proto_migration::hold::HoldMode;
-use proto_migration::v1::{MigrationDecision, MigrationLimits, MigrationState};
-use support::memory_source::Faults;
+use proto_migration::v1::{
+    MigrationDecision, MigrationLimits, MigrationProgress, MigrationState, StartMigrationRequest,
+};
+use support::memory_source::{Answer, Faults};
 use support::memory_target::Fault;
-use support::pair::Pair;
+use support::pair::{Pair, manual};
 use tokio::sync::Semaphore;
 
 /// Writes are held, and drain until the faults of the source are taken away.
@@ -88,4 +90,95 @@ async fn a_cancel_at_the_target_is_a_cancel_in_a_freeze_too() {
         assert!(end.freezes.iter().all(|freeze| freeze.freeze_ms.is_some()), "{end:?}");
         pair.source_serves().await;
     }
+}
+
+/// Writes are held, until the target has looked at what it has; with a freeze of at most 100 ms.
+async fn preparing(change: impl FnOnce(&mut StartMigrationRequest)) -> (Pair, Arc<Semaphore>) {
+    let pair = Pair::start().await;
+    pair.fill(100).await;
+    let gate = Arc::new(Semaphore::new(0));
+    for _ in 0..50 {
+        pair.target.fault("digests", Fault::Wait(Arc::clone(&gate)));
+    }
+    pair.begin(change).await.unwrap();
+    (pair, gate)
+}
+
+#[tokio::test]
+async fn writes_that_were_held_go_to_the_target_after_it_was_told_that_the_freeze_is_over() {
+    let limits = MigrationLimits { freeze_timeout_ms: Some(100), ..MigrationLimits::default() };
+    let (pair, gate) = preparing(|request| request.limits = Some(limits)).await;
+    for n in 1..=3_u64 {
+        let frozen = |progress: &MigrationProgress| {
+            progress.state() == MigrationState::Freezing && progress.freeze_count == n
+        };
+        pair.until("writes are held", |progress| frozen(progress) && pair.target.calls("digests") > 0).await;
+        let before = Instant::now();
+        assert_eq!(pair.source.write(b"held", Some(b"1")).await, Answer::Done);
+        assert!(before.elapsed() > Duration::from_millis(1), "it was held");
+        pair.until("it is over", |progress| progress.state() != MigrationState::Freezing).await;
+        gate.add_permits(1);
+    }
+    gate.add_permits(50);
+    let done = pair.reaches(MigrationState::Completed).await;
+    assert_eq!(done.attempt, 1, "the stream goes on: {done:?}");
+    assert!(pair.target_rows().iter().any(|(key, _)| key == b"held"));
+}
+
+#[tokio::test]
+async fn a_freeze_ends_with_the_time_that_a_caller_gave_it() {
+    let (pair, gate) = preparing(|request| {
+        manual(request);
+        request.limits = limits();
+    })
+    .await;
+    pair.reaches(MigrationState::Ready).await;
+    pair.complete(Some(300)).await.unwrap();
+    let missed = pair.until("missed", was_missed).await;
+    assert_eq!(missed.complete_deadline_unix_ms, None);
+    assert!(missed.max_freeze_ms < 20_000, "{missed:?}");
+    assert_eq!(pair.source.held(), None);
+    gate.add_permits(50);
+    assert_eq!(pair.reaches(MigrationState::Ready).await.freeze_count, 1);
+}
+
+#[tokio::test]
+async fn another_caller_that_completes_during_a_freeze_has_its_own_time() {
+    let (pair, gate) = preparing(|request| {
+        manual(request);
+        request.limits = limits();
+    })
+    .await;
+    pair.reaches(MigrationState::Ready).await;
+    pair.complete(Some(500)).await.unwrap();
+    pair.until("writes are held", |_| pair.source.held() == Some(HoldMode::Writes)).await;
+    pair.complete(Some(60_000)).await.unwrap();
+    pair.until("the first one has failed", |progress| progress.state() != MigrationState::Freezing).await;
+    gate.add_permits(50);
+    let done = pair.reaches(MigrationState::Completed).await;
+    assert!(!was_missed(&done), "{done:?}");
+}
+
+#[tokio::test]
+async fn a_missed_time_is_told_while_the_target_is_away() {
+    let pair = Pair::start().await;
+    pair.fill(100).await;
+    pair.source.set_faults(Faults { slow_drain: Duration::from_secs(60), ..Faults::default() });
+    pair.begin(|request| {
+        manual(request);
+        request.limits = limits();
+    })
+    .await
+    .unwrap();
+    pair.reaches(MigrationState::Ready).await;
+    pair.complete(Some(1000)).await.unwrap();
+    let mut pair = pair;
+    pair.target_down().await;
+    let missed = pair.until("missed", was_missed).await;
+    assert!(!missed.connected && missed.complete_deadline_unix_ms.is_none(), "{missed:?}");
+}
+
+fn was_missed(progress: &MigrationProgress) -> bool {
+    let errors = progress.incidents.iter().filter_map(|incident| incident.error.as_ref());
+    errors.into_iter().any(|error| error.reason == "COMPLETE_DEADLINE")
 }

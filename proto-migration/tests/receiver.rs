@@ -15,6 +15,7 @@ use proto_common::checksum::crc64;
 use proto_common::error::Error;
 use proto_common::guard::RangeGuard;
 use proto_common::ids::MigrationId;
+use proto_common::prompt::MAX_REQUEST_BYTES;
 use proto_common::slots::SlotRange;
 use proto_migration::Reason;
 use proto_migration::entry::{Entry, Image};
@@ -508,6 +509,31 @@ async fn an_unknown_migration_stays_unknown() {
     assert!(matches!(source.answer().await.unwrap(), Answer::Discarded(_)));
     source.end().await;
     assert!(node.target.disk().records.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stream_of_an_unknown_migration_is_small_and_short() {
+    let mut limits = Limits::default();
+    limits.idle = Duration::from_secs(5);
+    let node = Node::with(|builder| builder.limits(limits)).await;
+    let began = tokio::time::Instant::now();
+    let (mut source, _) = node.accept(resolve(5)).await;
+    let beats = async {
+        loop {
+            source.send(Frame::Heartbeat(Heartbeat::default())).await;
+            tokio::time::sleep(Duration::from_secs(2)).await;
+            if source.frames.is_closed() {
+                break;
+            }
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), beats).await.expect("it has ended");
+    assert_eq!(source.error().await.reason(), "IDLE_TIMEOUT");
+    assert!(began.elapsed() < Duration::from_secs(8), "whatever comes");
+
+    let (mut source, _) = node.accept(resolve(6)).await;
+    source.send(Frame::Discard(Discard { reason: "x".repeat(MAX_REQUEST_BYTES) })).await;
+    assert_eq!(source.error().await.reason(), "BATCH_TOO_LARGE");
 }
 
 #[tokio::test]

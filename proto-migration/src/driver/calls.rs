@@ -72,9 +72,14 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
                 self.change().complete_deadline_unix_ms = Some(until);
                 (Ok(()), self.save().await)
             }
-            MigrationState::Freezing | MigrationState::Committing | MigrationState::Completed => {
+            MigrationState::Freezing => {
+                // Writes don't wait for it to be saved: the end of the freeze is.
+                let until = now_unix_ms().saturating_add(proto_common::clock::millis(deadline));
+                let wanted = &mut self.change().complete_deadline_unix_ms;
+                *wanted = (*wanted).max(Some(until));
                 (Ok(()), Ok(()))
             }
+            MigrationState::Committing | MigrationState::Completed => (Ok(()), Ok(())),
             MigrationState::Pending | MigrationState::Copying => {
                 let error = Reason::NotReady
                     .error(format!("the rows are not copied yet ({}); ask again", state.short_name()))

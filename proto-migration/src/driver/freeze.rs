@@ -78,7 +78,8 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         let number = self.begin_freeze();
         // Its number is not used again, whatever crashes.
         slowed.during(self.save()).await?;
-        let deadline = Instant::now() + self.limits.freeze_timeout;
+        let began = Instant::now();
+        let deadline = began + self.limits.freeze_timeout.min(self.wanted_within());
         let progress = self.change();
         progress.enter(MigrationState::Freezing);
         progress.set_gate(MigrationGate::WritesHeld);
@@ -101,14 +102,17 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
             Ok(hold) => hold,
             Err(given_up) => {
                 let release = way.asked.then_some(Release { freeze: number });
-                return self.give_up_freeze(running, release, given_up).await.map(|()| false);
+                return self
+                    .give_up_freeze(running, release, given_up, deadline - began)
+                    .await
+                    .map(|()| false);
             }
         };
         match self.commit(running, number, writes, deadline).await? {
             Ok(()) => Ok(true),
             Err(given_up) => {
                 let release = Some(Release { freeze: number });
-                self.give_up_freeze(running, release, given_up).await.map(|()| false)
+                self.give_up_freeze(running, release, given_up, deadline - began).await.map(|()| false)
             }
         }
     }
@@ -263,20 +267,19 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         }
     }
 
-    /// Writes go on. The target is told if it has to be, and the next try comes later.
+    /// Writes go on. The target is told if it has to be, and the next try comes later. `patience` is how long the freeze might have lasted.
     async fn give_up_freeze(
         &mut self,
         running: &mut Running,
         release: Option<Release>,
         given_up: GivenUp,
+        patience: Duration,
     ) -> Result<(), Halt> {
         self.open_gate();
-        running.wish.send_replace(Wish::Run);
-        let freeze_timeout = self.limits.freeze_timeout;
         let timeout_error = || {
             let text = format!(
                 "the target was not prepared within {} ms; writes go on and the freeze is tried again",
-                freeze_timeout.as_millis()
+                patience.as_millis()
             );
             Reason::FreezeTimeout.error(text)
         };
@@ -303,17 +306,22 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
             self.fail(&error).await?;
             return Err(Halt::Changed);
         }
+        // Ahead of all that the pump sends from now on: until then, the target takes no changes.
+        let released = match (release, &then) {
+            (Some(release), None) => {
+                let out = running.out.clone();
+                self.meanwhile(async move { out.send(Frame::Release(release)).await }).await?
+            }
+            _ => Ok(()),
+        };
+        running.wish.send_replace(Wish::Run);
         self.enter(MigrationState::CatchingUp, MigrationGate::Open).await?;
+        released?;
         let retryable = if error.is_retryable() { error } else { timeout_error() };
         let wait = self.freeze_backoff.next(&retryable).unwrap_or(Duration::from_secs(5));
         self.freeze_after = Instant::now() + wait;
         match then {
-            None => {
-                if let Some(release) = release {
-                    running.out.send(Frame::Release(release)).await?;
-                }
-                Ok(())
-            }
+            None => Ok(()),
             Some(Ok(error)) => Err(Halt::Failed(error)),
             Some(Err(command)) => self.command(command).await,
         }

@@ -136,7 +136,7 @@ impl<S: MigrationSource> Pump<S> {
                 rows_next = true;
                 continue;
             }
-            if self.rows.is_some() {
+            if self.rows.is_some() && !(behind && pressing) {
                 rows_next = true;
                 continue;
             }

@@ -263,12 +263,8 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         let progress = self.change();
         progress.set_decision(MigrationDecision::Committed);
         progress.slot_epoch = handover.slot_epoch;
-        progress.complete_deadline_unix_ms = None;
-        progress.not_converging = false;
-        progress.not_converging_since_unix_ms = None;
-        progress.lag = None;
-        progress.log_bytes = 0;
         progress.task().error = None;
+        self.nothing_is_left();
         self.record.untold = true;
         self.enter(MigrationState::Completed, MigrationGate::Moved).await
     }
@@ -303,7 +299,9 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
             let (source, id, slots) = (Arc::clone(&task.inner.source), task.id.clone(), task.spec.slots);
             async move { source.keep(&id, slots, claim).await }
         })
-        .await
+        .await?;
+        self.nothing_is_left();
+        Ok(())
     }
 
     /// The decision is DISCARDED, or nothing was ever begun at the target: ends as cancelled, or as failed where an error led here. `reason`
@@ -319,7 +317,6 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
             progress.cancel_reason = printable(reason, REASON_BYTES);
         }
         progress.set_decision(MigrationDecision::Discarded);
-        progress.complete_deadline_unix_ms = None;
         self.end_freeze(FreezeOutcome::Cancelled, None);
         let state = if failed { MigrationState::Failed } else { MigrationState::Cancelled };
         if !failed {
@@ -414,6 +411,9 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         self.change().incident(&error);
         tracing::debug!(migration_id = %self.id, state = state.short_name(), reason = error.reason(), error = %error, "a stream ended");
         self.without_stream().await;
+        if self.check_deadline().await.is_err() {
+            return None;
+        }
         let known = self.shown().peer.is_some();
         let reason = Reason::parse(error.reason());
         // A target that has no place is there, and has one later.
@@ -509,6 +509,27 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
             }
         }
         self.show_lag(&log, log.age_ms());
+        let task = self.change().task();
+        (task.bytes_per_second, task.eta_ms) = (None, None);
+        self.converges();
+    }
+
+    /// Nobody is too fast for the target any more, or for now.
+    fn converges(&mut self) {
+        let progress = self.change();
+        progress.not_converging = false;
+        progress.not_converging_since_unix_ms = None;
+    }
+
+    /// There is no log any more, and nothing to send.
+    fn nothing_is_left(&mut self) {
+        self.converges();
+        let progress = self.change();
+        progress.lag = None;
+        progress.log_bytes = 0;
+        progress.complete_deadline_unix_ms = None;
+        let task = progress.task();
+        (task.bytes_per_second, task.eta_ms) = (None, None);
     }
 
     /// Shows how far the target is behind.

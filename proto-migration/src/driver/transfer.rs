@@ -330,7 +330,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         }
     }
 
-    async fn check_deadline(&mut self) -> Result<(), Halt> {
+    pub(super) async fn check_deadline(&mut self) -> Result<(), Halt> {
         let Some(deadline) = self.shown().complete_deadline_unix_ms else { return Ok(()) };
         if now_unix_ms() < deadline || !self.in_transfer() {
             return Ok(());
@@ -342,6 +342,16 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         progress.task().error = Some(kept(&error));
         progress.incident(&error);
         self.save().await
+    }
+
+    /// How long a cut-over that begins now may take to begin to commit, where a caller said so.
+    pub(super) fn wanted_within(&self) -> Duration {
+        match self.shown().complete_deadline_unix_ms {
+            Some(deadline) if !self.spec.auto_complete => {
+                Duration::from_millis(deadline.saturating_sub(now_unix_ms()))
+            }
+            _ => Duration::MAX,
+        }
     }
 
     fn may_freeze(&self) -> bool {

@@ -73,6 +73,11 @@ impl Frames {
             (other, _) => Err(unexpected(&other, "the header")),
         }
     }
+
+    /// Nothing but small frames may come from now on.
+    pub(super) fn expect_small(&mut self) {
+        self.messages.set_limit(MAX_REQUEST_BYTES);
+    }
 }
 
 pub(super) fn ended_early() -> Error {

@@ -185,7 +185,7 @@ impl<T: MigrationTarget> Inner<T> {
     /// Writes a migration that was cancelled to the history; tried again later where that fails.
     pub(super) async fn record_end(&self, slot: &Slot, incoming: &mut Incoming) {
         let Incoming { record, .. } = &*incoming;
-        match self.journal.finish(&slot.id, record.spec.slots, &record.progress).await {
+        match self.journal.remember(&record.progress).await {
             Ok(()) => incoming.unrecorded = false,
             Err(error) => {
                 tracing::error!(migration_id = %slot.id, error = %error, "the end is not in the history yet");
@@ -204,7 +204,7 @@ impl<T: MigrationTarget> Inner<T> {
         last.progress.connected = false;
         last.enter(MigrationState::Completed);
         // First, so that a crash between the two leaves a record that the source asks to be forgotten again.
-        self.journal.finish(&slot.id, last.spec.slots, &last.progress).await?;
+        self.journal.remember(&last.progress).await?;
         reached("forget.before", last.state());
         guarded(async { self.target.forget(&slot.id).await }).await?;
         reached("forget.after", last.state());

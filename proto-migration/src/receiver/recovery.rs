@@ -243,7 +243,7 @@ impl<T: MigrationTarget> Inner<T> {
             let error = Reason::StreamEndedEarly.error("no stream came for long, and nothing was staged");
             record.progress.task().error = Some(error.into());
             record.progress.enter(MigrationState::Failed);
-            if let Err(error) = self.journal.finish(&slot.id, record.spec.slots, &record.progress).await {
+            if let Err(error) = self.journal.remember(&record.progress).await {
                 tracing::warn!(migration_id = %slot.id, error = %error, "not in the history");
             }
             tracker.finish(|shown| *shown = record.progress);

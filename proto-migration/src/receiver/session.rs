@@ -11,6 +11,8 @@ use proto_common::bulk::Payload;
 use proto_common::clock::millis;
 use proto_common::error::Error;
 use proto_common::pace::Pace;
+use proto_common::peer::PeerKey;
+use proto_common::prompt;
 use proto_common::text::printable;
 use tokio::sync::mpsc::error::SendTimeoutError;
 use tokio::sync::{mpsc, watch};
@@ -94,7 +96,7 @@ impl<T: MigrationTarget> Inner<T> {
             Err(error) => return answers.fail(error).await,
         };
         let Some(permit) = permit else {
-            if let Err(error) = self.serve_unknown(&accepted, &mut frames, &answers).await {
+            if let Err(error) = self.serve_unknown(&peer, &accepted, &mut frames, &answers).await {
                 answers.fail(error).await;
             }
             return;
@@ -135,6 +137,7 @@ impl<T: MigrationTarget> Inner<T> {
     /// A stream of a migration that has no record here: it can only be told so.
     async fn serve_unknown(
         &self,
+        peer: &PeerKey,
         accepted: &Accepted,
         frames: &mut Frames,
         answers: &Answers,
@@ -142,9 +145,15 @@ impl<T: MigrationTarget> Inner<T> {
         answers.send(Answer::Accepted(accepted.clone())).await?;
         let decision = accepted.decision();
         let idle_after = self.idle();
+        // It takes no place among the migrations, so it is like a request: small, counted while it is waited for, and over in time whatever comes.
+        frames.expect_small();
+        let deadline = Instant::now() + idle_after;
         loop {
+            let next = async {
+                tokio::time::timeout_at(deadline, frames.next()).await.map_err(|_| idle(idle_after))?
+            };
             let frame = tokio::select! {
-                frame = tokio::time::timeout(idle_after, frames.next()) => frame.map_err(|_| idle(idle_after))??,
+                frame = prompt::first(peer, next) => frame?,
                 () = self.stopping.cancelled() => return Err(shutting_down()),
             };
             match frame.0 {
