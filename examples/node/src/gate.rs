@@ -204,6 +204,17 @@ impl Gate {
         self.shared.read().verdict(slot, access)
     }
 
+    /// [`Gate::verdict`] of `slot` and of all slots behind it up to the second result, exclusive.
+    #[must_use]
+    pub fn verdicts_from(&self, slot: u16, access: Access) -> (Verdict, u16) {
+        let state = self.shared.read();
+        let verdict = state.verdict(slot, access);
+        (
+            verdict,
+            (slot..SLOT_COUNT).find(|&slot| state.verdict(slot, access) != verdict).unwrap_or(SLOT_COUNT),
+        )
+    }
+
     /// Waits until the slot is not held for `access`, and says whether it may pass. It may be held again
     /// when the caller enters.
     ///

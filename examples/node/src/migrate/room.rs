@@ -11,7 +11,7 @@ use proto::migration::target::{Offer, Staged};
 
 use super::failed;
 use crate::common::NodeId;
-use crate::store::{Store, on_disk};
+use crate::store::{ROW_BYTES, Store, on_disk};
 
 /// The shares of all nodes. What is committed counts no longer.
 #[derive(Debug)]
@@ -21,13 +21,13 @@ pub(super) struct Room {
     parts: Mutex<BTreeMap<MigrationId, Part>>,
 }
 
-/// What one migration takes, in bytes of keys and values.
+/// What one migration takes, in bytes of keys and values and [`ROW_BYTES`] for each.
 #[derive(Debug, Default)]
 struct Part {
     /// Unknown after a restart, until the source comes back.
     source: Option<NodeId>,
     rows: u64,
-    /// Keys of tombstones, of which some may be the same: the most that they can take.
+    /// Without those from before a restart.
     tombstones: u64,
     /// What it had and said would come when it was admitted last.
     announced: u64,
@@ -70,17 +70,18 @@ impl Room {
 
     /// Refuses entries that do not fit.
     pub(super) fn check(&self, store: &Store, id: &MigrationId, entries: &[Entry]) -> Result<(), Error> {
-        let bytes = entries.iter().map(Entry::bytes).fold(0, u64::saturating_add);
+        let bytes =
+            entries.iter().map(|entry| entry.bytes().saturating_add(ROW_BYTES)).fold(0, u64::saturating_add);
         store.check_space(bytes).map_err(failed)?;
         self.check_share(&self.parts(), store, id, bytes)
     }
 
-    /// Counts what was staged, and tombstones of so many bytes with it.
-    pub(super) fn staged(&self, id: &MigrationId, staged: Staged, tombstones: u64) {
+    /// Counts what is staged, and by how many bytes its tombstones grew.
+    pub(super) fn staged(&self, id: &MigrationId, staged: Staged, tombstones: i64) {
         let mut parts = self.parts();
         let part = parts.entry(id.clone()).or_default();
-        part.rows = staged.bytes;
-        part.tombstones = part.tombstones.saturating_add(tombstones);
+        part.rows = staged.bytes.saturating_add(staged.keys.saturating_mul(ROW_BYTES));
+        part.tombstones = part.tombstones.saturating_add_signed(tombstones);
     }
 
     /// It begins from nothing.
@@ -131,9 +132,4 @@ impl Room {
 
 fn share(percent: u8, of: u64) -> u64 {
     u64::try_from(u128::from(of) * u128::from(percent) / 100).unwrap_or(u64::MAX)
-}
-
-/// Bytes of the keys of tombstones.
-pub(super) fn tombstones(entries: &[Entry]) -> u64 {
-    entries.iter().filter(|entry| entry.image.is_none()).map(Entry::bytes).fold(0, u64::saturating_add)
 }

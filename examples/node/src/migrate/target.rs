@@ -10,7 +10,7 @@ use proto::migration::hold::Hold;
 use proto::migration::target::{Offer, Staged, StoredMigration, Takeover};
 use proto::migration::{MigrationTarget, Reason};
 
-use super::room::{Room, tombstones};
+use super::room::Room;
 use super::{MigrateOptions, NodeHold, check_value_format, failed};
 use crate::gate::HoldMode;
 use crate::node::Node;
@@ -89,8 +89,7 @@ impl MigrationTarget for NodeTarget {
     async fn apply(&self, id: &MigrationId, entries: Vec<Entry>, record: Bytes) -> Result<Staged, Error> {
         let store = self.node.store();
         self.room.check(store, id, &entries)?;
-        let tombstones = tombstones(&entries);
-        let staged = store.stage(id, entries, record).await.map_err(failed)?;
+        let (staged, tombstones) = store.stage(id, entries, record).await.map_err(failed)?;
         self.room.staged(id, staged, tombstones);
         Ok(staged)
     }

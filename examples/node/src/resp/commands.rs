@@ -22,7 +22,7 @@ use crate::node::Node;
 use crate::split::Splits;
 use crate::store::{Outcome, Reader, StoreError, WriteOp, parse_integer};
 
-pub(super) use keys::ReadCommand;
+pub(super) use keys::{ReadCommand, Step};
 pub(super) use split::SplitCommand;
 
 /// What all connections of a server share.

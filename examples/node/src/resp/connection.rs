@@ -14,7 +14,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
 
-use super::commands::{self, Action, Answer, Context, ReadCommand, Session, store_error, write_error};
+use super::commands::{self, Action, Answer, Context, ReadCommand, Session, Step, store_error, write_error};
 use super::memory::{Held, STEP};
 use super::reply::{Reply, Version};
 use super::request::{Limits, RequestDecoder};
@@ -171,7 +171,18 @@ impl Connection {
             }
             Action::Scan(scan) => {
                 self.finish_run().await?;
-                let reply = scan.run(&self.context).await.unwrap_or_else(|error| store_error(&error));
+                let reply = loop {
+                    match scan.step(&self.context).await {
+                        Ok(Step::Done(reply)) => break reply,
+                        Ok(Step::Held(slot)) => {
+                            self.send().await?;
+                            if let Some(reply) = self.wait(slot, Access::Read).await? {
+                                break reply;
+                            }
+                        }
+                        Err(error) => break store_error(&error),
+                    }
+                };
                 self.reply(reply);
                 self.send_if_full().await?;
             }

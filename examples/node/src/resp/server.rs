@@ -147,3 +147,71 @@ impl Drop for Place {
         self.0.clients.fetch_sub(1, Ordering::Relaxed);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proto::common::guard::RangeGuard;
+    use redis_protocol::resp2::types::BytesFrame;
+
+    use super::*;
+    use crate::common::{NodeId, SlotRange, slot_of};
+    use crate::demo::client::Client;
+    use crate::gate::HoldMode;
+    use crate::store::{Init, StoreOptions};
+
+    async fn scan(client: &mut Client, cursor: &str) -> (String, Vec<String>) {
+        let text = |frame: &BytesFrame| match frame {
+            BytesFrame::BulkString(text) => String::from_utf8_lossy(text).into_owned(),
+            other => panic!("{other:?}"),
+        };
+        let reply = client.call(&["SCAN", cursor, "COUNT", "1000"]).await.unwrap();
+        let BytesFrame::Array(parts) = &reply else { panic!("{reply:?}") };
+        let [next, BytesFrame::Array(keys)] = parts.as_slice() else { panic!("{reply:?}") };
+        (text(next), keys.iter().map(text).collect())
+    }
+
+    #[tokio::test]
+    async fn a_scan_waits_where_reads_do() {
+        let directory = tempfile::tempdir().unwrap();
+        let all = vec![SlotRange::FULL];
+        let init = Init { node: NodeId::new("n1").unwrap(), slots: Some(all), others: vec![] };
+        let node = Node::open(directory.path(), &init, &StoreOptions::default()).unwrap();
+        let stop = CancellationToken::new();
+        let splits = Splits::new(node.clone(), Default::default(), RangeGuard::new(), stop.clone()).unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let server = RespServer::new(node.clone(), splits, listener, Limits::default(), None).unwrap();
+        let address = server.address().to_string();
+        let serving = tokio::spawn(server.serve(stop.clone(), Duration::from_secs(5)));
+        let mut client = Client::connect(&address).await.unwrap();
+        for n in 0..100 {
+            client.call(&["SET".to_owned(), format!("key:{n}"), "v".to_owned()]).await.unwrap();
+        }
+        let moving = SlotRange::new(4096, 8192).unwrap();
+        let has =
+            |keys: &[String]| keys.iter().filter(|key| moving.contains(slot_of(key.as_bytes()))).count();
+
+        let writes = node.gate().hold(moving, HoldMode::Writes).await;
+        let (end, keys) = scan(&mut client, "0").await;
+        assert_eq!((end.as_str(), keys.len()), ("0", 100), "reads go on");
+        assert!(has(&keys) > 0);
+
+        let reads = node.gate().hold(moving, HoldMode::All).await;
+        let (next, before) = scan(&mut client, "0").await;
+        assert_eq!(has(&before), 0, "it ends where slots are held");
+        let waiting = node.gate().waiting();
+        let mut rest = Box::pin(scan(&mut client, &next));
+        tokio::select! {
+            early = &mut rest => panic!("{early:?}"),
+            () = async {
+                while node.gate().waiting() == waiting {
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
+            } => {}
+        }
+        drop((reads, writes));
+        let (end, after) = rest.await;
+        assert_eq!((end.as_str(), before.len() + after.len()), ("0", 100));
+        stop.cancel();
+        serving.await.unwrap();
+    }
+}

@@ -64,7 +64,7 @@ pub(crate) use ownership::{MAX_EPOCH_LEAP, MAX_NODES};
 pub use read::{Entry, Reader, ScanPosition, Scanned};
 pub use shared::ExpiryPause;
 pub use snapshot::{ExportSummary, Handover, SnapshotHeader, read_header};
-pub(crate) use space::on_disk;
+pub(crate) use space::{ROW_BYTES, on_disk};
 pub use splits::SplitIntent;
 
 use crate::common::{NodeId, SlotRange};

@@ -2,6 +2,10 @@
 
 use super::{Store, StoreError};
 
+/// Bytes that a staged row takes beside its key and value, and a tombstone beside its key: its place, sequence and expiry, again in the index of expiries,
+/// and where each begins in its page.
+pub(crate) const ROW_BYTES: u64 = 40;
+
 /// What rows of so many bytes take. Tree pages are two thirds full on average, and a page that changes is written anew before the old one is
 /// free: so twice as much.
 pub(crate) fn on_disk(bytes: u64) -> u64 {

@@ -12,6 +12,7 @@ use redb::{Durability, ReadableDatabase as _, ReadableTable as _, WriteTransacti
 
 use super::log::first_not_in;
 use super::ownership::{Claim, Ownership, adopt_all, load};
+use super::space::ROW_BYTES;
 use super::tables::{self, Place, Row};
 use super::txn::RowsTxn;
 use super::writer::{Phases, Slice};
@@ -124,13 +125,16 @@ impl Store {
 
     /// See [`apply`](proto::migration::MigrationTarget::apply). In slices, so that clients are served in between; a crash may leave some of
     /// them, which come again, and the record is saved with the last one.
+    ///
+    /// Returns what is staged, and by how many bytes its tombstones grew.
     pub(crate) async fn stage(
         &self,
         id: &MigrationId,
         mut entries: Vec<Entry>,
         record: Bytes,
-    ) -> Result<Staged, StoreError> {
+    ) -> Result<(Staged, i64), StoreError> {
         let writer = self.writer()?;
+        let mut tombstone_bytes = 0_i64;
         // Changes come as clients made them. In the order of the table a slice of them lies in fewer pages, of which each is written; their sequences say which
         // of two is the newer one.
         entries.sort_by_cached_key(|entry| (slot_of(&entry.key), entry.key.clone()));
@@ -138,17 +142,18 @@ impl Store {
         loop {
             let (id, record) = (id.clone(), record.clone());
             let hurried = self.inner.shared.hurry.contains(&id);
-            let (staged, left) = writer
+            let (staged, grown, left) = writer
                 .background(move |txn, rows, slice| {
                     let long = Slice::long();
                     let slice = if hurried { &long } else { slice };
-                    let staged = stage(txn, rows, &id, &mut rest, record, slice)?;
+                    let (staged, grown) = stage(txn, rows, &id, &mut rest, record, slice)?;
                     let durability = if rest.len() == 0 { Durability::Immediate } else { Durability::None };
-                    Ok(((staged, rest), durability))
+                    Ok(((staged, grown, rest), durability))
                 })
                 .await?;
+            tombstone_bytes = tombstone_bytes.saturating_add(grown);
             if left.len() == 0 {
-                return Ok(staged);
+                return Ok((staged, tombstone_bytes));
             }
             rest = left;
         }
@@ -261,7 +266,8 @@ fn stage(
     entries: &mut std::vec::IntoIter<Entry>,
     record: Bytes,
     slice: &Slice,
-) -> Result<Staged, StoreError> {
+) -> Result<(Staged, i64), StoreError> {
+    let mut tombstone_bytes = 0_i64;
     let mut stored = Stored::get(txn, id)?.filter(Stored::is_staging).ok_or_else(|| nothing_staged(id))?;
     let mut tombstones = txn.open_table(tables::TOMBSTONES)?;
     let mut digests = SlotDigests::new();
@@ -277,6 +283,7 @@ fn stage(
             bytes: len(place.key).saturating_add(len(row.value)),
         })?;
         let tombstone = place.tombstone();
+        let tombstone_size = len(place.key).saturating_add(ROW_BYTES);
         let dead = match &held {
             Some(_) => None,
             None => tombstones.get(tombstone.as_slice())?.map(|seq| seq.value()),
@@ -293,6 +300,7 @@ fn stage(
             Some(image) => {
                 if dead.is_some() {
                     tombstones.remove(tombstone.as_slice())?;
+                    tombstone_bytes = tombstone_bytes.saturating_sub_unsigned(tombstone_size);
                 }
                 let expires_at = image.expires_unix_ms;
                 rows.put(place, Row { staged_seq: Some(entry.seq), expires_at, value: &image.value })?;
@@ -303,6 +311,9 @@ fn stage(
             None => {
                 rows.delete(place)?;
                 tombstones.insert(tombstone.as_slice(), entry.seq)?;
+                if dead.is_none() {
+                    tombstone_bytes = tombstone_bytes.saturating_add_unsigned(tombstone_size);
+                }
                 None
             }
         };
@@ -323,7 +334,7 @@ fn stage(
         stored.record = record;
     }
     stored.put(txn, id)?;
-    Ok(stored.staged)
+    Ok((stored.staged, tombstone_bytes))
 }
 
 /// What is staged for a key.

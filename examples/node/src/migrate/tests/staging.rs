@@ -421,6 +421,27 @@ async fn the_migrations_of_one_node_leave_room_to_those_of_others() {
         assert!(tombstones * 8000 < 16 * MIB, "tombstones have no end");
     }
     assert!(tombstones > 0);
+
+    // One key that comes and goes is one row or one tombstone.
+    target.begin(&second, two.slots, bytes("6")).await.unwrap();
+    let change = |n: u64| Entry { seq: n + 1, image: if n % 3 == 2 { image("v") } else { None }, ..dead(0) };
+    for round in 0..16 {
+        let changes = (0..64).map(|n| change(64 * round + n)).collect();
+        target.apply(&second, changes, bytes("7")).await.unwrap();
+    }
+    // A row takes more than its key and value.
+    target.begin(&second, two.slots, bytes("8")).await.unwrap();
+    let mut staged = Staged::default();
+    for entries in many(1, 100_000, "").chunks(4096) {
+        match target.apply(&second, entries.to_vec(), bytes("9")).await {
+            Ok(now) => staged = now,
+            Err(error) => {
+                assert_eq!(error.reason(), "INSUFFICIENT_DISK");
+                break;
+            }
+        }
+    }
+    assert!((10_000..60_000).contains(&staged.keys), "{staged:?}");
 }
 
 /// Whoever calls may name any shard, and each that is named is remembered for ever.

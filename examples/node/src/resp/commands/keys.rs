@@ -7,7 +7,8 @@ use bytes::Bytes;
 use super::strings::{EX, EXAT, PX, PXAT, TimeUnit};
 use super::{Action, Answer, Arguments, Context, Parsed, Reply, Session};
 use super::{common_slot, integer, not_an_integer, syntax_error, word};
-use crate::common::slot_of;
+use crate::common::{SLOT_COUNT, SlotRange, slot_of};
+use crate::gate::{Access, Verdict};
 use crate::resp::glob;
 use crate::resp::memory::Held;
 use crate::store::{ExpireCondition, ReadExtent, Reader, StoreError, WriteOp};
@@ -239,27 +240,42 @@ pub(super) fn scan(_: &Arc<Context>, _: &mut Session, arguments: Arguments) -> P
     Ok(Action::Scan(scan))
 }
 
+/// What came of a step.
+pub(in crate::resp) enum Step {
+    Done(Reply),
+    /// The next slot is held: somebody else may own it already. To be tried again when it is not.
+    Held(u16),
+}
+
 impl ScanCommand {
-    /// Looks at some keys of the slots that this node owns at this moment.
-    pub(in crate::resp) async fn run(self, context: &Context) -> Result<Reply, StoreError> {
+    /// Looks at some keys of the slots that this node serves at this moment.
+    pub(in crate::resp) async fn step(&self, context: &Context) -> Result<Step, StoreError> {
         use crate::store::ScanPosition;
         let node = &context.node;
         let position = context.cursors.decode(self.cursor);
-        let slot = match &position {
+        let mut slot = match &position {
             ScanPosition::Slot(slot) => *slot,
             ScanPosition::After(key) => slot_of(key),
         };
-        let ranges = node.own_ranges();
-        let mut ahead = ranges.iter().filter(|range| range.end() > slot);
-        let Some(&range) = ahead.next() else {
-            return Ok(Reply::Array(vec![Reply::text("0"), Reply::Array(vec![])]));
+        let first = slot;
+        let end = loop {
+            if slot >= SLOT_COUNT {
+                return Ok(Step::Done(Reply::Array(vec![Reply::text("0"), Reply::Array(vec![])])));
+            }
+            match node.gate().verdicts_from(slot, Access::Read) {
+                (Verdict::Pass, end) => break end,
+                (Verdict::Held, _) => return Ok(Step::Held(slot)),
+                (Verdict::Moved | Verdict::Unowned | Verdict::Quarantined, end) => slot = end,
+            }
         };
+        let Ok(range) = SlotRange::new(slot, end) else { return Ok(Step::Held(slot)) };
         // A range that was given up meanwhile is left out.
-        let position = if range.contains(slot) { position } else { ScanPosition::Slot(range.start()) };
+        let position = if slot == first { position } else { ScanPosition::Slot(slot) };
         let count = self.count;
         let scanned =
             node.store().read(ReadExtent::Bulk, move |reader| reader.scan(&position, range, count)).await?;
-        let next = scanned.next.or_else(|| ahead.next().map(|range| ScanPosition::Slot(range.start())));
+        let more = || node.own_ranges().into_iter().map(|own| own.end()).max() > Some(end);
+        let next = scanned.next.or_else(|| more().then_some(ScanPosition::Slot(end)));
         let cursor = match next {
             None => 0,
             Some(next) => {
@@ -274,6 +290,6 @@ impl ScanCommand {
             !self.nothing && self.pattern.as_ref().is_none_or(|pattern| glob::matches(pattern, key))
         };
         let keys = scanned.keys.into_iter().filter(wanted).map(Reply::Bulk).collect();
-        Ok(Reply::Array(vec![Reply::text(cursor.to_string()), Reply::Array(keys)]))
+        Ok(Step::Done(Reply::Array(vec![Reply::text(cursor.to_string()), Reply::Array(keys)])))
     }
 }
