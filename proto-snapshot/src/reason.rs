@@ -85,7 +85,7 @@ proto_common::reasons! {
         TransferCancelled "TRANSFER_CANCELLED" Cancelled,
         /// A cancel came at INSTALLING or later.
         TooLateToCancel "TOO_LATE_TO_CANCEL" FailedPrecondition,
-        /// The store's owner refused the snapshot for good.
+        /// The store's owner refused the snapshot for good, or the record of its shard is damaged; metadata `shard`.
         InstallRefused "INSTALL_REFUSED" FailedPrecondition,
         /// Nothing arrived for the idle timeout.
         IdleTimeout "IDLE_TIMEOUT" DeadlineExceeded retry,

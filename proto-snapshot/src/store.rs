@@ -73,6 +73,17 @@ pub enum StoreError {
         /// What is wrong with it.
         what: String,
     },
+    /// What is recorded of a shard is not what was written: which snapshot of it is current, nobody knows. No snapshot of it is taken until the record is
+    /// repaired or removed.
+    #[error("{file} is damaged: it {what}; nothing else tells of shard {shard}")]
+    ShardDamaged {
+        /// The shard.
+        shard: ShardId,
+        /// Path of the record below the store's directory.
+        file: String,
+        /// What is wrong with it.
+        what: String,
+    },
     /// Anything else that the storage answered. The message to peers leaves the path out.
     #[error("{action}")]
     Io {
@@ -92,7 +103,10 @@ impl StoreError {
         match self {
             Self::NoSpace { .. } | Self::NoShare { .. } => true,
             Self::Io { source, .. } => source.kind() != std::io::ErrorKind::InvalidInput,
-            Self::Stale { .. } | Self::Damaged { .. } | Self::TooManyShards { .. } => false,
+            Self::Stale { .. }
+            | Self::Damaged { .. }
+            | Self::ShardDamaged { .. }
+            | Self::TooManyShards { .. } => false,
         }
     }
 }
@@ -161,6 +175,10 @@ pub trait SnapshotStore: Send + Sync + 'static {
     fn recover(&self) -> impl Future<Output = Result<Recovered<Self::Staging>, StoreError>> + Send;
 
     /// What is known of `shard`; all of it is durable.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::ShardDamaged`] when that cannot be told any more.
     fn shard(&self, shard: &ShardId) -> impl Future<Output = Result<ShardState, StoreError>> + Send;
 
     /// Specification and manifest of the shard's current snapshot, as they were given to [`stage`](Self::stage).
@@ -336,11 +354,20 @@ impl From<StoreError> for Error {
                 ))
                 .metadata("installed_term", installed.term.to_string())
                 .metadata("installed_index", installed.index.to_string()),
-            // Below the store's directory, which itself is not told.
-            StoreError::Damaged { ref file, ref what } => {
-                let message =
-                    format!("{file} in the receiver's store cannot be used: it {what}; the receiver's log has more");
-                Reason::StagedDataDamaged.error(message).caused_by(error)
+            // An area that is damaged is dropped, so that all of it can be sent again; one that cannot be read may be later.
+            StoreError::Damaged { .. } => {
+                tracing::warn!(%error, "a snapshot cannot be taken");
+                Reason::StagedDataDamaged
+                    .error("what the receiver has of the snapshot is damaged, or cannot be read; its log says where")
+                    .caused_by(error)
+            }
+            // Final: however often it is sent, somebody has to look at the record first.
+            StoreError::ShardDamaged { ref shard, .. } => {
+                tracing::warn!(%error, "a snapshot is refused");
+                let message = format!(
+                    "the receiver's record of shard {shard} is damaged: it takes no snapshot of that shard until the record is repaired or removed; its log says where"
+                );
+                Reason::InstallRefused.error(message).metadata("shard", shard.as_str()).caused_by(error)
             }
             StoreError::Io { action, ref source } if source.kind() == std::io::ErrorKind::InvalidInput => {
                 let message = format!("the receiver failed to {action}: {source}");

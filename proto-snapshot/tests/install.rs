@@ -10,16 +10,19 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bytes::Bytes;
 use proto_common::checksum::crc64;
+use proto_common::error::{Code, Error};
 use proto_common::ids::TransferId;
 use proto_common::path::FileName;
 use proto_common::v1::Direction;
 use proto_snapshot::extent::{Extent, ExtentRecord};
 use proto_snapshot::hook::{HookFuture, InstallHook};
+use proto_snapshot::sender::SnapshotSender;
+use proto_snapshot::source::DirectorySource;
 use proto_snapshot::spec::{FileTotal, Manifest, ManifestFile, TransferPlan, TransferSpec};
 use proto_snapshot::store::{
     FileSnapshotStore, FileStoreOptions, PlacedSnapshot, SnapshotStore as _, StagedChunk, Staging as _,
 };
-use proto_snapshot::v1::TransferPhase;
+use proto_snapshot::v1::{TransferPhase, TransferProgress};
 use support::*;
 
 const CONTENT: &[u8] = b"rows";
@@ -108,4 +111,61 @@ async fn what_is_current_is_not_merged_again_and_what_is_not_is() {
             server.stop().await;
         }
     }
+}
+
+async fn send(server: &Server, id: &str, tree: &Path) -> Result<(), Error> {
+    let endpoint = proto_common::tuning::endpoint(&server.uri()).unwrap();
+    let sending = SnapshotSender::new(endpoint).send(snapshot(id), DirectorySource::new(tree));
+    tokio::time::timeout(LONG, sending.unwrap().join()).await.expect("it ends").map(|_| ())
+}
+
+/// Flips the last bit of what is recorded of the shard of all these snapshots.
+fn damage_shard(dir: &Path) {
+    let record = dir.join("shards/s2/CURRENT");
+    let mut content = std::fs::read(&record).unwrap();
+    *content.last_mut().unwrap() ^= 1;
+    std::fs::write(record, content).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shard_whose_record_is_damaged_is_refused_for_good_and_no_path_is_told() {
+    let (dir, tree) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    make_tree(tree.path(), 3, 1000, 1);
+    let server = Server::start(builder(dir.path())).await;
+    send(&server, "t1", tree.path()).await.unwrap();
+    damage_shard(dir.path());
+    let error = send(&server, "t2", tree.path()).await.unwrap_err();
+    assert_eq!((error.code(), error.reason()), (Code::FailedPrecondition, "INSTALL_REFUSED"), "{error:?}");
+    assert!(!error.is_retryable(), "{error:?}");
+    assert_eq!(
+        error.message(),
+        "the receiver's record of shard s2 is damaged: it takes no snapshot of that shard until the record is repaired or removed; its log says where"
+    );
+    let facts: Vec<_> = error.metadata_map().iter().collect();
+    assert_eq!(facts, [(&"shard".to_owned(), &"s2".to_owned())]);
+    assert!(staging_is_empty(dir.path()));
+    server.stop().await;
+}
+
+/// What an earlier process has sealed it may have merged, too: a sender that heard that it failed would believe that it was not.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_may_be_merged_does_not_fail_because_the_record_of_its_shard_is_damaged() {
+    let dir = tempfile::tempdir().unwrap();
+    leave_after(2, dir.path()).await;
+    let record = dir.path().join("shards/s2/CURRENT");
+    std::fs::write(&record, "damaged").unwrap();
+    let merges = Arc::new(AtomicUsize::new(0));
+    let hook = Counting { merges: Arc::clone(&merges), keeps_files: true };
+    let server = Server::start(builder(dir.path()).hook(hook)).await;
+    let transfers = server.receiver.transfers();
+    let shown = || transfers.registry().get(Some(Direction::In), "t1").unwrap();
+    let error = |shown: TransferProgress| shown.progress.and_then(|progress| progress.error);
+    until("it says what is wrong", || error(shown()).is_some()).await;
+    assert_eq!(shown().phase(), TransferPhase::Installing);
+    assert_eq!(error(shown()).unwrap().reason, "INSTALL_REFUSED");
+    assert_eq!(merges.load(Ordering::SeqCst), 0);
+    std::fs::remove_file(record).unwrap();
+    until("it is installed", || shown().phase() == TransferPhase::Installed).await;
+    assert_eq!(merges.load(Ordering::SeqCst), 1);
+    server.stop().await;
 }

@@ -99,6 +99,9 @@ fn snapshot<'a>(reason: Reason, fact: &impl Fn(&str) -> &'a str, address: &str) 
             "a snapshot that is being installed, or was, can no longer be cancelled; nothing was changed"
                 .to_owned()
         }
+        Reason::InstallRefused if fact("shard") != "?" => {
+            "its log names the record: repair or remove that while the node is stopped, or choose another --target-shard".to_owned()
+        }
         Reason::InstallRefused => {
             "the node's store does not take this snapshot; its log says more".to_owned()
         }

@@ -17,7 +17,7 @@ use super::incoming::{Incoming, Stage, cancelled};
 use crate::extent::Extent;
 use crate::reason::Reason;
 use crate::spec::FileTotal;
-use crate::store::{SnapshotStore, Staging, StoreError};
+use crate::store::{SnapshotStore, Staging, StagingState, StoreError};
 use crate::v1::TransferPhase;
 use crate::v1::transfer_split_snapshot_response::Installed;
 
@@ -143,10 +143,12 @@ impl<S: SnapshotStore> Inner<S> {
             turn = turn.lock() => turn,
             () = self.stopping.cancelled() => return Err(shutting_down()),
         };
+        // What an earlier process sealed it may have merged, too: then its sender must not be told that it ended without.
+        let perhaps_merged = incoming.staging.state() == StagingState::Sealed;
         let shard = loop {
             match self.store.shard(&spec.target_shard).await {
                 Ok(shard) => break shard,
-                Err(error) => self.retry_store(incoming, error).await?,
+                Err(error) => self.retry_store(incoming, error, perhaps_merged).await?,
             }
         };
         // After a crash between the last step and the removal, nothing is repeated but the removal.
@@ -158,7 +160,7 @@ impl<S: SnapshotStore> Inner<S> {
             {
                 return Err(StoreError::Stale { installed }.into());
             }
-            self.install_steps(incoming).await?;
+            self.install_steps(incoming, perhaps_merged).await?;
         }
         if !self.hook.keeps_files(&incoming.plan)
             && let Err(error) = incoming.staging.discard().await
@@ -173,11 +175,15 @@ impl<S: SnapshotStore> Inner<S> {
         self.ended_well(incoming).await
     }
 
-    async fn install_steps(&self, incoming: &Arc<Incoming<S::Staging>>) -> Result<(), Error> {
+    async fn install_steps(
+        &self,
+        incoming: &Arc<Incoming<S::Staging>>,
+        perhaps_merged: bool,
+    ) -> Result<(), Error> {
         let placed = loop {
             match incoming.staging.place().await {
                 Ok(placed) => break placed,
-                Err(error) => self.retry_store(incoming, error).await?,
+                Err(error) => self.retry_store(incoming, error, perhaps_merged).await?,
             }
         };
         let mut backoff = Backoff::default().start();
@@ -205,7 +211,7 @@ impl<S: SnapshotStore> Inner<S> {
         loop {
             match incoming.staging.activate().await {
                 Ok(()) => break,
-                Err(error) => self.retry_store(incoming, error).await?,
+                Err(error) => self.retry_store(incoming, error, true).await?,
             }
         }
         Ok(())
@@ -232,12 +238,15 @@ impl<S: SnapshotStore> Inner<S> {
         })
     }
 
+    /// Waits before a step is repeated, unless that is of no use. Of a snapshot that is `perhaps_merged` already, what became is told only once it is
+    /// known: until somebody has repaired or removed the damaged record of its shard, it is being installed.
     async fn retry_store(
         &self,
         incoming: &Arc<Incoming<S::Staging>>,
         error: StoreError,
+        perhaps_merged: bool,
     ) -> Result<(), Error> {
-        if error.is_retryable() {
+        if error.is_retryable() || (perhaps_merged && matches!(error, StoreError::ShardDamaged { .. })) {
             tracing::warn!(transfer_id = %incoming.plan.spec.transfer_id, error = &error as &dyn std::error::Error, "the install will be repeated");
             self.pause_after(incoming, &error.into()).await
         } else {

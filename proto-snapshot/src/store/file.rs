@@ -224,7 +224,7 @@ impl FileSnapshotStore {
     ///
     /// # Errors
     ///
-    /// [`StoreError::Damaged`] when the record of the shard or of the snapshot is.
+    /// [`StoreError::ShardDamaged`] when the record of the shard is damaged, [`StoreError::Damaged`] when that of the snapshot is.
     pub async fn current(&self, shard: &ShardId) -> Result<Option<PlacedSnapshot>, StoreError> {
         let (shared, shard) = (Arc::clone(&self.shared), shard.clone());
         blocking("read what is installed", move || {
@@ -436,12 +436,15 @@ impl Shared {
             }
             lock(&self.settled).insert(shard.clone());
         }
-        match record::read::<ShardRecord>(&self.layout, &path, Kind::Shard)? {
-            None => Ok(Shard::default()),
-            Some(found) => found.shard(shard.as_str()).ok_or_else(|| StoreError::Damaged {
-                file: self.layout.shown(&path),
-                what: "is the record of another shard".to_owned(),
+        let damaged = |file, what| StoreError::ShardDamaged { shard: shard.clone(), file, what };
+        let found = record::read::<ShardRecord>(&self.layout, &path, Kind::Shard);
+        match found {
+            Ok(None) => Ok(Shard::default()),
+            Ok(Some(found)) => found.shard(shard.as_str()).ok_or_else(|| {
+                damaged(self.layout.shown(&path), "is the record of another shard".to_owned())
             }),
+            Err(StoreError::Damaged { file, what }) => Err(damaged(file, what)),
+            Err(error) => Err(error),
         }
     }
 

@@ -262,7 +262,7 @@ impl Shared {
         let _shard = lock(self.shard_lock(shard));
         let mut known = match self.read_shard(shard) {
             Ok(known) => known,
-            Err(error @ StoreError::Damaged { .. }) => {
+            Err(error @ StoreError::ShardDamaged { .. }) => {
                 damage.push(format!(
                     "{error}; transfers to shard {shard} are refused until it is repaired or removed"
                 ));

@@ -108,7 +108,7 @@ pub fn run(data: &[u8]) {
                     let reason = polite(&error);
                     let shard_damaged = files.get(&shard) != WHOLE.get(&shard);
                     assert!(
-                        shard_damaged && reason == "STAGED_DATA_DAMAGED"
+                        shard_damaged && reason == "INSTALL_REFUSED"
                             || swapped && reason == "FILE_CHECKSUM_MISMATCH",
                         "{error:?}"
                     );

@@ -90,7 +90,7 @@ async fn look(dir: &Path) -> Result<Seen, StoreError> {
     });
     let current = match store.current(&shard()).await {
         Ok(current) => current.is_some_and(|current| tree(&current.path.unwrap()) == as_tree(&files())),
-        Err(StoreError::Damaged { .. }) => false,
+        Err(StoreError::Damaged { .. } | StoreError::ShardDamaged { .. }) => false,
         Err(error) => return Err(error),
     };
     Ok(Seen { staged, finished: recovered.finished, shard: shard_seen, current, damage: recovered.damage })
@@ -192,7 +192,9 @@ async fn a_shard_whose_record_is_damaged_is_refused_and_loses_nothing() {
     *content.last_mut().unwrap() ^= 1;
     fs::write(&path, &content).unwrap();
     let (store, recovered) = open(dir.path()).await;
-    let refused = |error: StoreError| assert!(matches!(error, StoreError::Damaged { .. }), "{error:?}");
+    let refused = |error: StoreError| {
+        assert!(matches!(&error, StoreError::ShardDamaged { shard: of, .. } if *of == shard()), "{error:?}");
+    };
     refused(store.shard(&shard()).await.unwrap_err());
     refused(store.raise_fence(&shard(), Fence { epoch: 9, term: 9 }, &source()).await.unwrap_err());
     refused(store.stage(&plan("new", 9, &files())).await.unwrap_err());
