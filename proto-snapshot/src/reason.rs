@@ -77,7 +77,7 @@ proto_common::reasons! {
         TooManyTransfers "TOO_MANY_TRANSFERS" ResourceExhausted retry,
         /// The snapshot does not fit on the disk.
         InsufficientDisk "INSUFFICIENT_DISK" ResourceExhausted retry,
-        /// One more shard of which only a fence would be kept.
+        /// One more shard of which only a fence would be kept, or the first snapshot.
         TooManyShards "TOO_MANY_SHARDS" ResourceExhausted,
         /// No free place for one more watcher.
         TooManyWatchers "TOO_MANY_WATCHERS" ResourceExhausted retry,

@@ -59,6 +59,14 @@ pub enum StoreError {
         /// Shards of one node.
         limit: usize,
     },
+    /// As many shards have their first snapshot from a node as it may have installed.
+    #[error("snapshots from node {peer} are installed of {limit} shards of which nothing was")]
+    TooManyInstalled {
+        /// The node that the snapshot comes from.
+        peer: NodeId,
+        /// Shards of one node.
+        limit: usize,
+    },
     /// A newer snapshot of the shard is in place.
     #[error("a snapshot of term {} and index {} is installed", installed.term, installed.index)]
     Stale {
@@ -106,7 +114,8 @@ impl StoreError {
             Self::Stale { .. }
             | Self::Damaged { .. }
             | Self::ShardDamaged { .. }
-            | Self::TooManyShards { .. } => false,
+            | Self::TooManyShards { .. }
+            | Self::TooManyInstalled { .. } => false,
         }
     }
 }
@@ -210,7 +219,7 @@ pub trait SnapshotStore: Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// [`StoreError::NoSpace`] or [`StoreError::NoShare`] before anything is kept; [`StoreError::Damaged`] if there is one that could not be recovered.
+    /// [`StoreError::NoSpace`], [`StoreError::NoShare`] or [`StoreError::TooManyInstalled`] before anything is kept; [`StoreError::Damaged`] if there is one that could not be recovered.
     fn stage(
         &self,
         plan: &TransferPlan,
@@ -344,6 +353,12 @@ impl From<StoreError> for Error {
             StoreError::TooManyShards { peer, limit } => Reason::TooManyShards
                 .error(format!(
                     "the receiver remembers the fences of {limit} shards that node {peer} has named and of which nothing is installed, and no more of them; install a snapshot of one, or send this one without a fence"
+                ))
+                .metadata("limit", limit.to_string())
+                .metadata("peer", peer.as_str()),
+            StoreError::TooManyInstalled { peer, limit } => Reason::TooManyShards
+                .error(format!(
+                    "{limit} shards of the receiver have their first snapshot from node {peer}, and no more of them may; send one of a shard that has one"
                 ))
                 .metadata("limit", limit.to_string())
                 .metadata("peer", peer.as_str()),

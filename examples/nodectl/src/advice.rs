@@ -87,7 +87,7 @@ fn snapshot<'a>(reason: Reason, fact: &impl Fn(&str) -> &'a str, address: &str) 
             )
         }
         Reason::TooManyShards => format!(
-            "the node remembers {} shards that {} has named and of which it got nothing: choose one of these with --target-shard, or leave out --epoch to send without a fence",
+            "the node keeps {} such shards for {} and no more: choose one of these with --target-shard or, where it is fences that it remembers, leave out --epoch to send without one",
             fact("limit"),
             fact("peer")
         ),

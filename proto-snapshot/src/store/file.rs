@@ -69,6 +69,13 @@ pub struct FileStoreOptions {
     /// Shards that the transfers from one source node may have named with a fence while nothing of them is installed: each is remembered for
     /// ever, in a file of its own. One more is refused ([`StoreError::TooManyShards`]). Default: 4096, which take 16 MiB.
     pub shards_per_peer: usize,
+    /// Shards whose first snapshot came from one source node: each is remembered for ever, with the manifest of the current one. The first snapshot of one
+    /// more is refused when it begins ([`StoreError::TooManyInstalled`]), so those that are staged then may still come on top. Default: 16384, which take
+    /// 256 MiB beside their manifests and files.
+    pub installed_per_peer: usize,
+    /// Memory for what is known of installed files so that they can be reused, in bytes, by estimate: about 360 for each. Where it is full, files of the
+    /// oldest snapshots of the node that has most of it are sent again rather than reused. Default: 256 MiB, as much as 700,000 files take.
+    pub reuse_index_bytes: u64,
     /// Whether bytes of installed files may be copied instead of sent again. The store's owner then declares that it does not
     /// change them; a file that was changed all the same is found out by its digest and not used. Default: yes.
     pub reuse_installed: bool,
@@ -92,6 +99,8 @@ impl Default for FileStoreOptions {
             capacity_bytes: None,
             percent_per_peer: 75,
             shards_per_peer: 4096,
+            installed_per_peer: 16_384,
+            reuse_index_bytes: 256 << 20,
             reuse_installed: true,
             keep_previous: 0,
             max_open_files: 256,
@@ -150,6 +159,8 @@ pub(crate) struct Shared {
     settled: Mutex<HashSet<ShardId>>,
     /// How many shards are remembered of which nothing is installed, by the node that named them.
     named: Mutex<HashMap<NodeId, usize>>,
+    /// Of how many shards something was installed, by the node whose snapshot was the first.
+    installed: Mutex<HashMap<NodeId, usize>>,
     /// Held while the record of a shard is read or changed; a shard has one of them, chosen by hash.
     shard_locks: [Mutex<()>; 16],
     hasher: RandomState,
@@ -202,7 +213,7 @@ impl FileSnapshotStore {
         let shared = Shared {
             space: Space::new(dir, options.min_free_bytes, options.capacity_bytes, options.percent_per_peer),
             handles: Handles::new(options.max_open_files),
-            index: Index::default(),
+            index: Index::new(options.reuse_index_bytes),
             history: History::new(layout.history(), options.history_limit),
             trash: Trash::new(layout.trash()),
             live: Mutex::default(),
@@ -210,6 +221,7 @@ impl FileSnapshotStore {
             serials: AtomicU64::new(0),
             settled: Mutex::default(),
             named: Mutex::default(),
+            installed: Mutex::default(),
             shard_locks: Default::default(),
             hasher: RandomState::new(),
             in_memory: in_memory(&lock),
@@ -293,13 +305,16 @@ impl SnapshotStore for FileSnapshotStore {
                 let new = known == Shard::default();
                 known.state.fence = fence;
                 if new {
-                    shared.count_named(&source)?;
+                    let limit = shared.options.shards_per_peer;
+                    if !count(&shared.named, &source, limit) {
+                        return Err(StoreError::TooManyShards { peer: source, limit });
+                    }
                     known.named_by = Some(source.clone());
                 }
                 shared.write_shard(&shard, &known).inspect_err(|_| {
                     // If it is there all the same, the next start counts it.
                     if new {
-                        shared.uncount_named(&source);
+                        uncount(&shared.named, &source);
                     }
                 })?;
             }
@@ -338,6 +353,11 @@ impl Shared {
         drop(shard);
         if known.state.current.as_ref() == Some(&id) {
             return Err(StoreError::invalid(ACTION, "a snapshot of this ID is current already"));
+        }
+        let (peer, limit) = (&plan.spec.source_node, self.options.installed_per_peer);
+        let installed = lock(&self.installed).get(peer).copied().unwrap_or(0);
+        if known.state.high_water.is_none() && installed >= limit {
+            return Err(StoreError::TooManyInstalled { peer: peer.clone(), limit });
         }
         let space: Vec<FileSpace> = plan.manifest.files().iter().map(FileSpace::new).collect();
         let sizes = || plan.manifest.files().iter().filter_map(|file| file.size);
@@ -400,27 +420,6 @@ impl Shared {
         let hash = self.hasher.hash_one(shard);
         let [first, ..] = hash.to_le_bytes();
         &self.shard_locks[usize::from(first) % self.shard_locks.len()]
-    }
-
-    /// Counts one more shard that `source` has named.
-    fn count_named(&self, source: &NodeId) -> Result<(), StoreError> {
-        let (mut named, limit) = (lock(&self.named), self.options.shards_per_peer);
-        let count = named.get(source).copied().unwrap_or(0);
-        if count >= limit {
-            return Err(StoreError::TooManyShards { peer: source.clone(), limit });
-        }
-        named.insert(source.clone(), count + 1);
-        Ok(())
-    }
-
-    fn uncount_named(&self, source: &NodeId) {
-        let mut named = lock(&self.named);
-        if let Some(count) = named.get_mut(source) {
-            *count = count.saturating_sub(1);
-            if *count == 0 {
-                named.remove(source);
-            }
-        }
     }
 
     /// What is recorded of `shard`, durably. The caller holds its lock.
@@ -533,6 +532,26 @@ impl StoreError {
     /// The caller broke a rule of the trait.
     fn invalid(action: &'static str, why: &'static str) -> Self {
         Self::Io { action, source: io::Error::new(io::ErrorKind::InvalidInput, why) }
+    }
+}
+
+/// Counts one more of `source`, unless it has `limit` already.
+fn count(counts: &Mutex<HashMap<NodeId, usize>>, source: &NodeId, limit: usize) -> bool {
+    let mut counts = lock(counts);
+    let count = counts.get(source).copied().unwrap_or(0);
+    if count < limit {
+        counts.insert(source.clone(), count + 1);
+    }
+    count < limit
+}
+
+fn uncount(counts: &Mutex<HashMap<NodeId, usize>>, source: &NodeId) {
+    let mut counts = lock(counts);
+    if let Some(count) = counts.get_mut(source) {
+        *count = count.saturating_sub(1);
+        if *count == 0 {
+            counts.remove(source);
+        }
     }
 }
 

@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
-use proto_common::ids::{ShardId, TransferId};
+use proto_common::ids::{NodeId, ShardId, TransferId};
 use proto_common::path::FileName;
 
 use crate::spec::{FileTotal, Manifest, TransferPlan};
@@ -12,6 +12,9 @@ use crate::spec::{FileTotal, Manifest, TransferPlan};
 use super::lock;
 
 type Key = (ShardId, TransferId);
+
+/// Memory that the index takes for one file beside its name, by estimate: its line of the manifest, and its place by digest once that is known.
+const FILE_BYTES: u64 = 320;
 
 /// An installed file.
 #[derive(Debug, Clone)]
@@ -28,8 +31,10 @@ struct Snapshot {
     manifest: Manifest,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Index {
+    /// Memory that the files take at most, by estimate, in bytes.
+    limit: u64,
     maps: Mutex<Maps>,
 }
 
@@ -37,12 +42,27 @@ pub(super) struct Index {
 struct Maps {
     snapshots: HashMap<Key, Counted>,
     by_digest: HashMap<[u8; 32], Vec<Installed>>,
+    /// Of all snapshots whose files can be found.
+    memory: u64,
+    /// Snapshots that were added so far.
+    added: u64,
 }
 
 /// One installed snapshot.
 #[derive(Debug)]
 struct Counted {
     bytes: u64,
+    /// `None` where its files cannot be found.
+    found: Option<Found>,
+}
+
+/// What it takes that the files of a snapshot can be found.
+#[derive(Debug)]
+struct Found {
+    source: NodeId,
+    memory: u64,
+    /// Rises from snapshot to snapshot.
+    number: u64,
     unknown: Option<Unknown>,
 }
 
@@ -76,8 +96,57 @@ impl Installed {
     }
 }
 
+impl Maps {
+    fn found(&mut self, key: &Key) -> Option<&mut Found> {
+        self.snapshots.get_mut(key)?.found.as_mut()
+    }
+
+    /// Whether files of that snapshot can be found.
+    fn finds(&self, key: &Key) -> bool {
+        self.snapshots.get(key).is_some_and(|counted| counted.found.is_some())
+    }
+
+    /// Leaves out the snapshots of whoever has most here, the oldest first, until the rest fits: what one node has installed
+    /// does not drive out that of others.
+    fn fit(&mut self, limit: u64) {
+        while self.memory > limit {
+            let mut by_source: HashMap<&NodeId, (u64, u64, &Key)> = HashMap::new();
+            for (key, counted) in &self.snapshots {
+                let Some(found) = &counted.found else { continue };
+                let of = by_source.entry(&found.source).or_insert((0, found.number, key));
+                of.0 = of.0.saturating_add(found.memory);
+                if found.number < of.1 {
+                    (of.1, of.2) = (found.number, key);
+                }
+            }
+            let Some((.., oldest)) = by_source.into_values().max_by_key(|(memory, ..)| *memory) else {
+                return;
+            };
+            let oldest = oldest.clone();
+            self.leave_out(&oldest);
+        }
+    }
+
+    /// Its files can be found no more.
+    fn leave_out(&mut self, key: &Key) {
+        let Some(found) = self.snapshots.get_mut(key).and_then(|counted| counted.found.take()) else {
+            return;
+        };
+        self.memory = self.memory.saturating_sub(found.memory);
+        self.by_digest.retain(|_, files| {
+            files.retain(|file| file.snapshot.key != *key);
+            !files.is_empty()
+        });
+    }
+}
+
 impl Index {
-    /// Adds the snapshot in `dir`; with `files`, they can be found. `None` if it is there already, else its bytes.
+    /// One whose files take at most `limit` bytes of memory, by estimate.
+    pub(super) fn new(limit: u64) -> Self {
+        Self { limit, maps: Mutex::default() }
+    }
+
+    /// Adds the snapshot in `dir`; with `files`, they can be found, as far as there is room for that. `None` if it is there already, else its bytes.
     pub(super) fn add(
         &self,
         plan: &TransferPlan,
@@ -91,8 +160,10 @@ impl Index {
             return None;
         }
         let bytes = totals.iter().fold(0_u64, |sum, total| sum.saturating_add(total.size));
-        let mut unknown = None;
-        if files {
+        let memory = plan.manifest.file_count().saturating_mul(FILE_BYTES);
+        let memory = memory.saturating_add(plan.manifest.name_bytes());
+        let mut found = None;
+        if files && memory <= self.limit {
             let manifest = plan.manifest.clone();
             let snapshot = Arc::new(Snapshot { key: key.clone(), dir, manifest });
             let (mut sorted, mut sizes) = (Vec::new(), HashMap::new());
@@ -114,9 +185,14 @@ impl Index {
             sorted.sort_unstable_by_key(|file| plan.manifest.get(*file).map(|file| &file.name));
             sorted.shrink_to_fit();
             let taken = HashSet::new();
-            unknown = (!sorted.is_empty()).then_some(Unknown { snapshot, sorted, sizes, taken });
+            let unknown = (!sorted.is_empty()).then_some(Unknown { snapshot, sorted, sizes, taken });
+            maps.added += 1;
+            maps.memory = maps.memory.saturating_add(memory);
+            found =
+                Some(Found { source: plan.spec.source_node.clone(), memory, number: maps.added, unknown });
         }
-        maps.snapshots.insert(key, Counted { bytes, unknown });
+        maps.snapshots.insert(key, Counted { bytes, found });
+        maps.fit(self.limit);
         Some(bytes)
     }
 
@@ -124,12 +200,8 @@ impl Index {
     pub(super) fn remove(&self, shard: &ShardId, id: &TransferId) -> Option<u64> {
         let key = (shard.clone(), id.clone());
         let mut maps = lock(&self.maps);
-        let Counted { bytes, unknown: _ } = maps.snapshots.remove(&key)?;
-        maps.by_digest.retain(|_, files| {
-            files.retain(|file| file.snapshot.key != key);
-            !files.is_empty()
-        });
-        Some(bytes)
+        maps.leave_out(&key);
+        maps.snapshots.remove(&key).map(|counted| counted.bytes)
     }
 
     /// Files whose content had this digest when they were installed.
@@ -141,7 +213,8 @@ impl Index {
     /// [`learn`](Self::learn).
     pub(super) fn take_unknown(&self, name: &FileName, size: u64) -> Vec<Installed> {
         let mut maps = lock(&self.maps);
-        let unknown = maps.snapshots.values_mut().filter_map(|counted| counted.unknown.as_mut());
+        let found = maps.snapshots.values_mut().filter_map(|counted| counted.found.as_mut());
+        let unknown = found.filter_map(|found| found.unknown.as_mut());
         let found = unknown.filter_map(|unknown| {
             let file = unknown.find(name, size)?;
             unknown.taken.insert(file);
@@ -153,16 +226,34 @@ impl Index {
     /// `file` has this digest.
     pub(super) fn learn(&self, file: Installed, digest: [u8; 32]) {
         let mut maps = lock(&self.maps);
-        if maps.snapshots.contains_key(&file.snapshot.key) {
+        if maps.finds(&file.snapshot.key) {
             maps.by_digest.entry(digest).or_default().push(file);
+        }
+    }
+
+    /// `file` does not have the digest `claimed`, whatever its sender said or somebody has made of it since: nobody has to read it
+    /// for that again. `found` is what it has, if it could be read.
+    pub(super) fn correct(&self, file: Installed, claimed: &[u8; 32], found: Option<[u8; 32]>) {
+        let same =
+            |other: &Installed| other.file == file.file && Arc::ptr_eq(&other.snapshot, &file.snapshot);
+        let mut maps = lock(&self.maps);
+        if let Some(files) = maps.by_digest.get_mut(claimed) {
+            files.retain(|other| !same(other));
+            if files.is_empty() {
+                maps.by_digest.remove(claimed);
+            }
+        }
+        drop(maps);
+        if let Some(digest) = found {
+            self.learn(file, digest);
         }
     }
 
     /// `file` was taken out, but not looked at.
     pub(super) fn put_back(&self, file: &Installed) {
         let mut maps = lock(&self.maps);
-        let counted = maps.snapshots.get_mut(&file.snapshot.key);
-        if let Some(unknown) = counted.and_then(|counted| counted.unknown.as_mut()) {
+        let found = maps.found(&file.snapshot.key);
+        if let Some(unknown) = found.and_then(|found| found.unknown.as_mut()) {
             unknown.taken.remove(&file.file);
         }
     }

@@ -17,7 +17,7 @@ use crate::store::{PlacedSnapshot, StoreError};
 use super::layout::MANIFEST_SUFFIX;
 use super::record::{self, Kind, SealedRecord, Shard};
 use super::staging::{Gate, Inner};
-use super::{Shared, exists, lock};
+use super::{Shared, exists, lock, uncount};
 
 impl Inner {
     pub(super) fn seal(&self, totals: &[FileTotal]) -> Result<(), StoreError> {
@@ -154,12 +154,19 @@ impl Inner {
             let live = lock(&shared.live);
             known.state.superseded.retain(|superseded| live.contains(superseded));
         }
-        known.state.high_water = Some(spec.point);
+        let first = known.state.high_water.replace(spec.point).is_none();
+        if first {
+            known.installed_by = Some(spec.source_node.clone());
+        }
         let named_by = known.named_by.take();
         // Also when it says so already: the last call may have failed between replacing the file and syncing its directory.
         shared.write_shard(shard, &known)?;
         if let Some(source) = named_by {
-            shared.uncount_named(&source);
+            uncount(&shared.named, &source);
+        }
+        if first {
+            // It was refused when it was staged, or not at all: by now it may be merged.
+            *lock(&shared.installed).entry(spec.source_node.clone()).or_default() += 1;
         }
         self.reservation.release();
         shared.add_installed(&self.plan, &totals);

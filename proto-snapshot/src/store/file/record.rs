@@ -85,6 +85,9 @@ pub(super) struct ShardRecord {
     /// The node whose transfer named the shard first, until something is installed.
     #[prost(string, optional, tag = "8")]
     named_by: Option<String>,
+    /// The node whose snapshot was the first that was installed.
+    #[prost(string, optional, tag = "9")]
+    installed_by: Option<String>,
 }
 
 #[derive(Clone, Copy, PartialEq, Message)]
@@ -103,6 +106,8 @@ pub(super) struct Shard {
     pub(super) previous: Vec<TransferId>,
     /// The node whose transfer named it first, until something is installed.
     pub(super) named_by: Option<NodeId>,
+    /// The node whose snapshot was the first that was installed.
+    pub(super) installed_by: Option<NodeId>,
 }
 
 /// Replaces the file at `path`, durably.
@@ -277,8 +282,12 @@ impl ClaimRecord {
 
 impl ShardRecord {
     pub(super) fn new(shard_id: &str, shard: &Shard) -> Self {
-        let Shard { state: ShardState { fence, high_water, current, superseded }, previous, named_by } =
-            shard;
+        let Shard {
+            state: ShardState { fence, high_water, current, superseded },
+            previous,
+            named_by,
+            installed_by,
+        } = shard;
         Self {
             shard_id: shard_id.to_owned(),
             epoch: fence.epoch,
@@ -288,6 +297,7 @@ impl ShardRecord {
             previous: previous.iter().map(ToString::to_string).collect(),
             superseded: superseded.iter().map(ToString::to_string).collect(),
             named_by: named_by.as_ref().map(ToString::to_string),
+            installed_by: installed_by.as_ref().map(ToString::to_string),
         }
     }
 
@@ -299,9 +309,11 @@ impl ShardRecord {
         let ids = |ids: Vec<String>| ids.into_iter().map(TransferId::try_from).collect::<Result<_, _>>().ok();
         let (previous, superseded) = (ids(self.previous)?, ids(self.superseded)?);
         let named_by = self.named_by.map(NodeId::try_from).transpose().ok()?;
+        let installed_by = self.installed_by.map(NodeId::try_from).transpose().ok()?;
         let fence = Fence { epoch: self.epoch, term: self.term };
         let high_water = self.high_water.map(|PointRecord { term, index }| SnapshotPoint { term, index });
-        Some(Shard { state: ShardState { fence, high_water, current, superseded }, previous, named_by })
+        let state = ShardState { fence, high_water, current, superseded };
+        Some(Shard { state, previous, named_by, installed_by })
     }
 }
 

@@ -270,8 +270,10 @@ impl Shared {
             }
             Err(error) => return Err(error),
         };
-        if let Some(source) = &known.named_by {
-            *lock(&self.named).entry(source.clone()).or_default() += 1;
+        for (counts, source) in [(&self.named, &known.named_by), (&self.installed, &known.installed_by)] {
+            if let Some(source) = source {
+                *lock(counts).entry(source.clone()).or_default() += 1;
+            }
         }
         if !exists(&self.layout.current(shard)).map_err(failed)? {
             return Ok(());

@@ -23,6 +23,15 @@ struct Copied {
     crc: u64,
 }
 
+/// What became of a copy.
+enum Copy {
+    /// Nothing was read: it is not there, or of another size.
+    None,
+    /// It could not be read to its end, or changed meanwhile.
+    Failed,
+    Done(Copied),
+}
+
 impl Inner {
     pub(super) fn reuse(&self, number: u32) -> Result<Option<u64>, StoreError> {
         let file = self.file(number)?;
@@ -35,15 +44,23 @@ impl Inner {
         let _dir = self.dir()?;
         let index = &self.shared.index;
         for source in index.with_digest(&digest) {
-            if let Some(copied) = self.copy_in(number, &source.path(), size, &digest)? {
-                return Ok(Some(copied.crc));
+            match self.copy_any(number, &source.path(), size)? {
+                Copy::None => {}
+                Copy::Failed => index.correct(source, &digest, None),
+                Copy::Done(copied) if copied.blake3 == digest => {
+                    self.move_in(number, size)?;
+                    return Ok(Some(copied.crc));
+                }
+                Copy::Done(copied) => {
+                    self.discard_copy(number);
+                    index.correct(source, &digest, Some(copied.blake3));
+                }
             }
         }
         let mut unknown = index.take_unknown(&file.name, size).into_iter();
         while let Some(source) = unknown.next() {
             // The bytes are read to learn the digest; if it is the right one, the file is there with that.
-            let found = self.copy_any(number, &source.path(), size)?;
-            let Some(found) = found else { continue };
+            let Copy::Done(found) = self.copy_any(number, &source.path(), size)? else { continue };
             index.learn(source, found.blake3);
             if found.blake3 == digest {
                 unknown.for_each(|rest| index.put_back(&rest));
@@ -55,31 +72,11 @@ impl Inner {
         Ok(None)
     }
 
-    fn copy_in(
-        &self,
-        number: u32,
-        source: &Path,
-        size: u64,
-        digest: &[u8; 32],
-    ) -> Result<Option<Copied>, StoreError> {
-        let copied = self.copy_any(number, source, size)?;
-        match copied {
-            Some(copied) if copied.blake3 == *digest => {
-                self.move_in(number, size)?;
-                Ok(Some(copied))
-            }
-            _ => {
-                self.discard_copy(number);
-                Ok(None)
-            }
-        }
-    }
-
-    /// Copies `source` beside the tree; `None` if it cannot be read or does not have `size` bytes.
-    fn copy_any(&self, number: u32, source: &Path, size: u64) -> Result<Option<Copied>, StoreError> {
-        let Ok(mut from) = File::open(source) else { return Ok(None) };
+    /// Copies `source` beside the tree, if it has `size` bytes.
+    fn copy_any(&self, number: u32, source: &Path, size: u64) -> Result<Copy, StoreError> {
+        let Ok(mut from) = File::open(source) else { return Ok(Copy::None) };
         if !from.metadata().is_ok_and(|found| found.is_file() && found.len() == size) {
-            return Ok(None);
+            return Ok(Copy::None);
         }
         let failed = |error| StoreError::io("copy an installed file", error);
         let dir = self.area.reuse();
@@ -88,11 +85,13 @@ impl Inner {
             _ => {}
         }
         let path = self.copy_path(number);
-        let result = copy(&mut from, &path, size).map_err(failed);
-        if !matches!(&result, Ok(Some(copied)) if copied.len == size) {
-            self.discard_copy(number);
+        match copy(&mut from, &path, size) {
+            Ok(Some(copied)) if copied.len == size => Ok(Copy::Done(copied)),
+            result => {
+                self.discard_copy(number);
+                result.map(|_| Copy::Failed).map_err(failed)
+            }
         }
-        Ok(result?.filter(|copied| copied.len == size))
     }
 
     fn copy_path(&self, number: u32) -> PathBuf {

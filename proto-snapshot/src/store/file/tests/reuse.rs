@@ -7,6 +7,7 @@ use crate::extent::{Extent, ExtentRecord};
 use crate::store::file::{FileSnapshotStore, FileStaging, FileStoreOptions};
 use crate::store::{SnapshotStore as _, Staging as _};
 use proto_common::checksum::crc64;
+use proto_common::ids::{NodeId, ShardId};
 
 fn files() -> Files {
     vec![
@@ -116,4 +117,58 @@ async fn a_replaced_snapshot_is_no_longer_offered() {
     assert_eq!(reuse_and_install(&store, &staging, &other).await, [false]);
     let staging = store.stage(&plan_with_digests("next", 3, &files())).await.unwrap();
     assert_eq!(reuse_and_install(&store, &staging, &files()).await, [false; 4]);
+}
+
+/// Whoever claims a digest that a file does not have makes a store read it once, not each time that somebody asks.
+#[tokio::test]
+async fn a_file_that_is_not_what_was_claimed_is_read_for_that_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, _) = open(dir.path()).await;
+    let claimed: Files = vec![("a".to_owned(), content(1, 5000)), ("b".to_owned(), content(2, 5000))];
+    let true_ones: Files = vec![("a".to_owned(), content(3, 5000)), ("b".to_owned(), content(2, 5000))];
+    let staging = store.stage(&plan_with_digests("base", 1, &claimed)).await.unwrap();
+    fill(&staging, &true_ones).await;
+    install(&staging, &true_ones).await;
+    let found = |content: &[u8]| store.shared.index.with_digest(blake3::hash(content).as_bytes()).len();
+    assert_eq!((found(&claimed[0].1), found(&true_ones[0].1)), (1, 0));
+    let staging = store.stage(&plan_with_digests("next", 2, &claimed)).await.unwrap();
+    assert_eq!(staging.reuse(0).await.unwrap(), None);
+    assert_eq!((found(&claimed[0].1), found(&true_ones[0].1)), (0, 1));
+    // What it is can be had, and so can the other one.
+    assert!(staging.reuse(1).await.unwrap().is_some());
+    let staging = store.stage(&plan_with_digests("third", 3, &true_ones)).await.unwrap();
+    assert_eq!(reuse_and_install(&store, &staging, &true_ones).await, [true, true]);
+}
+
+#[tokio::test]
+async fn what_can_be_reused_has_a_limit_and_makes_room_where_one_node_has_most() {
+    let dir = tempfile::tempdir().unwrap();
+    // Room for two of the snapshots below, by digest or by name.
+    let (store, _) = open_with(dir.path(), FileStoreOptions { reuse_index_bytes: 2600, ..options() }).await;
+    let mut number = 0;
+    let mut installs = async |id: &str, node: &str, digests: bool| {
+        number += 1;
+        let files: Files =
+            (0..3).map(|file| (format!("{id}-{file}"), content(number * 10 + file, 50))).collect();
+        let mut plan = if digests { plan_with_digests(id, 1, &files) } else { plan(id, 1, &files) };
+        plan.spec.source_node = NodeId::new(node).unwrap();
+        plan.spec.target_shard = ShardId::new(id).unwrap();
+        let staging = store.stage(&plan).await.unwrap();
+        fill(&staging, &files).await;
+        install(&staging, &files).await;
+        files
+    };
+    let a = installs("a", "n1", true).await;
+    let b = installs("b", "n2", false).await;
+    let c = installs("c", "n1", false).await;
+    let d = installs("d", "n1", true).await;
+    // Of n1's, the latest one is left, and n2's beside it.
+    let mut all = Files::new();
+    for files in [&a, &b, &c, &d] {
+        all.extend(files.iter().cloned());
+    }
+    let staging = store.stage(&plan_with_digests("all", 2, &all)).await.unwrap();
+    let reused = reuse_and_install(&store, &staging, &all).await;
+    let of = |from: usize| reused[from..from + 3].to_vec();
+    assert_eq!((of(0), of(3), of(6), of(9)), (vec![false; 3], vec![true; 3], vec![false; 3], vec![true; 3]));
 }

@@ -386,3 +386,42 @@ async fn shards_that_are_only_named_count_against_the_node_that_names_them() {
     refuses(&store, "f", &source()).await;
     assert_eq!(store.shard(&shard()).await.unwrap().fence, fence(1), "it is still known");
 }
+
+#[tokio::test]
+async fn shards_of_which_something_is_installed_count_against_the_node_that_was_first() {
+    let dir = tempfile::tempdir_in(fast_dir()).unwrap();
+    let limited = FileStoreOptions { installed_per_peer: 2, ..options() };
+    let (store, _) = open_with(dir.path(), limited.clone()).await;
+    let of = |by: &str, name: &str, index: u64| {
+        let mut plan = plan(&format!("{by}-{name}-{index}"), index, &one(10));
+        plan.spec.source_node = NodeId::new(by).unwrap();
+        plan.spec.target_shard = ShardId::new(name).unwrap();
+        plan
+    };
+    let installs = async |store: &FileSnapshotStore, plan: TransferPlan| {
+        let staging = store.stage(&plan).await.unwrap();
+        fill(&staging, &one(10)).await;
+        install(&staging, &one(10)).await;
+    };
+    let refuses = async |store: &FileSnapshotStore, plan: TransferPlan| {
+        let error = store.stage(&plan).await.unwrap_err();
+        let by = &plan.spec.source_node;
+        assert!(matches!(&error, StoreError::TooManyInstalled { peer, limit: 2 } if peer == by), "{error:?}");
+        assert!(!error.is_retryable());
+        assert!(!dir.path().join("staging").join(plan.spec.transfer_id.as_str()).exists());
+    };
+    installs(&store, of("n9", "a", 1)).await;
+    installs(&store, of("n9", "b", 1)).await;
+    refuses(&store, of("n9", "c", 1)).await;
+    // Newer ones of those are taken, from whomever, and others have theirs.
+    installs(&store, of("n9", "a", 2)).await;
+    installs(&store, of("n1", "b", 2)).await;
+    installs(&store, of("n1", "c", 1)).await;
+    drop(store);
+
+    let (store, _) = open_with(dir.path(), limited).await;
+    refuses(&store, of("n9", "d", 1)).await;
+    installs(&store, of("n9", "c", 2)).await;
+    installs(&store, of("n1", "d", 1)).await;
+    refuses(&store, of("n1", "e", 1)).await;
+}
