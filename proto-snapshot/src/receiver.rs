@@ -11,6 +11,7 @@
 //! | how do I keep snapshots elsewhere? | implement [`SnapshotStore`] |
 
 use std::collections::HashMap;
+use std::hash::Hash;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -22,6 +23,7 @@ use proto_common::ids::{NodeId, ShardId, TransferId};
 use proto_common::prompt::MAX_REQUEST_BYTES;
 use proto_common::refusal::WithDetails;
 use proto_common::v1::{Direction, NodeIdentity};
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -104,7 +106,11 @@ struct Inner<S: SnapshotStore> {
     transfers: Transfers,
     places: Admission,
     manifests: Manifests,
-    turns: Turns,
+    /// To install, by shard.
+    turns: Turns<ShardId>,
+    /// To reuse installed files, by source node.
+    reuse_turns: Turns<NodeId>,
+    reusing: Semaphore,
     budget: Arc<Budget>,
     slots: Mutex<HashMap<TransferId, Arc<Slot<S::Staging>>>>,
     tasks: TaskTracker,
@@ -119,20 +125,30 @@ struct Slot<A: Staging> {
     incoming: Mutex<Option<Arc<Incoming<A>>>>,
 }
 
-/// Whose turn it is to install, by shard.
-#[derive(Debug, Default)]
-struct Turns {
-    shards: Mutex<HashMap<ShardId, Arc<tokio::sync::Mutex<()>>>>,
+/// Whose turn it is, for each of what can be done by one at a time only.
+#[derive(Debug)]
+struct Turns<K> {
+    turns: Mutex<HashMap<K, Arc<tokio::sync::Mutex<()>>>>,
 }
 
-impl Turns {
-    fn of(&self, shard: &ShardId) -> Arc<tokio::sync::Mutex<()>> {
-        let mut shards = self.shards.lock().unwrap_or_else(PoisonError::into_inner);
-        // Those that nobody waits for are forgotten, so that there are no more than there are installs.
-        shards.retain(|_, turn| Arc::strong_count(turn) > 1);
-        Arc::clone(shards.entry(shard.clone()).or_default())
+impl<K> Default for Turns<K> {
+    fn default() -> Self {
+        Self { turns: Mutex::default() }
     }
 }
+
+impl<K: Clone + Eq + Hash> Turns<K> {
+    fn of(&self, key: &K) -> Arc<tokio::sync::Mutex<()>> {
+        let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
+        // Those that nobody waits for are forgotten, so that there are no more than there are who do.
+        turns.retain(|_, turn| Arc::strong_count(turn) > 1);
+        Arc::clone(turns.entry(key.clone()).or_default())
+    }
+}
+
+/// Files that are filled from installed ones at once, over all transfers: that reads, hashes and writes as much as the disk gives, for a few bytes that a
+/// sender says, and what is received needs the disk as well. Two, and one of each source node, so that no node keeps the others from it.
+const REUSING: usize = 2;
 
 impl<A: Staging> Slot<A> {
     fn new(source: NodeId, incoming: Option<Arc<Incoming<A>>>) -> Arc<Self> {
@@ -204,6 +220,8 @@ impl<S: SnapshotStore> SnapshotReceiverBuilder<S> {
             places: Admission::new(limits.transfers, limits.transfers_per_peer),
             manifests: Manifests::new(limits.manifest_memory_bytes, limits.manifest_memory_per_peer),
             turns: Turns::default(),
+            reuse_turns: Turns::default(),
+            reusing: Semaphore::new(REUSING),
             limits,
             access,
             hook,

@@ -30,6 +30,7 @@ use proto_snapshot::v1::split_snapshot_service_client::SplitSnapshotServiceClien
 use proto_snapshot::v1::transfer_split_snapshot_request::{
     File, Frame, Header, Heartbeat, LaneHeader, Manifest,
 };
+use proto_snapshot::v1::transfer_split_snapshot_response::Frame as Answer;
 use proto_snapshot::v1::{TransferPhase, TransferProgress, WatchTransferProgressRequest};
 use refusals::{ALONE, Abuse, Refusal, counted, limits_of};
 use slow::{Brake, SlowStore};
@@ -556,6 +557,19 @@ async fn shards_per_peer() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn installed_per_peer() {
+    let facts: &[_] = &[("limit", Some("1")), ("peer", Some(OFFENDER))];
+    let too_many = Refusal { reason: "TOO_MANY_SHARDS", retryable: false, facts, ..TOO_MANY };
+    let mut case = Case::new(|_| {});
+    case.disk.installed_per_peer = 1;
+    case.check(async |bench| {
+        bench.send(OFFENDER, "x1").await;
+        Abuse::default().refused(bench.refuses(begun("x2", |_| {})).await, too_many)
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn receive_budget_bytes() {
     let beyond = Refusal { reason: "CREDIT_EXCEEDED", field: Some("chunk.payload"), ..INVALID };
     // Half of it for the node that is there, and a quarter of it for each of two streams.
@@ -575,6 +589,70 @@ async fn receive_budget_bytes() {
         Abuse::default().refused(second.refusal().await, beyond).holds((first, second))
     })
     .await;
+}
+
+// ---- Reuse.
+
+/// What a sender says first of a file that may be here already.
+fn with_digest(node: &str, id: &str, generation: u64) -> Vec<Frame> {
+    let mut first = Stalled::begun(node, id, SIZE, generation);
+    let Frame::Manifest(manifest) = &mut first[1] else { panic!("the manifest comes second") };
+    manifest.files[0].blake3 = Some(vec![7; 32].into());
+    first
+}
+
+async fn reusing(brake: Brake, limits: Limits) -> (Server<SlowStore>, tempfile::TempDir) {
+    let target = tempfile::tempdir().unwrap();
+    let store = FileSnapshotStore::open(target.path(), FileStoreOptions::default()).unwrap();
+    let builder = SnapshotReceiver::builder(&NodeId::new("n2").unwrap(), SlowStore { store, brake });
+    (Server::start(builder.limits(limits)).await, target)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_files_are_reused_at_once_and_one_of_each_node() {
+    let _alone = ALONE.lock().await;
+    let brake = Brake::held();
+    let mut limits = small_limits();
+    // Three signs of life in that time.
+    limits.idle = Duration::from_secs(1);
+    let (server, _target) = reusing(brake.clone(), limits).await;
+    let mut streams = Vec::new();
+    for (node, id) in [("x", "x1"), ("x", "x2"), ("x", "x3"), ("y", "y1"), ("y", "y2"), ("z", "z1")] {
+        let mut stream = Stalled::say_first(&server, with_digest(node, id, 1)).await.unwrap();
+        // Between the first and the second one it has come as far as it can.
+        for _ in 0..2 {
+            let heard = stream.hear().await.unwrap();
+            assert!(matches!(heard, Answer::Ack(_)), "{heard:?}");
+        }
+        streams.push(stream);
+    }
+    assert_eq!(brake.reuses.lock().unwrap().now, ["x", "y"]);
+    // One that waits for its turn leaves when it is told to, or its sender is gone.
+    drop(streams.pop());
+    let shown = |id: &str| server.receiver.transfers().registry().get(Some(Direction::In), id).unwrap();
+    until("it is gone", || shown("z1").phase() == TransferPhase::Interrupted).await;
+    brake.release();
+    for stream in &mut streams {
+        while matches!(stream.hear().await.unwrap(), Answer::Ack(_)) {}
+    }
+    let reuses = brake.reuses.lock().unwrap();
+    assert_eq!((reuses.now.len(), reuses.most, reuses.ever), (0, (2, 1), 5));
+    drop(reuses);
+    drop(streams);
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_that_comes_back_has_nothing_looked_for_again() {
+    let _alone = ALONE.lock().await;
+    let brake = Brake::held();
+    brake.release();
+    let (server, _target) = reusing(brake.clone(), small_limits()).await;
+    for generation in 1..=3 {
+        drop(Stalled::begin(&server, with_digest(OFFENDER, "x1", generation)).await.unwrap());
+        assert_eq!(brake.reuses.lock().unwrap().ever, 1, "of generation {generation}");
+    }
+    server.stop().await;
 }
 
 // ---- Time.

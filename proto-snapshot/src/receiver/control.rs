@@ -15,7 +15,7 @@ use super::completion::shutting_down;
 use super::handshake::{CheckedLane, ControlHeader, Frames, ended_early, unexpected};
 use super::identity::{check_same, check_same_shown, check_same_spec, initial_progress};
 use super::incoming::{Incoming, Outcome, Stage, StreamPermit, cancelled, replaced};
-use super::session::{Answers, Session, accept};
+use super::session::{Answers, Session, accept, told_to_stop};
 use super::{Inner, Slot};
 use crate::extent::{Extent, ExtentRecord};
 use crate::reason::Reason;
@@ -622,7 +622,9 @@ impl<S: SnapshotStore> Inner<S> {
             let files = incoming.plan.manifest.numbered().filter(|(_, file)| file.blake3.is_some());
             files
                 .filter_map(|(number, file)| Some((number, file.size?)))
-                .filter(|(number, size)| *size > 0 && ledger.is_empty(*number))
+                .filter(|(number, size)| {
+                    *size > 0 && incoming.may_look_for(*number) && ledger.is_empty(*number)
+                })
                 .collect()
         };
         if wanted.is_empty() {
@@ -630,26 +632,40 @@ impl<S: SnapshotStore> Inner<S> {
         }
         incoming.show(|transfer| transfer.enter(TransferPhase::Preparing));
         let mut alive = tokio::time::interval(self.limits.idle / 3);
+        let still_here = || {
+            answers.offer(Answer::Ack(Ack {
+                durable_bytes: incoming.ledger().durable_bytes(),
+                phase: TransferPhase::Preparing.into(),
+                ..Ack::default()
+            }));
+        };
+        let turn = self.reuse_turns.of(&incoming.plan.spec.source_node);
+        let mut stop = permit.stop.clone();
         for (file, len) in wanted {
+            let mut waiting = std::pin::pin!(async { (turn.lock().await, self.reusing.acquire().await) });
+            let _place = loop {
+                tokio::select! {
+                    biased;
+                    reason = told_to_stop(&mut stop) => return Err(reason.unwrap_or_else(ended_early)),
+                    () = answers.closed() => return Err(ended_early()),
+                    place = &mut waiting => break place,
+                    _ = alive.tick() => still_here(),
+                }
+            };
+            incoming.looks_for(file);
             let mut reused = std::pin::pin!(incoming.staging.reuse(file));
             let found = loop {
                 tokio::select! {
                     found = &mut reused => break found?,
-                    _ = alive.tick() => {
-                        answers.offer(Answer::Ack(Ack {
-                            durable_bytes: incoming.ledger().durable_bytes(),
-                            phase: TransferPhase::Preparing.into(),
-                            ..Ack::default()
-                        }));
-                    }
+                    _ = alive.tick() => still_here(),
                 }
             };
             if let Some(crc) = found {
                 incoming.ledger().reused(ExtentRecord { extent: Extent { file, offset: 0, len }, crc })?;
             }
-            if let Some(stop) = permit.stopped() {
-                return Err(stop);
-            }
+        }
+        if let Some(stop) = permit.stopped() {
+            return Err(stop);
         }
         incoming.flush().await
     }

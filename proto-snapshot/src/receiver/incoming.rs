@@ -1,7 +1,7 @@
 //! One incoming transfer that is not finished: who writes into it, what is there, what is shown of it.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -41,6 +41,8 @@ pub(super) struct Incoming<A: Staging> {
     changes: watch::Sender<u64>,
     meter: Mutex<Meter>,
     wire_bytes: AtomicU64,
+    /// Files below this number were looked for among installed ones.
+    looked_for: AtomicU32,
     /// `None` once it has moved to the history.
     tracker: Mutex<Option<Tracker<TransferProgress>>>,
     /// What it keeps until it has ended: the hook's, and the memory of its manifest.
@@ -131,6 +133,7 @@ impl<A: Staging> Incoming<A> {
             changes: watch::Sender::new(0),
             meter: Mutex::new(Meter::default()),
             wire_bytes: AtomicU64::new(0),
+            looked_for: AtomicU32::new(0),
             tracker: Mutex::new(Some(tracker)),
             hold: Mutex::new(Some((hold, memory))),
             ended: Mutex::new(None),
@@ -419,6 +422,17 @@ impl<A: Staging> Incoming<A> {
     /// Bytes that streams have brought.
     pub(super) fn wire_bytes(&self) -> u64 {
         self.wire_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Whether `file` is still to be looked for among installed ones. In this process each is once, in order: a stream that comes
+    /// back does not have the disk read again.
+    pub(super) fn may_look_for(&self, file: u32) -> bool {
+        file >= self.looked_for.load(Ordering::Relaxed)
+    }
+
+    /// Files up to `file` are looked for.
+    pub(super) fn looks_for(&self, file: u32) {
+        self.looked_for.fetch_max(file.saturating_add(1), Ordering::Relaxed);
     }
 
     /// Whether a sender may still be reading its snapshot for the totals, `since` the stream began: nothing else is missing.

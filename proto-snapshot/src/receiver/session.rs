@@ -174,7 +174,7 @@ pub(super) async fn accept(
 
 /// Waits until the stream has to end, and returns why. Nothing of the channel is borrowed then: who looks at it once more while it is would wait
 /// for whoever wants to tell another reason, which waits for him.
-async fn told_to_stop(stop: &mut watch::Receiver<Option<Error>>) -> Option<Error> {
+pub(super) async fn told_to_stop(stop: &mut watch::Receiver<Option<Error>>) -> Option<Error> {
     stop.wait_for(Option::is_some).await.map_or(None, |reason| reason.clone())
 }
 

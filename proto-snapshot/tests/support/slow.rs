@@ -2,7 +2,7 @@
 
 #![allow(dead_code, unreachable_pub, missing_docs, reason = "each test binary uses a part of it")]
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use proto_common::fence::Fence;
 use proto_common::ids::{NodeId, ShardId};
@@ -22,11 +22,27 @@ pub struct Brake {
     pub begun: watch::Sender<usize>,
     /// The source node whose writes it holds; `None`: of all.
     of: Option<&'static str>,
+    pub reuses: Arc<Mutex<Reuses>>,
+}
+
+/// Files that are looked for among installed ones.
+#[derive(Debug, Default)]
+pub struct Reuses {
+    /// The source nodes of those that are now.
+    pub now: Vec<String>,
+    /// Most at once: of all, and of one source node.
+    pub most: (usize, usize),
+    pub ever: usize,
 }
 
 impl Brake {
     pub fn held() -> Self {
-        Self { held: watch::Sender::new(true), begun: watch::Sender::new(0), of: None }
+        Self {
+            held: watch::Sender::new(true),
+            begun: watch::Sender::new(0),
+            of: None,
+            reuses: Arc::default(),
+        }
     }
 
     /// Holds the writes of one source node.
@@ -141,7 +157,21 @@ impl Staging for SlowStaging {
     }
 
     async fn reuse(&self, file: u32) -> Result<Option<u64>, StoreError> {
-        self.staging.reuse(file).await
+        let plan = self.staging.plan();
+        let source = plan.spec.source_node.to_string();
+        {
+            let mut reuses = self.brake.reuses.lock().unwrap();
+            reuses.now.push(source.clone());
+            reuses.ever += 1;
+            let of_it = reuses.now.iter().filter(|now| **now == source).count();
+            reuses.most = (reuses.most.0.max(reuses.now.len()), reuses.most.1.max(of_it));
+        }
+        self.brake.pass(plan).await;
+        let found = self.staging.reuse(file).await;
+        let mut reuses = self.brake.reuses.lock().unwrap();
+        let at = reuses.now.iter().position(|now| *now == source).unwrap();
+        reuses.now.remove(at);
+        found
     }
 
     async fn rest(&self) -> Result<(), StoreError> {
