@@ -9,9 +9,10 @@
 //! 5. on `Installed`, give the slots up; held requests are answered with `MOVED`.
 //!
 //! An outcome that is not known, after a lost reply or a restart, is asked for before anything else happens; until there is an
-//! answer, the slots stay held. Only what proves that the target has not taken over, and will not, undoes a split. "Not found" proves that
-//! only where the store that says it is the one that the split began with: the ownership is committed there in one transaction with
-//! the import. From another store, it says nothing: then the operator has the word ([`Splits::resolve`]).
+//! answer, the slots stay held. Only what proves that the target has not taken over, and will not, undoes a split: it has nothing of the transfer,
+//! or has ended it, and its slot map has no owner of the slots as of the split or later. That proves it only where the store that says it is the one
+//! that the split began with: the ownership is committed there in one transaction with the import. From another store, it says nothing: then the
+//! operator has the word ([`Splits::resolve`]).
 
 mod outcome;
 mod receive;
@@ -252,6 +253,8 @@ impl Splits {
         let not_owned = || refused(format!("slot {slot} is not of this node"));
         let shard = owned().ok_or_else(not_owned)?;
         let range = SlotRange::new(slot, shard.end()).map_err(|error| refused(error.to_string()))?;
+        // Here rather than when writes are held: the name of this node may be too long for that of a shard.
+        receive::split_shard(range, node.id()).map_err(|error| refused(error.to_string()))?;
         let epoch = node.gate().ownership().highest_epoch(range).saturating_add(1);
         let begun_unix_ms = unix_ms();
         let transfer =

@@ -14,6 +14,11 @@ use node::demo::load_gen::{LoadGenerator, judge};
 use node::demo::processes::NodeProcess;
 use node::split::ROWS_FILE;
 use node::store::{Identity, Init, SplitIntent, Store, StoreOptions};
+use proto::common::ids::{ShardId, TransferId};
+use proto::common::path::FileName;
+use proto::snapshot::FileSnapshotStore;
+use proto::snapshot::spec::{FileTotal, Manifest, ManifestFile, SnapshotPoint, TransferPlan, TransferSpec};
+use proto::snapshot::store::{FileStoreOptions, SnapshotStore as _, Staging as _};
 use support::{call, client, program, show, start, until};
 
 /// What a split's status says under `name`.
@@ -393,5 +398,55 @@ fn the_demo_succeeds() {
     assert!(lost.split_whitespace().any(|word| word == "0"), "{lost}");
     for said in ["longest freeze", "p50, slots that move", "p99, slots that stay"] {
         assert!(out.contains(said), "{said} is missing: {out}");
+    }
+}
+
+/// Installs a snapshot of the shard at the store in `directory` that is newer than any.
+async fn install_the_newest(directory: &Path, shard: &str) {
+    let spec = TransferSpec {
+        transfer_id: TransferId::new("newest").unwrap(),
+        source_shard: ShardId::new("s1").unwrap(),
+        target_shard: ShardId::new(shard).unwrap(),
+        source_node: NodeId::new("n1").unwrap(),
+        slots: "8192-16383".parse().unwrap(),
+        point: SnapshotPoint { term: u64::MAX, index: u64::MAX },
+        content_version: String::new(),
+    };
+    let empty = ManifestFile { name: FileName::new("a").unwrap(), size: Some(0), blake3: None };
+    let plan = TransferPlan { spec, manifest: Manifest::new(vec![empty]).unwrap() };
+    let store = FileSnapshotStore::open(directory, FileStoreOptions::default()).unwrap();
+    store.recover().await.unwrap();
+    let staging = store.stage(&plan).await.unwrap();
+    staging.seal(&[FileTotal { size: 0, crc: 0 }]).await.unwrap();
+    staging.place().await.unwrap();
+    staging.activate().await.unwrap();
+    staging.remove().await.unwrap();
+}
+
+/// What no repetition gets past gives the slots back by itself: the target, which owns none of them, says so.
+#[tokio::test]
+async fn a_split_that_its_target_refuses_for_good_is_undone() {
+    for damaged in [true, false] {
+        let dir = tempfile::tempdir().unwrap();
+        let n1 = start("n1", dir.path(), "0-16383").await;
+        let mut n2 = start("n2", dir.path(), "none").await;
+        n2.kill().await.unwrap();
+        let (snapshots, shard) = (dir.path().join("n2/snapshots"), "slots-8192-16383-n1");
+        if damaged {
+            std::fs::create_dir(snapshots.join("shards").join(shard)).unwrap();
+            std::fs::write(snapshots.join("shards").join(shard).join("CURRENT"), "damaged").unwrap();
+        } else {
+            install_the_newest(&snapshots, shard).await;
+        }
+        n2.restart().await.unwrap();
+        let mut control = client(&n1).await;
+        let begun = call(&mut control, &split_command(&n2, None)).await;
+        assert!(begun.starts_with("split-8192-16383-"), "{begun}");
+        until("it is undone", async || split_says(&mut control, "phase").await == "undone").await;
+        let error = split_says(&mut control, "error").await;
+        let why = if damaged { "record of shard slots-8192-16383-n1 is damaged" } else { "a newer snapshot" };
+        assert!(error.contains(why), "{error}");
+        // Slot 12182.
+        assert_eq!(call(&mut control, "SET foo bar").await, "OK");
     }
 }

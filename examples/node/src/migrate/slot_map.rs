@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::time::Duration;
 
 use proto::common::dial::NodeChannel;
-use proto::common::error::Error;
+use proto::common::error::{CommonReason, Error};
 use proto::common::slots::SlotRange;
 use proto::common::text::printable;
 use proto::migration::Reason;
@@ -152,6 +152,8 @@ struct Told {
     /// Incarnation of the node, and revision of its map.
     revision: (u64, u64),
     node_id: String,
+    /// Its [store id](Node::store_id).
+    store: Vec<u8>,
     /// The map is here, and not as it was when it was learned last.
     whole: bool,
     /// Where the node is.
@@ -165,7 +167,7 @@ struct Told {
 impl Told {
     fn new(revision: (u64, u64), node_id: String, status: &NodeStatus) -> Self {
         let own = addresses(&status.node_address, &status.client_address);
-        Self { revision, node_id, whole: true, own, owners: Vec::new(), seen: (0, 0) }
+        Self { revision, node_id, store: Vec::new(), whole: true, own, owners: Vec::new(), seen: (0, 0) }
     }
 
     /// Adds the owners of the next page.
@@ -214,7 +216,10 @@ async fn ask(channel: NodeChannel, me: &NodeId, revision: Option<(u64, u64)>) ->
         let identity = origin.identity.unwrap_or_default();
         let owners = std::mem::take(&mut status.slot_owners);
         let now = (identity.incarnation, status.slot_map_revision);
-        let told = told.get_or_insert_with(|| Told::new(now, identity.node_id, &status));
+        let told = told.get_or_insert_with(|| Told {
+            store: identity.store_id.into(),
+            ..Told::new(now, identity.node_id, &status)
+        });
         if told.revision != now {
             // Two maps need not fit together.
             return Err(Unusable::Unanswered);
@@ -230,6 +235,24 @@ async fn ask(channel: NodeChannel, me: &NodeId, revision: Option<(u64, u64)>) ->
         }
     }
     told.ok_or(Unusable::Unanswered)
+}
+
+/// The whole slot map of the node at the other end of `channel`, as it tells it, and the store that it has.
+///
+/// # Errors
+///
+/// There is no answer, or it is none.
+pub(crate) async fn ask_whole(channel: NodeChannel, me: &NodeId) -> Result<(Vec<u8>, Ownership), Error> {
+    let unanswered = || Error::new(CommonReason::Unavailable, "the node does not tell its slot map");
+    let told = timeout(ANSWER, ask(channel, me, None)).await.map_err(|_| unanswered())?;
+    let told = told.map_err(|unusable| match unusable {
+        Unusable::Unanswered => unanswered(),
+        Unusable::Refused(error) => error,
+    })?;
+    let claims: Vec<Claim> = told.owners.into_iter().map(|(claim, _)| claim).collect();
+    let mut ownership = Ownership::default();
+    ownership.adopt_all(&claims);
+    Ok((told.store, ownership))
 }
 
 /// Takes over what is newer, and where nodes are.

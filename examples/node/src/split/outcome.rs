@@ -14,6 +14,8 @@ use proto::node::{
 use proto::snapshot::Reason;
 
 use crate::common::NodeId;
+use crate::migrate::slot_map::ask_whole;
+use crate::store::{Claim, Ownership};
 
 /// Between two questions where the answer was of no use.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
@@ -63,17 +65,61 @@ pub(super) enum Unanswered {
     Stranger { node: String, found: String, expected: String },
 }
 
+impl Unanswered {
+    fn stranger(node: &str, found: &[u8], expected: &[u8]) -> Self {
+        Self::Stranger {
+            node: printable(node, 128),
+            found: printable(&hex(found), 64),
+            expected: hex(expected),
+        }
+    }
+}
+
 /// Asks once, for what the node with the data directory `store` says.
 async fn ask(target: &Target, transfer: &str, store: &[u8]) -> Result<Answer, Unanswered> {
     let (answer, NodeIdentity { node_id, store_id, .. }) = question(target, transfer).await?;
     if store.is_empty() || store_id != store {
-        return Err(Unanswered::Stranger {
-            node: printable(&node_id, 128),
-            found: printable(&hex(&store_id), 64),
-            expected: hex(store),
-        });
+        return Err(Unanswered::stranger(&node_id, &store_id, store));
     }
     Ok(answer)
+}
+
+/// What the owners of slots tell of a hand-over, where the target remembers no transfer that did it. They are never forgotten, and epochs only rise.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Taken {
+    /// The target took the slots over.
+    Yes,
+    /// It did not.
+    No,
+    /// Some of them, or somebody else at the same epoch: no hand-over leaves that.
+    Unclear,
+}
+
+/// Asks the target once who owns the slots of `claim`, for what the node with the data directory `store` says. `me` would have handed them over.
+pub(super) async fn taken(
+    target: &Target,
+    me: &NodeId,
+    claim: &Claim,
+    store: &[u8],
+) -> Result<Taken, Unanswered> {
+    let channel = target.dial()?.connect().await?;
+    let (found, ownership) = ask_whole(channel, me).await?;
+    if store.is_empty() || found != store {
+        return Err(Unanswered::stranger(target.node.as_str(), &found, store));
+    }
+    Ok(taken_by(&ownership, me, claim))
+}
+
+fn taken_by(known: &Ownership, me: &NodeId, claim: &Claim) -> Taken {
+    // What came after it counts as well: the target may have handed them on.
+    let of = |slot| match known.of(slot) {
+        Some(now) if now.epoch < claim.epoch || now.owner == *me => Taken::No,
+        Some(now) if now.owner == claim.owner || now.epoch > claim.epoch => Taken::Yes,
+        Some(_) => Taken::Unclear,
+        None => Taken::No,
+    };
+    let first = of(claim.range.start());
+    if claim.range.iter().all(|slot| of(slot) == first) { first } else { Taken::Unclear }
 }
 
 /// What is answered, and by whom.
@@ -172,6 +218,35 @@ fn unhex(text: &str) -> Option<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn whether_slots_were_taken_over_is_told_by_their_epochs() {
+        let claim = |range: &str, owner: &str, epoch| Claim {
+            range: range.parse().unwrap(),
+            owner: owner.parse().unwrap(),
+            epoch,
+        };
+        // n1 would hand them over to n2.
+        let split = claim("100-199", "n2", 7);
+        for (known, expected) in [
+            (vec![], Taken::No),
+            (vec![claim("0-16383", "n1", 6)], Taken::No),
+            // From another node that had them long before.
+            (vec![claim("0-16383", "n2", 5)], Taken::No),
+            // This node got them back, or keeps them since an operator said so.
+            (vec![claim("0-199", "n1", 8)], Taken::No),
+            (vec![claim("100-199", "n2", 7)], Taken::Yes),
+            // It went on from there.
+            (vec![claim("0-150", "n2", 9), claim("151-300", "n3", 8)], Taken::Yes),
+            (vec![claim("100-199", "n3", 7)], Taken::Unclear),
+            (vec![claim("100-150", "n2", 7)], Taken::Unclear),
+            (vec![claim("100-150", "n1", 6), claim("151-199", "n2", 7)], Taken::Unclear),
+        ] {
+            let mut ownership = Ownership::default();
+            ownership.adopt_all(&known);
+            assert_eq!(taken_by(&ownership, &"n1".parse().unwrap(), &split), expected, "{known:?}");
+        }
+    }
 
     #[test]
     fn a_store_id_is_read_back() {

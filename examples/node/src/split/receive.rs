@@ -2,9 +2,10 @@
 
 use proto::common::error::Error;
 use proto::common::guard::RangeGuard;
+use proto::common::ids::{IdError, ShardId};
 use proto::snapshot::Reason;
 use proto::snapshot::hook::{Hold, HookFuture, InstallHook};
-use proto::snapshot::spec::TransferPlan;
+use proto::snapshot::spec::{TransferPlan, TransferSpec};
 use proto::snapshot::store::PlacedSnapshot;
 
 use crate::common::{NodeId, SlotRange};
@@ -13,6 +14,15 @@ use crate::store::{Claim, MAX_EPOCH_LEAP, Ownership, StoreError, read_header};
 
 /// The name of the one file that a snapshot of rows consists of.
 pub const ROWS_FILE: &str = "node-rows.snapshot";
+
+/// How the names of shards begin that are kept for splits.
+const SPLIT_SHARDS: &str = "slots-";
+
+/// The shard as which `source` hands `slots` over: each source has its own, so that no other node decides what is the newest snapshot of it. Both ends are in it,
+/// also of a single slot: no name of a node makes one of another's.
+pub(super) fn split_shard(slots: SlotRange, source: &NodeId) -> Result<ShardId, IdError> {
+    ShardId::new(format!("{SPLIT_SHARDS}{}-{}-{source}", slots.start(), slots.end() - 1))
+}
 
 /// Merges snapshots of rows into the node's database.
 #[derive(Debug, Clone)]
@@ -99,6 +109,18 @@ fn credible(claim: Claim, slots: SlotRange, source: &NodeId, me: &NodeId, known:
     parts.map(|range| Claim { range, ..claim.clone() }).collect()
 }
 
+/// Keeps the shards of splits to those: whoever could install anything there would have the next split refused as older.
+fn check_shard(plan: &TransferPlan) -> Result<(), Error> {
+    let TransferSpec { target_shard, slots, source_node, .. } = &plan.spec;
+    let own = || split_shard(*slots, source_node).is_ok_and(|own| own == *target_shard);
+    if !target_shard.as_str().starts_with(SPLIT_SHARDS) || (has_rows(plan) && own()) {
+        return Ok(());
+    }
+    Err(Reason::InstallRefused.error(format!(
+        "shard {target_shard} takes no snapshot of slots {slots} from node {source_node}: names that begin with {SPLIT_SHARDS} are kept for splits"
+    )))
+}
+
 fn has_rows(plan: &TransferPlan) -> bool {
     matches!(plan.manifest.files(), [file] if file.name.as_str() == ROWS_FILE)
 }
@@ -128,6 +150,7 @@ fn refused(error: StoreError) -> Error {
 impl InstallHook for SplitHook {
     fn admit<'a>(&'a self, plan: &'a TransferPlan) -> HookFuture<'a, Hold> {
         Box::pin(async move {
+            check_shard(plan)?;
             if !has_rows(plan) {
                 return Ok(Box::new(()) as Hold);
             }
@@ -167,8 +190,8 @@ mod tests {
     use std::collections::BTreeMap;
     use std::path::Path;
 
-    use proto::common::ids::{ShardId, TransferId};
-    use proto::snapshot::spec::{Manifest, ManifestFile, SnapshotPoint, TransferSpec};
+    use proto::common::ids::TransferId;
+    use proto::snapshot::spec::{Manifest, ManifestFile, SnapshotPoint};
 
     use super::*;
     use crate::store::{Handover, Init, Store, StoreOptions};
@@ -192,6 +215,37 @@ mod tests {
             content_version: String::new(),
         };
         TransferPlan { spec, manifest: Manifest::new(vec![rows]).unwrap() }
+    }
+
+    /// Who installed something newer than all under the name that another's split uses would keep that from ever being taken.
+    #[tokio::test]
+    async fn the_shards_of_splits_are_for_the_rows_of_their_sources_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let hook = SplitHook::new(node(dir.path(), "none"), RangeGuard::new());
+        let of_n1 = |shard: &str, slots: &str| {
+            let mut plan = plan(slots);
+            plan.spec.target_shard = ShardId::new(shard).unwrap();
+            plan
+        };
+        let files = |mut plan: TransferPlan| {
+            let file = ManifestFile { name: "a".parse().unwrap(), size: Some(1), blake3: None };
+            plan.manifest = Manifest::new(vec![file]).unwrap();
+            plan
+        };
+        drop(hook.admit(&of_n1("slots-100-199-n1", "100-199")).await.unwrap());
+        drop(hook.admit(&of_n1("slots-7-7-n1", "7")).await.unwrap());
+        drop(hook.admit(&files(of_n1("s2", "100-199"))).await.unwrap());
+        for other in [
+            files(of_n1("slots-100-199-n1", "100-199")),
+            files(of_n1("slots-100-199-n3", "100-199")),
+            files(of_n1("slots-100-199", "100-199")),
+            of_n1("slots-100-199-n3", "100-199"),
+            of_n1("slots-100-199-n1", "100-198"),
+            of_n1("slots-100-199", "100-199"),
+        ] {
+            let Err(refused) = hook.admit(&other).await else { panic!("it is admitted: {other:?}") };
+            assert!(refused.is(Reason::InstallRefused) && !refused.is_retryable(), "{refused:?}");
+        }
     }
 
     /// A peer that announces a snapshot of this node's own slots, and leaves it there, keeps nobody off them.

@@ -11,10 +11,10 @@ use proto::common::path::FileName;
 use proto::node::Priority;
 use proto::snapshot::sender::{SenderOptions, SnapshotToSend};
 use proto::snapshot::spec::SnapshotPoint;
-use proto::snapshot::{FileSource, Reason, SnapshotSender};
+use proto::snapshot::{FileSource, SnapshotSender};
 
-use super::outcome::{Answer, Target, Unanswered, ask_until_answered, cancel};
-use super::receive::ROWS_FILE;
+use super::outcome::{Answer, Taken, Target, Unanswered, ask_until_answered, cancel, taken};
+use super::receive::{ROWS_FILE, split_shard};
 use super::source::{Closing, ClosingSource};
 use super::{Begun, Resolution, SplitPhase, Splits, rows_file};
 use crate::common::SlotRange;
@@ -91,7 +91,7 @@ async fn decide(splits: &Splits, begun: &Begun, resumed: Option<GateHold>) -> En
                 return undo(splits, begun, writes).await;
             }
             splits.enter(transfer, SplitPhase::Asking);
-            resolve(splits, begun, writes, &error).await
+            resolve(splits, begun, writes).await
         }
     }
 }
@@ -192,8 +192,8 @@ fn what(splits: &Splits, begun: &Begun) -> Result<SnapshotToSend, Error> {
     let source = SlotRange::new(intent.source_start, intent.source_end)?;
     Ok(SnapshotToSend {
         transfer_id: begun.transfer.clone(),
-        source_shard: shard_id(source)?,
-        target_shard: shard_id(begun.range)?,
+        source_shard: ShardId::new(format!("slots-{source}"))?,
+        target_shard: split_shard(begun.range, node.id())?,
         source_node: node.id().clone(),
         target_node: Some(begun.target.clone()),
         slots: begun.range,
@@ -202,11 +202,6 @@ fn what(splits: &Splits, begun: &Begun) -> Result<SnapshotToSend, Error> {
         fence: None,
         priority: Priority::Split,
     })
-}
-
-/// The shard that holds `range`.
-fn shard_id(range: SlotRange) -> Result<ShardId, Error> {
-    Ok(ShardId::new(format!("slots-{range}"))?)
 }
 
 fn claim(begun: &Begun) -> Claim {
@@ -231,28 +226,34 @@ async fn commit(splits: &Splits, begun: &Begun, writes: GateHold) -> End {
     End::Done
 }
 
-/// The transfer ended with `error`, which is final: finds out whether the target has taken over all the same, and
+/// The transfer ended with an error that is final: finds out whether the target has taken over all the same, and
 /// undoes the split only if it has not and will not.
-async fn resolve(splits: &Splits, begun: &Begun, writes: GateHold, error: &SendError) -> End {
+async fn resolve(splits: &Splits, begun: &Begun, writes: GateHold) -> End {
     let transfer = &begun.transfer;
-    // The target may have merged this one, gone on from there, and forgotten it.
-    let superseded = matches!(error, SendError::Transfer(error) if error.is(Reason::StaleSnapshot));
     loop {
         match ask(splits, begun).await {
             Told::Resolution(resolution) => return settle(splits, begun, writes, resolution).await,
             Told::Answer(Answer::Installed) => return commit(splits, begun, writes).await,
-            Told::Answer(Answer::Ended) => break,
-            // The very store that the split began with has nothing of it, and the hand-over is committed there with the import.
-            Told::Answer(Answer::Unknown) if !superseded => break,
-            Told::Answer(Answer::Unknown) => {
-                splits.enter(transfer, SplitPhase::NeedsOperator);
-                splits.failed(
-                    transfer,
-                    format!(
-                        "node {} has a newer snapshot of these slots and does not remember this one: say SPLIT RESOLVE",
-                        begun.target
-                    ),
-                );
+            // Nothing is on its way there any more, so what the very store that the split began with says of the slots is the last word. The
+            // hand-over is committed there with the import; the transfer that brought it, a newer one may have replaced, and others pushed out of the
+            // history.
+            Told::Answer(Answer::Ended | Answer::Unknown) => {
+                let (node, intent) = (&splits.inner.node, &begun.intent);
+                match taken(&target(splits, begun), node.id(), &claim(begun), &intent.target_store).await {
+                    Ok(Taken::No) => break,
+                    Ok(Taken::Yes) => return commit(splits, begun, writes).await,
+                    Ok(Taken::Unclear) => {
+                        splits.enter(transfer, SplitPhase::NeedsOperator);
+                        splits.failed(
+                            transfer,
+                            format!(
+                                "node {} does not say of one and all of these slots whether it took them over: say SPLIT RESOLVE",
+                                begun.target
+                            ),
+                        );
+                    }
+                    Err(unanswered) => splits.failed(transfer, &unanswered),
+                }
             }
             Told::Answer(Answer::Partial) => match cancel(&target(splits, begun), transfer.as_str()).await {
                 Ok(()) => continue,
