@@ -13,6 +13,9 @@ pub const MAX_RECORD_LEN: usize = 16 << 20;
 /// `len: u32` and `crc: u64`, both little-endian.
 const HEADER_LEN: usize = 12;
 
+/// How much is compared with checksums to find a record behind one that cannot be read, in bytes. For 1 MiB of noise half of it is enough.
+const MAX_SEARCHED: usize = 256 << 20;
+
 /// An append-only file of records: `[len: u32][crc: u64][bytes]`, little-endian, where `crc` is CRC-64/NVME of `len` and `bytes`.
 ///
 /// A record is durable once [`sync`](Self::sync) has returned; after a crash, [`open`](Self::open) finds all of those, and of the later ones
@@ -31,15 +34,16 @@ pub struct RecordLog {
 /// What [`RecordLog::open`] cut off.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Damage {
-    /// The last record was incomplete: a crash while it was written. Nothing that was synced is lost.
+    /// The last record is not whole, and none follows it: a crash while it was written, and nothing that was synced is lost. Damage to the last record alone looks
+    /// the same. No copy is kept: that of each crash would replace one of damage.
     TornTail {
         /// Where it began, in bytes from the start of the file.
         offset: u64,
         /// How many bytes were cut.
         bytes: u64,
     },
-    /// A record does not match its checksum or has an impossible length. It and all that follows were moved to `<path>.damaged`:
-    /// after a crash these are records that were not synced; otherwise the disk has lost data.
+    /// A record does not match its checksum or has an impossible length, or one that reaches beyond the end, and others follow it. It and all that follows were moved
+    /// to `<path>.damaged`: after a crash these are records that were not synced; otherwise the disk has lost data.
     BadRecord {
         /// Where it began, in bytes from the start of the file.
         offset: u64,
@@ -52,7 +56,7 @@ impl std::fmt::Display for Damage {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::TornTail { offset, bytes } => {
-                write!(f, "an unfinished record of {bytes} bytes at {offset} was cut off")
+                write!(f, "the last record, {bytes} bytes at {offset}, is not whole and was cut off")
             }
             Self::BadRecord { offset, bytes } => {
                 write!(f, "damaged at {offset}; {bytes} bytes from there on were set aside as *.damaged")
@@ -228,17 +232,39 @@ fn read_records(file: &File, total: u64) -> io::Result<(Vec<Vec<u8>>, u64, End)>
         let size = usize::try_from(record_len).ok().filter(|&size| size <= MAX_RECORD_LEN);
         let Some(size) = size else { return Ok((records, at, End::Bad)) };
         if record_len > body {
-            return Ok((records, at, End::Torn));
+            return Ok((records, at, last(file, at, left)?));
         }
         let mut record = vec![0; size];
         input.read_exact(&mut record)?;
         if checksum(len, &record) != u64::from_le_bytes(crc) {
-            let end = if record_len == body { End::Torn } else { End::Bad };
+            let end = if record_len == body { last(file, at, left)? } else { End::Bad };
             return Ok((records, at, end));
         }
         at += length(&[0; HEADER_LEN]) + record_len;
         records.push(record);
     }
+}
+
+/// What the `left` bytes at `at` are, a header at least, whose record would be the last one by its length: torn, unless there are whole ones behind it. Then it is
+/// the length that is damaged.
+fn last(mut file: &File, at: u64, left: u64) -> io::Result<End> {
+    file.seek(SeekFrom::Start(at))?;
+    let mut rest = Vec::new();
+    // No more than the longest record: its length was believed.
+    file.take(left).read_to_end(&mut rest)?;
+    let mut to_search = MAX_SEARCHED;
+    for start in 1..rest.len() {
+        let Some((len, behind)) = rest[start..].split_first_chunk::<4>() else { break };
+        let Some((crc, body)) = behind.split_first_chunk::<8>() else { break };
+        let size = usize::try_from(u32::from_le_bytes(*len)).unwrap_or(usize::MAX);
+        let Some(record) = body.get(..size) else { continue };
+        let Some(still) = to_search.checked_sub(size) else { return Ok(End::Bad) };
+        to_search = still;
+        if checksum(*len, record) == u64::from_le_bytes(*crc) {
+            return Ok(End::Bad);
+        }
+    }
+    Ok(End::Torn)
 }
 
 fn length(bytes: &[u8]) -> u64 {
