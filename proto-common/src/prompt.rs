@@ -4,6 +4,8 @@
 //! not at all, on all streams of all its connections would hold memory that no limit of a service counts, and tonic takes what is declared as soon as that is.
 //! So requests have to be small and in time, of those that are waited for there may be so many at once, and none of them is shown to tonic before it is there.
 
+mod brief;
+
 use std::future::poll_fn;
 use std::pin::{Pin, pin};
 use std::sync::LazyLock;
@@ -18,6 +20,7 @@ use tonic::body::Body;
 use tonic::codegen::{Service, StdError, http};
 use tonic::server::NamedService;
 
+use self::brief::Brief;
 use crate::access::Caller;
 use crate::bulk::PREFIX;
 use crate::error::{CommonReason, Error, RETRY_AFTER};
@@ -81,8 +84,12 @@ impl<S> Prompt<S> {
         Self { inner, wanted: Wanted::All }
     }
 
-    /// Stands in front of a generated service with client streaming, where all of a stream comes within [`REQUEST_TIME`]. It is called at once, since a client
-    /// may wait for the headers of the answer before it sends something; its decoder gets the first message in one piece.
+    /// Stands in front of a generated service with client streaming, of which a call is over within [`REQUEST_TIME`], also where its client takes nothing of the
+    /// answer. It is called at once, since a client may wait for the headers of the answer before it sends something; its decoder gets the first message in one piece.
+    ///
+    /// A call takes a place among the requests that are waited for ([`WAITED_FOR`]) as long as it lasts. More than [`MAX_REQUEST_BYTES`] of requests that the service has not
+    /// read, which waits until the client takes the answers to those before, end it with `LIMIT_EXCEEDED`, and its time with `IDLE_TIMEOUT`. Nothing is held
+    /// of it after that.
     pub fn streaming(inner: S) -> Self {
         Self { inner, wanted: Wanted::First }
     }
@@ -94,7 +101,7 @@ impl<S: NamedService> NamedService for Prompt<S> {
 
 impl<S, B> Service<http::Request<B>> for Prompt<S>
 where
-    S: Service<http::Request<Body>> + Clone,
+    S: Service<http::Request<Body>, Response = http::Response<Body>> + Clone,
     S::Future: Unpin,
     B: http_body::Body<Data = Bytes> + Send + 'static,
     B::Error: Into<StdError>,
@@ -108,11 +115,18 @@ where
     }
 
     fn call(&mut self, request: http::Request<B>) -> Self::Future {
-        let request = in_time(request.map(Body::new), self.wanted);
-        match self.wanted {
-            Wanted::All => Prompted::when_there(self.inner.clone(), request),
-            Wanted::First => Prompted::called(self.inner.call(request.map(Body::new))),
+        let request = request.map(Body::new);
+        if self.wanted == Wanted::All {
+            return Prompted::whole(self.inner.clone(), request);
         }
+        let peer = peer_of(&request);
+        let (parts, body) = request.into_parts();
+        Prompted(match Brief::begin(body, peer, Instant::now() + REQUEST_TIME) {
+            Ok((call, body)) => {
+                State::Brief(Box::new((self.inner.call(http::Request::from_parts(parts, body)), Some(call))))
+            }
+            Err(status) => State::Refused(Some(status)),
+        })
     }
 }
 
@@ -122,6 +136,8 @@ pub struct Prompted<S: Service<http::Request<Body>>>(State<S>);
 enum State<S: Service<http::Request<Body>>> {
     Waiting(Box<Waiting<S>>),
     Called(S::Future),
+    Brief(Box<(S::Future, Option<Brief>)>),
+    Refused(Option<Status>),
 }
 
 struct Waiting<S> {
@@ -131,19 +147,14 @@ struct Waiting<S> {
 
 impl<S: Service<http::Request<Body>>> std::fmt::Debug for Prompted<S> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_tuple("Prompted").field(&matches!(self.0, State::Called(_))).finish()
+        f.debug_tuple("Prompted").field(&!matches!(self.0, State::Waiting(_))).finish()
     }
 }
 
 impl<S: Service<http::Request<Body>>> Prompted<S> {
-    /// Calls `service` when the request is there.
-    fn when_there(service: S, request: http::Request<PromptBody>) -> Self {
-        Self(State::Waiting(Box::new(Waiting { service, request })))
-    }
-
-    /// For all of `request`, within [`REQUEST_TIME`].
+    /// Calls `service` when all of `request` is there, within [`REQUEST_TIME`].
     pub(crate) fn whole(service: S, request: http::Request<Body>) -> Self {
-        Self::when_there(service, in_time(request, Wanted::All))
+        Self(State::Waiting(Box::new(Waiting { service, request: in_time(request) })))
     }
 
     /// Of a service that was called.
@@ -154,7 +165,7 @@ impl<S: Service<http::Request<Body>>> Prompted<S> {
 
 impl<S> Future for Prompted<S>
 where
-    S: Service<http::Request<Body>> + Clone,
+    S: Service<http::Request<Body>, Response = http::Response<Body>> + Clone,
     S::Future: Unpin,
 {
     type Output = Result<S::Response, S::Error>;
@@ -163,6 +174,22 @@ where
         loop {
             match &mut self.0 {
                 State::Called(answer) => return Pin::new(answer).poll(cx),
+                State::Brief(called) => {
+                    let (answer, call) = &mut **called;
+                    let answered = Pin::new(answer).poll(cx);
+                    let (Poll::Pending, Some(open)) = (&answered, &*call) else {
+                        let call = call.take();
+                        return answered.map_ok(|answer| match call {
+                            Some(call) => call.answered(answer),
+                            None => answer,
+                        });
+                    };
+                    return open.poll_over(cx).map(Ok);
+                }
+                State::Refused(status) => {
+                    let status = status.take().unwrap_or_else(|| Status::internal("polled after its end"));
+                    return Poll::Ready(Ok(status.into_http()));
+                }
                 State::Waiting(waiting) => {
                     let Waiting { service, request } = &mut **waiting;
                     ready!(request.body_mut().poll_gathered(cx));
@@ -176,10 +203,14 @@ where
     }
 }
 
-/// The request, whose body has to come within [`REQUEST_TIME`] from now.
-fn in_time(request: http::Request<Body>, wanted: Wanted) -> http::Request<PromptBody> {
-    let peer = Caller::of(request.extensions()).map_or(PeerKey::Unknown, |caller| caller.peer().key());
-    request.map(|body| PromptBody::new(body, peer, wanted))
+/// The request, all of which has to come within [`REQUEST_TIME`] from now.
+fn in_time(request: http::Request<Body>) -> http::Request<PromptBody> {
+    let peer = peer_of(&request);
+    request.map(|body| PromptBody::new(body, peer, Wanted::All))
+}
+
+fn peer_of(request: &http::Request<Body>) -> PeerKey {
+    Caller::of(request.extensions()).map_or(PeerKey::Unknown, |caller| caller.peer().key())
 }
 
 /// What of a body is gathered before it is handed on.
@@ -310,9 +341,12 @@ fn poll_in_time(
         },
     };
     ready!(timer.as_mut().poll(cx));
-    let message = format!("the request did not come within {REQUEST_TIME:?}; send it again");
-    let idle = Error::new(CommonReason::IdleTimeout, message).retry_after(RETRY_AFTER);
-    Poll::Ready(Some(Err(idle.into())))
+    Poll::Ready(Some(Err(late("the request did not come").into())))
+}
+
+fn late(what: &str) -> Error {
+    let message = format!("{what} within {REQUEST_TIME:?}; send it again");
+    Error::new(CommonReason::IdleTimeout, message).retry_after(RETRY_AFTER)
 }
 
 impl http_body::Body for PromptBody {
@@ -511,12 +545,12 @@ mod tests {
         assert_eq!(handed_on(&mut body), [more]);
     }
 
-    /// Counts how often it is called.
+    /// Counts how often it is called, and answers what it was asked.
     #[derive(Clone)]
     struct Counts(std::sync::Arc<std::sync::atomic::AtomicUsize>);
 
     impl Service<http::Request<Body>> for Counts {
-        type Response = http::Request<Body>;
+        type Response = http::Response<Body>;
         type Error = std::convert::Infallible;
         type Future = std::future::Ready<Result<Self::Response, Self::Error>>;
 
@@ -526,7 +560,10 @@ mod tests {
 
         fn call(&mut self, request: http::Request<Body>) -> Self::Future {
             self.0.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-            std::future::ready(Ok(request))
+            let (parts, body) = request.into_parts();
+            let mut answer = http::Response::new(body);
+            answer.extensions_mut().insert(parts);
+            std::future::ready(Ok(answer))
         }
     }
 
@@ -543,7 +580,8 @@ mod tests {
         assert!(!polled && called() == 0, "it is not there");
         let mut came = first.await.unwrap();
         assert_eq!(called(), 1);
-        assert_eq!((came.uri().path(), came.headers()["x"].as_bytes()), ("/a.B/C", &b"y"[..]));
+        let asked: http::request::Parts = came.extensions_mut().remove().unwrap();
+        assert_eq!((asked.uri.path(), asked.headers["x"].as_bytes()), ("/a.B/C", &b"y"[..]));
         let error = Error::from(came.body_mut().frame().await.unwrap().unwrap_err());
         assert!(error.is(CommonReason::IdleTimeout), "{error:?}");
         let came =
@@ -552,5 +590,124 @@ mod tests {
         // One that streams is called before its client sends anything.
         let _came = Prompt::streaming(service.clone()).call(request(frames(&[], false))).await.unwrap();
         assert_eq!(called(), 3);
+    }
+
+    /// Answers as server reflection does: from a task that reads no more while its answers are not taken.
+    #[derive(Clone)]
+    struct OneByOne;
+
+    impl Service<http::Request<Body>> for OneByOne {
+        type Response = http::Response<Body>;
+        type Error = std::convert::Infallible;
+        type Future = std::future::Ready<Result<Self::Response, Self::Error>>;
+
+        fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+            use http_body_util::BodyExt as _;
+            let (answers, rest) = tokio::sync::mpsc::channel(1);
+            let mut body = request.into_body();
+            tokio::spawn(async move {
+                while let Some(Ok(frame)) = body.frame().await {
+                    let data = frame.into_data().unwrap();
+                    // More than wait for the client.
+                    for data in [data, Bytes::from_static(b"2"), Bytes::from_static(b"3")] {
+                        if answers.send(Ok::<_, Status>(Frame::data(data))).await.is_err() {
+                            return;
+                        }
+                    }
+                }
+            });
+            let answers = tokio_stream::wrappers::ReceiverStream::new(rest);
+            let body = Body::new(http_body_util::StreamBody::new(answers));
+            std::future::ready(Ok(http::Response::new(body)))
+        }
+    }
+
+    /// A request that is open, and what is there no longer when its body is dropped.
+    fn watched(first: &[&[u8]]) -> (http::Request<Body>, std::sync::Weak<()>) {
+        use tokio_stream::StreamExt as _;
+        let alive = std::sync::Arc::new(());
+        let watch = std::sync::Arc::downgrade(&alive);
+        let first: Vec<_> =
+            first.iter().map(|data| Ok::<_, Status>(Frame::data(Bytes::copy_from_slice(data)))).collect();
+        let frames = tokio_stream::iter(first).chain(tokio_stream::pending()).map(move |frame| {
+            let _ = &alive;
+            frame
+        });
+        (http::Request::new(Body::new(http_body_util::StreamBody::new(frames))), watch)
+    }
+
+    async fn until(mut is_so: impl FnMut() -> bool) {
+        let began = Instant::now();
+        while !is_so() {
+            assert!(began.elapsed() < 4 * REQUEST_TIME, "never");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+
+    /// How the answer ended: its error is in the trailers.
+    async fn ended(body: Body) -> Error {
+        use http_body_util::BodyExt as _;
+        let trailers = body.collect().await.unwrap().trailers().cloned().unwrap();
+        Error::from(Status::from_header_map(&trailers).unwrap())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_call_whose_answer_nobody_takes_is_over_in_time_and_holds_nothing_then() {
+        use http_body_util::BodyExt as _;
+        let _alone = ALONE.lock().await;
+        let taken = || {
+            WAITED_FOR_PER_PEER as usize
+                - std::iter::from_fn(|| wait_for(&PeerKey::Unknown).ok()).collect::<Vec<_>>().len()
+        };
+        let began = Instant::now();
+        let (request, watch) = watched(&[&message(1), &message(2)]);
+        let mut answer = Prompt::streaming(OneByOne).call(request).await.unwrap().into_body();
+        assert_eq!(taken(), 1, "as long as it lasts");
+        assert!(answer.frame().await.unwrap().unwrap().into_data().unwrap().starts_with(&message(1)));
+        // From here on the client has no room.
+        until(|| watch.strong_count() == 0).await;
+        assert!(began.elapsed().abs_diff(REQUEST_TIME) < Duration::from_secs(1), "{:?}", began.elapsed());
+        assert_eq!(taken(), 0);
+        let error = ended(answer).await;
+        assert!(error.is(CommonReason::IdleTimeout) && error.is_retryable(), "{error:?}");
+        // Nor does one hold anything that its client has left.
+        let (request, watch) = watched(&[&message(1), &message(2)]);
+        drop(Prompt::streaming(OneByOne).call(request).await.unwrap());
+        until(|| watch.strong_count() == 0 && taken() == 0).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn requests_beyond_what_may_wait_for_their_answers_end_the_call() {
+        let _alone = ALONE.lock().await;
+        let (began, more) = (Instant::now(), message(MAX_REQUEST_BYTES / 2));
+        let (request, watch) = watched(&[&message(1), &message(2), &more, &more, &more]);
+        let answer = Prompt::streaming(OneByOne).call(request).await.unwrap().into_body();
+        until(|| watch.strong_count() == 0).await;
+        assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
+        let error = ended(answer).await;
+        assert!(error.is(CommonReason::LimitExceeded), "{error:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_call_is_answered_in_full_as_its_requests_come() {
+        use http_body_util::BodyExt as _;
+        let _alone = ALONE.lock().await;
+        let all: Vec<_> = (1..200).map(|len| message(len * 50)).collect();
+        let (requests, body) = tokio::sync::mpsc::channel(1);
+        let body = tokio_stream::wrappers::ReceiverStream::new(body);
+        let request = http::Request::new(Body::new(http_body_util::StreamBody::new(body)));
+        let mut answer = Prompt::streaming(OneByOne).call(request).await.unwrap().into_body();
+        for one in &all {
+            requests.send(Ok::<_, Status>(Frame::data(Bytes::from(one.clone())))).await.unwrap();
+            for answered in [one.as_slice(), b"2", b"3"] {
+                assert_eq!(answer.frame().await.unwrap().unwrap().into_data().unwrap(), answered);
+            }
+        }
+        drop(requests);
+        assert!(answer.frame().await.is_none());
     }
 }

@@ -9,7 +9,9 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
+use http_body_util::{BodyExt as _, StreamBody};
 use proto_common::limits::ConnectionLimits;
+use proto_common::prompt::Prompt;
 use proto_common::refusals::counts;
 use proto_common::tuning::{CONNECTION_WINDOW, FRAME_SIZE, incoming_within, tune_server_within};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
@@ -29,6 +31,7 @@ const PING: u8 = 6;
 const GOAWAY: u8 = 7;
 const WINDOW_UPDATE: u8 = 8;
 const CONTINUATION: u8 = 9;
+const FLOW_CONTROL_ERROR: u32 = 3;
 const ENHANCE_YOUR_CALM: u32 = 11;
 
 /// Refuses every call, except `/test.Test/Never`, which it never answers.
@@ -58,10 +61,44 @@ impl Service<http::Request<Body>> for Refuse {
     }
 }
 
+/// Answers as server reflection does: from a task that reads no more while its answers are not taken.
+#[derive(Clone)]
+struct OneByOne;
+
+impl tonic::server::NamedService for OneByOne {
+    const NAME: &'static str = "test.OneByOne";
+}
+
+impl Service<http::Request<Body>> for OneByOne {
+    type Response = http::Response<Body>;
+    type Error = Infallible;
+    type Future = std::future::Ready<Result<Self::Response, Infallible>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        let (answers, rest) = tokio::sync::mpsc::channel(1);
+        let mut body = request.into_body();
+        tokio::spawn(async move {
+            while let Some(Ok(frame)) = body.frame().await {
+                if answers.send(Ok::<_, Status>(frame)).await.is_err() {
+                    return;
+                }
+            }
+        });
+        let answers = tokio_stream::wrappers::ReceiverStream::new(rest);
+        std::future::ready(Ok(http::Response::new(Body::new(StreamBody::new(answers)))))
+    }
+}
+
 async fn serve(limits: ConnectionLimits) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    let server = tune_server_within(tonic::transport::Server::builder(), &limits).add_service(Refuse);
+    let server = tune_server_within(tonic::transport::Server::builder(), &limits)
+        .add_service(Refuse)
+        .add_service(Prompt::streaming(OneByOne));
     tokio::spawn(server.serve_with_incoming(incoming_within(listener, limits)));
     address
 }
@@ -539,7 +576,6 @@ async fn one_stream_more_than_allowed_is_reset_before_it_is_looked_at() {
 
 #[tokio::test]
 async fn one_stream_more_than_allowed_is_reset_because_of_errors() {
-    const FLOW_CONTROL_ERROR: u32 = 3;
     let mut scene = Scene::new(|limits| limits.error_resets = 3).await;
     let mut stream = hello(2, scene.address).await;
     for id in [1, 3, 5, 7] {
@@ -571,4 +607,40 @@ async fn floods_of_pings_and_settings_are_in_nobodys_way() {
     }
     assert_eq!(scene.refused(), BTreeMap::new());
     scene.others_go_on().await;
+}
+
+/// The requests of a client that takes no answers would lie in the buffers of its connection, 16 MiB of them.
+#[tokio::test]
+async fn requests_whose_answers_nobody_takes_are_not_kept() {
+    let scene = Scene::new(|_| {}).await;
+    let mut evil = from(5, scene.address).await;
+    // SETTINGS_INITIAL_WINDOW_SIZE 0: no room for any answer.
+    let settings = frame(SETTINGS, 0, 0, &[0, 4, 0, 0, 0, 0]);
+    evil.write_all(&[PREFACE, &settings].concat()).await.unwrap();
+    let window = i64::from(CONNECTION_WINDOW);
+    let mut room = 65_535;
+    while room < window {
+        let grown = read_until(&mut evil, |kind, id, payload| {
+            (kind == WINDOW_UPDATE && id == 0).then(|| i64::from(code(0, payload)))
+        });
+        room += grown.await.unwrap();
+    }
+    // Acknowledged, the server's windows of streams are as large as it says.
+    evil.write_all(&frame(SETTINGS, 1, 0, &[])).await.unwrap();
+    // On four streams what there is room for in all.
+    let piece = vec![0; 16 << 10];
+    for id in [1, 3, 5, 7] {
+        evil.write_all(&frame(HEADERS, 4, id, &block("/test.OneByOne/Call", &[]))).await.unwrap();
+        for _ in 0..window as usize / 4 / piece.len() {
+            evil.write_all(&frame(DATA, 0, id, &piece)).await.unwrap();
+        }
+    }
+    let mut free = 0;
+    while free < window / 2 {
+        let grown = read_until(&mut evil, |kind, id, payload| {
+            assert!(kind != RST_STREAM || code(0, payload) != FLOW_CONTROL_ERROR, "stream {id}");
+            (kind == WINDOW_UPDATE && id == 0).then(|| i64::from(code(0, payload)))
+        });
+        free += grown.await.expect("what was sent is let go of");
+    }
 }

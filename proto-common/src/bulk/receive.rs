@@ -43,7 +43,7 @@ impl<S: NamedService> NamedService for WithRawBody<S> {
 
 impl<S, B> Service<http::Request<B>> for WithRawBody<S>
 where
-    S: Service<http::Request<Body>> + Clone,
+    S: Service<http::Request<Body>, Response = http::Response<Body>> + Clone,
     S::Future: Unpin,
     B: http_body::Body<Data = Bytes> + Send + 'static,
     B::Error: Into<StdError>,
