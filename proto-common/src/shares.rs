@@ -143,6 +143,15 @@ impl<K: Eq + Hash + Clone> Shares<K> {
     }
 }
 
+impl<K: Eq + Hash> Share<K> {
+    /// What the peer has in all, with this; of the node itself, which is no peer, this alone.
+    #[must_use]
+    pub fn of_peer(&self) -> u64 {
+        let peer = self.peer.as_ref();
+        peer.and_then(|peer| lock(&self.taken).by_peer.get(peer).copied()).unwrap_or(self.amount)
+    }
+}
+
 impl<K: Eq + Hash> Drop for Share<K> {
     fn drop(&mut self) {
         let mut taken = lock(&self.taken);
@@ -177,7 +186,10 @@ mod tests {
         assert_eq!(shares.taken(), 10);
         drop(of_a);
         let _again = shares.take(Some(&"a"), 6).unwrap();
-        drop((of_b, of_node));
+        assert_eq!((of_b.of_peer(), of_node.of_peer()), (3, 1));
+        let more = shares.adopt(Some(&"b"), 2);
+        assert_eq!((of_b.of_peer(), more.of_peer()), (5, 5));
+        drop((of_b, of_node, more));
         assert_eq!(shares.taken(), 6);
         assert_eq!(lock(&shares.taken).by_peer.len(), 1, "who has nothing is forgotten");
     }

@@ -21,9 +21,12 @@ pub struct Limits {
     pub watch_interval: Duration,
     /// Heartbeats that a watch may ask for, in milliseconds. Default 100..=60000.
     pub heartbeat_ms: RangeInclusive<u32>,
+    /// Heartbeats of one peer in a second, over all of its watches of both protocols, at least 1: with `n` watches, each has a heartbeat every
+    /// `n / heartbeats_per_peer` seconds at most. Default 1000, so that up to 100 watches have what they ask for, and up to 500 with the 500 ms of a monitor.
+    pub heartbeats_per_peer: u32,
     /// Entries of all lists together in one page of `GetNodeStatus`. Default 1000.
     pub page: usize,
-    /// Encoded size of such a page, in bytes. Default 1 MiB.
+    /// Encoded size of such a page, in bytes. Default 1 MiB; what is above [`MAX_ANSWER_BYTES`] is refused by clients that keep to that.
     pub page_bytes: usize,
     /// How long the node may take to say what it has, for `GetNodeStatus`; after that the answer goes without. Default 2 s.
     pub facts_timeout: Duration,
@@ -41,6 +44,7 @@ impl Default for Limits {
             watches_per_peer: 4096,
             watch_interval: Duration::from_millis(100),
             heartbeat_ms: 100..=60_000,
+            heartbeats_per_peer: 1000,
             page: 1000,
             page_bytes: 1 << 20,
             facts_timeout: Duration::from_secs(2),

@@ -26,7 +26,7 @@ use proto_health::v1::{
     WatchHealthResponse,
 };
 use refusals::{ALONE, Abuse, Refusal, counted, limits_of};
-use support::{DEGRADED, HEALTHY, component, frame, identity, next_status, report};
+use support::{DEGRADED, HEALTHY, component, frame, identity, next_status, report, watch};
 use tokio::net::TcpListener;
 use tonic::Streaming;
 use tonic::transport::server::TcpIncoming;
@@ -216,6 +216,36 @@ async fn watches_per_peer() {
         abuse.holds((second, again))
     })
     .await;
+}
+
+/// Many watches with short heartbeats are a load that a node makes for itself: 41,000 frames per second.
+#[tokio::test(start_paused = true)]
+async fn heartbeats_per_peer() {
+    const WATCHES: u64 = 40;
+    let mut limits = Limits::default();
+    limits.heartbeats_per_peer = 100;
+    let registry = HealthRegistry::builder(identity()).limits(limits).build();
+    registry.set_running();
+    let mut watching = watch(&registry, "liveness", 100).await;
+    frame(&mut watching).await;
+    let next = async |watch: &mut Streaming<WatchHealthResponse>| {
+        let began = tokio::time::Instant::now();
+        assert_eq!(frame(watch).await.health, None, "a heartbeat");
+        u64::try_from(began.elapsed().as_millis()).unwrap()
+    };
+    assert_eq!(next(&mut watching).await, 100, "as it was asked for");
+    let mut others = Vec::new();
+    for _ in 1..WATCHES {
+        others.push(watch(&registry, "liveness", 100).await);
+    }
+    assert_eq!(next(&mut watching).await, WATCHES * 10);
+    // Who asks for less gets that.
+    let mut slow = watch(&registry, "liveness", 1000).await;
+    frame(&mut slow).await;
+    assert_eq!(next(&mut slow).await, 1000);
+    drop((others, slow));
+    frame(&mut watching).await;
+    assert_eq!(next(&mut watching).await, 100, "the others are gone");
 }
 
 /// What the node itself is refused is no refusal of a peer, and is counted nowhere.

@@ -34,13 +34,16 @@ pub(crate) struct Places {
     per_connection: usize,
     connections: Connections,
     peers: Shares<PeerKey>,
+    /// Time between two heartbeats of a peer, of whichever watch.
+    pace: Duration,
 }
 
 /// One open watch.
 #[derive(Debug)]
 pub(crate) struct Place {
     _permit: OwnedSemaphorePermit,
-    _of_peer: Share<PeerKey>,
+    of_peer: Share<PeerKey>,
+    pace: Duration,
     connection: Option<(Key, Connections)>,
 }
 
@@ -53,6 +56,7 @@ impl Places {
             per_connection: limits.watches_per_connection,
             connections: Arc::default(),
             peers: Shares::new(u64::MAX, limits.watches_per_peer as u64),
+            pace: Duration::from_secs(1) / limits.heartbeats_per_peer.max(1),
         }
     }
 
@@ -77,7 +81,7 @@ impl Places {
                 .metadata("peer", who)
         })?;
         let Some(key) = key(extensions, &peer) else {
-            return Ok(Place { _permit: permit, _of_peer: of_peer, connection: None });
+            return Ok(Place { _permit: permit, of_peer, pace: self.pace, connection: None });
         };
         let mut connections = self.connections.lock().unwrap_or_else(PoisonError::into_inner);
         let count = connections.entry(key).or_default();
@@ -88,7 +92,8 @@ impl Places {
         drop(connections);
         Ok(Place {
             _permit: permit,
-            _of_peer: of_peer,
+            of_peer,
+            pace: self.pace,
             connection: Some((key, Arc::clone(&self.connections))),
         })
     }
@@ -98,6 +103,13 @@ impl Places {
         let all = u32::try_from(self.limit).unwrap_or(u32::MAX);
         // Never closed.
         let _ = self.all.acquire_many(all).await;
+    }
+}
+
+impl Place {
+    /// Shortest time between two heartbeats of this watch, beside the others that its peer has now.
+    pub(crate) fn least_heartbeat(&self) -> Duration {
+        self.pace.saturating_mul(u32::try_from(self.of_peer.of_peer()).unwrap_or(u32::MAX))
     }
 }
 

@@ -31,8 +31,8 @@ pub(crate) struct Cursor<V> {
     heartbeat: Option<Duration>,
     view: fn(&Snapshot, &str) -> V,
     told: Option<(V, Instant)>,
-    // Released with the watch.
-    _place: Place,
+    // Released with the watch, both.
+    place: Place,
     _watching: Option<Watching>,
 }
 
@@ -52,7 +52,7 @@ impl<V: PartialEq> Cursor<V> {
             heartbeat,
             view,
             told: None,
-            _place: place,
+            place,
             _watching: watching,
         }
     }
@@ -88,7 +88,7 @@ impl<V: PartialEq> Cursor<V> {
                 let _ = self.shown.changed().await;
                 continue;
             };
-            let due = *at + heartbeat;
+            let due = *at + heartbeat.max(self.place.least_heartbeat());
             if now >= due {
                 self.told = Some((view, now));
                 return Event::Heartbeat(snapshot);
