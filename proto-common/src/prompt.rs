@@ -660,8 +660,8 @@ mod tests {
         use http_body_util::BodyExt as _;
         let _alone = ALONE.lock().await;
         let taken = || {
-            WAITED_FOR_PER_PEER as usize
-                - std::iter::from_fn(|| wait_for(&PeerKey::Unknown).ok()).collect::<Vec<_>>().len()
+            let free: Vec<_> = std::iter::from_fn(|| wait_for(&PeerKey::Unknown).ok()).collect();
+            WAITED_FOR_PER_PEER - free.len() as u64
         };
         let began = Instant::now();
         let (request, watch) = watched(&[&message(1), &message(2)]);

@@ -631,7 +631,7 @@ async fn requests_whose_answers_nobody_takes_are_not_kept() {
     let piece = vec![0; 16 << 10];
     for id in [1, 3, 5, 7] {
         evil.write_all(&frame(HEADERS, 4, id, &block("/test.OneByOne/Call", &[]))).await.unwrap();
-        for _ in 0..window as usize / 4 / piece.len() {
+        for _ in 0..CONNECTION_WINDOW as usize / 4 / piece.len() {
             evil.write_all(&frame(DATA, 0, id, &piece)).await.unwrap();
         }
     }

@@ -5,7 +5,7 @@ pub mod client;
 #[cfg(feature = "_rpc")]
 pub mod codec;
 pub mod grpc_health_v1;
-#[cfg(feature = "server")]
+#[cfg(feature = "_rpc")]
 pub mod limits;
 mod reason;
 #[cfg(feature = "server")]

@@ -1,9 +1,12 @@
 //! What a node takes and sends, in one place. The defaults are those of `health.proto`.
 
+#[cfg(feature = "server")]
 use std::ops::RangeInclusive;
+#[cfg(feature = "server")]
 use std::time::Duration;
 
 /// Limits of a [`HealthRegistry`](crate::server::HealthRegistry).
+#[cfg(feature = "server")]
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Limits {
@@ -22,7 +25,7 @@ pub struct Limits {
     /// Heartbeats that a watch may ask for, in milliseconds. Default 100..=60000.
     pub heartbeat_ms: RangeInclusive<u32>,
     /// Heartbeats of one peer in a second, over all of its watches of both protocols, at least 1: with `n` watches, each has a heartbeat every
-    /// `n / heartbeats_per_peer` seconds at most. Default 1000, so that up to 100 watches have what they ask for, and up to 500 with the 500 ms of a monitor.
+    /// `n / heartbeats_per_peer` seconds and no more often. Default 1000, so that up to 100 watches have what they ask for, and up to 500 with the 500 ms of a monitor.
     pub heartbeats_per_peer: u32,
     /// Entries of all lists together in one page of `GetNodeStatus`. Default 1000.
     pub page: usize,
@@ -34,6 +37,7 @@ pub struct Limits {
     pub callers: usize,
 }
 
+#[cfg(feature = "server")]
 impl Default for Limits {
     fn default() -> Self {
         Self {
@@ -61,3 +65,14 @@ pub const REMOVAL_BLOCKERS: usize = 64;
 
 /// Largest answer, in bytes: a page, and what stands in every page.
 pub const MAX_MESSAGE_BYTES: usize = 4 << 20;
+
+/// Largest answer that a client has to take of a node with default limits, in bytes: a page of 1 MiB, and an entry too many, or what it says of 256 components.
+/// A client should take no more: an empty entry of a list is 3 bytes of an answer and some 340 of memory.
+pub const MAX_ANSWER_BYTES: usize = (1 << 20) + (64 << 10);
+
+/// Entries that a node asks another one for in a page of `GetNodeStatus`.
+pub const PEER_PAGE: u32 = 400;
+
+/// Largest answer that a node takes of another one that it asks for one list, or for no list, in bytes: [`PEER_PAGE`] owners of slots, or peers, with identifiers, addresses and
+/// messages as long as they can be.
+pub const MAX_PEER_ANSWER_BYTES: usize = 512 << 10;

@@ -13,17 +13,18 @@ use prost::Message as _;
 use proto_common::error::Error;
 use proto_common::refusals::counts;
 use proto_common::tuning::{endpoint, tune_server};
+use proto_common::v1::TaskError;
 use proto_health::HealthRegistry;
 use proto_health::grpc_health_v1::HealthCheckRequest as StandardRequest;
 use proto_health::grpc_health_v1::health_client::HealthClient;
-use proto_health::limits::Limits;
+use proto_health::limits::{Limits, MAX_ANSWER_BYTES, MAX_PEER_ANSWER_BYTES, PEER_PAGE, REMOVAL_BLOCKERS};
 use proto_health::server::{
     Check, CheckResult, Facts, FactsFuture, NodeFacts, RegistryError, Schedule, Sections,
 };
 use proto_health::v1::health_service_client::HealthServiceClient;
 use proto_health::v1::{
-    GetNodeStatusRequest, HealthCheckRequest, NodeStatus, ShardStatus, WatchHealthRequest,
-    WatchHealthResponse,
+    ComponentHealth, GetNodeStatusRequest, HealthCheckRequest, NodeStatus, PeerStatus, ShardStatus,
+    WatchHealthRequest, WatchHealthResponse,
 };
 use refusals::{ALONE, Abuse, Refusal, counted, limits_of};
 use support::{DEGRADED, HEALTHY, component, frame, identity, next_status, report, watch};
@@ -343,6 +344,41 @@ async fn callers() {
         Abuse::default().holds(watching)
     })
     .await;
+}
+
+/// What is refused of an answer is more than an honest node says, however long its texts are.
+#[test]
+fn honest_answers_fit() {
+    let text = |len| "x".repeat(len);
+    let peer = PeerStatus {
+        node_id: text(128),
+        address: text(259),
+        state: i32::MAX,
+        since_unix_ms: u64::MAX,
+        message: text(2 * 256 + 128),
+        phi: Some(8.0),
+        last_reply_unix_ms: Some(u64::MAX),
+        heartbeat_mean_ms: Some(1.0),
+        round_trip_ms: Some(1.0),
+        last_heard_from_unix_ms: Some(u64::MAX),
+        incarnation: u64::MAX,
+        node_state: i32::MAX,
+        health: i32::MAX,
+        self_doubt: true,
+    };
+    let peers = NodeStatus { peers: vec![peer; PEER_PAGE as usize], ..Default::default() };
+    // And what stands on each page.
+    let around = REMOVAL_BLOCKERS * 1024;
+    assert!(peers.encoded_len() + around <= MAX_PEER_ANSWER_BYTES, "{}", peers.encoded_len());
+    let limits = Limits::default();
+    let component = ComponentHealth {
+        name: text(128),
+        message: text(limits.message_bytes),
+        last_error: Some(TaskError { message: text(limits.message_bytes), ..Default::default() }),
+        ..Default::default()
+    };
+    let all = limits.components * (component.encoded_len() + 128);
+    assert!(all + around <= MAX_ANSWER_BYTES && limits.page_bytes + around <= MAX_ANSWER_BYTES, "{all}");
 }
 
 /// So that no row of the table is forgotten here.

@@ -5,7 +5,7 @@ use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::SocketAddr;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use proto_common::clock::now_unix_ms;
@@ -17,7 +17,11 @@ use proto_health::client::{
     Heartbeats, MonitorOptions, PeerChange, PeerEvent, PeerEvents, PeerMonitor, Told,
 };
 use proto_health::server::{Facts, FactsFuture, NodeFacts, Sections};
-use proto_health::v1::{NodeState, PeerState, PeerStatus};
+use proto_health::v1::health_service_server::{HealthService, HealthServiceServer};
+use proto_health::v1::{
+    ActiveTask, GetNodeStatusRequest, GetNodeStatusResponse, HealthCheckRequest, HealthCheckResponse,
+    NodeState, NodeStatus, PeerState, PeerStatus, ReplyOrigin, WatchHealthRequest, WatchHealthResponse,
+};
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
@@ -390,6 +394,77 @@ async fn a_network_that_is_cut_in_one_direction_shows_at_both_ends() {
     assert_eq!(at_a.states("b"), [Alive, Suspect, Dead, Alive], "{:?}", at_a.seen);
     for other in ["c", "d"] {
         assert_eq!(at_a.states(other), [Alive], "{:?}", at_a.seen);
+    }
+}
+
+/// A node that is well, and says what it thinks of the observer on pages that hold so many tasks, which nobody asked for. How often it was asked.
+#[derive(Clone)]
+struct Floods {
+    tasks: usize,
+    asked: Arc<AtomicUsize>,
+}
+
+impl Floods {
+    fn origin() -> Option<ReplyOrigin> {
+        let identity = NodeIdentity { node_id: "f".into(), incarnation: 1, ..Default::default() };
+        Some(ReplyOrigin { identity: Some(identity), state: NodeState::Running.into(), ..Default::default() })
+    }
+}
+
+#[tonic::async_trait]
+impl HealthService for Floods {
+    type WatchHealthStream = tokio_stream::Empty<Result<WatchHealthResponse, tonic::Status>>;
+
+    async fn health_check(
+        &self,
+        _: tonic::Request<HealthCheckRequest>,
+    ) -> Result<tonic::Response<HealthCheckResponse>, tonic::Status> {
+        Ok(tonic::Response::new(HealthCheckResponse { origin: Self::origin(), health: None }))
+    }
+
+    async fn watch_health(
+        &self,
+        _: tonic::Request<WatchHealthRequest>,
+    ) -> Result<tonic::Response<Self::WatchHealthStream>, tonic::Status> {
+        Err(tonic::Status::unimplemented("it is polled"))
+    }
+
+    async fn get_node_status(
+        &self,
+        _: tonic::Request<GetNodeStatusRequest>,
+    ) -> Result<tonic::Response<GetNodeStatusResponse>, tonic::Status> {
+        self.asked.fetch_add(1, Ordering::Relaxed);
+        let me = PeerStatus { node_id: "observer".into(), state: Alive.into(), ..Default::default() };
+        let status = NodeStatus {
+            transfers: vec![ActiveTask::default(); self.tasks],
+            peers: vec![me],
+            ..Default::default()
+        };
+        let origin = Self::origin();
+        let answer = GetNodeStatusResponse { origin, status: Some(status), ..Default::default() };
+        Ok(tonic::Response::new(answer))
+    }
+}
+
+/// Each empty task is three bytes of an answer and some 340 of memory.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_larger_than_any_honest_one_is_no_opinion() {
+    for (tasks, believed) in [(1000, true), (180_000, false)] {
+        let floods = Floods { tasks, asked: Arc::default() };
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let server = tune_server(Server::builder()).add_service(HealthServiceServer::new(floods.clone()));
+        let serving = tokio::spawn(server.serve_with_incoming(TcpIncoming::from(listener)));
+        let mut options = options();
+        options.heartbeats = Heartbeats::Poll;
+        let monitor = PeerMonitor::start(NodeId::new("observer").unwrap(), options);
+        monitor.add(&address, None, endpoint(&address).unwrap()).unwrap();
+        // The third question comes when the second one was answered.
+        until("it is asked", || floods.asked.load(Ordering::Relaxed) >= 3).await;
+        let opinion = || monitor.reach().iter().any(|reach| reach.opinion.is_some());
+        assert_eq!(opinion(), believed, "{tasks} tasks");
+        monitor.stop().await;
+        serving.abort();
     }
 }
 

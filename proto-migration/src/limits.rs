@@ -10,6 +10,20 @@ use crate::{Reason, v1};
 /// Largest message of this service beside its payload: what `migration.proto` calls 1 MiB.
 pub const MESSAGE_OVERHEAD: usize = 1 << 20;
 
+/// Largest answer that a client has to take, in bytes, of a question about one migration, with all of its incidents. A client should take no more: an empty incident is 3
+/// bytes of an answer and some 150 of memory.
+pub const MAX_ANSWER_BYTES: usize = 1 << 20;
+
+/// The same of a page of [`LIST_PAGE`] migrations; of [`SMALL_LIST_PAGE`] also where the errors of all of them are as long as errors can be. An empty migration is 2 bytes
+/// of an answer and some 1200 of memory.
+pub const MAX_LIST_BYTES: usize = 256 << 10;
+
+/// Migrations to ask for in a page of `ListMigrations`.
+pub const LIST_PAGE: u32 = 100;
+
+/// To ask for where a page of [`LIST_PAGE`] is refused as larger than [`MAX_LIST_BYTES`].
+pub const SMALL_LIST_PAGE: u32 = 10;
+
 /// Largest message where batches have at most `batch_bytes` of payload.
 #[cfg(feature = "server")]
 pub(crate) fn largest_message(batch_bytes: u32) -> usize {

@@ -104,5 +104,15 @@ impl Default for Limits {
 /// them. tonic refuses larger ones before they are read; the session names the refusal `CHUNK_TOO_LARGE`.
 pub const MAX_MESSAGE_BYTES: usize = 4 << 20;
 
+/// Largest answer that a client has to take, in bytes, of a question or with a page of [`LIST_PAGE`] transfers; with [`SMALL_LIST_PAGE`] also where the errors of all of them
+/// are as long as errors can be. A client should take no more: an empty entry is 2 bytes of an answer and some 500 of memory.
+pub const MAX_ANSWER_BYTES: usize = 256 << 10;
+
+/// Transfers to ask for in a page of `ListTransfers`.
+pub const LIST_PAGE: u32 = 100;
+
+/// To ask for where a page of [`LIST_PAGE`] is refused as larger than [`MAX_ANSWER_BYTES`].
+pub const SMALL_LIST_PAGE: u32 = 10;
+
 /// Encoded size at which a page of a list is closed.
 pub const PAGE_BYTES: usize = 768 << 10;

@@ -5,8 +5,8 @@ use std::time::Duration;
 use proto::common::dial::NodeChannel;
 use proto::common::error::{Code, CommonReason, Error};
 use proto::node::split_snapshot_service_client::SplitSnapshotServiceClient;
-use proto::snapshot::limits::MAX_MESSAGE_BYTES;
-use tonic::Status;
+use proto::snapshot::limits::MAX_ANSWER_BYTES;
+use tonic::{Code as StatusCode, Status};
 
 use crate::address::Address;
 use crate::trust;
@@ -21,7 +21,7 @@ pub(crate) async fn ask<T>(
     question: impl AsyncFnOnce(Client) -> Result<T, Status>,
 ) -> Result<T, Error> {
     ask_over(address, limit, async |channel| {
-        question(Client::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES)).await
+        question(Client::new(channel).max_decoding_message_size(MAX_ANSWER_BYTES)).await
     })
     .await
 }
@@ -42,6 +42,48 @@ pub(crate) async fn ask_over<T>(
         Err(Error::with_code(Code::DeadlineExceeded, "NO_ANSWER", message))
     });
     asked.map_err(|error| located(broken(error), address))
+}
+
+/// Pages that are read of a list. An honest node has some 2300 entries, which are 24 pages, or 230 small ones.
+const PAGES: usize = 400;
+
+/// All of a list, whose pages of so many entries `page` asks for: the entries, and the token of the next page. `sizes` are that of a page, and that of one where the first kind
+/// is too large to be taken.
+pub(crate) async fn all_pages<T>(
+    what: &str,
+    sizes: [u32; 2],
+    mut page: impl AsyncFnMut(u32, String) -> Result<(Vec<T>, String), Status>,
+) -> Result<Vec<T>, Status> {
+    let [mut size, small] = sizes;
+    let mut all = Vec::new();
+    let mut token = String::new();
+    for _ in 0..PAGES {
+        let (entries, next) = match page(size, token.clone()).await {
+            Err(status) if status.code() == StatusCode::OutOfRange && size > small => {
+                size = small;
+                continue;
+            }
+            answer => answer?,
+        };
+        if u32::try_from(entries.len()).is_ok_and(|len| len <= size) {
+            // One that repeats itself ends here.
+            let is_last = next.is_empty() || entries.is_empty();
+            all.extend(entries);
+            token = next;
+            if is_last {
+                return Ok(all);
+            }
+        } else {
+            let told = entries.len();
+            return Err(Status::out_of_range(format!(
+                "a page of {told} {what}, where {size} were asked for"
+            )));
+        }
+    }
+    Err(Status::out_of_range(format!(
+        "it goes on after {} {what} on {PAGES} pages, which no node has",
+        all.len()
+    )))
 }
 
 /// A connection that broke in the middle, in words. Such is what a listener that wants TLS makes of plaintext.

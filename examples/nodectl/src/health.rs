@@ -2,6 +2,7 @@
 
 use proto::common::error::{Code, Error};
 use proto::health::Reason;
+use proto::health::limits::MAX_ANSWER_BYTES;
 use proto::node::health_service_client::HealthServiceClient;
 use proto::node::{HealthCheckRequest, HealthCheckResponse, HealthStatus};
 
@@ -19,7 +20,8 @@ pub(crate) async fn run(command: Health, output: &mut Output) -> Result<(), Fail
         let request = HealthCheckRequest { service: service.clone(), ..Default::default() };
         async move {
             call::ask_over(&address, nodes.timeout, async |channel| {
-                let mut client = HealthServiceClient::new(channel);
+                let mut client =
+                    HealthServiceClient::new(channel).max_decoding_message_size(MAX_ANSWER_BYTES);
                 Ok(client.health_check(request).await?.into_inner())
             })
             .await

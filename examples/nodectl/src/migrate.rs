@@ -14,6 +14,7 @@ use std::time::Duration;
 use proto::common::clock::millis;
 use proto::common::dial::NodeChannel;
 use proto::common::error::{Code, Error};
+use proto::migration::limits::{LIST_PAGE, MAX_ANSWER_BYTES, MAX_LIST_BYTES, SMALL_LIST_PAGE};
 use proto::node::migration_service_client::MigrationServiceClient;
 use proto::node::{
     CancelMigrationRequest, CompleteMigrationRequest, GetMigrationProgressRequest, ListMigrationsRequest,
@@ -32,9 +33,6 @@ use crate::resume::{program, quoted};
 use crate::signals::Signals;
 
 pub(crate) use self::live::Live;
-
-/// Migrations per page, below the largest message.
-const PAGE: u32 = 100;
 
 /// A client over a connection of its own.
 type Client = MigrationServiceClient<NodeChannel>;
@@ -80,7 +78,10 @@ pub(crate) async fn ask<T>(
     limit: Duration,
     question: impl AsyncFnOnce(Client) -> Result<T, Status>,
 ) -> Result<T, Error> {
-    call::ask_over(at, limit, async |channel| question(Client::new(channel)).await).await
+    call::ask_over(at, limit, async |channel| {
+        question(Client::new(channel).max_decoding_message_size(MAX_ANSWER_BYTES)).await
+    })
+    .await
 }
 
 /// A refusal of the node at `at`, with advice.
@@ -121,20 +122,14 @@ pub(crate) async fn list_all(
     active_only: bool,
     direction: i32,
 ) -> Result<Vec<MigrationProgress>, Error> {
-    ask(&node.at, node.timeout, async |mut client| {
-        let mut migrations = Vec::new();
-        let mut page_token = String::new();
-        loop {
-            let request = ListMigrationsRequest { page_size: PAGE, page_token, direction, active_only };
+    ask(&node.at, node.timeout, async |client| {
+        let mut client = client.max_decoding_message_size(MAX_LIST_BYTES);
+        call::all_pages("migrations", [LIST_PAGE, SMALL_LIST_PAGE], async |page_size, page_token| {
+            let request = ListMigrationsRequest { page_size, page_token, direction, active_only };
             let page = client.list_migrations(request).await?.into_inner();
-            // A node that goes on for ever runs into the time limit, one that repeats itself ends here.
-            let empty = page.migrations.is_empty();
-            migrations.extend(page.migrations);
-            page_token = page.next_page_token;
-            if page_token.is_empty() || empty {
-                return Ok(migrations);
-            }
-        }
+            Ok((page.migrations, page.next_page_token))
+        })
+        .await
     })
     .await
 }

@@ -1,8 +1,10 @@
 //! `nodectl status`, once or again and again.
 
 use proto::common::error::Error;
+use proto::health::limits::MAX_ANSWER_BYTES;
 use proto::node::health_service_client::HealthServiceClient;
-use proto::node::{GetNodeStatusRequest, GetNodeStatusResponse};
+use proto::node::{GetNodeStatusRequest, GetNodeStatusResponse, NodeStatus};
+use tonic::Status as Refusal;
 
 use crate::address::Address;
 use crate::args::Status;
@@ -13,8 +15,11 @@ use crate::node_table;
 use crate::nodes::{Answered, ask_all};
 use crate::output::Output;
 
-/// Pages that are read of one node; a node that goes on for ever is cut there.
-const PAGES: usize = 1000;
+/// Pages that are read of one node; a node that goes on for ever is cut there. A map of 16384 single slots takes 17.
+const PAGES: usize = 100;
+
+/// Entries of all lists of a page: a node gives no more, whatever is asked for.
+const PAGE: usize = 1000;
 
 pub(crate) async fn run(command: Status, output: &mut Output) -> Result<(), Failure> {
     let Status { nodes, watch, interval } = command;
@@ -49,13 +54,18 @@ pub(crate) async fn ask(
     timeout: std::time::Duration,
 ) -> Result<GetNodeStatusResponse, Error> {
     call::ask_over(&address, timeout, async |channel| {
-        let mut client = HealthServiceClient::new(channel);
+        let mut client = HealthServiceClient::new(channel).max_decoding_message_size(MAX_ANSWER_BYTES);
         let mut whole: Option<GetNodeStatusResponse> = None;
         let mut page_token = String::new();
         for _ in 0..PAGES {
             let request = GetNodeStatusRequest { page_token, ..Default::default() };
             let mut page = client.get_node_status(request).await?.into_inner();
             page_token = std::mem::take(&mut page.next_page_token);
+            let entries = page.status.as_ref().map_or(0, entries);
+            if entries > PAGE {
+                let told = format!("a page of {entries} entries, where a node gives {PAGE}");
+                return Err(Refusal::out_of_range(told));
+            }
             match whole.as_mut().and_then(|whole| whole.status.as_mut()) {
                 Some(status) => {
                     let more = page.status.unwrap_or_default();
@@ -74,6 +84,11 @@ pub(crate) async fn ask(
         Ok(whole.unwrap_or_default())
     })
     .await
+}
+
+fn entries(status: &NodeStatus) -> usize {
+    let NodeStatus { shards, slot_owners, transfers, migrations, peers, .. } = status;
+    shards.len() + slot_owners.len() + transfers.len() + migrations.len() + peers.len()
 }
 
 fn show(answers: &[Answered<GetNodeStatusResponse>], output: &mut Output) {

@@ -1,6 +1,7 @@
 //! `nodectl transfers`.
 
-use proto::node::{ListTransfersRequest, TransferProgress};
+use proto::node::ListTransfersRequest;
+use proto::snapshot::limits::{LIST_PAGE, SMALL_LIST_PAGE};
 
 use crate::advice;
 use crate::args::{Transfers, wire_direction};
@@ -10,30 +11,16 @@ use crate::failure::Failure;
 use crate::output::Output;
 use crate::table;
 
-/// Transfers per page: below the largest message, however long their errors are.
-const PAGE: u32 = 100;
-
 pub(crate) async fn run(command: Transfers, output: &mut Output) -> Result<(), Failure> {
     let Transfers { node, active, direction } = command;
     let asked = call::ask(&node.at, node.timeout, async |mut client| {
-        let mut transfers: Vec<TransferProgress> = Vec::new();
-        let mut page_token = String::new();
-        loop {
-            let request = ListTransfersRequest {
-                page_size: PAGE,
-                page_token,
-                direction: wire_direction(direction),
-                active_only: active,
-            };
+        call::all_pages("transfers", [LIST_PAGE, SMALL_LIST_PAGE], async |page_size, page_token| {
+            let direction = wire_direction(direction);
+            let request = ListTransfersRequest { page_size, page_token, direction, active_only: active };
             let page = client.list_transfers(request).await?.into_inner();
-            // A node that goes on for ever runs into the time limit, one that repeats itself ends here.
-            let empty = page.transfers.is_empty();
-            transfers.extend(page.transfers);
-            page_token = page.next_page_token;
-            if page_token.is_empty() || empty {
-                return Ok(transfers);
-            }
-        }
+            Ok((page.transfers, page.next_page_token))
+        })
+        .await
     });
     let transfers = asked.await.map_err(|error| {
         let help = advice::about(&error, &node.at.to_string());

@@ -6,8 +6,9 @@ mod support;
 use proto::common::error::Error;
 use proto::migration::Reason;
 use proto::node::{
-    FreezeAttempt, FreezeOutcome, MigrationDecision, MigrationLag, MigrationPhaseStart, MigrationProgress,
-    MigrationState, Priority, SlotRange, TaskError,
+    FreezeAttempt, FreezeOutcome, ListMigrationsResponse, MigrationDecision, MigrationLag,
+    MigrationPhaseStart, MigrationProgress, MigrationState, NodeStatus, Priority, SlotOwner, SlotRange,
+    TaskError,
 };
 use support::script::{Script, State, migration};
 use support::{Running, nodectl, until};
@@ -449,4 +450,36 @@ async fn a_drain_to_itself_is_wrong_usage() {
     assert_eq!(ended.code, Some(2), "{ended:?}");
     assert!(ended.stderr.contains("--to"), "{ended:?}");
     assert!(script.with(|state| state.started.is_empty()));
+}
+
+/// Each empty entry is two or three bytes of an answer and up to 1200 of memory.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_lists_without_end_is_refused() {
+    fn empty(count: usize, next: &str) -> ListMigrationsResponse {
+        let migrations = vec![MigrationProgress::default(); count];
+        ListMigrationsResponse { migrations, next_page_token: next.to_owned() }
+    }
+    fn owners(count: usize) -> NodeStatus {
+        NodeStatus { slot_owners: vec![SlotOwner::default(); count], ..NodeStatus::default() }
+    }
+    let lists: [(fn() -> ListMigrationsResponse, &str); 3] = [
+        (|| empty(140_000, ""), "too large"),
+        (|| empty(101, ""), "a page of 101 migrations, where 100 were asked for"),
+        (|| empty(1, "on"), "it goes on after 400 migrations on 400 pages"),
+    ];
+    for (lists, says) in lists {
+        let script = Script::start(State { lists: Some(lists), ..State::default() }).await;
+        let ended = nodectl(&format!("migrate list --at {} --timeout 60s", script.address)).await;
+        assert_eq!((ended.code, ended.stdout.as_str()), (Some(1), ""), "{ended:?}");
+        assert!(ended.stderr.contains(says) && ended.stderr.contains("OUT_OF_RANGE"), "{ended:?}");
+    }
+    let tells: [(fn() -> NodeStatus, &str); 2] = [
+        (|| owners(600_000), "too large"),
+        (|| owners(1001), "a page of 1001 entries, where a node gives 1000"),
+    ];
+    for (tells, says) in tells {
+        let script = Script::start(State { tells: Some(tells), ..State::default() }).await;
+        let told = nodectl(&format!("status {} --json --timeout 60s", script.address)).await;
+        assert!(told.stdout.contains(says), "{told:?}");
+    }
 }

@@ -5,6 +5,7 @@ mod support;
 
 use std::process::Stdio;
 
+use proto::node::{ListTransfersResponse, Progress, TaskError, TransferProgress};
 use support::{Node, Running, nodectl, refusing_port, snapshot, until};
 
 const MIB: usize = 1 << 20;
@@ -222,7 +223,7 @@ mod liar {
         }
     }
 
-    struct Liar;
+    struct Liar(fn(&ListTransfersRequest) -> ListTransfersResponse);
 
     type Answers<T> = Pin<Box<dyn futures::Stream<Item = Result<T, Status>> + Send>>;
 
@@ -255,10 +256,9 @@ mod liar {
 
         async fn list_transfers(
             &self,
-            _: Request<ListTransfersRequest>,
+            request: Request<ListTransfersRequest>,
         ) -> Result<Response<ListTransfersResponse>, Status> {
-            let transfers = vec![transfer(), TransferProgress::default()];
-            Ok(Response::new(ListTransfersResponse { transfers, next_page_token: String::new() }))
+            Ok(Response::new((self.0)(request.get_ref())))
         }
 
         async fn cancel_transfer(
@@ -270,9 +270,19 @@ mod liar {
     }
 
     pub(super) async fn start() -> SocketAddr {
+        listing(|_| ListTransfersResponse {
+            transfers: vec![transfer(), TransferProgress::default()],
+            ..ListTransfersResponse::default()
+        })
+        .await
+    }
+
+    /// One that lists these.
+    pub(super) async fn listing(list: fn(&ListTransfersRequest) -> ListTransfersResponse) -> SocketAddr {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let server = tonic::transport::Server::builder().add_service(SplitSnapshotServiceServer::new(Liar));
+        let server =
+            tonic::transport::Server::builder().add_service(SplitSnapshotServiceServer::new(Liar(list)));
         tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
         address
     }
@@ -305,4 +315,48 @@ async fn nothing_that_a_peer_says_reaches_the_terminal_raw() {
     assert_eq!(list["transfers"][0]["transfer_id"], liar::TEXT);
     assert_eq!(list["transfers"][0]["phase"], "unknown_99");
     assert_eq!(list["transfers"][0]["error"]["code"], "unknown");
+}
+
+/// Each empty transfer is two bytes of an answer and some 500 of memory.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_lists_without_end_is_refused() {
+    fn empty(count: usize, next: &str) -> ListTransfersResponse {
+        let transfers = vec![TransferProgress::default(); count];
+        ListTransfersResponse { transfers, next_page_token: next.to_owned() }
+    }
+    let many = liar::listing(|_| empty(140_000, "")).await;
+    let more = liar::listing(|_| empty(101, "")).await;
+    let endless = liar::listing(|_| empty(1, "on")).await;
+    for (address, says) in [
+        (many, "too large"),
+        (more, "a page of 101 transfers, where 100 were asked for"),
+        (endless, "it goes on after 400 transfers on 400 pages"),
+    ] {
+        let ended = nodectl(&format!("transfers --at {address} --timeout 60s")).await;
+        assert_eq!((ended.code, ended.stdout.as_str()), (Some(1), ""), "{ended:?}");
+        assert!(ended.stderr.contains(says) && ended.stderr.contains("OUT_OF_RANGE"), "{ended:?}");
+    }
+}
+
+/// Of a node that is honest, whose peers were not.
+#[tokio::test(flavor = "multi_thread")]
+async fn errors_as_long_as_can_be_are_listed() {
+    let address = liar::listing(|request| {
+        let from = request.page_token.parse().unwrap_or(0_u32);
+        let to = (from + request.page_size).min(150);
+        let long = |number: u32| TransferProgress {
+            transfer_id: number.to_string(),
+            progress: Some(Progress {
+                error: Some(TaskError { message: "x".repeat(20 << 10), ..TaskError::default() }),
+                ..Progress::default()
+            }),
+            ..TransferProgress::default()
+        };
+        let next_page_token = if to < 150 { to.to_string() } else { String::new() };
+        ListTransfersResponse { transfers: (from..to).map(long).collect(), next_page_token }
+    })
+    .await;
+    let list = nodectl(&format!("transfers --at {address} --json")).await.last();
+    let listed = list["transfers"].as_array().unwrap().iter().map(|one| one["transfer_id"].as_str().unwrap());
+    assert!(listed.eq((0..150).map(|number| number.to_string())), "{list}");
 }

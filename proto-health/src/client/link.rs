@@ -11,6 +11,7 @@ use tokio::time::{Instant, sleep, timeout};
 use crate::client::monitor::Shared;
 use crate::client::options::Heartbeats;
 use crate::client::peer::{Answer, Opinion};
+use crate::limits::{MAX_PEER_ANSWER_BYTES, PEER_PAGE};
 use crate::v1::health_service_client::HealthServiceClient;
 use crate::v1::{
     GetNodeStatusRequest, HealthCheckRequest, NodeStatusSection, PeerState, WatchHealthRequest,
@@ -18,7 +19,7 @@ use crate::v1::{
 };
 
 /// Pages of a peer's list of peers that are read; more would be more than anybody watches.
-const OPINION_PAGES: usize = 16;
+const OPINION_PAGES: usize = 40;
 
 /// Follows the peer at `address` for ever.
 pub(crate) async fn run<C: Connect>(shared: Arc<Shared>, address: Arc<str>, connect: C) {
@@ -35,7 +36,8 @@ pub(crate) async fn run<C: Connect>(shared: Arc<Shared>, address: Arc<str>, conn
     loop {
         let error = match open(&shared, &connect).await {
             Ok(channel) => {
-                let client = HealthServiceClient::new(channel);
+                let client =
+                    HealthServiceClient::new(channel).max_decoding_message_size(MAX_PEER_ANSWER_BYTES);
                 let mut heard = false;
                 let ended = match options.heartbeats {
                     Heartbeats::Watch => watch(&shared, &address, client, &mut heard).await,
@@ -175,7 +177,7 @@ async fn opinion<T: GrpcChannel>(shared: &Shared, address: &str, client: &mut He
     for _ in 0..OPINION_PAGES {
         let request = GetNodeStatusRequest {
             sections: vec![NodeStatusSection::Peers.into()],
-            page_size: 0,
+            page_size: PEER_PAGE,
             page_token,
             from: shared.from.to_string(),
         };

@@ -18,6 +18,7 @@ use super::link::{Link, Said, unexpected};
 use super::open::{OUTCOME_TIMEOUT, silent};
 use super::task::{Halt, Task};
 use crate::Reason;
+use crate::limits::MAX_ANSWER_BYTES;
 use crate::source::MigrationSource;
 use crate::v1::migration_service_client::MigrationServiceClient;
 use crate::v1::transfer_migration_data_request::{Discard, Forget, Frame, Purpose};
@@ -98,7 +99,8 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
     /// Looks before it tells that an operator decided COMMITTED here: a stream would fence a target that is prepared, and an operator
     /// there could not commit any more what only that target has.
     async fn leave_prepared(&mut self) -> Result<(), Halt> {
-        let mut client = MigrationServiceClient::new(self.dial(OUTCOME_TIMEOUT).await?);
+        let channel = self.dial(OUTCOME_TIMEOUT).await?;
+        let mut client = MigrationServiceClient::new(channel).max_decoding_message_size(MAX_ANSWER_BYTES);
         let asked = GetMigrationProgressRequest {
             migration_id: self.id.to_string(),
             direction: Direction::In.into(),

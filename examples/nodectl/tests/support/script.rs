@@ -35,6 +35,9 @@ pub(crate) struct State {
     pub(crate) cancelled: Vec<CancelMigrationRequest>,
     pub(crate) resolved: Vec<ResolveMigrationRequest>,
     pub(crate) refuse: Option<Error>,
+    /// What it lists and tells of itself instead.
+    pub(crate) lists: Option<fn() -> ListMigrationsResponse>,
+    pub(crate) tells: Option<fn() -> NodeStatus>,
     /// So many are refused that are started, since others have their places.
     pub(crate) places_taken: u32,
 }
@@ -216,6 +219,9 @@ impl MigrationService for Script {
         &self,
         request: Request<ListMigrationsRequest>,
     ) -> Result<Response<ListMigrationsResponse>, Status> {
+        if let Some(list) = self.with(|state| state.lists) {
+            return Ok(Response::new(list()));
+        }
         let active_only = request.into_inner().active_only;
         let migrations = self.with(|state| state.migrations.clone());
         let active =
@@ -261,6 +267,9 @@ impl HealthService for Script {
     ) -> Result<Response<GetNodeStatusResponse>, Status> {
         let identity = NodeIdentity { node_id: "n1".to_owned(), ..NodeIdentity::default() };
         let status = self.with(|state| {
+            if let Some(tell) = state.tells {
+                return tell();
+            }
             let owned: u32 = state.owned.iter().map(|slots| slots.end - slots.start).sum();
             let kind = RemovalBlockerKind::OwnsSlots.into();
             let blocker = match owned {
