@@ -4,9 +4,10 @@ use std::collections::{BTreeMap, HashSet};
 use std::time::Duration;
 
 use proto::common::dial::NodeChannel;
-use proto::common::error::{CommonReason, Error};
+use proto::common::error::{Code, CommonReason, Error};
 use proto::common::slots::SlotRange;
 use proto::common::text::printable;
+use proto::health::limits::{MAX_PEER_ANSWER_BYTES, PEER_PAGE};
 use proto::migration::Reason;
 use proto::migration::driver::Dial;
 use proto::node::health_service_client::HealthServiceClient;
@@ -15,6 +16,7 @@ use tokio::task::JoinSet;
 use tokio::time::error::Elapsed;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
+use tonic::Status;
 
 use crate::common::NodeId;
 use crate::node::Node;
@@ -24,8 +26,8 @@ use crate::store::{Claim, MAX_NODES, NodeAddresses, Ownership};
 const ASK: Duration = Duration::from_millis(300);
 /// How long one answer may take.
 const ANSWER: Duration = Duration::from_secs(1);
-/// Pages of one answer; a map of 16384 single slots takes 17.
-const PAGES: usize = 32;
+/// Pages of one answer; a map of 16384 single slots takes 41.
+const PAGES: usize = 64;
 
 /// What was asked where, and what came of it.
 type Answer = (NodeId, String, Result<Result<Told, Unusable>, Elapsed>);
@@ -146,6 +148,16 @@ enum Unusable {
     Refused(Error),
 }
 
+impl Unusable {
+    fn of(status: Status) -> Self {
+        match Error::from(status) {
+            // Larger than any honest answer: it is for the log, since the node can be reached.
+            error if error.code() == Code::OutOfRange => Self::Refused(error),
+            _ => Self::Unanswered,
+        }
+    }
+}
+
 /// What is kept of an answer: no more than a claim for each slot, whatever comes.
 #[derive(Debug)]
 struct Told {
@@ -198,19 +210,19 @@ fn addresses(grpc: &str, resp: &str) -> NodeAddresses {
 
 /// The status of a node, with its slot map unless that is the one of `revision`.
 async fn ask(channel: NodeChannel, me: &NodeId, revision: Option<(u64, u64)>) -> Result<Told, Unusable> {
-    let mut client = HealthServiceClient::new(channel);
+    let mut client = HealthServiceClient::new(channel).max_decoding_message_size(MAX_PEER_ANSWER_BYTES);
     let request = |sections: Vec<NodeStatusSection>, page_token| GetNodeStatusRequest {
         sections: sections.into_iter().map(i32::from).collect(),
+        page_size: PEER_PAGE,
         page_token,
         from: me.to_string(),
-        ..GetNodeStatusRequest::default()
     };
     let sections = || vec![NodeStatusSection::SlotOwners];
     let mut told: Option<Told> = None;
     let mut token = String::new();
     for _ in 0..PAGES {
         let answer = client.get_node_status(request(sections(), token)).await;
-        let answer = answer.map_err(|_| Unusable::Unanswered)?.into_inner();
+        let answer = answer.map_err(Unusable::of)?.into_inner();
         let mut status = answer.status.unwrap_or_default();
         let origin = answer.origin.unwrap_or_default();
         let identity = origin.identity.unwrap_or_default();
@@ -379,8 +391,15 @@ mod tests {
     use proptest::prelude::*;
     use proptest::strategy::ValueTree as _;
     use proptest::test_runner::TestRunner;
+    use proto::node::health_service_server::{HealthService, HealthServiceServer};
+    use proto::node::{
+        ActiveTask, GetNodeStatusResponse, HealthCheckRequest, HealthCheckResponse, WatchHealthRequest,
+        WatchHealthResponse,
+    };
     use tokio::net::TcpListener;
     use tokio::time::Instant;
+    use tonic::transport::server::TcpIncoming;
+    use tonic::{Request, Response};
 
     use super::*;
     use crate::store::{Init, MAX_EPOCH_LEAP, StoreOptions};
@@ -429,6 +448,73 @@ mod tests {
         }
         stop.cancel();
         following.await.unwrap();
+    }
+
+    /// A node that answers `GetNodeStatus` like this.
+    #[derive(Clone)]
+    struct Tells(fn(&GetNodeStatusRequest) -> NodeStatus);
+
+    #[tonic::async_trait]
+    impl HealthService for Tells {
+        type WatchHealthStream = tokio_stream::Empty<Result<WatchHealthResponse, Status>>;
+
+        async fn health_check(
+            &self,
+            _: Request<HealthCheckRequest>,
+        ) -> Result<Response<HealthCheckResponse>, Status> {
+            Err(Status::unimplemented("not asked here"))
+        }
+
+        async fn watch_health(
+            &self,
+            _: Request<WatchHealthRequest>,
+        ) -> Result<Response<Self::WatchHealthStream>, Status> {
+            Err(Status::unimplemented("not asked here"))
+        }
+
+        async fn get_node_status(
+            &self,
+            request: Request<GetNodeStatusRequest>,
+        ) -> Result<Response<GetNodeStatusResponse>, Status> {
+            let status = Some((self.0)(request.get_ref()));
+            Ok(Response::new(GetNodeStatusResponse { status, ..GetNodeStatusResponse::default() }))
+        }
+    }
+
+    /// Each empty task is three bytes of an answer and some 340 of memory, several times a second.
+    #[tokio::test]
+    async fn an_answer_larger_than_any_honest_one_is_refused() {
+        let ask = async |tells| {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let address = listener.local_addr().unwrap().to_string();
+            let server =
+                tonic::transport::Server::builder().add_service(HealthServiceServer::new(Tells(tells)));
+            let served = server.serve_with_incoming(TcpIncoming::from(listener));
+            let serving = tokio::spawn(served);
+            let dir = tempfile::tempdir().unwrap();
+            let channel = Asked::new(&bare(dir.path()), &id("n2"), address).channel.unwrap();
+            let told = ask(channel, &id("n1"), None).await;
+            serving.abort();
+            told
+        };
+        let flood = |_: &GetNodeStatusRequest| NodeStatus {
+            transfers: vec![ActiveTask::default(); 180_000],
+            ..NodeStatus::default()
+        };
+        let Err(Unusable::Refused(error)) = ask(flood).await else { panic!("it is believed") };
+        assert!(error.code() == Code::OutOfRange && error.message().contains("too large"), "{error:?}");
+        // The largest page that an honest node gives.
+        let honest = |request: &GetNodeStatusRequest| {
+            let (name, address) = ("n".repeat(128), "h".repeat(259));
+            let one = |slot| owner(&name, slot, u64::MAX, &address);
+            NodeStatus {
+                node_address: address.clone(),
+                client_address: address.clone(),
+                slot_owners: (0..request.page_size).map(one).collect(),
+                ..NodeStatus::default()
+            }
+        };
+        assert_eq!(ask(honest).await.unwrap().owners.len(), PEER_PAGE as usize);
     }
 
     async fn n2_tells(node: &Node, epoch: u64, status: NodeStatus) {

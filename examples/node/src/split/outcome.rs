@@ -12,6 +12,7 @@ use proto::node::{
     CancelTransferRequest, Direction, GetTransferProgressRequest, NodeIdentity, TransferPhase,
 };
 use proto::snapshot::Reason;
+use proto::snapshot::limits::MAX_ANSWER_BYTES;
 
 use crate::common::NodeId;
 use crate::migrate::slot_map::ask_whole;
@@ -207,7 +208,7 @@ pub(super) async fn cancel(target: &Target, transfer: &str) -> Result<(), Error>
 
 async fn connect(target: &Target) -> Result<SplitSnapshotServiceClient<NodeChannel>, Error> {
     let channel = target.dial()?.connect().await?;
-    Ok(SplitSnapshotServiceClient::new(channel))
+    Ok(SplitSnapshotServiceClient::new(channel).max_decoding_message_size(MAX_ANSWER_BYTES))
 }
 
 fn unhex(text: &str) -> Option<Vec<u8>> {
