@@ -17,10 +17,14 @@ pub const MAX_FILE_NAME_LEN: usize = 1024;
 /// Longest component, in bytes: `NAME_MAX` of all common file systems.
 pub const MAX_COMPONENT_LEN: usize = 255;
 
+/// Most components of a name, the file's own included. Each is a directory that somebody has to make, keep in mind and delete, and whoever
+/// walks such a tree holds one open for each; what is kept in files has a few levels.
+pub const MAX_COMPONENTS: usize = 32;
+
 /// How much of a name is shown, in bytes.
 const SHOWN_LEN: usize = 128;
 
-/// A relative, `/`-separated name: at most [`MAX_FILE_NAME_LEN`] bytes of UTF-8, every component 1 to
+/// A relative, `/`-separated name: at most [`MAX_FILE_NAME_LEN`] bytes of UTF-8, at most [`MAX_COMPONENTS`] components, every one of 1 to
 /// [`MAX_COMPONENT_LEN`] bytes without control characters and backslash, and not `.` or `..`.
 ///
 /// Names are compared by bytes. A file system that folds case or normalizes Unicode may still take two different
@@ -58,6 +62,9 @@ pub enum FileNameProblem {
     /// A component is longer than [`MAX_COMPONENT_LEN`] bytes.
     #[error("has a component of {0} bytes, the limit is {MAX_COMPONENT_LEN}")]
     ComponentTooLong(usize),
+    /// More than [`MAX_COMPONENTS`] components.
+    #[error("has {0} components, the limit is {MAX_COMPONENTS}")]
+    TooDeep(usize),
     /// A control character or a backslash, at this byte.
     #[error("has a control character or a backslash at byte {0}")]
     Character(usize),
@@ -116,16 +123,13 @@ impl FileName {
     }
 }
 
-impl FileName {
-    /// Whether it comes after `other`, and is no name below that.
-    fn comes_after(&self, other: &Self) -> bool {
-        let (own, others) = (self.0.as_bytes(), other.0.as_bytes());
-        match common(own, others) {
-            // One that goes on where the other ends comes after it; below it, if with a separator.
-            at if at == others.len() => own.get(at).is_some_and(|next| *next != b'/'),
-            at => own.get(at).zip(others.get(at)).is_some_and(|(own, other)| rank(*own) > rank(*other)),
-        }
+/// Whether a name comes after another one, and is no name below that. They begin with `at` bytes alike.
+fn comes_after(own: &[u8], others: &[u8], at: usize) -> bool {
+    if at == others.len() {
+        // One that goes on where the other ends comes after it; below it, if with a separator.
+        return own.get(at).is_some_and(|next| *next != b'/');
     }
+    own.get(at).zip(others.get(at)).is_some_and(|(own, other)| rank(*own) > rank(*other))
 }
 
 /// How many bytes two names begin with alike.
@@ -158,8 +162,9 @@ fn check(name: &str) -> Result<(), FileNameProblem> {
     if !plain && let Some(at) = name.find(|c: char| c.is_control() || c == '\\') {
         return Err(P::Character(at));
     }
-    for component in name.split('/') {
+    for (number, component) in name.split('/').enumerate() {
         match component {
+            _ if number >= MAX_COMPONENTS => return Err(P::TooDeep(name.split('/').count())),
             "" => return Err(P::EmptyComponent),
             "." | ".." => return Err(P::Dots),
             _ if component.len() > MAX_COMPONENT_LEN => return Err(P::ComponentTooLong(component.len())),
@@ -169,18 +174,54 @@ fn check(name: &str) -> Result<(), FileNameProblem> {
     Ok(())
 }
 
-/// Checks that `names` can all be files of one directory: none occurs twice, and none is also the directory of another.
+/// The directories that the files of a tree lie in, each counted once; not the one that the tree is in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Directories {
+    /// How many there are.
+    pub count: u64,
+    /// Their names from the tree on, in bytes.
+    pub name_bytes: u64,
+}
+
+impl Directories {
+    /// Adds those of a name that has `at` bytes in common with the one before it in order: of which all are counted.
+    fn add(&mut self, name: &[u8], at: usize) {
+        for (end, _) in name.iter().enumerate().skip(at).filter(|(_, byte)| **byte == b'/') {
+            self.count += 1;
+            self.name_bytes += end as u64;
+        }
+    }
+
+    /// Those of names in order; `None` where they are not, or do not form a tree.
+    fn of(names: &[&FileName]) -> Option<Self> {
+        let mut directories = Self::default();
+        let mut before: &[u8] = &[];
+        for name in names {
+            let own = name.0.as_bytes();
+            let at = common(own, before);
+            if !comes_after(own, before, at) {
+                return None;
+            }
+            directories.add(own, at);
+            before = own;
+        }
+        Some(directories)
+    }
+}
+
+/// Checks that `names` can all be files of one directory: none occurs twice, and none is also the directory of another. Returns which directories they need
+/// below that.
 ///
 /// Takes O(n log n) time and one reference per name of memory.
 ///
 /// # Errors
 ///
 /// [`FileNameError`] with [`FileNameProblem::Duplicate`] or [`FileNameProblem::AlsoDirectory`], for the first such name in order.
-pub fn check_tree<'a>(names: impl IntoIterator<Item = &'a FileName>) -> Result<(), FileNameError> {
+pub fn check_tree<'a>(names: impl IntoIterator<Item = &'a FileName>) -> Result<Directories, FileNameError> {
     let mut names: Vec<&FileName> = names.into_iter().collect();
     // Most often they are in order, and what has to be looked at twice is out of the cache by then.
-    if names.windows(2).all(|pair| matches!(pair, [first, second] if second.comes_after(first))) {
-        return Ok(());
+    if let Some(directories) = Directories::of(&names) {
+        return Ok(directories);
     }
     names.sort_unstable();
     for pair in names.windows(2) {
@@ -194,7 +235,8 @@ pub fn check_tree<'a>(names: impl IntoIterator<Item = &'a FileName>) -> Result<(
             _ => {}
         }
     }
-    Ok(())
+    // In order, and each comes after the one before it, so there are some.
+    Ok(Directories::of(&names).unwrap_or_default())
 }
 
 /// By components, so that a directory's files are neighbours: `a/b` comes before `a-b`, although `-` sorts before `/`.
@@ -270,7 +312,7 @@ mod tests {
 
     fn tree(names: &[&str]) -> Result<(), FileNameProblem> {
         let names: Vec<_> = names.iter().map(|name| FileName::new(name).unwrap()).collect();
-        check_tree(&names).map_err(|error| error.problem())
+        check_tree(&names).map(|_| ()).map_err(|error| error.problem())
     }
 
     #[test]
@@ -286,7 +328,7 @@ mod tests {
         let shown = |name: &str| FileName::new(name).unwrap().to_string();
         assert_eq!(shown("caf\u{e9}/x"), "caf\u{e9}/x");
         assert_eq!(shown("a\u{202e}b\u{2028}c"), "a\\u{202e}b\\u{2028}c");
-        let long = ["x"; 512].join("/");
+        let long = ["xxxxxxxxxxxxxxx"; 32].join("/");
         assert_eq!(shown(&long), format!("{}…", &long[..SHOWN_LEN - "…".len()]));
         assert_eq!(FileName::new(&long).unwrap().as_str(), long);
         assert_eq!(
@@ -309,6 +351,9 @@ mod tests {
         assert_eq!(problem("a\0"), P::Character(1));
         assert_eq!(problem("a\u{85}"), P::Character(1));
         assert_eq!(problem(&"x".repeat(256)), P::ComponentTooLong(256));
+        assert!(FileName::new(&["x"; MAX_COMPONENTS].join("/")).is_ok());
+        assert_eq!(problem(&["x"; MAX_COMPONENTS + 1].join("/")), P::TooDeep(33));
+        assert_eq!(problem(&["x"; 512].join("/")), P::TooDeep(512));
         assert_eq!(problem(&"x".repeat(10_240)), P::TooLong(10_240));
         assert!(FileName::new(&"x".repeat(10_240)).unwrap_err().to_string().len() < 250);
     }
@@ -344,9 +389,20 @@ mod tests {
             let clash = names.iter().enumerate().any(|(i, a)| {
                 names.iter().enumerate().any(|(j, b)| i != j && (a == b || b.as_str().starts_with(&format!("{}/", a.as_str()))))
             });
-            prop_assert_eq!(check_tree(&names).is_err(), clash);
+            let found = check_tree(&names);
+            prop_assert_eq!(found.is_err(), clash);
             names.sort_unstable();
             prop_assert_eq!(check_tree(&names).is_err(), clash, "in order");
+            if let Ok(found) = found {
+                let above = |name: &FileName| {
+                    let ends = name.as_str().match_indices('/').map(|(end, _)| name.as_str()[..end].to_owned());
+                    ends.collect::<Vec<_>>()
+                };
+                let all: std::collections::BTreeSet<_> = names.iter().flat_map(above).collect();
+                let name_bytes = all.iter().map(|name| name.len() as u64).sum();
+                prop_assert_eq!(found, Directories { count: all.len() as u64, name_bytes });
+                prop_assert_eq!(check_tree(&names), Ok(found), "in order");
+            }
         }
     }
 }

@@ -98,11 +98,31 @@ impl<K: Eq + Hash + Clone> Shares<K> {
 
     /// `amount` for `peer`, whatever the limits, which it counts against from now on: for what it has already.
     pub fn adopt(&self, peer: Option<&K>, amount: u64) -> Share<K> {
-        self.add(&mut lock(&self.taken), peer, amount)
+        self.share(&mut lock(&self.taken), peer, amount)
+    }
+
+    /// Adds `amount` to `share`, one of these, as if all of it had been taken at once by [`take_first`](Self::take_first).
+    ///
+    /// # Errors
+    ///
+    /// [`Full`], and nothing is added.
+    pub fn grow_first(&self, share: &mut Share<K>, amount: u64) -> Result<(), Full> {
+        let mut taken = lock(&self.taken);
+        let peer = share.peer.as_ref();
+        taken.give_back(peer, share.amount);
+        let whole = share.amount.saturating_add(amount);
+        let checked = self.check(&taken, peer, whole, true);
+        share.amount = taken.add(peer, if checked.is_ok() { whole } else { share.amount });
+        checked
     }
 
     fn enter(&self, peer: Option<&K>, amount: u64, first: bool) -> Result<Share<K>, Full> {
         let mut taken = lock(&self.taken);
+        self.check(&taken, peer, amount, first)?;
+        Ok(self.share(&mut taken, peer, amount))
+    }
+
+    fn check(&self, taken: &Taken<K>, peer: Option<&K>, amount: u64, first: bool) -> Result<(), Full> {
         let beyond = |had: u64, limit: u64| had.saturating_add(amount) > limit && (had > 0 || !first);
         if let Some(peer) = peer
             && beyond(taken.by_peer.get(peer).copied().unwrap_or(0), self.limit_per_peer)
@@ -123,16 +143,11 @@ impl<K: Eq + Hash + Clone> Shares<K> {
                 return Err(Full::Peer { limit: had });
             }
         }
-        Ok(self.add(&mut taken, peer, amount))
+        Ok(())
     }
 
-    fn add(&self, taken: &mut Taken<K>, peer: Option<&K>, amount: u64) -> Share<K> {
-        // What it could not count is not given back either.
-        let amount = amount.min(u64::MAX - taken.all);
-        taken.all += amount;
-        if let Some(peer) = peer {
-            *taken.by_peer.entry(peer.clone()).or_default() += amount;
-        }
+    fn share(&self, taken: &mut Taken<K>, peer: Option<&K>, amount: u64) -> Share<K> {
+        let amount = taken.add(peer, amount);
         Share { taken: Arc::clone(&self.taken), peer: peer.cloned(), amount }
     }
 
@@ -152,17 +167,35 @@ impl<K: Eq + Hash> Share<K> {
     }
 }
 
-impl<K: Eq + Hash> Drop for Share<K> {
-    fn drop(&mut self) {
-        let mut taken = lock(&self.taken);
-        taken.all = taken.all.saturating_sub(self.amount);
-        let Some(peer) = &self.peer else { return };
-        if let Some(of_peer) = taken.by_peer.get_mut(peer) {
-            *of_peer = of_peer.saturating_sub(self.amount);
+impl<K: Eq + Hash> Taken<K> {
+    /// Counts `amount`, or as much of it as can be counted: what could not be is not given back either.
+    fn add(&mut self, peer: Option<&K>, amount: u64) -> u64
+    where
+        K: Clone,
+    {
+        let amount = amount.min(u64::MAX - self.all);
+        self.all += amount;
+        if let Some(peer) = peer {
+            *self.by_peer.entry(peer.clone()).or_default() += amount;
+        }
+        amount
+    }
+
+    fn give_back(&mut self, peer: Option<&K>, amount: u64) {
+        self.all = self.all.saturating_sub(amount);
+        let Some(peer) = peer else { return };
+        if let Some(of_peer) = self.by_peer.get_mut(peer) {
+            *of_peer = of_peer.saturating_sub(amount);
             if *of_peer == 0 {
-                taken.by_peer.remove(peer);
+                self.by_peer.remove(peer);
             }
         }
+    }
+}
+
+impl<K: Eq + Hash> Drop for Share<K> {
+    fn drop(&mut self) {
+        lock(&self.taken).give_back(self.peer.as_ref(), self.amount);
     }
 }
 
@@ -212,6 +245,27 @@ mod tests {
         all.truncate(1);
         assert!(most(&graded, 0).is_empty());
         assert_eq!(most(&graded, 11).len(), 1536);
+    }
+
+    #[test]
+    fn what_grows_is_counted_as_if_it_had_been_taken_at_once() {
+        let shares = Shares::new(10, 6);
+        let mut first = shares.take_first(Some(&"a"), 3).unwrap();
+        shares.grow_first(&mut first, 3).unwrap();
+        shares.grow_first(&mut first, 14).expect("it is the only one");
+        assert_eq!(shares.take_first(Some(&"b"), 1).unwrap_err(), Full::All { limit: 10 });
+        drop(first);
+        let mut first = shares.take_first(Some(&"a"), 3).unwrap();
+        let mut second = shares.take_first(Some(&"a"), 2).unwrap();
+        shares.grow_first(&mut second, 1).unwrap();
+        for share in [&mut first, &mut second] {
+            assert_eq!(shares.grow_first(share, 1), Err(Full::Peer { limit: 6 }), "there is another one");
+        }
+        let mut of_b = shares.take_first(Some(&"b"), 4).unwrap();
+        assert_eq!(shares.grow_first(&mut of_b, 1), Err(Full::All { limit: 10 }));
+        assert_eq!((shares.taken(), lock(&shares.taken).by_peer["a"]), (10, 6));
+        drop((first, second, of_b));
+        assert_eq!((shares.taken(), lock(&shares.taken).by_peer.len()), (0, 0));
     }
 
     #[test]

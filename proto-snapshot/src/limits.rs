@@ -23,12 +23,16 @@ pub struct Limits {
     pub files: u64,
     /// Names of a manifest, in bytes. Default 64 MiB.
     pub name_bytes: u64,
-    /// Memory for the manifests of all staged transfers, in bytes, by estimate. Default 512 MiB: two snapshots
-    /// at the limits above, or thousands of ordinary ones.
+    /// Directories that the files of a manifest lie in. Default 131072, as many as files: each is an inode of the disk, and its name is kept in memory.
+    pub directories: u64,
+    /// Memory for the manifests of all staged transfers, their directories and the pieces that they may come in ([`extents`](Self::extents)), in bytes, by
+    /// estimate. Default 512 MiB: two snapshots at the limits above, or 2000 ordinary ones.
     pub manifest_memory_bytes: u64,
     /// Of that, for those of one source node. Default 256 MiB, so that no node takes all of it. The only manifest of a node is always taken.
     pub manifest_memory_per_peer: u64,
-    /// Pieces with gaps between them, per transfer, beside one per file. Default 65536.
+    /// Pieces with gaps between them, per transfer, beside one per file. Default 1024: a sender leaves a gap for each lane, and one more where a
+    /// stream breaks, which it fills first; so do bytes that were damaged. The memory for all of them, 256 bytes each, is charged to
+    /// [`manifest_memory_bytes`](Self::manifest_memory_bytes) for as long as the transfer is staged.
     pub extents: usize,
     /// Size of a snapshot, in bytes. Default 2^63 - 1.
     pub snapshot_bytes: u64,
@@ -79,9 +83,10 @@ impl Default for Limits {
             chunk_bytes: 1 << 20,
             files: 131_072,
             name_bytes: 64 << 20,
+            directories: 131_072,
             manifest_memory_bytes: 512 << 20,
             manifest_memory_per_peer: 256 << 20,
-            extents: 65_536,
+            extents: 1024,
             snapshot_bytes: i64::MAX.unsigned_abs(),
             receive_budget_bytes: 128 << 20,
             stream_credit_bytes: 8 << 20,

@@ -29,7 +29,7 @@ proto_common::reasons! {
         InvalidFileName "INVALID_FILE_NAME" InvalidArgument,
         /// Two files of one name, or a name that is a directory of another.
         ConflictingFileNames "CONFLICTING_FILE_NAMES" InvalidArgument,
-        /// Declared counts are beyond a limit.
+        /// Declared counts, or the directories of the files, are beyond a limit.
         ManifestTooLarge "MANIFEST_TOO_LARGE" InvalidArgument,
         /// The manifest differs from the counts in the header.
         ManifestMismatch "MANIFEST_MISMATCH" InvalidArgument,

@@ -218,7 +218,7 @@ impl<S: SnapshotStore> SnapshotReceiverBuilder<S> {
             store,
             identity,
             places: Admission::new(limits.transfers, limits.transfers_per_peer),
-            manifests: Manifests::new(limits.manifest_memory_bytes, limits.manifest_memory_per_peer),
+            manifests: Manifests::new(&limits),
             turns: Turns::default(),
             reuse_turns: Turns::default(),
             reusing: Semaphore::new(REUSING),
@@ -324,11 +324,7 @@ impl<S: SnapshotStore> Inner<S> {
                 Box::new(())
             }
         };
-        let memory = self.manifests.take(
-            &plan.spec.source_node,
-            plan.manifest.file_count(),
-            plan.manifest.name_bytes(),
-        );
+        let memory = self.manifests.take(&plan.spec.source_node, &plan.manifest);
         let progress = initial_progress(&plan, &self.identity.node_id, phase);
         let tracker = match self.transfers.registry().insert(Direction::In, id.as_str(), progress) {
             Ok(tracker) => tracker,

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use proto_common::error::Error;
 use proto_common::ids::{NodeId, ShardId, TransferId};
-use proto_common::path::FileName;
+use proto_common::path::{Directories, FileName};
 use proto_common::slots::SlotRange;
 
 use crate::reason::Reason;
@@ -72,6 +72,7 @@ pub struct Manifest {
     /// Not a slice: that would be a second list while it is made, and there may be many files.
     files: Arc<Vec<ManifestFile>>,
     total: Option<u64>,
+    directories: Directories,
 }
 
 /// A transfer's specification together with its manifest: what a store needs to stage it.
@@ -166,7 +167,7 @@ impl Manifest {
     /// `CONFLICTING_FILE_NAMES` when two files have one name or a name is also a directory of
     /// another; `SNAPSHOT_TOO_LARGE` when a size or the sum is beyond 2^63 - 1.
     pub fn new(mut files: Vec<ManifestFile>) -> Result<Self, Error> {
-        proto_common::path::check_tree(files.iter().map(|file| &file.name))
+        let directories = proto_common::path::check_tree(files.iter().map(|file| &file.name))
             .map_err(|error| Reason::ConflictingFileNames.field("manifest.files.name", error.to_string()))?;
         let mut known = 0_u64;
         for (number, file) in files.iter().enumerate() {
@@ -180,7 +181,7 @@ impl Manifest {
         }
         let total = files.iter().all(|file| file.size.is_some()).then_some(known);
         files.shrink_to_fit();
-        Ok(Self { files: Arc::new(files), total })
+        Ok(Self { files: Arc::new(files), total, directories })
     }
 
     /// The files, in order.
@@ -216,6 +217,12 @@ impl Manifest {
     #[must_use]
     pub fn name_bytes(&self) -> u64 {
         self.files.iter().map(|file| file.name.as_str().len() as u64).sum()
+    }
+
+    /// The directories that the files lie in, below that of the snapshot.
+    #[must_use]
+    pub fn directories(&self) -> Directories {
+        self.directories
     }
 
     /// What differs from `other` first: a count, a name or a size. Digests are compared where both
@@ -434,6 +441,7 @@ pub(crate) mod tests {
     fn a_manifest_counts_what_it_holds() {
         let manifest = Manifest::new(vec![file("a/b", Some(3)), file("c", Some(0))]).unwrap();
         assert_eq!((manifest.total_bytes(), manifest.file_count(), manifest.name_bytes()), (Some(3), 2, 4));
+        assert_eq!(manifest.directories(), Directories { count: 1, name_bytes: 1 });
         assert_eq!(manifest.get(1).unwrap().name.as_str(), "c");
         assert!(manifest.get(2).is_none());
         assert_eq!(manifest.numbered().map(|(number, _)| number).collect::<Vec<_>>(), [0, 1]);

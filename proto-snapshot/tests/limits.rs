@@ -419,12 +419,43 @@ async fn name_bytes() {
     .await;
 }
 
-/// A file counts as 512 bytes and twice its name.
-const ONE_FILE: u64 = 514;
+#[tokio::test(flavor = "multi_thread")]
+async fn directories() {
+    let too_many = Refusal {
+        reason: "MANIFEST_TOO_LARGE",
+        field: Some("manifest.files.name"),
+        facts: &[("limit", Some("8"))],
+        ..INVALID
+    };
+    let too_deep = Refusal { reason: "INVALID_FILE_NAME", field: Some("manifest.files[1].name"), ..INVALID };
+    let named = |id: &str, names: &[String]| {
+        let mut first = begun(id, |header| {
+            (header.file_count, header.total_bytes) = (names.len() as u64, Some(0));
+            header.name_bytes = names.iter().map(|name| name.len() as u64).sum();
+        });
+        let file = |name: &String| File { name: name.clone(), size: Some(0), blake3: None };
+        first[1] = Frame::Manifest(Manifest { files: names.iter().map(file).collect(), last: true });
+        first
+    };
+    let case = Case::new(|limits| limits.directories = 8);
+    case.check(async |bench| {
+        // In any order, and those that files share are counted once.
+        let nine = ["b/1/2/f", "a/1/2/3/4/f", "b/1/3/f", "a/1/f"].map(str::to_owned);
+        let refused = bench.refuses(named("x1", &nine)).await;
+        let held = Stalled::begin(&bench.server, named("x2", &nine[..2])).await.unwrap();
+        let names = ["f".to_owned(), ["d"; 33].join("/")];
+        let deep = bench.refuses(named("x3", &names)).await;
+        Abuse::default().refused(refused, too_many).refused(deep, too_deep).holds(held)
+    })
+    .await;
+}
+
+/// A file counts as 512 bytes and twice its name; a transfer, as 256 bytes for each piece that it may come in.
+const ONE_FILE: u64 = 514 + 1024 * 256;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn manifest_memory_bytes() {
-    let full = Refusal { facts: &[("limit", Some("1100")), ("peer", None)], ..TOO_MANY };
+    let full = Refusal { facts: &[("limit", Some("525388")), ("peer", None)], ..TOO_MANY };
     let case = Case::of_all(|limits| limits.manifest_memory_bytes = 2 * ONE_FILE + 72);
     case.check(async |bench| {
         let held = bench.offender("x1").await;
@@ -444,6 +475,27 @@ async fn manifest_memory_per_peer() {
         let held = bench.offender("x1").await;
         let refused = bench.refuses(begun("x2", |_| {})).await;
         assert!(refused.message().contains("memory"), "{refused}");
+        Abuse::default().refused(refused, full).holds(held)
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn manifest_memory_for_directories() {
+    let full = Refusal { facts: &[("limit", Some("526316")), ("peer", Some(OFFENDER))], ..TOO_MANY };
+    let case = Case::new(|limits| limits.manifest_memory_per_peer = 2 * ONE_FILE + 1000);
+    case.check(async |bench| {
+        let within = |id: &str, dirs: &str| {
+            let name = format!("{dirs}f");
+            let mut first = begun(id, |header| header.name_bytes = name.len() as u64);
+            let Frame::Manifest(manifest) = &mut first[1] else { panic!("the manifest comes then") };
+            manifest.files[0].name = name;
+            first
+        };
+        let held = bench.offender("x1").await;
+        let refused = bench.refuses(within("x2", "a/b/")).await;
+        assert!(refused.message().contains("memory"), "{refused}");
+        let held = (held, Stalled::begin(&bench.server, within("x3", "a/")).await.unwrap());
         Abuse::default().refused(refused, full).holds(held)
     })
     .await;

@@ -12,11 +12,14 @@ use std::time::Duration;
 
 use proto_common::error::Error;
 use proto_common::ids::{NodeId, TransferId};
+use proto_common::path::Directories;
 use proto_common::shares::{Full, Share, Shares};
 use proto_common::v1::Priority;
 use tokio::time::Instant;
 
+use crate::limits::Limits;
 use crate::reason::Reason;
+use crate::spec::Manifest;
 
 /// What a refused sender is told to wait.
 const RETRY_AFTER: Duration = Duration::from_millis(500);
@@ -155,50 +158,80 @@ impl Drop for Place {
 #[derive(Debug, Clone)]
 pub(super) struct Manifests {
     shares: Shares<NodeId>,
+    /// Of the pieces that a transfer may come in.
+    pieces: u64,
 }
 
 /// Memory of one manifest, for all who hold it; given back when the last drops it.
 pub(super) type Charge = Arc<Share<NodeId>>;
 
 impl Manifests {
-    /// Name, size, digest and the books of one file, without the bytes of its name: a generous estimate.
+    /// Name, size, digest and the books of one file, without the bytes of its name: a generous estimate. A directory is no less: the store
+    /// knows its path as made, and for a while as not synced.
     const FILE_BYTES: u64 = 512;
+    /// A piece beside the one of its file, in each of the books: what is claimed, written, durable, recorded, and left by an earlier process.
+    const PIECE_BYTES: u64 = 256;
 
-    pub(super) fn new(limit: u64, limit_per_peer: u64) -> Self {
-        Self { shares: Shares::new(limit, limit_per_peer) }
+    pub(super) fn new(limits: &Limits) -> Self {
+        Self {
+            shares: Shares::new(limits.manifest_memory_bytes, limits.manifest_memory_per_peer),
+            pieces: (limits.extents as u64).saturating_mul(Self::PIECE_BYTES),
+        }
     }
 
     fn cost(files: u64, name_bytes: u64) -> u64 {
         files.saturating_mul(Self::FILE_BYTES).saturating_add(name_bytes.saturating_mul(2))
     }
 
-    /// Charges for a manifest of the node `peer` before it is read. The only one of a node, and the only one of all, is taken whatever the limit.
-    pub(super) fn charge(&self, peer: &NodeId, files: u64, name_bytes: u64) -> Result<Charge, Error> {
-        let taken = self.shares.take_first(Some(peer), Self::cost(files, name_bytes));
-        taken.map(Arc::new).map_err(|full| {
-            let message = match full {
-                Full::All { .. } => {
-                    "the manifests of the transfers that are staged here fill the memory set aside for them; try again later"
-                        .to_owned()
-                }
-                Full::Peer { .. } => format!(
-                    "the manifests of the transfers of node {peer} that are staged here fill its share of the memory set aside for them; cancel some, or try again later"
-                ),
-            };
-            let refused = Reason::TooManyTransfers
-                .error(message)
-                .metadata("limit", full.limit().to_string())
-                .retry_after(Duration::from_secs(10));
-            match full {
-                Full::All { .. } => refused,
-                Full::Peer { .. } => refused.metadata("peer", peer.as_str()),
-            }
-        })
+    fn cost_of_directories(manifest: &Manifest) -> u64 {
+        let Directories { count, name_bytes } = manifest.directories();
+        Self::cost(count, name_bytes)
+    }
+
+    /// Charges for a manifest of the node `peer` before it is read, and for all pieces that its files may come in: they come later, and stay for as long. The only one of a node, and the only one of all, is taken whatever the limit.
+    pub(super) fn charge(&self, peer: &NodeId, files: u64, name_bytes: u64) -> Result<Share<NodeId>, Error> {
+        let cost = Self::cost(files, name_bytes).saturating_add(self.pieces);
+        let taken = self.shares.take_first(Some(peer), cost);
+        taken.map_err(|full| refused(peer, full))
+    }
+
+    /// Charges for its directories as well, which no header declares.
+    pub(super) fn charge_directories(
+        &self,
+        mut share: Share<NodeId>,
+        peer: &NodeId,
+        manifest: &Manifest,
+    ) -> Result<Charge, Error> {
+        let grown = self.shares.grow_first(&mut share, Self::cost_of_directories(manifest));
+        grown.map(|()| Arc::new(share)).map_err(|full| refused(peer, full))
     }
 
     /// Charges for one that is in memory already.
-    pub(super) fn take(&self, peer: &NodeId, files: u64, name_bytes: u64) -> Charge {
-        Arc::new(self.shares.adopt(Some(peer), Self::cost(files, name_bytes)))
+    pub(super) fn take(&self, peer: &NodeId, manifest: &Manifest) -> Charge {
+        let cost = Self::cost(manifest.file_count(), manifest.name_bytes());
+        let cost = cost.saturating_add(Self::cost_of_directories(manifest)).saturating_add(self.pieces);
+        Arc::new(self.shares.adopt(Some(peer), cost))
+    }
+}
+
+/// There is no memory for a manifest of the node `peer`.
+fn refused(peer: &NodeId, full: Full) -> Error {
+    let message = match full {
+        Full::All { .. } => {
+            "the manifests of the transfers that are staged here fill the memory set aside for them; try again later"
+                .to_owned()
+        }
+        Full::Peer { .. } => format!(
+            "the manifests of the transfers of node {peer} that are staged here fill its share of the memory set aside for them; cancel some, or try again later"
+        ),
+    };
+    let refused = Reason::TooManyTransfers
+        .error(message)
+        .metadata("limit", full.limit().to_string())
+        .retry_after(Duration::from_secs(10));
+    match full {
+        Full::All { .. } => refused,
+        Full::Peer { .. } => refused.metadata("peer", peer.as_str()),
     }
 }
 

@@ -118,11 +118,18 @@ impl<S: SnapshotStore> Inner<S> {
         // What is staged is in memory already: going on with it takes no more, and keeps the charge for as long as it keeps the manifest.
         let known = self.find(&spec.transfer_id).filter(|incoming| header.is_of(&incoming.plan));
         let known = known.and_then(|incoming| Some((incoming.memory()?, incoming.plan.manifest.clone())));
-        let (known, memory) = match known {
-            Some((memory, manifest)) => (Some(manifest), memory),
-            None => (None, self.manifests.charge(&spec.source_node, header.file_count, header.name_bytes)?),
+        let (manifest, memory) = match known {
+            Some((memory, known)) => {
+                (header.read_manifest(&mut frames, Some(known), &self.limits).await?, memory)
+            }
+            None => {
+                let source = &spec.source_node;
+                let memory = self.manifests.charge(source, header.file_count, header.name_bytes)?;
+                let manifest = header.read_manifest(&mut frames, None, &self.limits).await?;
+                let memory = self.manifests.charge_directories(memory, source, &manifest)?;
+                (manifest, memory)
+            }
         };
-        let manifest = header.read_manifest(&mut frames, known, &self.limits).await?;
         let attached = self.attach(&header, manifest, memory, &mut place, answers).await?;
         drop(place);
         let permit = match attached {

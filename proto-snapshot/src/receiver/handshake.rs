@@ -346,6 +346,18 @@ impl ControlHeader {
             Some(known) => known,
             None => Manifest::new(files)?,
         };
+        let directories = manifest.directories().count;
+        if directories > limits.directories {
+            return Err(Reason::ManifestTooLarge
+                .field(
+                    "manifest.files.name",
+                    format!(
+                        "the files lie in {directories} directories, at most {} are taken; pack them into fewer",
+                        limits.directories
+                    ),
+                )
+                .metadata("limit", limits.directories.to_string()));
+        }
         if manifest.total_bytes() != self.total_bytes {
             return Err(Reason::ManifestMismatch.field(
                 "header.total_bytes",

@@ -125,8 +125,10 @@ impl Ledger {
                 .metadata("file", extent.file.to_string())
                 .metadata("offset", extent.offset.to_string())
         })?;
-        self.claimed_runs = self.claimed_runs + self.claimed.get(extent.file).run_count() - before;
-        if self.claimed_runs > self.max_runs {
+        let after = self.claimed.get(extent.file).run_count();
+        self.claimed_runs = self.claimed_runs + after - before;
+        // What fills a gap, or goes on where a piece ends, is taken also of one that has more, as an earlier version may have left it.
+        if after > before && self.claimed_runs > self.max_runs {
             return Err(Reason::TooFragmented.field(
                 "chunk.offset",
                 format!(
@@ -370,6 +372,27 @@ mod tests {
             }
             prop_assert_eq!(plain, ledger.missing(false));
         }
+    }
+
+    #[test]
+    fn one_piece_more_is_refused_and_gaps_are_filled_all_the_same() {
+        let mut limits = Limits::default();
+        limits.extents = 2;
+        let at = |offset| Extent { file: 0, offset, len: 1 };
+        // A restart with a lower limit finds more.
+        let records = (0..5).map(|at| Extent { file: 0, offset: 4 * at, len: 1 });
+        let records = records.map(|extent| ExtentRecord { extent, crc: 0 });
+        let mut ledger = Ledger::open(manifest(&[Some(100)]), records.collect(), &limits);
+        for offset in [1, 2, 3, 17] {
+            ledger.claim(at(offset)).unwrap();
+        }
+        assert!(ledger.claim(at(50)).unwrap_err().is(Reason::TooFragmented));
+        // An honest sender's lanes leave a gap each, and whatever breaks leaves some more.
+        let mut ledger = Ledger::open(manifest(&[Some(1 << 40)]), Vec::new(), &Limits::default());
+        for gap in 0..=1024 {
+            ledger.claim(at(2 * gap)).unwrap();
+        }
+        assert!(ledger.claim(at(5000)).unwrap_err().is(Reason::TooFragmented));
     }
 
     #[test]

@@ -48,7 +48,7 @@ use space::Space;
 pub use staging::FileStaging;
 use staging::Parts;
 use trash::Trash;
-use write::{FileSpace, on_disk};
+use write::{FileSpace, dirs_on_disk};
 
 /// Settings of a [`FileSnapshotStore`].
 #[derive(Debug, Clone)]
@@ -360,9 +360,9 @@ impl Shared {
             return Err(StoreError::TooManyInstalled { peer: peer.clone(), limit });
         }
         let space: Vec<FileSpace> = plan.manifest.files().iter().map(FileSpace::new).collect();
-        let sizes = || plan.manifest.files().iter().filter_map(|file| file.size);
-        let bytes = sizes().fold(0, u64::saturating_add);
-        let on_disk = sizes().map(on_disk).fold(0, u64::saturating_add);
+        let sizes = plan.manifest.files().iter().filter_map(|file| file.size);
+        let bytes = sizes.fold(0, u64::saturating_add);
+        let on_disk = FileSpace::sum(&space).saturating_add(dirs_on_disk(plan.manifest.directories().count));
         let reservation = self.space.reserve(&plan.spec.source_node, bytes, on_disk)?;
         // Only one of two calls for an ID goes on.
         if !lock(&self.live).insert(id.clone()) {

@@ -20,7 +20,7 @@ use super::layout::{Area, MANIFEST_SUFFIX};
 use super::record::{self, ClaimRecord, Kind, PlanRecord, SealedRecord};
 use super::runs::Durable;
 use super::staging::{FileStaging, Parts, read_records};
-use super::write::FileSpace;
+use super::write::{FileSpace, dirs_on_disk, on_disk};
 use super::{Shared, exists, lock, unix_ms};
 
 /// Damaged staging areas that are kept for a look at them, without their files.
@@ -174,14 +174,16 @@ impl Shared {
         let current = self
             .read_shard(&plan.spec.target_shard)
             .is_ok_and(|shard| shard.state.current.as_ref() == Some(id) || shard.previous.contains(id));
-        let (bytes, outstanding) = match (current, placed) {
-            (true, _) => (0, 0),
-            (false, true) => (plan.manifest.total_bytes().unwrap_or(0), 0),
-            (false, false) => found.promised(&plan),
+        let (bytes, on_disk, outstanding) = match (current, placed) {
+            (true, _) => (0, 0, 0),
+            (false, placed) => {
+                let (bytes, on_disk, outstanding) = found.promised(&plan);
+                (bytes, on_disk, if placed { 0 } else { outstanding })
+            }
         };
         let parts = Parts {
             last_activity: modified_unix_ms(&area.records()),
-            reservation: self.space.adopt(&plan.spec.source_node, bytes, outstanding),
+            reservation: self.space.adopt(&plan.spec.source_node, bytes, on_disk, outstanding),
             space: found.space,
             dirs: found.dirs,
             plan,
@@ -398,14 +400,19 @@ impl Found {
         dropped
     }
 
-    /// Bytes of content that are promised, and those of the disk that are still to be written.
-    fn promised(&self, plan: &TransferPlan) -> (u64, u64) {
-        let mut promised = (0_u64, 0_u64);
+    /// Bytes of content that are promised, those of the disk that they take, and of these the ones that are still to be written.
+    fn promised(&self, plan: &TransferPlan) -> (u64, u64, u64) {
+        let dirs = plan.manifest.directories().count;
+        // The tree is one of those found, if there are any, and none of the promised.
+        let made = (self.dirs.len() as u64).saturating_sub(1);
+        let outstanding = FileSpace::sum(&self.space).saturating_add(dirs_on_disk(dirs.saturating_sub(made)));
+        let (mut bytes, mut all) = (0_u64, dirs_on_disk(dirs));
         for (file, space) in plan.manifest.files().iter().zip(&self.space) {
-            promised.0 = promised.0.saturating_add(file.size.unwrap_or(space.granted()));
-            promised.1 = promised.1.saturating_add(space.remaining());
+            let size = file.size.unwrap_or(space.granted());
+            bytes = bytes.saturating_add(size);
+            all = all.saturating_add(on_disk(size));
         }
-        promised
+        (bytes, all.max(outstanding), outstanding)
     }
 }
 

@@ -75,15 +75,22 @@ impl Space {
         bytes: u64,
         on_disk: u64,
     ) -> Result<Reservation, StoreError> {
-        let reservation = self.adopt(peer, 0, 0);
+        let reservation = self.adopt(peer, 0, 0, 0);
         reservation.grow(bytes, on_disk)?;
         Ok(reservation)
     }
 
-    /// The promise of an earlier process, of which `outstanding` is still to be written: kept even if there is less room than it was.
-    pub(super) fn adopt(self: &Arc<Self>, peer: &NodeId, bytes: u64, outstanding: u64) -> Reservation {
+    /// The promise of an earlier process, `bytes` of content that take `on_disk` bytes of the disk, of which `outstanding` are still to be written:
+    /// kept even if there is less room than it was.
+    pub(super) fn adopt(
+        self: &Arc<Self>,
+        peer: &NodeId,
+        bytes: u64,
+        on_disk: u64,
+        outstanding: u64,
+    ) -> Reservation {
         let reservation = Reservation { space: Arc::clone(self), peer: peer.clone(), held: Mutex::default() };
-        let whole = Whole { disk: bytes.max(outstanding), content: bytes };
+        let whole = Whole { disk: on_disk, content: bytes };
         reservation.add(&mut lock(&self.ledger), whole, outstanding);
         reservation
     }

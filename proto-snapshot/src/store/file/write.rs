@@ -46,21 +46,23 @@ pub(super) struct FileSpace {
 }
 
 impl FileSpace {
-    /// Of a file of which nothing is on the disk.
+    /// Of a file of which nothing is on the disk. One of unknown size may turn out to be empty, and take as much as an empty one.
     pub(super) fn new(file: &ManifestFile) -> Self {
-        Self { remaining: file.size.map_or(0, on_disk), ..Self::default() }
+        Self { remaining: on_disk(file.size.unwrap_or(0)), ..Self::default() }
     }
 
     /// Of a file of which `content` bytes are there, in `blocks` bytes of the disk.
     pub(super) fn found(file: &ManifestFile, content: u64, blocks: u64) -> Self {
         match file.size {
+            Some(0) => Self::default(),
             Some(size) => Self { remaining: on_disk(size).saturating_sub(blocks), ..Self::default() },
             None => Self { granted: content, ..Self::default() },
         }
     }
 
-    pub(super) fn remaining(&self) -> u64 {
-        self.remaining
+    /// What is promised to all of them.
+    pub(super) fn sum(files: &[Self]) -> u64 {
+        files.iter().map(|space| space.remaining).fold(0, u64::saturating_add)
     }
 
     /// All of it is on the disk; returns what was promised still.
@@ -73,9 +75,15 @@ impl FileSpace {
     }
 }
 
-/// What `size` bytes take on the disk.
+/// What a file of `size` bytes takes on the disk. An empty one has an inode, and a name in its directory: less than a block, but not nothing, of which very
+/// many would be for free.
 pub(super) fn on_disk(size: u64) -> u64 {
-    size.div_ceil(BLOCK).saturating_mul(BLOCK)
+    size.div_ceil(BLOCK).max(1).saturating_mul(BLOCK)
+}
+
+/// What `count` directories take on the disk.
+pub(super) fn dirs_on_disk(count: u64) -> u64 {
+    count.saturating_mul(BLOCK)
 }
 
 impl Inner {
@@ -190,7 +198,9 @@ impl Inner {
             self.make_dirs(state, parent)?;
         }
         match std::fs::create_dir(dir) {
-            Ok(()) => {}
+            // The tree itself is part of no promise.
+            Ok(()) if dir == self.area.tree => {}
+            Ok(()) => self.reservation.consume(dirs_on_disk(1)),
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             Err(error) => return Err(StoreError::io("make a directory", error)),
         }

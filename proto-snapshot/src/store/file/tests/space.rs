@@ -148,7 +148,9 @@ async fn min_free_bytes_are_never_promised() {
         open_with(dir.path(), FileStoreOptions { min_free_bytes: u64::MAX / 2, ..options() }).await;
     let error = store.stage(&plan("t1", 1, &one(10))).await.unwrap_err();
     assert_eq!(no_space(&error).unwrap().1, 0);
-    store.stage(&plan("t2", 2, &one(0))).await.unwrap();
+    // An empty file is not nothing.
+    let error = store.stage(&plan("t2", 2, &vec![("a/f".to_owned(), Vec::new())])).await.unwrap_err();
+    assert_eq!(no_space(&error), Some((8192, 0)));
 }
 
 #[tokio::test]
@@ -175,6 +177,31 @@ async fn a_large_file_gets_its_blocks_at_once_and_keeps_its_size() {
 
 fn staging_outstanding(staging: &crate::store::file::FileStaging) -> u64 {
     staging.inner().reservation.outstanding()
+}
+
+#[tokio::test]
+async fn empty_files_and_directories_are_promised_what_they_take() {
+    const BLOCK: u64 = 4096;
+    let dir = tempfile::tempdir_in(fast_dir()).unwrap();
+    let (store, _) = open(dir.path()).await;
+    let names = ["a/b/c/empty", "a/b/file", "d/empty", "none"];
+    let files: Files =
+        names.iter().map(|name| ((*name).to_owned(), vec![7; usize::from(name.ends_with("file"))])).collect();
+    let staging = store.stage(&plan("t1", 1, &files)).await.unwrap();
+    assert_eq!(staging_outstanding(&staging), (4 + 4) * BLOCK);
+    fill(&staging, &files).await;
+    // Two directories and a file are there, also after a restart.
+    assert_eq!(staging_outstanding(&staging), 5 * BLOCK);
+    drop((staging, store));
+    let (store, mut recovered) = open(dir.path()).await;
+    let staging = recovered.staged.remove(0);
+    assert!(
+        (5 * BLOCK..=6 * BLOCK).contains(&staging_outstanding(&staging)),
+        "where the blocks are counted late"
+    );
+    staging.seal(&totals(&files)).await.unwrap();
+    assert_eq!(staging_outstanding(&staging), 0);
+    drop(store);
 }
 
 fn unknown(id: &str) -> TransferPlan {
