@@ -6,8 +6,8 @@ use std::time::Duration;
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Limits {
-    /// Transfers with a connected sender at once. Default 256: at one receive budget for all of
-    /// them, more senders make each slower, not the node larger.
+    /// Transfers with a connected sender at once, or one that is in its handshake. Default 256: at one receive budget for all of
+    /// them, more senders make each slower, not the node larger. In each of these places, the handshake of one more stream may be under way, which may take over.
     pub transfers: usize,
     /// Of them, from one source node. Default 64, so that no node takes the places of all others.
     pub transfers_per_peer: usize,

@@ -14,12 +14,15 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use proto_common::checksum::{combine, crc64};
+use proto_common::error::Error;
 use proto_common::ids::NodeId;
 use proto_snapshot::hook::{Hold, HookFuture, InstallHook};
 use proto_snapshot::limits::Limits;
 use proto_snapshot::spec::TransferPlan;
 use proto_snapshot::store::{FileSnapshotStore, FileStoreOptions, PlacedSnapshot, SnapshotStore};
-use proto_snapshot::v1::transfer_split_snapshot_request::{Frame, Heartbeat};
+use proto_snapshot::v1::CancelTransferRequest;
+use proto_snapshot::v1::split_snapshot_service_client::SplitSnapshotServiceClient;
+use proto_snapshot::v1::transfer_split_snapshot_request::{Frame, Header, Heartbeat};
 use proto_snapshot::v1::transfer_split_snapshot_response::Frame as Answer;
 use proto_snapshot::{Reason, SnapshotReceiver};
 use slow::{Brake, SlowStore};
@@ -181,6 +184,101 @@ async fn a_node_without_memory_for_manifests_goes_on_with_what_it_has_as_it_is()
     let refused = Stalled::begin(&server, changed).await.err().expect("another manifest");
     assert!(refused.is(Reason::SpecificationMismatch), "{refused:?}");
     assert_eq!(refused.get("field"), Some("manifest.files"));
+    server.stop().await;
+}
+
+/// The error of the one of two streams that is refused, and the other one.
+async fn first_refused(mut a: Stalled, mut b: Stalled) -> (Error, Stalled) {
+    tokio::select! {
+        error = a.refusal() => (error, b),
+        error = b.refusal() => (error, a),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn streams_in_their_handshake_have_places_and_one_that_takes_over_shares_that_of_its_transfer() {
+    let target = tempfile::tempdir().unwrap();
+    let mut limits = small_limits();
+    limits.transfers_per_peer = 1;
+    let server = Server::start(builder(target.path()).limits(limits)).await;
+    let mut first = Stalled::open(&server, "n9", "x1").await.unwrap();
+    let header = |node: &str, change: &dyn Fn(&mut Header)| {
+        let mut first = Stalled::begun(node, "x1", SIZE, 1);
+        let Frame::Header(header) = &mut first[0] else { panic!("the header comes first") };
+        change(header);
+        first.truncate(1);
+        first
+    };
+    let full = async |first: Vec<Frame>| {
+        let refused = Stalled::say_first(&server, first).await.unwrap().refusal().await;
+        assert!(refused.is(Reason::TooManyTransfers), "{refused:?}");
+    };
+    // A stream that cannot take over has no part in the place of the transfer that it names.
+    full(header("n9", &|_| {})).await;
+    full(header("n9", &|header| (header.generation, header.session) = (2, vec![2; 16].into()))).await;
+    // Nor has that of another node; it has one of its own, and no second one.
+    let others = header("n8", &|header| header.generation = 2);
+    let others =
+        (Stalled::say_first(&server, others.clone()).await, Stalled::say_first(&server, others).await);
+    let (refused, _other) = first_refused(others.0.unwrap(), others.1.unwrap()).await;
+    assert!(refused.is(Reason::TooManyTransfers), "{refused:?}");
+    // One that can, and comes to nothing, ends when the next one comes.
+    let takes_over =
+        |generation| Stalled::say_first(&server, header("n9", &move |header| header.generation = generation));
+    let mut last = takes_over(2).await.unwrap();
+    for generation in 3..20 {
+        let (replaced, newer) = first_refused(last, takes_over(generation).await.unwrap()).await;
+        assert!(replaced.is(Reason::StreamEndedEarly) && replaced.is_retryable(), "{replaced:?}");
+        last = newer;
+    }
+    // The place is not free while one of them has it, also where the transfer is gone.
+    let channel = proto_common::tuning::endpoint(&server.uri()).unwrap().connect().await.unwrap();
+    let cancel = CancelTransferRequest { transfer_id: "x1".to_owned(), ..CancelTransferRequest::default() };
+    SplitSnapshotServiceClient::new(channel).cancel_transfer(cancel).await.unwrap();
+    assert!(first.refusal().await.is(Reason::TransferCancelled));
+    let begun = Stalled::begun("n9", "x2", SIZE, 1);
+    full(begun.clone()).await;
+    drop(last);
+    let free = async {
+        while let Err(error) = Stalled::begin(&server, begun.clone()).await {
+            assert!(error.is(Reason::TooManyTransfers), "{error:?}");
+        }
+    };
+    tokio::time::timeout(support::LONG, free).await.expect("it is given back");
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sender_that_comes_back_takes_over_where_all_places_are_taken() {
+    let target = tempfile::tempdir().unwrap();
+    let mut limits = small_limits();
+    limits.transfers = 1;
+    let server = Server::start(builder(target.path()).limits(limits)).await;
+    let mut last = Stalled::open(&server, "n1", "t").await.unwrap();
+    for generation in [2, 5] {
+        // It breaks in its handshake, unnoticed, and comes back.
+        let breaks = |generation| {
+            let begun = Stalled::begun("n1", "t", SIZE, generation).into_iter().take(1).collect();
+            Stalled::say_first(&server, begun)
+        };
+        let broken = (breaks(generation).await.unwrap(), breaks(generation + 1).await.unwrap());
+        let (replaced, mut broken) = first_refused(broken.0, broken.1).await;
+        assert!(replaced.is(Reason::StreamEndedEarly), "{replaced:?}");
+        let next = Stalled::open_with(&server, "n1", "t", SIZE, generation + 2).await.unwrap();
+        for stream in [&mut broken, &mut last] {
+            assert!(stream.refusal().await.is(Reason::StreamEndedEarly));
+        }
+        last = next;
+    }
+    let bytes = Bytes::from(vec![7; usize::try_from(SIZE).unwrap()]);
+    for offset in (0..SIZE).step_by(64 << 10) {
+        while last.credit < offset + (64 << 10) {
+            last.hear().await.unwrap();
+        }
+        last.chunk(offset, &bytes.slice(..64 << 10)).await;
+    }
+    last.end(SIZE, crc64(&bytes)).await;
+    last.installed().await;
     server.stop().await;
 }
 

@@ -14,7 +14,7 @@ use super::admission::{Charge, Place};
 use super::completion::shutting_down;
 use super::handshake::{CheckedLane, ControlHeader, Frames, ended_early, unexpected};
 use super::identity::{check_same, check_same_shown, check_same_spec, initial_progress};
-use super::incoming::{Incoming, Outcome, Stage, StreamPermit, cancelled, replaced};
+use super::incoming::{Incoming, Outcome, Stage, StreamPermit, Takeover, cancelled, replaced};
 use super::session::{Answers, Session, accept, told_to_stop};
 use super::{Inner, Slot};
 use crate::extent::{Extent, ExtentRecord};
@@ -97,13 +97,19 @@ impl<S: SnapshotStore> Inner<S> {
         answers: &Answers,
     ) -> Result<(), Error> {
         let spec = &header.spec;
-        // Before anything is read: a manifest can be large. A transfer that is connected has its place already.
-        let connected = self.find(&spec.transfer_id).is_some_and(|incoming| incoming.has_control());
-        let mut place = if connected {
-            None
-        } else {
-            Some(self.places.enter(&spec.transfer_id, &spec.source_node, header.priority)?)
-        };
+        // Before anything is read: a manifest can be large. A transfer that is connected has its place already, which a stream that may take over shares.
+        let may_take_over = self.find(&spec.transfer_id).filter(|incoming| {
+            incoming.plan.spec.source_node == spec.source_node
+                && incoming.check_claim(header.claim, header.generation).is_ok()
+        });
+        let Takeover { place, replaced_by_newer } =
+            match may_take_over.and_then(|incoming| incoming.take_over()) {
+                Some(takeover) => takeover,
+                None => {
+                    let place = self.places.enter(&spec.transfer_id, &spec.source_node, header.priority)?;
+                    Takeover { place: Arc::new(place), replaced_by_newer: CancellationToken::new() }
+                }
+            };
         let shard = self.store.shard(&spec.target_shard).await?;
         if let Some(fence) = header.fence {
             fence.check(shard.fence, &spec.target_shard)?;
@@ -111,27 +117,16 @@ impl<S: SnapshotStore> Inner<S> {
         if header.discard_staged {
             // Before the new manifest is read: a node's share of the memory need not hold both.
             self.discard_staged(&header, answers).await?;
-            if place.is_none() {
-                place = Some(self.places.enter(&spec.transfer_id, &spec.source_node, header.priority)?);
-            }
         }
         // What is staged is in memory already: going on with it takes no more, and keeps the charge for as long as it keeps the manifest.
         let known = self.find(&spec.transfer_id).filter(|incoming| header.is_of(&incoming.plan));
         let known = known.and_then(|incoming| Some((incoming.memory()?, incoming.plan.manifest.clone())));
-        let (manifest, memory) = match known {
-            Some((memory, known)) => {
-                (header.read_manifest(&mut frames, Some(known), &self.limits).await?, memory)
-            }
-            None => {
-                let source = &spec.source_node;
-                let memory = self.manifests.charge(source, header.file_count, header.name_bytes)?;
-                let manifest = header.read_manifest(&mut frames, None, &self.limits).await?;
-                let memory = self.manifests.charge_directories(memory, source, &manifest)?;
-                (manifest, memory)
-            }
+        let (manifest, memory) = tokio::select! {
+            biased;
+            () = replaced_by_newer.cancelled() => return Err(replaced()),
+            read = self.read_manifest(&header, &mut frames, known) => read?,
         };
-        let attached = self.attach(&header, manifest, memory, &mut place, answers).await?;
-        drop(place);
+        let attached = self.attach(&header, manifest, memory, place, answers).await?;
         let permit = match attached {
             Attached::Done(installed) => return self.answer_installed(answers, installed).await,
             Attached::Completing(incoming) => {
@@ -156,6 +151,23 @@ impl<S: SnapshotStore> Inner<S> {
                 Err(error)
             }
         }
+    }
+
+    /// The manifest, and the memory that it is charged to; of one that goes on with what is `known`, both are that.
+    async fn read_manifest(
+        &self,
+        header: &ControlHeader,
+        frames: &mut Frames,
+        known: Option<(Charge, Manifest)>,
+    ) -> Result<(Manifest, Charge), Error> {
+        if let Some((memory, known)) = known {
+            return Ok((header.read_manifest(frames, Some(known), &self.limits).await?, memory));
+        }
+        let source = &header.spec.source_node;
+        let memory = self.manifests.charge(source, header.file_count, header.name_bytes)?;
+        let manifest = header.read_manifest(frames, None, &self.limits).await?;
+        let memory = self.manifests.charge_directories(memory, source, &manifest)?;
+        Ok((manifest, memory))
     }
 
     /// Where no stream is left, and `End` has not come: what was written becomes durable, and the store closes what it holds open for writing.
@@ -343,13 +355,13 @@ impl<S: SnapshotStore> Inner<S> {
         }
     }
 
-    /// Finds or makes the transfer and makes this stream its only writer. `place` is taken from where it is needed.
+    /// Finds or makes the transfer and makes this stream its only writer, in `place` where the transfer has none.
     async fn attach(
         self: &Arc<Self>,
         header: &ControlHeader,
         manifest: Manifest,
         memory: Charge,
-        place: &mut Option<Place>,
+        place: Arc<Place>,
         answers: &Answers,
     ) -> Result<Attached<S::Staging>, Error> {
         let TransferSpec { transfer_id: id, source_node: source, .. } = &header.spec;
@@ -516,7 +528,7 @@ impl<S: SnapshotStore> Inner<S> {
         header: &ControlHeader,
         manifest: Manifest,
         memory: Charge,
-        place: &mut Option<Place>,
+        place: Arc<Place>,
         answers: &Answers,
     ) -> Result<Attached<S::Staging>, Error> {
         let spec = &header.spec;
@@ -553,10 +565,6 @@ impl<S: SnapshotStore> Inner<S> {
                 slot.set(Some(Arc::clone(&incoming)));
                 incoming
             }
-        };
-        let place = || match place.take() {
-            Some(place) => Ok(place),
-            None => self.places.enter(&spec.transfer_id, &spec.source_node, header.priority),
         };
         incoming.attach(header.claim, header.generation, header.fence, place).await.map(Attached::Writer)
     }

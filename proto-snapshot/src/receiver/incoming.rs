@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use proto_common::clock::now_unix_ms;
@@ -78,9 +78,21 @@ struct State {
     failed: Option<Error>,
     next_stream: u64,
     /// The place that the transfer has while a control stream is connected.
-    place: Option<Place>,
+    place: Option<Arc<Place>>,
+    /// The last one, which the handshake of a stream that comes to take over may have, too.
+    shared_place: Weak<Place>,
+    /// Ends the last such handshake.
+    takeover: CancellationToken,
     /// The fence that its sender gave last.
     fence: Option<Fence>,
+}
+
+/// The handshake of a control stream.
+pub(super) struct Takeover {
+    /// Its place, or that of the transfer that it comes to take over, which then stays until it has ended.
+    pub(super) place: Arc<Place>,
+    /// A newer stream came for the same.
+    pub(super) replaced_by_newer: CancellationToken,
 }
 
 struct StreamEntry {
@@ -126,6 +138,8 @@ impl<A: Staging> Incoming<A> {
                 failed: None,
                 next_stream: 0,
                 place: None,
+                shared_place: Weak::new(),
+                takeover: CancellationToken::new(),
                 fence: None,
             }),
             sync: tokio::sync::Mutex::new(()),
@@ -212,13 +226,13 @@ impl<A: Staging> Incoming<A> {
     }
 
     /// Makes a control stream of `claim` the writer. The caller has checked the claim, holds the transfer's attach lock
-    /// and has stopped all other streams. `place` is asked for one where the transfer has none.
+    /// and has stopped all other streams. It gets `place` where it has none.
     pub(super) async fn attach(
         self: &Arc<Self>,
         claim: Claim,
         generation: u64,
         fence: Option<Fence>,
-        place: impl FnOnce() -> Result<Place, Error>,
+        place: Arc<Place>,
     ) -> Result<StreamPermit<A>, Error> {
         if self.claim() != claim {
             self.staging.set_claim(claim).await?;
@@ -243,9 +257,8 @@ impl<A: Staging> Incoming<A> {
         if state.stage == Stage::Closed {
             return Err(cancelled());
         }
-        if state.place.is_none() {
-            state.place = Some(place()?);
-        }
+        let place = Arc::downgrade(state.place.get_or_insert(place));
+        state.shared_place = place;
         self.register(&mut state, 0)
     }
 
@@ -324,6 +337,18 @@ impl<A: Staging> Incoming<A> {
     /// Whether any stream may write.
     pub(super) fn has_streams(&self) -> bool {
         !self.state().streams.is_empty()
+    }
+
+    /// Lets the handshake of a stream that may take over begin in the place that the transfer has; `None` if it has none. There is one such handshake at a
+    /// time, or any number of streams could be in theirs: an earlier one, which its sender must have given up, ends.
+    pub(super) fn take_over(&self) -> Option<Takeover> {
+        let mut state = self.state();
+        let place = state.shared_place.upgrade()?;
+        let newer = CancellationToken::new();
+        let earlier = std::mem::replace(&mut state.takeover, newer.clone());
+        drop(state);
+        earlier.cancel();
+        Some(Takeover { place, replaced_by_newer: newer })
     }
 
     /// Gives the place back if no control stream needs it.
