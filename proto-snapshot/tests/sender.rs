@@ -25,8 +25,8 @@ use proto_snapshot::Reason;
 use proto_snapshot::sender::{SenderOptions, SnapshotSender};
 use proto_snapshot::transfers::Transfers;
 use proto_snapshot::v1::split_snapshot_service_server::SplitSnapshotServiceServer;
-use proto_snapshot::v1::transfer_split_snapshot_request::{End, Frame};
-use proto_snapshot::v1::transfer_split_snapshot_response::{Accepted, Frame as Answer, Installed};
+use proto_snapshot::v1::transfer_split_snapshot_request::{Chunk, End, Frame, LaneHeader};
+use proto_snapshot::v1::transfer_split_snapshot_response::{Accepted, Extent, Frame as Answer, Installed};
 use proto_snapshot::v1::*;
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep};
@@ -426,6 +426,195 @@ async fn what_was_there_before_is_not_speed() {
     }
     assert!(measured > 5);
     ends(handle.join()).await.unwrap();
+}
+
+/// What the streams of a transfer of several lanes do, by what they say first.
+fn with_lanes<C: Future<Output = ()> + Send + 'static, L: Future<Output = ()> + Send + 'static>(
+    control: impl Fn(Call) -> C + Send + Sync + 'static,
+    lane: impl Fn(Call, LaneHeader) -> L + Send + Sync + 'static,
+) -> Peer {
+    let (control, lane) = (Arc::new(control), Arc::new(lane));
+    Peer::new(move |mut call| {
+        let (control, lane) = (Arc::clone(&control), Arc::clone(&lane));
+        async move {
+            match call.next().await {
+                Some(Frame::LaneHeader(header)) => lane(call, header).await,
+                Some(Frame::Header(_)) => {
+                    while !matches!(call.next().await, Some(Frame::Manifest(page)) if page.last) {}
+                    control(call).await;
+                }
+                other => panic!("{other:?} comes first"),
+            }
+        }
+    })
+}
+
+fn several(missing: Vec<Extent>) -> Answer {
+    Answer::Accepted(Accepted { max_lanes: 4, ..terms(missing) })
+}
+
+fn lanes(lanes: u32) -> SenderOptions {
+    let mut options = with_patience(60);
+    options.lanes = lanes;
+    options
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_transfer_goes_on_without_lanes_that_cannot_be_opened() {
+    for hangs in [false, true] {
+        let peer = with_lanes(
+            |mut call| async move {
+                call.say(several(vec![extent(0, 0, 96 * MIB)])).await;
+                let (bytes, end) = call.take(8 * MIB).await;
+                assert_eq!(bytes, 96 * MIB);
+                call.say(installed(&end)).await;
+            },
+            move |call, _| async move {
+                if hangs {
+                    std::future::pending::<()>().await;
+                }
+                call.fail(Reason::NoSuchAttempt.error("no lanes today")).await;
+            },
+        );
+        let start = Instant::now();
+        // At a rate at which all lanes have been tried in vain long before the end.
+        let mut options = lanes(4);
+        options.bytes_per_second = std::num::NonZeroU64::new(MIB);
+        let mut handle = peer.send_with(Zeros::new([96 * MIB]), options, Transfers::default());
+        ends(handle.join()).await.unwrap();
+        assert_eq!(handle.progress().unwrap().connections, 1, "one control stream is enough");
+        assert!(start.elapsed() < Duration::from_secs(100), "{:?}", start.elapsed());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn nobody_waits_for_a_lane_that_has_nothing_to_do() {
+    for missing in [0, 10] {
+        let opened = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&opened);
+        let peer = with_lanes(
+            move |mut call| async move {
+                let all = (missing > 0).then(|| extent(0, 0, missing));
+                call.say(several(all.into_iter().collect())).await;
+                let (_, end) = call.take(8 * MIB).await;
+                call.say(installed(&end)).await;
+            },
+            move |_, _| {
+                count.fetch_add(1, Ordering::SeqCst);
+                std::future::pending()
+            },
+        );
+        let start = Instant::now();
+        ends(peer.send_with(Zeros::new([10]), lanes(4), Transfers::default()).join()).await.unwrap();
+        assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
+        if missing == 0 {
+            assert_eq!(opened.load(Ordering::SeqCst), 0);
+        }
+    }
+}
+
+/// A lane that breaks after a megabyte each time, all of which arrived, and at last cannot be opened any more.
+#[tokio::test(start_paused = true)]
+async fn what_a_lane_has_taken_and_not_sent_is_sent_by_another() {
+    const SIZE: u64 = 64 * MIB;
+    const BREAKS: u64 = 10;
+    let there = Arc::new(Mutex::new(vec![false; usize::try_from(SIZE / MIB).unwrap()]));
+    let put = |there: &Mutex<Vec<bool>>, chunk: &Chunk| {
+        let first = usize::try_from(chunk.offset / MIB).unwrap();
+        if (chunk.offset + chunk.payload.len() as u64).is_multiple_of(MIB) {
+            assert!(!std::mem::replace(&mut there.lock().unwrap()[first], true), "sent twice");
+        }
+        chunk.payload.len() as u64
+    };
+    let missing = |there: &Mutex<Vec<bool>>| {
+        let there = there.lock().unwrap();
+        let gaps = (0..).zip(there.iter()).filter(|(_, there)| !**there);
+        gaps.map(|(number, _)| extent(0, number * MIB, MIB)).collect::<Vec<_>>()
+    };
+    let (lane_there, control_there) = (Arc::clone(&there), Arc::clone(&there));
+    let (tell, told) = watch::channel(false);
+    let peer = with_lanes(
+        move |mut call| {
+            let (there, mut told) = (Arc::clone(&control_there), told.clone());
+            async move {
+                call.say(Answer::Accepted(Accepted {
+                    max_lanes: 2,
+                    credit_limit: 0,
+                    ..terms(missing(&there))
+                }))
+                .await;
+                // Until the lane is gone, this one brings nothing.
+                told.wait_for(|gone| *gone).await.unwrap();
+                call.say(ack(0, 0, 0, TransferPhase::Transferring)).await;
+                call.say(ack(0, 0, SIZE, TransferPhase::Transferring)).await;
+                let mut received = 0;
+                loop {
+                    match call.next().await {
+                        Some(Frame::Chunk(chunk)) => {
+                            received += put(&there, &chunk);
+                            call.say(ack(received, received, SIZE, TransferPhase::Transferring)).await;
+                        }
+                        Some(Frame::End(end)) => break call.say(installed(&end)).await,
+                        _ => {}
+                    }
+                }
+            }
+        },
+        move |mut call, header| {
+            let (there, tell) = (Arc::clone(&lane_there), tell.clone());
+            async move {
+                let generation = header.generation & u64::from(u32::MAX);
+                if generation > BREAKS {
+                    if generation == BREAKS + 3 {
+                        tell.send_replace(true);
+                    }
+                    return call.fail(Reason::NoSuchAttempt.error("no more")).await;
+                }
+                call.say(Answer::Accepted(Accepted { credit_limit: MIB, ..terms(missing(&there)) })).await;
+                let mut received = 0;
+                while received < MIB {
+                    if let Some(Frame::Chunk(chunk)) = call.next().await {
+                        received += put(&there, &chunk);
+                    }
+                }
+                call.say(ack(received, received, MIB, TransferPhase::Transferring)).await;
+                sleep(Duration::from_millis(10)).await;
+                call.fail(Reason::ShuttingDown.error("it breaks")).await;
+            }
+        },
+    );
+    let source = Zeros::new([SIZE]);
+    let mut handle = peer.send_with(source, lanes(2), Transfers::default());
+    tokio::time::timeout(Duration::from_secs(600), handle.join()).await.expect("it ends").unwrap();
+    assert!(there.lock().unwrap().iter().all(|there| *there));
+    assert_eq!(handle.progress().unwrap().connections, 1, "one control stream is enough");
+    assert_eq!(peer.streams(), 1 + 13, "progress starts the count of failures anew");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lane_that_is_superseded_ends_its_transfer() {
+    let peer = with_lanes(
+        |mut call| async move {
+            call.say(several(vec![extent(0, 0, 96 * MIB)])).await;
+            let mut bytes = 0;
+            while let Some(frame) = call.next().await {
+                match frame {
+                    Frame::Chunk(chunk) => bytes += chunk.payload.len() as u64,
+                    Frame::End(_) => panic!("it goes on"),
+                    _ => {}
+                }
+                call.say(ack(bytes, bytes, bytes + 8 * MIB, TransferPhase::Transferring)).await;
+            }
+        },
+        |call, _| async move { call.fail(Reason::Superseded.error("another one sends")).await },
+    );
+    // The lanes have come before the last unit is taken.
+    let mut options = lanes(2);
+    options.bytes_per_second = std::num::NonZeroU64::new(MIB);
+    let mut handle = peer.send_with(Zeros::new([96 * MIB]), options, Transfers::default());
+    let error = ends(handle.join()).await.unwrap_err();
+    assert!(error.is(Reason::Superseded), "{error:?}");
+    assert_eq!(peer.streams(), 2);
 }
 
 #[tokio::test(start_paused = true)]

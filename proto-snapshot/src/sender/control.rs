@@ -9,7 +9,7 @@ use proto_common::text::{hex, printable};
 use tokio::task::JoinSet;
 
 use super::SnapshotToSend;
-use super::lane::Lane;
+use super::lane::{Lane, Taken};
 use super::missing::Span;
 use super::patience::Quiet;
 use super::stream::{
@@ -235,8 +235,8 @@ impl<C: Connect, S: SnapshotSource> Task<C, S> {
         work: &Arc<Work>,
     ) -> JoinSet<Result<(), Error>> {
         let mut lanes = JoinSet::new();
-        // What is read once, or has no known end, has one reader.
-        let many = self.shared.source.can_seek() && manifest.total_bytes().is_some();
+        // What is read once, or has no known end, has one reader; and where nothing is missing, a lane could only fail.
+        let many = self.shared.source.can_seek() && manifest.total_bytes().is_some() && !work.is_empty();
         let wanted = if many { self.sender.options.streams() } else { 1 };
         let count = wanted.min(accepted.max_lanes.max(1));
         self.shown.show(|transfer| transfer.lanes = count);
@@ -255,6 +255,7 @@ impl<C: Connect, S: SnapshotSource> Task<C, S> {
                     generation: claimed.generation << 32,
                 },
                 backoff: self.sender.options.backoff.start(),
+                taken: Taken::default(),
             };
             lanes.spawn(lane.run());
         }

@@ -176,6 +176,11 @@ impl<S: SnapshotSource> Pump<'_, S> {
         }
     }
 
+    /// Payload bytes that may have gone out.
+    pub(super) fn handed_over(&self) -> u64 {
+        self.sent.saturating_sub(self.batch_bytes as u64)
+    }
+
     async fn send(&mut self, unit: Span) -> Result<(), Error> {
         let shared = self.shared;
         let mut pieces = shared.source.open(unit.file, unit.offset, unit.len, self.piece).await?;

@@ -112,6 +112,11 @@ impl Heard {
         waited.await?.map(|_| ()).map_err(|_| broken("the stream was closed"))
     }
 
+    /// What the receiver has written of this stream, in bytes.
+    pub(super) fn written(&self) -> u64 {
+        *self.received.borrow()
+    }
+
     /// Whether `bytes` of this stream may be sent by now.
     pub(super) fn has_credit(&self, bytes: u64) -> bool {
         *self.credit.borrow() >= bytes

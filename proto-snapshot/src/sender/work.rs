@@ -3,6 +3,8 @@
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use tokio::sync::Notify;
+
 use super::missing::Span;
 
 /// Largest unit of work, in bytes: small enough that lanes end at about the same time, large enough that opening the source is
@@ -22,13 +24,15 @@ const RUN_BYTES: u64 = 4 << 20;
 #[derive(Debug)]
 pub(super) struct Work {
     spans: Mutex<VecDeque<Span>>,
+    /// Tells when the last one is taken.
+    emptied: Notify,
     unit: u64,
 }
 
 impl Work {
     /// What is missing, to be taken in units of at most `unit` bytes.
     pub(super) fn new(missing: &[Span], unit: u64) -> Self {
-        Self { spans: Mutex::new(missing.iter().copied().collect()), unit }
+        Self { spans: Mutex::new(missing.iter().copied().collect()), emptied: Notify::new(), unit }
     }
 
     fn spans(&self) -> MutexGuard<'_, VecDeque<Span>> {
@@ -55,6 +59,20 @@ impl Work {
         });
         let count = run.count().max(1);
         taken.extend(spans.drain(..count));
+        if spans.is_empty() {
+            self.emptied.notify_waiters();
+        }
+    }
+
+    /// Waits until all is taken.
+    pub(super) async fn used_up(&self) {
+        loop {
+            let emptied = self.emptied.notified();
+            if self.is_empty() {
+                return;
+            }
+            emptied.await;
+        }
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -66,9 +84,29 @@ impl Work {
     }
 }
 
+/// What is left of `units` of known length after their first `bytes` bytes.
+pub(super) fn rest(units: &[Span], mut bytes: u64) -> Vec<Span> {
+    let cut = |unit: &Span| {
+        let done = unit.len.map_or(0, |len| len.min(bytes));
+        bytes -= done;
+        Span { offset: unit.offset.saturating_add(done), len: unit.len.map(|len| len - done), ..*unit }
+    };
+    units.iter().map(cut).filter(|left| left.len != Some(0)).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_rest_begins_within_a_unit() {
+        let span = |file, offset, len| Span { file, offset, len: Some(len) };
+        let units = [span(0, 5, 3), span(1, 0, 4), span(2, 0, 2)];
+        assert_eq!(rest(&units, 0), units);
+        assert_eq!(rest(&units, 3), units[1..]);
+        assert_eq!(rest(&units, 5), [span(1, 2, 2), units[2]]);
+        assert_eq!(rest(&units, 9), []);
+    }
 
     #[test]
     fn units_are_cut_when_they_are_taken() {
