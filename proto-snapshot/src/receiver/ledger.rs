@@ -376,8 +376,7 @@ mod tests {
 
     #[test]
     fn one_piece_more_is_refused_and_gaps_are_filled_all_the_same() {
-        let mut limits = Limits::default();
-        limits.extents = 2;
+        let limits = Limits { extents: 2, ..Limits::default() };
         let at = |offset| Extent { file: 0, offset, len: 1 };
         // A restart with a lower limit finds more.
         let records = (0..5).map(|at| Extent { file: 0, offset: 4 * at, len: 1 });
