@@ -462,7 +462,8 @@ async fn a_node_that_lists_without_end_is_refused() {
     fn owners(count: usize) -> NodeStatus {
         NodeStatus { slot_owners: vec![SlotOwner::default(); count], ..NodeStatus::default() }
     }
-    let lists: [(fn() -> ListMigrationsResponse, &str); 3] = [
+    type Answer<T> = fn() -> T;
+    let lists: [(Answer<ListMigrationsResponse>, &str); 3] = [
         (|| empty(140_000, ""), "too large"),
         (|| empty(101, ""), "a page of 101 migrations, where 100 were asked for"),
         (|| empty(1, "on"), "it goes on after 400 migrations on 400 pages"),
@@ -473,7 +474,7 @@ async fn a_node_that_lists_without_end_is_refused() {
         assert_eq!((ended.code, ended.stdout.as_str()), (Some(1), ""), "{ended:?}");
         assert!(ended.stderr.contains(says) && ended.stderr.contains("OUT_OF_RANGE"), "{ended:?}");
     }
-    let tells: [(fn() -> NodeStatus, &str); 2] = [
+    let tells: [(Answer<NodeStatus>, &str); 2] = [
         (|| owners(600_000), "too large"),
         (|| owners(1001), "a page of 1001 entries, where a node gives 1000"),
     ];
