@@ -687,9 +687,10 @@ async fn two_files_are_reused_at_once_and_one_of_each_node() {
     for stream in &mut streams {
         while matches!(stream.hear().await.unwrap(), Answer::Ack(_)) {}
     }
-    let reuses = brake.reuses.lock().unwrap();
-    assert_eq!((reuses.now.len(), reuses.most, reuses.ever), (0, (2, 1), 5));
-    drop(reuses);
+    {
+        let reuses = brake.reuses.lock().unwrap();
+        assert_eq!((reuses.now.len(), reuses.most, reuses.ever), (0, (2, 1), 5));
+    }
     drop(streams);
     server.stop().await;
 }
