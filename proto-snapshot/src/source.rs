@@ -61,13 +61,16 @@ pub enum SourceError {
     },
 }
 
+/// The reason of [`SourceError::Changed`], after which nothing that was sent fits what is there.
+pub(crate) const SOURCE_CHANGED: &str = "SOURCE_CHANGED";
+
 /// Final errors with the reasons `SOURCE_UNSUPPORTED`, `SOURCE_CHANGED` and `SOURCE_UNREADABLE`.
 impl From<SourceError> for Error {
     fn from(error: SourceError) -> Self {
         // Not in the table of the protocol: no peer ever sees them.
         let (code, reason) = match error {
             SourceError::Unsupported { .. } => (Code::InvalidArgument, "SOURCE_UNSUPPORTED"),
-            SourceError::Changed { .. } => (Code::FailedPrecondition, "SOURCE_CHANGED"),
+            SourceError::Changed { .. } => (Code::FailedPrecondition, SOURCE_CHANGED),
             SourceError::Io { .. } => (Code::Internal, "SOURCE_UNREADABLE"),
         };
         Self::with_code(code, reason, error.to_string()).caused_by(error)

@@ -309,6 +309,10 @@ async fn a_changed_source_is_not_believed() {
     let error = handle.join().await.unwrap_err();
     assert_eq!(error.reason(), "SOURCE_CHANGED", "{error:?}");
     assert!(!installed_dir(target.path(), "moving").exists());
+    // Nobody can go on with what is staged, and it keeps nobody off the disk.
+    let shown = server.receiver.transfers().registry().get(Some(Direction::In), "moving").unwrap();
+    assert_eq!(shown.phase(), TransferPhase::Cancelled);
+    assert_eq!(std::fs::read_dir(target.path().join("staging")).unwrap().count(), 0);
     server.stop().await;
 }
 

@@ -18,7 +18,7 @@ use super::shown::Shown;
 use super::stream::{FIRST_IDLE, client};
 use super::{SnapshotSender, SnapshotToSend};
 use crate::reason::Reason;
-use crate::source::SnapshotSource;
+use crate::source::{SOURCE_CHANGED, SnapshotSource};
 use crate::spec::Manifest;
 use crate::transfers::Transfers;
 use crate::v1::transfer_split_snapshot_response::Installed;
@@ -131,10 +131,14 @@ impl<C: Connect, S: SnapshotSource> Task<C, S> {
         if !self.cancel.is_cancelled()
             && let Some(result) = pushed
         {
+            if matches!(&result, Err(error) if error.reason() == SOURCE_CHANGED) {
+                // No attempt can go on with what is staged, which would keep its part of the disk until it expires.
+                self.cancel_at_receiver("the source has changed").await;
+            }
             return result;
         }
         self.shared.hold.set(true);
-        let mut cancelling = pin!(self.cancel_at_receiver());
+        let mut cancelling = pin!(self.cancel_at_receiver("cancelled at the sender"));
         let cancelled = loop {
             match &pushed {
                 Some(Ok(_)) => break Cancelled::TooLate,
@@ -236,13 +240,13 @@ impl<C: Connect, S: SnapshotSource> Task<C, S> {
     }
 
     /// Tells the receiver to discard what is staged.
-    async fn cancel_at_receiver(&self) -> Cancelled {
+    async fn cancel_at_receiver(&self, reason: &str) -> Cancelled {
         let asked = tokio::time::timeout(CANCEL_PATIENCE, async {
             let mut client = client(self.sender.connect.connect().await?);
             let request = CancelTransferRequest {
                 transfer_id: self.snapshot.transfer_id.to_string(),
                 direction: Direction::In.into(),
-                reason: "cancelled at the sender".to_owned(),
+                reason: reason.to_owned(),
             };
             client.cancel_transfer(request).await.map_err(Error::from)
         });

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::extent::{Extent, ExtentRecord};
+use crate::memory::in_memory;
 use crate::store::StoreError;
 
 use super::staging::Inner;
@@ -64,8 +65,8 @@ impl Inner {
         let files = dirty.files();
         let result = if files.is_empty() && dirs.is_empty() {
             Ok(())
-        } else if files.len() + dirs.len() >= MANY && syncfs_reports_errors() {
-            self.dir().map_err(io::Error::other).and_then(|dir| sync_file_system(&dir))
+        } else if let Some(dir) = self.worth_a_whole(files.len() + dirs.len()) {
+            sync_file_system(&dir)
         } else {
             self.sync_each(&files, &dirs)
         };
@@ -93,6 +94,14 @@ impl Inner {
                 dont_need(&handle, run.offset, run.len);
             }
         }
+    }
+
+    /// The directory of the area, if so much is to be synced that all of its file system may be, and that can be believed.
+    fn worth_a_whole(&self, files: usize) -> Option<Arc<File>> {
+        if files < MANY || !syncfs_reports_errors() {
+            return None;
+        }
+        self.dir().ok().filter(|dir| syncs_as_a_whole(dir))
     }
 
     /// Data, then directories.
@@ -139,7 +148,9 @@ fn each<T: Sync>(items: &[T], job: impl Fn(&T) -> io::Result<()> + Sync) -> io::
         return work();
     }
     std::thread::scope(|scope| {
-        let helpers: Vec<_> = (1..THREADS.min(items.len())).map(|_| scope.spawn(work)).collect();
+        // Where there is no thread to be had, there are fewer of them.
+        let helper = |_| std::thread::Builder::new().spawn_scoped(scope, work).ok();
+        let helpers: Vec<_> = (1..THREADS.min(items.len())).filter_map(helper).collect();
         helpers.into_iter().fold(work(), |result, helper| {
             result.and(helper.join().unwrap_or_else(|_| Err(io::Error::other("a sync thread panicked"))))
         })
@@ -147,13 +158,13 @@ fn each<T: Sync>(items: &[T], job: impl Fn(&T) -> io::Result<()> + Sync) -> io::
 }
 
 #[cfg(target_os = "linux")]
-fn dont_need(file: &File, offset: u64, len: u64) {
+pub(super) fn dont_need(file: &File, offset: u64, len: u64) {
     let len = std::num::NonZeroU64::new(len);
     let _ = rustix::fs::fadvise(file, offset, len, rustix::fs::Advice::DontNeed);
 }
 
 #[cfg(not(target_os = "linux"))]
-fn dont_need(_file: &File, _offset: u64, _len: u64) {}
+pub(super) fn dont_need(_file: &File, _offset: u64, _len: u64) {}
 
 #[cfg(target_os = "linux")]
 fn sync_file_system(dir: &File) -> io::Result<()> {
@@ -178,6 +189,22 @@ fn syncfs_reports_errors() -> bool {
     })
 }
 
+/// Whether `syncfs` on the file system of `dir` makes durable what `fsync` does, and tells of the same errors. One that lies over others (overlayfs) tells of none of
+/// theirs, and one in user space need not be asked at all; so only those that are known: `EXT4_SUPER_MAGIC` and others of `linux/magic.h`, and of XFS.
+#[cfg(target_os = "linux")]
+fn syncs_as_a_whole(dir: &File) -> bool {
+    /// ext2 to ext4, XFS, Btrfs, F2FS.
+    const MAGIC: [i64; 4] = [0xef53, 0x5846_5342, 0x9123_683e, 0xf2f5_2010];
+    #[allow(clippy::useless_conversion, reason = "its type depends on the platform")]
+    let is_known = rustix::fs::fstatfs(dir).is_ok_and(|found| MAGIC.contains(&i64::from(found.f_type)));
+    is_known || in_memory(dir)
+}
+
+#[cfg(not(target_os = "linux"))]
+fn syncs_as_a_whole(_dir: &File) -> bool {
+    false
+}
+
 fn version(release: &str) -> Option<(u32, u32)> {
     let mut parts = release.split(|c: char| !c.is_ascii_digit());
     Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
@@ -192,6 +219,13 @@ mod tests {
         assert_eq!(version("6.18.44-fc"), Some((6, 18)));
         assert_eq!(version("5.8-rc1"), Some((5, 8)));
         assert_eq!(version("x"), None);
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn only_file_systems_that_are_known_are_synced_as_a_whole() {
+        let is_known = |path| syncs_as_a_whole(&File::open(path).unwrap());
+        assert_eq!((is_known("/dev/shm"), is_known("/proc")), (true, false));
     }
 
     #[test]

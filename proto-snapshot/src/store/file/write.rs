@@ -17,6 +17,7 @@ use crate::store::{StagedChunk, StoreError};
 
 use super::small::Maker;
 use super::staging::{Inner, State};
+use super::sync::dont_need;
 
 /// Files of at least this size get their blocks when they are created: they end up in few runs, and a full disk shows before the bytes
 /// have been sent. Below, the call costs more than it brings.
@@ -257,6 +258,11 @@ impl Inner {
             }
             hasher.update(piece);
             at += u64::try_from(want).unwrap_or(0);
+        }
+        // It left the page cache when it was made durable, and is read just to be looked at.
+        let in_all = self.plan.manifest.total_bytes();
+        if in_all.unwrap_or(extent.end()) >= self.shared.options.uncached_from_bytes {
+            dont_need(&handle, extent.offset, extent.len);
         }
         Ok(hasher.finish())
     }

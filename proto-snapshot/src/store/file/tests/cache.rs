@@ -123,3 +123,26 @@ async fn chunks_of_several_files_in_turn_leave_the_page_cache() {
         }
     }
 }
+
+#[tokio::test]
+async fn what_is_read_back_leaves_the_page_cache_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let files = vec![("file".to_owned(), content(1, LEN))];
+    let (store, _) = open_with(dir.path(), FileStoreOptions { uncached_from_bytes: 1, ..options() }).await;
+    let staging = store.stage(&plan("t1", 1, &files)).await.unwrap();
+    let (whole, record) = chunk(&files, 0, 0, LEN);
+    staging.write(vec![whole]).await.unwrap();
+    staging.sync(vec![record]).await.unwrap();
+    let path = dir.path().join("staging/t1/tree/file");
+    std::fs::read(&path).unwrap();
+    match cached(&path) {
+        Err(error) => return eprintln!("SKIPPED: the file system does not tell what is cached: {error}"),
+        Ok(before) => assert!(before > 90, "{before} percent of what was read are cached"),
+    }
+    assert_eq!(staging.checksum(record.extent).await.unwrap(), record.crc);
+    if in_memory(dir.path()) {
+        return;
+    }
+    let after = cached(&path).unwrap();
+    assert!(after < 10, "{after} percent of what was read back are cached");
+}
