@@ -1,11 +1,13 @@
 //! Nodes as processes of their own: started, killed, restarted, stopped.
 
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use tokio::io::{AsyncBufReadExt as _, BufReader};
+use tokio::net::TcpSocket;
 use tokio::process::{Child, Command};
 
 use crate::serve::Ready;
@@ -24,8 +26,20 @@ pub struct NodeProcess {
     slots: String,
     arguments: Vec<String>,
     addresses: NodeAddresses,
+    /// Keep others off its ports while it is down.
+    _reserved: [TcpSocket; 2],
     environment: Vec<(String, String)>,
     child: Option<Child>,
+}
+
+/// A free port of this machine, which nobody else gets until the socket is dropped: bound, it keeps the system from giving it away, and since it does not listen,
+/// whoever asks for this very port may.
+fn reserve() -> anyhow::Result<(TcpSocket, String)> {
+    let socket = TcpSocket::new_v4()?;
+    socket.set_reuseaddr(true)?;
+    socket.bind((Ipv4Addr::LOCALHOST, 0).into())?;
+    let address = socket.local_addr()?.to_string();
+    Ok((socket, address))
 }
 
 impl NodeProcess {
@@ -50,14 +64,15 @@ impl NodeProcess {
         slots: &str,
         arguments: &[&str],
     ) -> anyhow::Result<Self> {
-        let any = "127.0.0.1:0".to_owned();
+        let ((grpc_port, grpc), (resp_port, resp)) = (reserve()?, reserve()?);
         let mut process = Self {
             program: program.into(),
             id: id.into(),
             directory: directory.into(),
             slots: slots.into(),
             arguments: arguments.iter().map(|argument| (*argument).to_owned()).collect(),
-            addresses: NodeAddresses { grpc: any.clone(), resp: any },
+            addresses: NodeAddresses { grpc, resp },
+            _reserved: [grpc_port, resp_port],
             environment: Vec::new(),
             child: None,
         };
@@ -78,7 +93,13 @@ impl NodeProcess {
             .await
             .with_context(|| format!("node {} is not ready after {READY_TIMEOUT:?}", self.id))??;
         let Some(line) = line else {
-            bail!("node {} ended before it was ready; see {}", self.id, self.log().display());
+            let said = std::fs::read_to_string(self.log()).unwrap_or_default();
+            let last = said.lines().last().unwrap_or("nothing");
+            bail!(
+                "node {} ended before it was ready and said: {last}; see {}",
+                self.id,
+                self.log().display()
+            );
         };
         let Ready { addresses, .. } = line.parse()?;
         self.addresses = addresses;
@@ -196,5 +217,25 @@ impl NodeProcess {
             bail!("node {} ended with {status}; see {}", self.id, self.log().display());
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proto::common::tuning::listen;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_port_is_kept_for_a_node_that_is_down() {
+        let (reserved, address) = reserve().unwrap();
+        let address = address.parse().unwrap();
+        let other = TcpSocket::new_v4().unwrap();
+        assert_eq!(other.bind(address).unwrap_err().kind(), std::io::ErrorKind::AddrInUse);
+        for _ in 0..2 {
+            drop(listen(address).unwrap());
+        }
+        drop(reserved);
+        TcpSocket::new_v4().unwrap().bind(address).unwrap();
     }
 }
