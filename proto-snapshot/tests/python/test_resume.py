@@ -79,14 +79,15 @@ def test_killed_again_and_again(start):
 
 
 def test_missing_extents_in_pages(start):
-    """Every other byte: more runs than fit into one page of `Accepted`, also after a crash."""
+    """The second half of each file: more runs than fit into one page of `Accepted`, also after a crash."""
     peer = start()
-    snapshot = Snapshot({"f": os.urandom(42_000)})
+    files = 21_000
+    snapshot = Snapshot({f"{number:05}": os.urandom(2) for number in range(files)})
     stream = peer.open(snapshot).wait_accepted()
-    stream.send_extents(snapshot, [(0, at, 1) for at in range(0, 42_000, 2)]).wait_durable(21_000)
+    stream.send_extents(snapshot, [(number, 0, 1) for number in range(files)]).wait_durable(files)
     peer.receiver.restart()
     stream = peer.open(snapshot).wait_accepted()
-    assert stream.missing == [(0, at, 1) for at in range(1, 42_000, 2)]
+    assert stream.missing == [(number, 1, 1) for number in range(files)]
     assert stream.accepted_pages > 1
     peer.cancel(snapshot)
 
