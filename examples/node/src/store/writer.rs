@@ -31,7 +31,7 @@ const MAX_OPS: usize = 16 * 1024;
 /// How long a slice of background work goes on, from where it can stop, before it commits: about what a commit costs, and little beside what
 /// clients notice, as the next group of their writes has to write its pages, too. What it begins with, a bounded number of rows of logs and staging,
 /// comes on top. On a disk, at half of the load that saturates a node, 99 of 100 writes to slots that stay take up to 10 to 13 ms during a
-/// migration; with 400 µs 20 to 23, with 100 µs 10 to 14, but the migration takes twice as long.
+/// migration; with 400 µs 14 to 23, with 100 µs 10 to 14, but the migration takes twice as long.
 const SLICE: Duration = Duration::from_micros(200);
 /// The same where the clients of another node wait for it with their writes held: about as long as a group of writes, so that not many of these come before it
 /// is done. With 5 ms, freezes are no shorter, and on a disk 99 of 100 writes of this node's clients take up to 38 ms meanwhile, instead of 24.
