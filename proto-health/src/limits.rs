@@ -27,7 +27,7 @@ pub struct Limits {
     /// Heartbeats of one peer in a second, over all of its watches of both protocols, at least 1: with `n` watches, each has a heartbeat every
     /// `n / heartbeats_per_peer` seconds and no more often. Default 1000, so that up to 100 watches have what they ask for, and up to 500 with the 500 ms of a monitor.
     pub heartbeats_per_peer: u32,
-    /// Entries of all lists together in one page of `GetNodeStatus`. Default 1000.
+    /// Entries of all lists together in one page of `GetNodeStatus`. Default [`PAGE`], 1000; more are refused by clients that keep to that.
     pub page: usize,
     /// Encoded size of such a page, in bytes. Default 1 MiB; what is above [`MAX_ANSWER_BYTES`] is refused by clients that keep to that.
     pub page_bytes: usize,
@@ -49,7 +49,7 @@ impl Default for Limits {
             watch_interval: Duration::from_millis(100),
             heartbeat_ms: 100..=60_000,
             heartbeats_per_peer: 1000,
-            page: 1000,
+            page: PAGE,
             page_bytes: 1 << 20,
             facts_timeout: Duration::from_secs(2),
             callers: 4096,
@@ -69,6 +69,9 @@ pub const MAX_MESSAGE_BYTES: usize = 4 << 20;
 /// Largest answer that a client has to take of a node with default limits, in bytes: a page of 1 MiB, and an entry too many, or what it says of 256 components.
 /// A client should take no more: an empty entry of a list is 3 bytes of an answer and some 340 of memory.
 pub const MAX_ANSWER_BYTES: usize = (1 << 20) + (64 << 10);
+
+/// Entries of all lists together in a page of `GetNodeStatus` of a node with default limits: it gives no more, whatever is asked for.
+pub const PAGE: usize = 1000;
 
 /// Entries that a node asks another one for in a page of `GetNodeStatus`.
 pub const PEER_PAGE: u32 = 400;

@@ -292,19 +292,13 @@ impl Journal {
         slots: SlotRange,
         progress: &MigrationProgress,
     ) -> Result<(), Error> {
+        self.remember(progress).await?;
         let shared = Arc::clone(&self.shared);
         let path = shared.active.join(file_name(slots, id));
-        let content = progress.encode_to_vec();
-        let state = progress.state();
-        reached("finish.before", state);
-        blocking("record a migration that ended", move || {
-            shared.history.add(&content)?;
-            reached("finish.between", state);
-            match fs::remove_file(path) {
-                Ok(()) => sync_dir(&shared.active),
-                Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-                Err(error) => Err(error),
-            }
+        blocking("drop the record of a migration that ended", move || match fs::remove_file(path) {
+            Ok(()) => sync_dir(&shared.active),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(error),
         })
         .await
     }

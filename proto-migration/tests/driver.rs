@@ -422,10 +422,49 @@ async fn a_cancel_undoes_it_in_every_state_before_the_commit() {
         let cancelled = pair.reaches(MigrationState::Cancelled).await;
         assert_eq!(cancelled.cancel_reason, "why not");
         assert_eq!(error_of(&cancelled).reason(), "MIGRATION_CANCELLED");
+        // The log is gone, and nothing is on its way.
+        let task = cancelled.progress.unwrap();
+        assert_eq!((cancelled.lag, cancelled.log_bytes), (None, 0), "{state:?}");
+        assert_eq!((task.bytes_per_second, task.eta_ms), (None, None), "{state:?}");
         pair.source_serves().await;
         assert!(pair.target.disk().staged.is_empty(), "{state:?}");
         assert_eq!(pair.source.rows(SlotRange::FULL).len(), 201);
     }
+}
+
+/// On a clock that stands still while anybody runs: whoever waits for a moment without letting others run waits for ever.
+#[tokio::test(start_paused = true)]
+async fn rows_wait_for_changes_near_the_cap_of_the_log_and_nobody_spins_meanwhile() {
+    let pair = Pair::start().await;
+    // The log of this source counts keys.
+    let write = async |n: u32| {
+        let key = format!("{n:065000}");
+        assert_eq!(pair.source.write(key.as_bytes(), Some(b"value")).await, Answer::Done);
+    };
+    for n in 0..50 {
+        write(n).await;
+    }
+    pair.source.set_faults(Faults { slow_pages: Duration::from_millis(100), ..Faults::default() });
+    let gate = Arc::new(Semaphore::new(0));
+    pair.target.fault("apply", Fault::Wait(Arc::clone(&gate)));
+    pair.begin(|request| {
+        request.limits = Some(MigrationLimits { log_bytes_cap: Some(1 << 20), ..MigrationLimits::default() });
+    })
+    .await
+    .unwrap();
+    pair.reaches(MigrationState::Copying).await;
+    // More than half of the cap waits for the target, and more comes.
+    for n in 0..9 {
+        write(n).await;
+    }
+    for _ in 0..200 {
+        assert_eq!(pair.source.write(b"small", Some(b"value")).await, Answer::Done);
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let behind = pair.until("near the cap", |progress| progress.log_bytes > 512 << 10).await;
+    assert_eq!(behind.state(), MigrationState::Copying, "with rows left");
+    gate.add_permits(1);
+    pair.reaches(MigrationState::Completed).await;
 }
 
 #[tokio::test]

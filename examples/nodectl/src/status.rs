@@ -1,7 +1,7 @@
 //! `nodectl status`, once or again and again.
 
 use proto::common::error::Error;
-use proto::health::limits::MAX_ANSWER_BYTES;
+use proto::health::limits::{MAX_ANSWER_BYTES, PAGE};
 use proto::node::health_service_client::HealthServiceClient;
 use proto::node::{GetNodeStatusRequest, GetNodeStatusResponse, NodeStatus};
 use tonic::Status as Refusal;
@@ -17,9 +17,6 @@ use crate::output::Output;
 
 /// Pages that are read of one node; a node that goes on for ever is cut there. A map of 16384 single slots takes 17.
 const PAGES: usize = 100;
-
-/// Entries of all lists of a page: a node gives no more, whatever is asked for.
-const PAGE: usize = 1000;
 
 pub(crate) async fn run(command: Status, output: &mut Output) -> Result<(), Failure> {
     let Status { nodes, watch, interval } = command;

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::extent::{Extent, ExtentRecord};
-use crate::memory::in_memory;
+use crate::memory::{in_memory, lies_in};
 use crate::store::StoreError;
 
 use super::staging::Inner;
@@ -78,10 +78,15 @@ impl Inner {
         }
         let bytes = dirty.runs.iter().map(|run| run.len).sum();
         let durable = self.durable_bytes.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes);
-        if self.plan.manifest.total_bytes().unwrap_or(durable) >= self.shared.options.uncached_from_bytes {
+        if self.is_too_large_for_the_cache(durable) {
             self.uncache(&dirty);
         }
         Ok(())
+    }
+
+    /// Whether its files are kept out of the page cache. While its size is unknown, that is the `bytes` that are there.
+    pub(super) fn is_too_large_for_the_cache(&self, bytes: u64) -> bool {
+        self.plan.manifest.total_bytes().unwrap_or(bytes) >= self.shared.options.uncached_from_bytes
     }
 
     /// Lets the page cache go of what was just made durable. Only a hint: what the kernel answers does not matter.
@@ -191,18 +196,10 @@ fn syncfs_reports_errors() -> bool {
 
 /// Whether `syncfs` on the file system of `dir` makes durable what `fsync` does, and tells of the same errors. One that lies over others (overlayfs) tells of none of
 /// theirs, and one in user space need not be asked at all; so only those that are known: `EXT4_SUPER_MAGIC` and others of `linux/magic.h`, and of XFS.
-#[cfg(target_os = "linux")]
 fn syncs_as_a_whole(dir: &File) -> bool {
     /// ext2 to ext4, XFS, Btrfs, F2FS.
     const MAGIC: [i64; 4] = [0xef53, 0x5846_5342, 0x9123_683e, 0xf2f5_2010];
-    #[allow(clippy::useless_conversion, reason = "its type depends on the platform")]
-    let is_known = rustix::fs::fstatfs(dir).is_ok_and(|found| MAGIC.contains(&i64::from(found.f_type)));
-    is_known || in_memory(dir)
-}
-
-#[cfg(not(target_os = "linux"))]
-fn syncs_as_a_whole(_dir: &File) -> bool {
-    false
+    lies_in(dir, &MAGIC) || in_memory(dir)
 }
 
 fn version(release: &str) -> Option<(u32, u32)> {

@@ -260,8 +260,7 @@ impl Inner {
             at += u64::try_from(want).unwrap_or(0);
         }
         // It left the page cache when it was made durable, and is read just to be looked at.
-        let in_all = self.plan.manifest.total_bytes();
-        if in_all.unwrap_or(extent.end()) >= self.shared.options.uncached_from_bytes {
+        if self.is_too_large_for_the_cache(extent.end()) {
             dont_need(&handle, extent.offset, extent.len);
         }
         Ok(hasher.finish())
