@@ -16,15 +16,17 @@ use crate::table::{CrowdRow, Report, Resume, Row};
 pub const IN_MEMORY: &str = "in memory";
 pub const ON_DISK: &str = "on disk";
 
-/// Chunks of all peers.
-const CHUNK: usize = 1 << 20;
+/// A write or a message of the other peers.
+const PIECE: usize = 1 << 20;
+/// Our senders make no larger chunks, whatever a receiver takes.
+const OUR_CHUNK: usize = 512 << 10;
 
 pub fn row(case: &str, peer: &str, bytes: u64) -> Row {
     Row {
         case: case.to_owned(),
         peer: peer.to_owned(),
         bytes,
-        chunk: CHUNK,
+        chunk: if peer == "proto" { OUR_CHUNK } else { PIECE },
         files: 1,
         lanes: 1,
         samples: Vec::new(),
@@ -75,7 +77,7 @@ pub fn memory(options: &Options, report: &mut Report) {
 pub fn sweep(options: &Options, report: &mut Report) {
     let bytes = options.size() / 2;
     let base = |case: &str| row(case, "proto", bytes);
-    let chunks = [64, 128, 256, 512, 1024];
+    let chunks = [64, 128, 256, 512];
     let rows = chunks.map(|kib| Row { chunk: kib << 10, ..base("sweep of the chunk size") });
     let files = [1, 10, 100, 1000, 10_000];
     let rows = rows.into_iter().chain(files.map(|files| Row { files, ..base("sweep of the files") }));
@@ -145,7 +147,7 @@ fn settle(path: &Path) {
 fn write_file(path: &Path, bytes: u64) {
     use std::io::Write as _;
     let mut file = std::fs::File::create(path).unwrap();
-    Payload::new().pieces(bytes, CHUNK).for_each(|piece| file.write_all(&piece).unwrap());
+    Payload::new().pieces(bytes, PIECE).for_each(|piece| file.write_all(&piece).unwrap());
 }
 
 /// A directory that goes with its owner.
@@ -170,14 +172,15 @@ impl Drop for Scratch {
 /// and reads its directory first.
 pub fn resume(options: &Options, report: &mut Report, dir: &Path) {
     let rounds = options.rounds().min(3);
-    for (store, bytes) in [("stayed", options.resume_size()), ("restarted", options.resume_size() / 8)] {
+    let bytes = options.resume_size();
+    for (store, restart) in [("stayed", false), ("restarted", true)] {
         for files in [1, if options.quick { 100 } else { 10_000 }] {
             for percent in [1, 50, 99] {
                 let seconds = (0..rounds).map(|_| {
                     let scratch = Scratch::new(dir);
-                    let path = (store == "restarted").then(|| scratch.0.join("store"));
+                    let path = Some(scratch.0.join("store"));
                     let side = Side { files, path, ..side(&row("resume", "proto", bytes)) };
-                    resume_once(&side, bytes / 100 * percent)
+                    resume_once(&side, bytes / 100 * percent, restart)
                 });
                 let seconds: Vec<f64> = seconds.collect();
                 eprintln!("resume, receiver {store}, {files} files, {percent} %: {seconds:?} s");
@@ -187,31 +190,29 @@ pub fn resume(options: &Options, report: &mut Report, dir: &Path) {
     }
 }
 
-fn resume_once(side: &Side, position: u64) -> f64 {
+fn resume_once(side: &Side, position: u64, restart: bool) -> f64 {
     let mut receiver = Process::part(&["side"], side);
-    let sender = Side { address: Some(receiver.line()), path: None, ..side.clone() };
+    let mut sender = Side { address: Some(receiver.line()), path: None, ..side.clone() };
     let mut first = Process::part(&["begin", &position.to_string()], &sender);
     assert_eq!(first.line(), "durable");
     drop(first);
-    let (receiver, sender) = if side.path.is_some() {
+    if restart {
         drop(receiver);
-        let mut receiver = Process::part(&["side"], side);
-        let address = Some(receiver.line());
-        (receiver, Side { address, ..sender })
-    } else {
-        (receiver, sender)
-    };
+        receiver = Process::part(&["side"], side);
+        sender.address = Some(receiver.line());
+    }
     let seconds = Process::part(&["resume", &position.to_string()], &sender).answer();
     drop(receiver);
     seconds
 }
 
-/// Many transfers to one receiver.
-pub fn crowd(options: &Options, report: &mut Report) {
+/// Many transfers to one receiver, which keeps them below `dir`.
+pub fn crowd(options: &Options, report: &mut Report, dir: &Path) {
     let (transfers, bytes) = if options.quick { (20, 16 << 20) } else { (200, 64 << 20) };
-    let side = side(&row("crowd", "proto", bytes));
+    let scratch = Scratch::new(dir);
+    let side = Side { path: Some(scratch.0.join("store")), ..side(&row("crowd", "proto", bytes)) };
     let mut receiver = Process::part(&["side"], &side);
-    let sender = Side { address: Some(receiver.line()), ..side };
+    let sender = Side { address: Some(receiver.line()), path: None, ..side };
     let Crowd { sent, bytes: each } = Process::part(&["crowd", &transfers.to_string()], &sender).answer();
     report.crowd = Some(CrowdRow {
         transfers,

@@ -147,8 +147,8 @@ impl Report {
 }
 
 impl Row {
-    fn variant(&self) -> (u64, usize, u64) {
-        (self.bytes, self.chunk, self.files)
+    fn variant(&self) -> (u64, u64) {
+        (self.bytes, self.files)
     }
 
     fn name(&self) -> String {
