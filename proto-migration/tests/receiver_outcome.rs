@@ -76,6 +76,55 @@ async fn a_late_commit_of_a_fenced_attempt_fails() {
     assert!(node.target.disk().owned.is_empty());
 }
 
+/// The stream broke, and the source serves: that its next one is refused, again and again, leaves nothing prepared.
+#[tokio::test]
+async fn what_is_prepared_is_given_up_for_an_attempt_that_is_refused() {
+    for (still_open, copy) in [(false, 1), (true, 1), (false, 2)] {
+        let node = Node::start().await;
+        let old = Some(node.prepared(1).await).filter(|_| still_open);
+        let staged = node.target.disk().staged.clone();
+        node.target.fault("admit", Fault::Fail(Reason::InsufficientDisk.error("full")));
+        assert_eq!(node.refused(Header { copy, ..header(2) }).await.reason(), "INSUFFICIENT_DISK");
+        let progress = node.progress();
+        assert_eq!((progress.state(), progress.attempt), (MigrationState::Receiving, 2));
+        assert_eq!(progress.incidents.last().unwrap().error.as_ref().unwrap().reason, "INSUFFICIENT_DISK");
+        assert_eq!(node.target.holds(), 0, "clients are let through");
+        if let Some(mut old) = old {
+            old.send(COMMIT).await;
+            assert_eq!(old.error().await.reason(), "SUPERSEDED");
+        }
+        for attempt in [1, 2] {
+            let refused = node.decide(MigrationDecision::Committed, attempt).await.unwrap_err();
+            assert_eq!(
+                refused.reason(),
+                "RESOLVE_REFUSED",
+                "what the source acknowledged since would be lost"
+            );
+        }
+        let node = node.crash().await;
+        assert_eq!((node.progress().state(), node.target.holds()), (MigrationState::Receiving, 0));
+        assert_eq!(node.target.disk().staged, staged, "no copy begins by a stream that is refused");
+        let (mut source, accepted) = node.accept(header(3)).await;
+        let resume = accepted.resume.unwrap();
+        assert_eq!((resume.copy, resume.copied, resume.through_seq), (1, true, 12));
+        source.prepare(1, &node.target).await;
+        assert!(matches!(source.answer().await.unwrap(), Answer::Prepared(_)));
+        source.send(COMMIT).await;
+        assert!(matches!(source.answer().await.unwrap(), Answer::Committed(_)));
+    }
+}
+
+#[tokio::test]
+async fn an_attempt_that_is_refused_disturbs_no_stream_that_brings_rows() {
+    let node = Node::start().await;
+    let (mut source, _) = node.accept(header(1)).await;
+    node.target.fault("admit", Fault::Fail(Reason::InsufficientDisk.error("full")));
+    assert_eq!(node.refused(header(2)).await.reason(), "INSUFFICIENT_DISK");
+    source.bulk(vec![row(10, "a")], false).await;
+    source.durable().await;
+    assert_eq!(node.progress().attempt, 1);
+}
+
 #[tokio::test]
 async fn a_commit_is_tried_until_it_succeeds_and_requests_are_held() {
     let node = Node::start().await;

@@ -55,14 +55,20 @@ impl<T: MigrationTarget> Inner<T> {
     }
 
     async fn attach_in(&self, slot: &Arc<Slot>, header: &CheckedHeader) -> Result<Attached, Error> {
-        {
+        let refused = {
             let mut state = slot.state.lock().await;
             self.settle(slot, &mut state).await?;
             let Some(incoming) = state.as_ref() else {
                 return self.attach_unknown(slot, &mut state, header).await;
             };
-            self.check(slot, incoming, header).await?;
-        }
+            check(slot, incoming, header)?;
+            match self.take_on(incoming, header).await {
+                Ok(()) => None,
+                // The source has given up what is prepared, and serves: that holds whatever becomes of its next stream.
+                Err(error) if incoming.state() == MigrationState::Prepared => Some(error),
+                Err(error) => return Err(error),
+            }
+        };
         let superseded = Reason::Superseded
             .error(format!("attempt {} has come; this stream must stop", header.attempt))
             .metadata("attempt", header.attempt.to_string());
@@ -74,38 +80,21 @@ impl<T: MigrationTarget> Inner<T> {
         let Some(incoming) = state.as_mut() else {
             return self.attach_unknown(slot, &mut state, header).await;
         };
-        self.fence(slot, incoming, header).await?;
+        self.fence(slot, incoming, header, refused.is_none()).await?;
+        if let Some(error) = refused
+            && incoming.state() == MigrationState::Receiving
+        {
+            incoming.show(|progress| progress.incident(&error));
+            return Err(error);
+        }
         incoming.show(|progress| progress.connected = true);
         let accepted = self.accepted(incoming, header.transfer, true);
         Ok(Attached { accepted, permit: Some(slot.register(header.attempt)?) })
     }
 
-    /// Refuses what must not disturb the stream that there is.
-    async fn check(&self, slot: &Slot, incoming: &Incoming, header: &CheckedHeader) -> Result<(), Error> {
-        let Record { spec, progress, kept } = &incoming.record;
-        check_spec(spec, header)?;
-        let known = progress.peer.clone().unwrap_or_default();
-        if known.store_id != header.source.store_id {
-            return Err(Reason::StoreChanged
-                .field(
-                    "header.source.store_id",
-                    format!("is not {}, with which migration {} began", hex(&known.store_id), slot.id),
-                )
-                .metadata("store_id", hex(&header.source.store_id)));
-        }
-        if header.attempt <= progress.attempt {
-            let (reason, what) = if kept.session == header.session {
-                (Reason::StaleAttempt, "this session; claim the next one")
-            } else {
-                (Reason::Superseded, "another session; this one must stop")
-            };
-            return Err(reason
-                .error(format!(
-                    "attempt {} is not higher than {} of {what}",
-                    header.attempt, progress.attempt
-                ))
-                .metadata("attempt", progress.attempt.to_string()));
-        }
+    /// Whether data of such a stream can be taken, where it brings some.
+    async fn take_on(&self, incoming: &Incoming, header: &CheckedHeader) -> Result<(), Error> {
+        let progress = &incoming.record.progress;
         let open = matches!(incoming.state(), MigrationState::Receiving | MigrationState::Prepared);
         if !header.transfer || !open {
             return Ok(());
@@ -129,8 +118,14 @@ impl<T: MigrationTarget> Inner<T> {
         guarded(async { self.target.admit(&offer).await }).await
     }
 
-    /// Records that no older attempt commits any more, unless one has.
-    async fn fence(&self, slot: &Slot, incoming: &mut Incoming, header: &CheckedHeader) -> Result<(), Error> {
+    /// Records that no older attempt commits any more, unless one has. A copy begins only where data is `taken`.
+    async fn fence(
+        &self,
+        slot: &Slot,
+        incoming: &mut Incoming,
+        header: &CheckedHeader,
+        taken: bool,
+    ) -> Result<(), Error> {
         if incoming.state() == MigrationState::Prepared {
             self.abort_prepared(slot, incoming).await?;
         }
@@ -140,7 +135,7 @@ impl<T: MigrationTarget> Inner<T> {
             return self.save(slot, incoming, next).await;
         }
         next.unprepare();
-        if header.transfer && header.copy > next.progress.copy {
+        if taken && header.transfer && header.copy > next.progress.copy {
             next.progress.copy_reason =
                 format!("the source began copy {}; see its progress for why", header.copy);
             begin_copy(&mut next, header);
@@ -303,6 +298,32 @@ impl<T: MigrationTarget> Inner<T> {
             supported_features: FEATURES.map(str::to_owned).to_vec(),
         }
     }
+}
+
+/// Refuses what must not disturb the stream that there is.
+fn check(slot: &Slot, incoming: &Incoming, header: &CheckedHeader) -> Result<(), Error> {
+    let Record { spec, progress, kept } = &incoming.record;
+    check_spec(spec, header)?;
+    let known = progress.peer.clone().unwrap_or_default();
+    if known.store_id != header.source.store_id {
+        return Err(Reason::StoreChanged
+            .field(
+                "header.source.store_id",
+                format!("is not {}, with which migration {} began", hex(&known.store_id), slot.id),
+            )
+            .metadata("store_id", hex(&header.source.store_id)));
+    }
+    if header.attempt <= progress.attempt {
+        let (reason, what) = if kept.session == header.session {
+            (Reason::StaleAttempt, "this session; claim the next one")
+        } else {
+            (Reason::Superseded, "another session; this one must stop")
+        };
+        return Err(reason
+            .error(format!("attempt {} is not higher than {} of {what}", header.attempt, progress.attempt))
+            .metadata("attempt", progress.attempt.to_string()));
+    }
+    Ok(())
 }
 
 fn check_spec(known: &MigrationSpec, header: &CheckedHeader) -> Result<(), Error> {
