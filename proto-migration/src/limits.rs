@@ -70,8 +70,8 @@ pub struct Limits {
     pub slowest_bytes: u64,
     /// Time within which these have to come. Default 10 min.
     pub slowest_time: Duration,
-    /// How long the record of a migration that was cancelled, or of which nothing is staged, is kept at the target after its last stream.
-    /// Default 1 h.
+    /// How long the record of a migration that was cancelled is kept at the target after its last stream. Default 1 h. One of which nothing is staged is kept
+    /// for twice [`idle`](Self::idle), if that is less: it keeps others off the slots, and its source may never have heard that it was accepted.
     pub record_kept: Duration,
     /// Records of cancelled migrations from one source node that are kept for so long at the target. Default 64. With one more, the oldest is dropped;
     /// the history knows of it.

@@ -295,6 +295,33 @@ async fn records_that_nobody_needs_are_dropped_and_others_are_not() {
     assert_eq!(discarded.reason, "enough");
 }
 
+/// It gave up before it was accepted, and cannot tell.
+#[tokio::test(start_paused = true)]
+async fn a_source_that_never_heard_that_it_was_accepted_has_the_slots_for_a_minute() {
+    let node = Node::start().await;
+    let gate = Arc::new(tokio::sync::Semaphore::new(0));
+    node.target.fault("begin", Fault::Wait(Arc::clone(&gate)));
+    let source = node.open(header(1)).await;
+    eventually("it is about to begin", || node.target.calls("begin") == 1).await;
+    drop(source);
+    gate.add_permits(1);
+    eventually("it has begun", || node.target.disk().records.len() == 1).await;
+    let began = tokio::time::Instant::now();
+    let other = Header { migration_id: "m2".into(), ..header(1) };
+    assert_eq!(node.refused(other.clone()).await.reason(), "RANGE_BUSY");
+    tokio::time::sleep(Duration::from_secs(59)).await;
+    assert_eq!(node.progress().state(), MigrationState::Receiving, "it may still come");
+    eventually("it is given up", || node.progress().state() == MigrationState::Failed).await;
+    assert!(began.elapsed() < Duration::from_secs(80), "{:?}", began.elapsed());
+    assert!(node.target.disk().records.is_empty());
+    drop(node.accept(other).await);
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    eventually("the other one is given up, too", || node.target.disk().records.is_empty()).await;
+    // It comes after all.
+    let (_, accepted) = node.accept(header(2)).await;
+    assert!(!accepted.known && accepted.resume.is_some());
+}
+
 /// Decides in memory; can be made to fail first.
 #[derive(Debug, Clone, Default)]
 struct Consensus {

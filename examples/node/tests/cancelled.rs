@@ -84,7 +84,7 @@ async fn a_target_whose_answer_was_lost_hears_of_the_cancel() {
     assert_eq!(pair.source().await, MigrationState::Pending);
     proxy.go_next(Ways::default());
     assert_eq!(cancel(&pair.n1, ID).await.unwrap().state(), MigrationState::Cancelled);
-    // Otherwise it would keep the slots from others for an hour.
+    // Otherwise it would keep the slots from others for a minute.
     reaches(&pair.n2, ID, Direction::In, MigrationState::Cancelled).await;
     pair.ends("a cancel that the target did not know of", load, MigrationState::Cancelled).await;
 }

@@ -164,7 +164,7 @@ pub(super) struct Incoming {
     pub(super) doubt: bool,
     pub(super) meter: Meter,
     /// When its last stream ended, or when this process found it.
-    pub(super) last_stream: Instant,
+    pub(super) last_stream: tokio::time::Instant,
 }
 
 impl Incoming {
@@ -179,7 +179,7 @@ impl Incoming {
             unrecorded: false,
             doubt: false,
             meter: Meter::default(),
-            last_stream: Instant::now(),
+            last_stream: tokio::time::Instant::now(),
         }
     }
 

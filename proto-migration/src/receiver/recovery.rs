@@ -182,7 +182,7 @@ impl<T: MigrationTarget> Inner<T> {
 
     /// Drops records that nobody comes back for, until the node stops.
     pub(super) async fn collect(&self) {
-        let every = COLLECT_INTERVAL.min(self.limits.record_kept / 4).max(Duration::from_millis(50));
+        let every = COLLECT_INTERVAL.min(self.unused_kept() / 4).max(Duration::from_millis(50));
         loop {
             tokio::select! {
                 () = self.stopping.cancelled() => return,
@@ -222,7 +222,13 @@ impl<T: MigrationTarget> Inner<T> {
         }
     }
 
-    /// Drops a record that nobody came back for within `kept`.
+    /// How long a record is kept of which nothing is staged. It has the slots and a place, and where its source never heard that it was accepted, nobody comes
+    /// to give them back. One that does come begins anew.
+    fn unused_kept(&self) -> Duration {
+        self.limits.record_kept.min(self.idle().saturating_mul(2))
+    }
+
+    /// Drops a record that nobody came back for: of one that was cancelled, within `kept`.
     async fn collect_one(&self, slot: &Slot, kept: Duration) {
         // One that is worked on is not stale.
         let Ok(_attach) = slot.attach.try_lock() else { return };
@@ -231,6 +237,7 @@ impl<T: MigrationTarget> Inner<T> {
         if incoming.unrecorded {
             self.record_end(slot, incoming).await;
         }
+        let kept = if incoming.state() == MigrationState::Cancelled { kept } else { self.unused_kept() };
         let stale = incoming.last_stream.elapsed() >= kept;
         if incoming.doubt || slot.has_stream() || !stale || !incoming.is_empty() {
             return;

@@ -124,7 +124,7 @@ impl<T: MigrationTarget> Inner<T> {
         if let Some(incoming) = state.as_mut()
             && incoming.record.progress.attempt == permit.attempt
         {
-            incoming.last_stream = std::time::Instant::now();
+            incoming.last_stream = Instant::now();
             incoming.show(|progress| {
                 progress.connected = false;
                 if let Some(error) = error {
