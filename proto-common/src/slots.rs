@@ -16,6 +16,12 @@ use crate::v1;
 /// Number of slots: 16384, from the [Redis Cluster specification](https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/).
 pub const SLOT_COUNT: u16 = 16_384;
 
+/// How far above the slot epoch that it had a node claims slots that an operator has it keep: 65536.
+///
+/// The node that may have taken them over is lost, and may have handed them on before, each time at an epoch 1 higher: two owners at the same
+/// epoch would both serve, and neither would ever give way. No chain of moves gets this far while one hand-over waits for its operator.
+pub const RECLAIM_STEP: u64 = 1 << 16;
+
 /// The slot of `key`, in `0..SLOT_COUNT`.
 ///
 /// If the key holds `{...}` with something between the first `{` and the first `}` after it, only that part

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use proto_common::error::Error;
-use proto_common::slots::{SlotRange, slot_of};
+use proto_common::slots::{RECLAIM_STEP, SlotRange, slot_of};
 use proto_migration::Reason;
 use proto_migration::hold::HoldMode;
 use proto_migration::journal::Journal;
@@ -112,7 +112,10 @@ async fn a_target_that_lost_its_disk_while_committing_needs_an_operator() {
     assert_eq!((wrong.reason(), wrong.get("store_id")), ("RESOLVE_REFUSED", Some("02".repeat(16).as_str())));
     let resolved = pair.resolve(discarded, |_| {}).await.unwrap();
     assert_eq!(resolved.state(), MigrationState::Cancelled);
-    assert_eq!((resolved.slot_epoch, resolved.resolved_reason.as_deref()), (2, Some("the disk burnt")));
+    assert_eq!(
+        (resolved.slot_epoch, resolved.resolved_reason.as_deref()),
+        (RECLAIM_STEP, Some("the disk burnt"))
+    );
     pair.source_serves().await;
     assert_eq!(pair.resolve(discarded, |_| {}).await.unwrap().state(), MigrationState::Cancelled);
     let other = pair.resolve(MigrationDecision::Committed, |_| {}).await.unwrap_err();

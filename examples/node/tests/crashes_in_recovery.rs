@@ -5,6 +5,7 @@
 #[allow(dead_code, unreachable_pub)]
 mod support;
 
+use proto::common::slots::RECLAIM_STEP;
 use proto::node::{Direction, MigrationDecision, MigrationGate, MigrationProgress, MigrationState};
 use support::crash::{Crash, End, Source, Target, all, dies, doom};
 use support::migration::{ID, Pair, begin, manual, progress, reaches, request, resolve};
@@ -138,7 +139,7 @@ async fn taken_back(point: &'static str) {
         (MigrationState::Cancelled, MigrationGate::Open),
         "{point}"
     );
-    assert_eq!(decided.slot_epoch, 3, "{point}: higher than what the lost store may have");
+    assert_eq!(decided.slot_epoch, 1 + RECLAIM_STEP, "{point}: higher than what the lost store may have");
     pair.owner(false).await;
     let faults = checker::check(&load.finish().await, 0);
     assert!(faults.is_empty(), "{point}: {faults:?}");

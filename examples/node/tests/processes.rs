@@ -16,6 +16,7 @@ use node::split::ROWS_FILE;
 use node::store::{Identity, Init, SplitIntent, Store, StoreOptions};
 use proto::common::ids::{ShardId, TransferId};
 use proto::common::path::FileName;
+use proto::common::slots::RECLAIM_STEP;
 use proto::snapshot::FileSnapshotStore;
 use proto::snapshot::spec::{FileTotal, Manifest, ManifestFile, SnapshotPoint, TransferPlan, TransferSpec};
 use proto::snapshot::store::{FileStoreOptions, SnapshotStore as _, Staging as _};
@@ -353,6 +354,11 @@ async fn a_target_that_lost_its_disk_is_no_evidence_and_the_operator_decides() {
     n1.restart().await.unwrap();
     check(&[&n1], 20_000).await;
     assert_eq!(split_says(&mut client(&n1).await, "phase").await, "", "nothing is left of it");
+    n1.stop().await.unwrap();
+    let (store, _) = open(dir.path(), "n1");
+    let kept = store.adopt(Vec::new()).await.unwrap().of(8192).unwrap().epoch;
+    assert_eq!(kept, 2 + RECLAIM_STEP, "above whoever may have the slots from the lost node");
+    store.close();
 }
 
 #[tokio::test]

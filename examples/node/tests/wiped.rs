@@ -11,6 +11,7 @@ use std::time::Duration;
 use node::demo::client::Client;
 use node::demo::processes::NodeProcess;
 use proto::common::error::Error;
+use proto::common::slots::RECLAIM_STEP;
 use proto::node::health_service_client::HealthServiceClient;
 use proto::node::{
     Direction, HealthCheckRequest, HealthStatus, MigrationDecision, MigrationGate, MigrationProgress,
@@ -63,12 +64,12 @@ async fn a_target_that_was_wiped_before_the_freeze_costs_nobody_anything() {
         let refused = cancel(&pair.n1, ID).await.unwrap_err();
         assert!(is(&refused, "RESOLVE_REFUSED"), "{refused:?}");
         let decided = resolve(&pair.n1, &stopped, MigrationDecision::Discarded).await.unwrap();
-        assert_eq!((decided.state(), decided.slot_epoch), (MigrationState::Cancelled, 3));
+        assert_eq!((decided.state(), decided.slot_epoch), (MigrationState::Cancelled, 1 + RECLAIM_STEP));
         assert_eq!(decided.resolved_reason.as_deref(), Some("a test decides"));
         // The new store can be moved to like any other.
         begin(&pair.n1, request("again", &pair.n2)).await.unwrap();
         let again = reaches(&pair.n1, "again", Direction::Out, MigrationState::Completed).await;
-        assert_eq!(again.slot_epoch, 4);
+        assert_eq!(again.slot_epoch, 2 + RECLAIM_STEP);
         until("the target's end", async || {
             support::migration::state(&pair.n2, "again", Direction::In).await == MigrationState::Completed
         })
@@ -110,7 +111,7 @@ async fn a_target_that_was_wiped_while_it_was_prepared_leaves_the_slots_to_an_op
     for _ in 0..2 {
         let decided = resolve(&pair.n1, &again, MigrationDecision::Discarded).await.unwrap();
         assert_eq!((decided.state(), decided.gate()), (MigrationState::Cancelled, MigrationGate::Open));
-        assert_eq!(decided.slot_epoch, 3, "higher than what the lost store may have");
+        assert_eq!(decided.slot_epoch, 1 + RECLAIM_STEP, "higher than what the lost store may have");
     }
     let refused = resolve(&pair.n1, &again, MigrationDecision::Committed).await.unwrap_err();
     assert!(is(&refused, "RESOLVE_REFUSED"), "{refused:?}");
@@ -158,7 +159,7 @@ async fn a_target_that_returns_after_the_slots_were_taken_back_obeys() {
     })
     .await;
     let decided = out(&pair).await;
-    assert_eq!((decided.state(), decided.slot_epoch), (MigrationState::Cancelled, 3));
+    assert_eq!((decided.state(), decided.slot_epoch), (MigrationState::Cancelled, 1 + RECLAIM_STEP));
     pair.n2.restart().await.unwrap();
     proxy.go(Ways::default());
     until("it learns that its commit does not count", async || {

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use proto_common::clock::now_unix_ms;
 use proto_common::error::Error;
+use proto_common::slots::RECLAIM_STEP;
 use proto_common::text::hex;
 use proto_common::v1::Priority;
 use tokio::sync::oneshot;
@@ -183,9 +184,9 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         self.hand_over(&committed).await
     }
 
-    /// The operator's DISCARDED: this node serves, at an epoch that the lost target cannot have.
+    /// The operator's DISCARDED: this node serves, at an epoch that neither the lost target nor whoever has the slots from it can have.
     async fn take_back(&mut self) -> Result<(), Halt> {
-        let epoch = self.shown().slot_epoch.saturating_add(2);
+        let epoch = self.shown().slot_epoch.saturating_add(RECLAIM_STEP);
         self.record.claim_epoch = epoch;
         self.record.untold = true;
         self.save().await?;

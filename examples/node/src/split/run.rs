@@ -8,6 +8,7 @@ use std::time::Duration;
 use proto::common::error::Error;
 use proto::common::ids::ShardId;
 use proto::common::path::FileName;
+use proto::common::slots::RECLAIM_STEP;
 use proto::node::Priority;
 use proto::snapshot::sender::{SenderOptions, SnapshotToSend};
 use proto::snapshot::spec::SnapshotPoint;
@@ -283,9 +284,9 @@ async fn settle(splits: &Splits, begun: &Begun, writes: GateHold, resolution: Re
     match resolution {
         Resolution::Give => commit(splits, begun, writes).await,
         Resolution::Keep => {
-            // Above what the target may have been given: should it come back, its claim is the older one.
+            // Above what the target may have been given, and may have handed on: should it come back, its claim is the older one.
             let node = &splits.inner.node;
-            let epoch = begun.intent.epoch.saturating_add(1);
+            let epoch = begun.intent.epoch.saturating_add(RECLAIM_STEP);
             let claim = Claim { range: begun.range, owner: node.id().clone(), epoch };
             while let Err(error) = node.keep_for(claim.clone(), begun.transfer.to_string()).await {
                 splits.failed(&begun.transfer, &error);

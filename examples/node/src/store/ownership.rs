@@ -11,8 +11,9 @@ use crate::common::{NodeId, SLOT_COUNT, SlotRange};
 
 /// Nodes that are learned of at most: each is asked all the time, and kept for ever. Slots of further ones are known as theirs, without an address.
 pub(crate) const MAX_NODES: usize = 1024;
-/// How far above the highest epoch that is known of its slots one may be that a peer tells. Honest ones rise by one or two with each move; and in steps of
-/// this size nobody gets to the highest number that there is, which would leave the slots with an owner for ever.
+/// How far above the highest epoch that is known of its slots one may be that a peer tells. Honest ones rise by one with each move, and by
+/// 65536 where an operator takes slots back; and in steps of this size nobody gets to the highest number that there is, which would leave the slots with an
+/// owner for ever.
 pub(crate) const MAX_EPOCH_LEAP: u64 = 1 << 32;
 
 /// Where a node can be reached.

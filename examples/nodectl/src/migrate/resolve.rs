@@ -1,5 +1,6 @@
 //! `nodectl migrate resolve`: a person decides what the nodes cannot know, and is told what that means first.
 
+use proto::common::slots::RECLAIM_STEP;
 use proto::common::text::hex;
 use proto::node::{Direction, MigrationDecision, MigrationProgress, MigrationState, ResolveMigrationRequest};
 
@@ -78,7 +79,7 @@ fn plan(seen: &MigrationProgress, decision: MigrationDecision, attempt: u64, sto
         (false, false) => format!(
             "{source} takes slots {slots} back, at epoch {}, and serves what it had; writes that {target} acknowledged after a \
              hand-over are lost",
-            seen.slot_epoch.saturating_add(2)
+            seen.slot_epoch.saturating_add(RECLAIM_STEP)
         ),
         (true, true) => format!(
             "{target} becomes the owner of slots {slots} with what it has prepared; writes that {source} acknowledged after that \
