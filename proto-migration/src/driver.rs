@@ -423,11 +423,45 @@ impl<S: MigrationSource, D: Dial> Inner<S, D> {
         };
         progress.enter(MigrationState::Pending);
         let record = SourceRecord { progress: Some(progress.clone()), fence, ..SourceRecord::default() };
-        self.journal.save(&id, spec.slots, &record).await?;
-        tracing::info!(migration_id = %id, slots = %spec.slots, target = %spec.target_node, "migration started");
-        let task = self.task(id, spec, limits, record, None, Some(range))?;
+        let saved = self.journal.save(&id, spec.slots, &record).await;
+        let mut task = match saved.and_then(|()| self.task(id.clone(), spec, limits, record, None, None)) {
+            Ok(task) => task,
+            Err(error) => return Err(self.withdraw(id, range, error).await),
+        };
+        tracing::info!(migration_id = %id, slots = %task.spec.slots, target = %task.spec.target_node, "migration started");
+        task.range = Some(range);
         self.tasks.spawn(task.run());
         Ok(StartMigrationResponse { migration: Some(progress), joined: false })
+    }
+
+    /// A start that failed leaves no record, which a later process would go on with though its caller knows of none. Until it is gone, nobody gets the slots: a
+    /// record of theirs would be found beside it.
+    async fn withdraw(self: &Arc<Self>, id: MigrationId, range: RangeHold, error: Error) -> Error {
+        let Err(mut failed) = self.journal.withdraw(&id, range.range()).await else { return error };
+        let text = format!(
+            "migration {id} did not begin: {}; nor can what was saved of it be removed: {}, and until then nobody gets slots {}, and a restart of \
+             this node would begin it",
+            error.message(),
+            failed.message(),
+            range.range()
+        );
+        let inner = Arc::clone(self);
+        self.tasks.spawn(async move {
+            let mut backoff = Backoff::default().start();
+            loop {
+                tracing::error!(migration_id = %id, error = %failed, "the record of a migration that did not begin cannot be removed");
+                let wait = backoff.next(&failed).unwrap_or(Duration::from_secs(10));
+                tokio::select! {
+                    () = inner.stopping.cancelled() => return,
+                    () = tokio::time::sleep(wait) => {}
+                }
+                match inner.journal.withdraw(&id, range.range()).await {
+                    Ok(()) => return,
+                    Err(again) => failed = again,
+                }
+            }
+        });
+        Reason::StorageFailed.error(text).caused_by(error)
     }
 
     /// Refuses a caller that is not, or no longer, who it believes to be.

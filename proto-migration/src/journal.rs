@@ -265,6 +265,24 @@ impl Journal {
         Ok(())
     }
 
+    /// Takes the record of a migration away that has not begun, durably, if it is there.
+    ///
+    /// # Errors
+    ///
+    /// `STORAGE_FAILED`: a crash may leave it there. Call it again.
+    pub(crate) async fn withdraw(&self, id: &MigrationId, slots: SlotRange) -> Result<(), Error> {
+        let shared = Arc::clone(&self.shared);
+        let path = shared.active.join(file_name(slots, id));
+        blocking("drop the record of a migration that did not begin", move || {
+            match fs::remove_file(path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+                // Where it is gone, an earlier call may have got no further.
+                _ => sync_dir(&shared.active),
+            }
+        })
+        .await
+    }
+
     /// Puts a migration into this node that ended into the history. Its record is the store's; the journal may have one of another migration, out of this
     /// node, that has the same ID and the same slots.
     ///

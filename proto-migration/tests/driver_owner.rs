@@ -6,7 +6,7 @@
 mod support;
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use proto_common::error::Error;
 use proto_common::guard::RangeGuard;
@@ -18,7 +18,7 @@ use proto_migration::v1::migration_service_client::MigrationServiceClient;
 use proto_migration::v1::{MigrationDecision, MigrationGate, MigrationProgress, MigrationState};
 use support::memory_source::{Answer, Faults, MemorySource};
 use support::memory_target::{Fault, MemoryTarget};
-use support::pair::{Pair, dial, error_of, identity, manual};
+use support::pair::{Pair, dial, error_of, id, identity, manual};
 use tokio::sync::Semaphore;
 
 #[tokio::test]
@@ -54,6 +54,31 @@ async fn a_start_that_is_refused_holds_no_slots() {
     }
     pair.source.take_back(2);
     pair.begin(|request| request.migration_id = "m2".into()).await.unwrap();
+}
+
+/// Its caller knows of no migration: a restart must not find one.
+#[tokio::test]
+async fn nobody_gets_the_slots_of_a_start_that_failed_until_nothing_is_left_of_it() {
+    let pair = Pair::start().await;
+    pair.fill(10).await;
+    // Neither written nor removed.
+    let record = pair.dir.path().join("source").join(Journal::file_of(SlotRange::FULL, &id()));
+    std::fs::create_dir(&record).unwrap();
+    let failed = pair.begin(|_| {}).await.unwrap_err();
+    assert_eq!(failed.reason(), "STORAGE_FAILED");
+    assert!(failed.message().contains("nor can what was saved of it be removed"), "{failed}");
+    for other in ["m1", "m2"] {
+        let refused = pair.begin(|request| request.migration_id = other.into()).await.unwrap_err();
+        assert_eq!((refused.reason(), refused.get("holder")), ("RANGE_BUSY", Some("migration m1")));
+    }
+    std::fs::remove_dir(&record).unwrap();
+    let began = Instant::now();
+    while let Err(busy) = pair.begin(|_| {}).await {
+        assert!(busy.reason() == "RANGE_BUSY" && began.elapsed() < Duration::from_secs(30), "{busy}");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    pair.reaches(MigrationState::Completed).await;
+    assert_eq!(pair.target_rows().len(), 10);
 }
 
 #[tokio::test]
