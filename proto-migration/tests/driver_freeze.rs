@@ -8,13 +8,16 @@ mod support;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use proto_common::slots::SlotRange;
 use proto_migration::hold::HoldMode;
+use proto_migration::journal::Journal;
 use proto_migration::v1::{
-    MigrationDecision, MigrationLimits, MigrationProgress, MigrationState, StartMigrationRequest,
+    FreezeOutcome, MigrationDecision, MigrationLimits, MigrationProgress, MigrationState,
+    StartMigrationRequest,
 };
 use support::memory_source::{Answer, Faults};
 use support::memory_target::Fault;
-use support::pair::{Pair, manual};
+use support::pair::{Pair, id, manual};
 use tokio::sync::Semaphore;
 
 /// Writes are held, and drain until the faults of the source are taken away.
@@ -89,6 +92,44 @@ async fn a_cancel_at_the_target_is_a_cancel_in_a_freeze_too() {
         assert_eq!((end.cancel_reason.as_str(), end.cancelled_at_node_id.as_str()), ("why not", "n2"));
         assert!(end.freezes.iter().all(|freeze| freeze.freeze_ms.is_some()), "{end:?}");
         pair.source_serves().await;
+    }
+}
+
+/// Reads drain, the last thing before the commit, and the disk of the journal takes nothing.
+#[tokio::test]
+async fn clients_are_not_held_for_a_call_that_cannot_be_saved() {
+    // A cancel ends a freeze. A start that joins does not, nor does it make one longer.
+    for (cancels, freeze_ms) in [(true, 60_000), (false, 2_000)] {
+        let pair = Pair::start().await;
+        pair.fill(100).await;
+        pair.source.set_faults(Faults { slow_reads: Duration::from_secs(60), ..Faults::default() });
+        let limits = MigrationLimits { freeze_timeout_ms: Some(freeze_ms), ..MigrationLimits::default() };
+        pair.begin(|request| request.limits = Some(limits)).await.unwrap();
+        pair.until("reads are held", |_| pair.source.held() == Some(HoldMode::All)).await;
+        let record = pair.dir.path().join("source").join(Journal::file_of(SlotRange::FULL, &id()));
+        std::fs::remove_file(&record).unwrap();
+        std::fs::create_dir(&record).unwrap();
+        let asked = async {
+            if cancels {
+                pair.cancel().await
+            } else {
+                pair.begin(|request| request.limits = Some(limits)).await
+            }
+        };
+        let served = async {
+            pair.until("clients are served", |_| pair.source.held().is_none()).await;
+            pair.source.set_faults(Faults::default());
+            std::fs::remove_dir(&record).expect("nothing was saved");
+        };
+        let (asked, ()) = tokio::join!(asked, served);
+        asked.unwrap();
+        let end = pair.until("it has ended", |progress| progress.state().is_final()).await;
+        let (state, outcome) = if cancels {
+            (MigrationState::Cancelled, FreezeOutcome::Cancelled)
+        } else {
+            (MigrationState::Completed, FreezeOutcome::TimedOut)
+        };
+        assert_eq!((end.state(), end.freezes[0].outcome()), (state, outcome), "{end:?}");
     }
 }
 

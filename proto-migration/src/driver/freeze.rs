@@ -13,7 +13,7 @@ use tokio::time::{Instant, interval, timeout_at};
 use super::approach::Slowed;
 use super::calls::Command;
 use super::dial::Dial;
-use super::link::{Said, unexpected};
+use super::link::{Outbound, Said, unexpected};
 use super::pump::Wish;
 use super::task::{Halt, Task};
 use super::transfer::Running;
@@ -128,8 +128,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
     ) -> Result<Result<Hold, GivenUp>, Halt> {
         let (source, id, slots) = (Arc::clone(&self.inner.source), self.id.clone(), self.spec.slots);
         let new_slot_epoch = self.new_slot_epoch();
-        let stopping = self.inner.stopping.clone();
-        let (alive, mut beat) = (running.out.clone(), interval(HEARTBEAT));
+        let alive = running.out.clone();
         let Running { link, out, wish, sent, log, .. } = running;
         let steps = async {
             let began = Instant::now();
@@ -172,6 +171,19 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
             way.prepared = began.elapsed().saturating_sub(way.drained + way.flushed);
             Ok(hold)
         };
+        self.while_held(&alive, deadline, steps).await
+    }
+
+    /// Does `steps` with clients held for them, until `deadline` at most. Nothing that callers ask is saved meanwhile: a disk that takes nothing would
+    /// keep clients waiting for as long.
+    async fn while_held<T>(
+        &mut self,
+        alive: &Outbound,
+        deadline: Instant,
+        steps: impl Future<Output = Result<T, GivenUp>>,
+    ) -> Result<Result<T, GivenUp>, Halt> {
+        let stopping = self.inner.stopping.clone();
+        let mut beat = interval(HEARTBEAT);
         let mut steps = std::pin::pin!(timeout_at(deadline, steps));
         loop {
             tokio::select! {
@@ -180,9 +192,8 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
                 command = self.commands.recv() => match command {
                     None => return Err(Halt::Stopping),
                     Some(command @ Command::Cancel { .. }) => return Ok(Err(GivenUp::Asked(command))),
-                    // Writes don't wait for it to be saved.
                     Some(command @ Command::Join { .. }) => self.later.push(command),
-                    // Neither ends a freeze, nor changes anything in it.
+                    // Neither ends a freeze, nor changes anything in it, nor is saved.
                     Some(command @ (Command::Complete { .. } | Command::Resolve { .. })) => {
                         self.command(command).await?;
                     }
@@ -205,12 +216,10 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
     ) -> Result<Result<(), GivenUp>, Halt> {
         let began = Instant::now();
         let (source, slots) = (Arc::clone(&self.inner.source), self.spec.slots);
-        let closing = timeout_at(deadline, async move { source.hold(slots, HoldMode::All).await });
-        let all = match self.meanwhile(closing).await {
-            Ok(Ok(Ok(hold))) => hold,
-            Ok(Ok(Err(error))) => return Ok(Err(error.into())),
-            Ok(Err(_)) => return Ok(Err(GivenUp::TimedOut)),
-            Err(halt) => return Err(halt),
+        let closing = async move { Ok(source.hold(slots, HoldMode::All).await?) };
+        let all = match self.while_held(&running.out, deadline, closing).await? {
+            Ok(hold) => hold,
+            Err(given_up) => return Ok(Err(given_up)),
         };
         if let Err(error) = self.check_owner() {
             return Ok(Err(GivenUp::Refused(error, None)));

@@ -65,6 +65,8 @@ pub struct Faults {
     pub slow_pages: Duration,
     /// Writes that are on their way end this long after a hold.
     pub slow_drain: Duration,
+    /// The same of reads, where they are held, too.
+    pub slow_reads: Duration,
     /// Whoever is admitted waits for a permit, with what the store says decided.
     pub slow_admit: Option<Arc<Semaphore>>,
     /// Nothing is given up.
@@ -447,8 +449,12 @@ impl MigrationSource for MemorySource {
             MemoryHold { shared: Arc::clone(&self.shared), id, held }
         };
         let began = Instant::now();
+        let slow = || match (mode, &self.shared.lock().faults) {
+            (HoldMode::Writes, faults) => faults.slow_drain,
+            (HoldMode::All, faults) => faults.slow_drain.max(faults.slow_reads),
+        };
         // Ends when the fault does.
-        while began.elapsed() < self.shared.lock().faults.slow_drain {
+        while began.elapsed() < slow() {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
         loop {
