@@ -175,15 +175,28 @@ async fn it_hurries(pair: &Pair) -> MigrationProgress {
 #[tokio::test]
 async fn the_target_hurries_before_writes_are_held() {
     let pair = Pair::start().await;
-    // So much patience to come close, too.
-    let limits = MigrationLimits { ready_lag_ms: Some(60_000), ..MigrationLimits::default() };
-    let gate = nothing_is_applied(&pair, limits).await;
+    let gate = nothing_is_applied(&pair, MigrationLimits::default()).await;
     pair.complete(Some(60_000)).await.unwrap();
-    it_hurries(&pair).await;
-    assert_eq!(pair.source.held(), None, "while writes go on");
+    let hurried = it_hurries(&pair).await;
+    assert_eq!(hurried.freeze_count, 0, "while writes go on");
     gate.add_permits(1);
     pair.reaches(MigrationState::Completed).await;
     assert!(!pair.target.hurried());
+}
+
+#[tokio::test]
+async fn a_freeze_is_not_put_off_for_as_long_as_a_lag_may_last() {
+    let pair = Pair::start().await;
+    let limits = MigrationLimits {
+        freeze_timeout_ms: Some(20_000),
+        ready_lag_ms: Some(u64::MAX),
+        ..MigrationLimits::default()
+    };
+    let gate = nothing_is_applied(&pair, limits).await;
+    pair.complete(Some(60_000)).await.unwrap();
+    pair.until("writes are held", |_| pair.source.held() == Some(HoldMode::Writes)).await;
+    gate.add_permits(1);
+    pair.reaches(MigrationState::Completed).await;
 }
 
 /// Freezes with so many changes on their way that the target has not applied, after as many writes to slots that stay.

@@ -11,6 +11,10 @@ use super::task::{Halt, Task};
 use super::transfer::Running;
 use crate::source::MigrationSource;
 
+/// How long the lag is waited for at most, however much of it a caller bears: meanwhile nobody looks at the log and its cap, nor at how fast writers are. As long as with the
+/// default of `ready_lag_ms`.
+const LONGEST_WAIT: Duration = Duration::from_millis(250);
+
 /// A round of changes, from being written at the source to being durable at the target, after which writers are slowed: about what it takes to
 /// gather, send, store and acknowledge what comes at full speed meanwhile.
 const CLOSE: Duration = Duration::from_millis(15);
@@ -62,7 +66,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         };
         let (log, acked, mut acks) =
             (running.log.clone(), running.link.acks.clone(), running.link.acks.clone());
-        let patience = self.limits.ready_lag + Duration::from_millis(50);
+        let patience = patience(self.limits.ready_lag, self.wanted_within());
         let brake: &[Duration] = if self.limits.slow_writers { &BRAKE } else { &[] };
         let rounds = async {
             let head = || log.borrow().head_seq;
@@ -100,6 +104,11 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
     }
 }
 
+/// How long the lag is waited for. Of the time that a caller gave, the freeze needs some, too.
+fn patience(ready_lag: Duration, wanted_within: Duration) -> Duration {
+    ready_lag.saturating_add(Duration::from_millis(50)).min(LONGEST_WAIT).min(wanted_within / 2)
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::Mutex;
@@ -124,5 +133,17 @@ mod tests {
         assert_eq!((hung, began.elapsed()), ((), 10 * LONGEST_BRAKE));
         drop(slowed);
         assert_eq!(seen(), [before; 2]);
+    }
+
+    #[test]
+    fn the_lag_is_waited_for_by_the_time_that_callers_gave_and_not_by_what_they_bear() {
+        let ms = Duration::from_millis;
+        assert_eq!(patience(ms(0), Duration::MAX), ms(50));
+        assert_eq!(patience(ms(200), Duration::MAX), ms(250));
+        for long in [ms(60_000), ms(u64::MAX), Duration::MAX] {
+            assert_eq!(patience(long, Duration::MAX), ms(250));
+            assert_eq!(patience(long, ms(300)), ms(150));
+        }
+        assert_eq!(patience(ms(200), Duration::ZERO), Duration::ZERO);
     }
 }
