@@ -32,13 +32,14 @@ use proto_migration::v1::migration_service_client::MigrationServiceClient;
 use proto_migration::v1::transfer_migration_data_request::{Bulk, Discard, Forget, Frame, Header, Heartbeat};
 use proto_migration::v1::transfer_migration_data_response::Frame as Answer;
 use proto_migration::v1::{
-    MigrationDecision, MigrationProgress, MigrationState, WatchMigrationProgressRequest,
+    MigrationDecision, MigrationGate, MigrationProgress, MigrationState, WatchMigrationProgressRequest,
     WatchMigrationProgressResponse,
 };
 use refusals::{ALONE, Abuse, Refusal, counted, limits_of};
 use support::frames::{COMMIT, Node, PATIENCE, Source, bulk, delta, eventually, header, identity, row};
+use support::memory_source::Answer as Read;
 use support::memory_target::Fault;
-use support::pair::{Pair, driver, driver_within, manual};
+use support::pair::{Pair, driver, driver_within, error_of, id, manual};
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 use tonic::transport::Channel;
@@ -739,6 +740,109 @@ async fn a_copy_that_starts_again_and_again_is_not_hurried() {
     // Each wait is random, up to twice as long as the one before; all of them below a hundredth of that is as good as impossible.
     let lasted = came[7] - came[1];
     assert!(lasted >= Duration::from_millis(100), "six copies within {lasted:?}");
+}
+
+fn highest_attempt(_: &Header) -> Option<Error> {
+    used(u64::MAX)
+}
+
+fn highest_copy(_: &Header) -> Option<Error> {
+    Some(Reason::StaleCopy.error("staged").metadata("copy", u64::MAX.to_string()))
+}
+
+fn used(attempt: u64) -> Option<Error> {
+    Some(Reason::StaleAttempt.error("used").metadata("attempt", attempt.to_string()))
+}
+
+/// Whether its number rises or not.
+#[tokio::test(start_paused = true)]
+async fn an_attempt_is_not_claimed_as_fast_as_a_target_says_that_it_was_used() {
+    let _alone = ALONE.lock().await;
+    let refuses: [hostile_target::Refuses; 2] =
+        [|header| used(header.attempt), |header| used(header.attempt + 1)];
+    for refuses in refuses {
+        let dir = tempfile::tempdir().unwrap();
+        let source = support::memory_source::MemorySource::default();
+        let (hostile, mut came) = hostile_target::HostileTarget::refusing(refuses);
+        let (mut client, stop) = driver_within(&dir, &source, hostile.dial(), Limits::default()).await;
+        client.start_migration(Pair::request("m1")).await.unwrap();
+        let came = came.wait_for(|came| came.len() >= 8).await.unwrap().clone();
+        stop().await;
+        let lasted = came[7] - came[1];
+        assert!(lasted >= Duration::from_millis(100), "six streams within {lasted:?}");
+    }
+}
+
+#[tokio::test]
+async fn no_number_that_a_target_tells_is_counted_beyond_the_highest() {
+    let _alone = ALONE.lock().await;
+    let cases: [(hostile_target::Refuses, MigrationState, &str); 4] = [
+        (highest_attempt, MigrationState::Failed, "SUPERSEDED"),
+        (highest_copy, MigrationState::Failed, "STALE_COPY"),
+        // Once it has accepted.
+        (
+            |header| highest_attempt(header).filter(|_| header.attempt > 1),
+            MigrationState::NeedsOperator,
+            "SUPERSEDED",
+        ),
+        (
+            |header| highest_copy(header).filter(|_| header.attempt > 1),
+            MigrationState::Cancelling,
+            "STALE_COPY",
+        ),
+    ];
+    for (refuses, state, reason) in cases {
+        let mut pair = Pair::start().await;
+        pair.fill(1).await;
+        pair.source_down().await;
+        let (hostile, _came) = hostile_target::HostileTarget::refusing(refuses);
+        up_to(&mut pair, &hostile).await;
+        pair.begin(|_| {}).await.unwrap();
+        let stopped = pair.reaches(state).await;
+        assert_eq!(error_of(&stopped).reason(), reason, "{stopped:?}");
+        // Nor at the next start.
+        pair.source_down().await;
+        pair.source = pair.source.restarted();
+        up_to(&mut pair, &hostile).await;
+        pair.until("nothing is logged", |_| !pair.source.has_log(&id())).await;
+        pair.source_serves().await;
+        assert_eq!(pair.progress().await.state(), state);
+        if state == MigrationState::NeedsOperator {
+            let resolved = pair.resolve(MigrationDecision::Discarded, |_| {}).await.unwrap();
+            assert_eq!(resolved.state(), MigrationState::Cancelled);
+        }
+    }
+}
+
+/// The slots are the target's, and no operator is asked about them.
+#[tokio::test]
+async fn what_was_handed_over_stays_so_whatever_the_target_says() {
+    let _alone = ALONE.lock().await;
+    let mut pair = Pair::start().await;
+    pair.fill(10).await;
+    pair.target.fault("forget", Fault::Wait(Arc::new(Semaphore::new(0))));
+    pair.begin(|_| {}).await.unwrap();
+    pair.until("the target is told", |_| pair.target.calls("forget") == 1).await;
+    assert_eq!(pair.progress().await.state(), MigrationState::Completed);
+    pair.source_down().await;
+    pair.source = pair.source.restarted();
+    let (hostile, mut came) = hostile_target::HostileTarget::refusing(|_| {
+        Some(Reason::Superseded.error("another one").metadata("attempt", "9"))
+    });
+    up_to(&mut pair, &hostile).await;
+    let came = came.wait_for(|came| came.len() >= 3);
+    tokio::time::timeout(PATIENCE, came).await.expect("it is told again").unwrap();
+    let shown = pair.progress().await;
+    assert_eq!((shown.state(), shown.gate()), (MigrationState::Completed, MigrationGate::Moved), "{shown:?}");
+    let refused = pair.resolve(MigrationDecision::Discarded, |_| {}).await.unwrap_err();
+    assert_eq!(refused.reason(), "RESOLVE_REFUSED");
+    assert_eq!(pair.source.read(b"key1").await, Read::Moved { owner: "n2".into(), epoch: 1 });
+}
+
+/// The source of `pair` comes back, and finds another target.
+async fn up_to(pair: &mut Pair, hostile: &hostile_target::HostileTarget) {
+    let (client, stop) = driver_within(&pair.dir, &pair.source, hostile.dial(), Limits::default()).await;
+    (pair.client, pair.stop_driver) = (client, Some(stop));
 }
 
 /// So that no row of the table is forgotten here: each limit is lowered, or exceeded by its name.

@@ -28,6 +28,8 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
     /// who decides about a target that is gone names the attempt that was seen.
     pub(super) async fn open(&mut self, purpose: Purpose) -> Result<Link, Halt> {
         self.change().connected = false;
+        let before = self.shown().attempt;
+        let attempt = before.checked_add(1).ok_or_else(no_attempt_left)?;
         // A node that swallows what is sent must not keep a migration pending for longer than the caller said.
         let patience = match self.state() {
             MigrationState::Pending => self.limits.accept_timeout.saturating_sub(self.began.elapsed()),
@@ -36,7 +38,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         };
         let began = Instant::now();
         let channel = self.dial(patience).await?;
-        self.change().attempt += 1;
+        self.change().attempt = attempt;
         self.save().await?;
         let header = self.header(purpose);
         let opening = timeout(patience.saturating_sub(began.elapsed()), Link::open(channel, header));
@@ -44,7 +46,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         let opened = opened.and_then(|link| self.check_target(&link.accepted).map(|()| link));
         if opened.as_ref().is_err_and(another_node) {
             // The target has not heard of it, and an operator can go on naming the attempt that it has heard of.
-            self.change().attempt -= 1;
+            self.change().attempt = before;
         }
         let link = opened?;
         if self.shown().peer.is_none() {
@@ -205,4 +207,10 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
 
 pub(super) fn silent() -> Error {
     Reason::TargetUnreachable.error("it took the connection and did not answer")
+}
+
+/// Only a number that the target told leads here: streams alone never count so far.
+fn no_attempt_left() -> Error {
+    let text = "the target told of the highest attempt that there is, behind which no stream can come";
+    Reason::Superseded.error(text).metadata("attempt", u64::MAX.to_string())
 }

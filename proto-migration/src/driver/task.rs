@@ -380,6 +380,10 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         if let Err(error) = self.check_owner() {
             return self.fail(&error).await;
         }
+        let Some(copy) = self.shown().copy.checked_add(1) else {
+            let text = "the target told of the highest copy that there is, behind which none can begin";
+            return self.fail(&Reason::StaleCopy.error(text).metadata("copy", u64::MAX.to_string())).await;
+        };
         tracing::warn!(migration_id = %self.id, why, "copying starts again");
         let base = self
             .until(|task| {
@@ -389,7 +393,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
             .await?;
         self.record.base_seq = base;
         let progress = self.change();
-        progress.copy += 1;
+        progress.copy = copy;
         progress.copy_reason = printable(why, ERROR_TEXT_BYTES);
         progress.durable_seq = base;
         let task = progress.task();
@@ -416,11 +420,18 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         }
         let known = self.shown().peer.is_some();
         let reason = Reason::parse(error.reason());
+        let seen = |number| error.get(number).and_then(|seen| seen.parse().ok()).unwrap_or(0_u64);
+        if reason == Some(Reason::StaleAttempt) && seen("attempt") > self.shown().attempt {
+            self.change().attempt = seen("attempt");
+            if self.save().await.is_err() {
+                return None;
+            }
+        }
         // A target that has no place is there, and has one later.
         let unanswered = state == MigrationState::Pending && reason != Some(Reason::TooManyMigrations);
         let done = match reason {
-            // Where nothing was accepted, another migration has this ID there, and no operator can decide about it here.
-            Some(Reason::Superseded) if known => self.needs_operator(&error).await,
+            // Where nothing was accepted, another migration has this ID there, and no operator can decide about it here. Nor can one about an end.
+            Some(Reason::Superseded) if known && !state.is_final() => self.needs_operator(&error).await,
             Some(Reason::StoreChanged) if known => {
                 match state {
                     // Nothing can have been committed there, and nothing of it is left.
@@ -430,12 +441,6 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
                     }
                     _ => self.needs_operator(&error).await,
                 }
-            }
-            Some(Reason::StaleAttempt) => {
-                let seen = error.get("attempt").and_then(|attempt| attempt.parse().ok()).unwrap_or(0);
-                let progress = self.change();
-                progress.attempt = progress.attempt.max(seen);
-                self.save().await
             }
             // A target that never accepted it, and cannot be told, forgets it by itself.
             _ if state.is_final()
@@ -455,9 +460,8 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
             }
             Some(Reason::LogLost) => self.copy_again(error.message()).await,
             Some(Reason::StaleCopy) => {
-                let seen = error.get("copy").and_then(|copy| copy.parse().ok()).unwrap_or(0);
                 let progress = self.change();
-                progress.copy = progress.copy.max(seen);
+                progress.copy = progress.copy.max(seen("copy"));
                 self.copy_again("the target has a later copy than this source knew of").await
             }
             _ if unanswered && self.began.elapsed() >= self.limits.accept_timeout => {

@@ -5,11 +5,12 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use proto_common::error::Error;
 use proto_common::v1::{NodeIdentity, TaskError};
 use proto_migration::Reason;
 use proto_migration::driver::{Dial, dial_fn};
 use proto_migration::v1::migration_service_server::{MigrationService, MigrationServiceServer};
-use proto_migration::v1::transfer_migration_data_request::Frame;
+use proto_migration::v1::transfer_migration_data_request::{Frame, Header};
 use proto_migration::v1::transfer_migration_data_response::{
     Accepted, Ack, Frame as Answer, PrepareRefused, Resume,
 };
@@ -31,7 +32,11 @@ pub struct HostileTarget {
     /// When streams came to one that knows of none before.
     forgetful: Option<Arc<watch::Sender<Vec<Instant>>>>,
     refused: Arc<AtomicUsize>,
+    refuses: Option<Refuses>,
 }
+
+/// Why a stream is refused, if it is.
+pub type Refuses = fn(&Header) -> Option<Error>;
 
 type Answers = mpsc::Sender<Result<TransferMigrationDataResponse, Status>>;
 
@@ -48,6 +53,12 @@ impl HostileTarget {
     pub fn forgetful() -> (Self, watch::Receiver<Vec<Instant>>) {
         let (came, seen) = watch::channel(Vec::new());
         (Self { forgetful: Some(Arc::new(came)), ..Self::default() }, seen)
+    }
+
+    /// The same, which refuses some streams.
+    pub fn refusing(refuses: Refuses) -> (Self, watch::Receiver<Vec<Instant>>) {
+        let (forgetful, seen) = Self::forgetful();
+        (Self { refuses: Some(refuses), ..forgetful }, seen)
     }
 
     /// Streams that came.
@@ -74,6 +85,10 @@ impl HostileTarget {
         while let Ok(Some(TransferMigrationDataRequest { frame: Some(frame) })) = frames.message().await {
             match frame {
                 Frame::Header(header) => {
+                    if let Some(error) = self.refuses.and_then(|refuses| refuses(&header)) {
+                        let _ = answers.send(Err(error.into())).await;
+                        return;
+                    }
                     let store_id = if stream == 0 { vec![2; MUCH] } else { vec![2; 16] };
                     let version = if stream == 0 { String::new() } else { "v".repeat(MUCH) };
                     say(Answer::Accepted(Accepted {
