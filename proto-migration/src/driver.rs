@@ -289,13 +289,17 @@ impl<S: MigrationSource, D: Dial> Inner<S, D> {
         hold: Option<Hold>,
         range: Option<RangeHold>,
     ) -> Result<Task<S, D>, Error> {
-        let tracker = self.migrations.insert(record.progress.clone().unwrap_or_default())?;
+        let progress = record.progress.clone().unwrap_or_default();
+        // The store counts those of its own process.
+        let slowed_before = progress.writers_slowed_ms.saturating_sub(self.source.writers_slowed_ms(&id));
+        let tracker = self.migrations.insert(progress)?;
         let (commands, asked) = mpsc::channel(COMMANDS);
         self.running().insert(id.clone(), Handle { spec: spec.clone(), commands });
         Ok(Task {
             inner: Arc::clone(self),
             rate: RateLimiter::with_rate(limits.bytes_per_second),
             wished_rate: None,
+            slowed_before,
             id,
             spec,
             limits,

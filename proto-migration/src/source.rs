@@ -212,7 +212,8 @@ pub trait MigrationSource: Send + Sync + 'static {
     /// a write that is being delayed.
     fn slow_writers(&self, id: &MigrationId, delay: Duration);
 
-    /// Milliseconds that writers were kept waiting by [`slow_writers`](Self::slow_writers), summed over all of them.
+    /// Milliseconds that writers were kept waiting by [`slow_writers`](Self::slow_writers), summed over all of them, since this process began. The driver adds what
+    /// it has saved of earlier ones.
     fn writers_slowed_ms(&self, id: &MigrationId) -> u64;
 
     /// Stops new requests for `slots`, waits until those that were let in are done and durable, and returns. With

@@ -14,6 +14,7 @@ use proto_common::error::Error;
 use proto_common::fence::Fence;
 use proto_common::slots::{SlotRange, slot_of};
 use proto_common::v1::Direction;
+use proto_migration::MigrationSource as _;
 use proto_migration::driver::{MigrationDriver, dial_fn};
 use proto_migration::hold::HoldMode;
 use proto_migration::journal::Journal;
@@ -24,7 +25,7 @@ use proto_migration::v1::{
 };
 use support::memory_source::{Answer, Faults, MemorySource};
 use support::memory_target::Fault;
-use support::pair::{Pair, Service, error_of, identity, manual};
+use support::pair::{Pair, Service, error_of, id, identity, manual};
 use tokio::sync::Semaphore;
 
 #[tokio::test]
@@ -513,6 +514,32 @@ async fn writers_that_outrun_the_target_are_slowed_and_told_so_and_it_ends_all_t
     assert!(done.source_throttled_ms > 0, "{done:?}");
     assert!(writer.await.unwrap() < Duration::from_secs(20));
     assert_eq!(pair.source.delay(), Duration::ZERO);
+}
+
+#[tokio::test]
+async fn what_writers_were_slowed_by_before_a_restart_counts() {
+    let mut pair = Pair::start().await;
+    pair.begin(manual).await.unwrap();
+    let slowed = async |pair: &Pair, sum: u64| {
+        pair.reaches(MigrationState::Ready).await;
+        pair.source.slow_writers(&id(), Duration::from_millis(5));
+        assert_eq!(pair.source.write(b"key", Some(b"1")).await, Answer::Done);
+        pair.until("it is told", |progress| progress.writers_slowed_ms == sum).await;
+    };
+    slowed(&pair, 5).await;
+    // Which saves it.
+    pair.begin(manual).await.unwrap();
+    pair.source_down().await;
+    pair.source = pair.source.restarted();
+    pair.source_up().await;
+    slowed(&pair, 10).await;
+    // The same store, with another driver.
+    pair.begin(manual).await.unwrap();
+    pair.source_down().await;
+    pair.source_up().await;
+    slowed(&pair, 15).await;
+    pair.complete(None).await.unwrap();
+    assert_eq!(pair.reaches(MigrationState::Completed).await.writers_slowed_ms, 15);
 }
 
 #[tokio::test]

@@ -133,6 +133,24 @@ async fn clients_are_not_held_for_a_call_that_cannot_be_saved() {
     }
 }
 
+#[tokio::test]
+async fn the_time_that_a_source_is_down_is_none_of_a_freeze() {
+    let mut pair = frozen().await;
+    pair.source_down().await;
+    pair.target_down().await;
+    let (journal, recovered) = Journal::open(pair.dir.path().join("source"), 10).unwrap();
+    let (id, mut record) = recovered.active.into_iter().next().unwrap();
+    // Of an hour.
+    record.progress.as_mut().unwrap().freezes[0].started_unix_ms -= 3_600_000;
+    journal.save(&id, SlotRange::FULL, &record).await.unwrap();
+    pair.source = pair.source.restarted();
+    pair.source_up().await;
+    let shown = pair.progress().await;
+    let freeze = &shown.freezes[0];
+    assert_eq!((freeze.outcome(), freeze.freeze_ms), (FreezeOutcome::Interrupted, Some(60_000)), "{shown:?}");
+    assert_eq!(shown.max_freeze_ms, 0, "nobody saw its end");
+}
+
 /// Writes are held, until the target has looked at what it has; with a freeze of at most 100 ms.
 async fn preparing(change: impl FnOnce(&mut StartMigrationRequest)) -> (Pair, Arc<Semaphore>) {
     let pair = Pair::start().await;

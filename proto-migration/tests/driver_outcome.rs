@@ -101,8 +101,10 @@ async fn a_target_that_lost_its_disk_while_committing_needs_an_operator() {
     pair.source_down().await;
     pair.source = pair.source.restarted();
     pair.source_up().await;
-    pair.reaches(MigrationState::NeedsOperator).await;
+    let stuck = pair.reaches(MigrationState::NeedsOperator).await;
     assert_eq!(pair.source.held(), Some(HoldMode::All));
+    let freeze = stuck.freezes.last().unwrap();
+    assert_eq!((freeze.outcome(), freeze.freeze_ms), (FreezeOutcome::Running, None), "clients wait still");
 
     let discarded = MigrationDecision::Discarded;
     let wrong = pair.resolve(discarded, |request| request.attempt += 1).await.unwrap_err();
@@ -116,6 +118,8 @@ async fn a_target_that_lost_its_disk_while_committing_needs_an_operator() {
         (resolved.slot_epoch, resolved.resolved_reason.as_deref()),
         (RECLAIM_STEP, Some("the disk burnt"))
     );
+    let freeze = resolved.freezes.last().unwrap();
+    assert_eq!((freeze.outcome(), freeze.freeze_ms.is_some()), (FreezeOutcome::Fenced, true), "{freeze:?}");
     pair.source_serves().await;
     assert_eq!(pair.resolve(discarded, |_| {}).await.unwrap().state(), MigrationState::Cancelled);
     let other = pair.resolve(MigrationDecision::Committed, |_| {}).await.unwrap_err();

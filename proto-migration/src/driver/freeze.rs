@@ -90,7 +90,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
 
         let mut way = Way::default();
         let prepared = self.prepare(running, number, slowed, deadline, &mut way).await;
-        let writers_slowed_ms = self.inner.source.writers_slowed_ms(&self.id);
+        let writers_slowed_ms = self.writers_slowed_ms();
         self.change().writers_slowed_ms = writers_slowed_ms;
         if let Some(freeze) = self.change().freezes.last_mut() {
             freeze.drain_ms = millis(way.drained);

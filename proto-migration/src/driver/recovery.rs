@@ -15,7 +15,7 @@ use crate::journal::{DamagedFile, Journal, Recovered, SourceRecord};
 use crate::limits::TaskLimits;
 use crate::source::MigrationSource;
 use crate::spec::MigrationSpec;
-use crate::v1::{FreezeOutcome, MigrationGate, MigrationState};
+use crate::v1::{MigrationGate, MigrationState};
 
 /// A record of an earlier process that can be gone on with.
 #[derive(Debug)]
@@ -219,8 +219,9 @@ impl<S: MigrationSource, D: Dial> Inner<S, D> {
         let claim = record.claim_epoch;
         let mut task = self.task(id, spec, limits, record, hold, range)?;
         let taking_back = claim > 0 && state != MigrationState::Cancelled;
-        if state != MigrationState::Committing && !taking_back {
-            task.end_freeze(FreezeOutcome::Interrupted, None);
+        // Where clients are held still, it lasts.
+        if !closed && !taking_back {
+            task.lose_freeze();
         }
         if taking_back {
             // An operator took the slots back, and the crash came before that was recorded.

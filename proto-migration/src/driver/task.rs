@@ -7,7 +7,7 @@ use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::time::Duration;
 
-use proto_common::clock::now_unix_ms;
+use proto_common::clock::{millis, now_unix_ms};
 use proto_common::error::{CommonReason, Error};
 use proto_common::guard::RangeHold;
 use proto_common::ids::MigrationId;
@@ -69,6 +69,8 @@ pub(super) struct Task<S: MigrationSource, D: Dial> {
     pub(super) rate: RateLimiter,
     /// What the target of the last stream asked for, in bytes per second.
     pub(super) wished_rate: Option<NonZeroU64>,
+    /// What earlier processes slowed writers by, in milliseconds.
+    pub(super) slowed_before: u64,
     pub(super) meter: Meter,
     pub(super) backoff: BackoffState,
     /// No freeze before this.
@@ -572,6 +574,22 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         freeze.set_outcome(outcome);
         freeze.error = error.map(kept);
         progress.max_freeze_ms = progress.max_freeze_ms.max(lasted);
+    }
+
+    /// Closes the books of a freeze that an earlier process died in. Nothing is held since; how long it had lasted is not known, but that it was no
+    /// longer than it might.
+    pub(super) fn lose_freeze(&mut self) {
+        let most = millis(self.limits.freeze_timeout);
+        let lasting = self.change().freezes.last_mut().filter(|freeze| freeze.freeze_ms.is_none());
+        if let Some(freeze) = lasting {
+            freeze.freeze_ms = Some(now_unix_ms().saturating_sub(freeze.started_unix_ms).min(most));
+            freeze.set_outcome(FreezeOutcome::Interrupted);
+        }
+    }
+
+    /// How long writers were slowed in all, in milliseconds.
+    pub(super) fn writers_slowed_ms(&self) -> u64 {
+        self.slowed_before.saturating_add(self.inner.source.writers_slowed_ms(&self.id))
     }
 
     /// Books a freeze that begins.

@@ -256,7 +256,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
     fn count(&mut self, running: &Running, sent: &Sent, log: &LogState, age: u64, now: Instant) {
         let ack = *running.link.acks.borrow();
         let before = running.before;
-        let slowed = self.inner.source.writers_slowed_ms(&self.id);
+        let slowed = self.writers_slowed_ms();
         self.show_lag(log, age);
         let copying = self.state() == MigrationState::Copying;
         let progress = self.record.progress.get_or_insert_default();
