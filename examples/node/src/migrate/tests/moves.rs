@@ -13,7 +13,7 @@ use proto::migration::{MigrationSource as _, MigrationTarget as _};
 use super::support::*;
 use crate::common::{NodeId, slot_of};
 use crate::gate::{Access, Verdict};
-use crate::store::{MAX_EPOCH_LEAP, SetExpiry, WriteOp, test_store};
+use crate::store::{Claim, MAX_EPOCH_LEAP, SetExpiry, WriteOp, test_store};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn slots_move_there_and_back() {
@@ -233,6 +233,34 @@ async fn a_target_that_tells_of_the_highest_epoch_gets_one_that_can_be_surpassed
     let ownership = a.node.gate().ownership();
     let claim = ownership.of(slots.start()).unwrap();
     assert_eq!((claim.range, &claim.owner, claim.epoch), (slots, &owner, 1 + MAX_EPOCH_LEAP));
+}
+
+/// A cancel under way has ended the log, an operator decided at the target, and this node learns of the owner before its driver does.
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_of_slots_that_are_known_to_be_given_away_are_given_up_all_the_same() {
+    let dir = tempfile::tempdir().unwrap();
+    let a = TestNode::open(&dir.path().join("a"), "n1", "0-16383");
+    let (moves, stays) = (key_in("key", moving(), true), key_in("key", moving(), false));
+    for key in [&moves, &stays] {
+        a.set(key, "value").await;
+    }
+    a.source.open_log(&id("m"), moving(), None).await.unwrap();
+    a.source.keep(&id("m"), moving(), None).await.unwrap();
+    let owner = NodeId::new("n2").unwrap();
+    let claim = Claim { range: moving(), owner: owner.clone(), epoch: 2 };
+    a.node.change_ownership(move |store| async move { store.adopt(vec![claim]).await }).await.unwrap();
+    assert_eq!(a.node.gate().verdict(slot_of(moves.as_bytes()), Access::Read), Verdict::Moved);
+    assert_eq!(a.rows(moving()).await.len(), 1, "they are there");
+    let (id, slots, address) = (id("m"), moving(), "127.0.0.1:7102".to_owned());
+    let handover = Handover { id, slots, owner, address, slot_epoch: 2 };
+    for again in [false, true] {
+        a.source.give_up(&handover).await.unwrap();
+        assert_eq!((a.rows(moving()).await.len(), a.node.key_count()), (0, 1), "{again}");
+        a.check();
+    }
+    a.node.store().sweep_once().await.unwrap();
+    assert_eq!(test_store::stored_rows(a.node.store()), 1);
+    assert_eq!(a.get(&stays).await, Some(bytes("value")));
 }
 
 proptest! {
