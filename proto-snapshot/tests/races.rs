@@ -5,27 +5,31 @@
 mod support;
 
 use std::num::NonZeroU64;
+use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use futures::FutureExt as _;
 use proto_common::error::{CommonReason, Error};
 use proto_common::fence::Fence;
+use proto_common::peer::Peer;
 use proto_common::v1::Direction;
-use proto_snapshot::hook::{HookFuture, InstallHook};
+use proto_snapshot::hook::{Hold, HookFuture, InstallHook};
 use proto_snapshot::sender::{SenderOptions, SnapshotSender, SnapshotToSend, TransferHandle};
-use proto_snapshot::spec::SnapshotPoint;
-use proto_snapshot::store::PlacedSnapshot;
+use proto_snapshot::spec::{SnapshotPoint, TransferPlan};
+use proto_snapshot::store::{FileSnapshotStore, PlacedSnapshot};
 use proto_snapshot::v1::split_snapshot_service_client::SplitSnapshotServiceClient;
 use proto_snapshot::v1::transfer_split_snapshot_request::{Chunk, File, Frame, Header, LaneHeader, Manifest};
 use proto_snapshot::v1::{
     CancelTransferRequest, TransferPhase, TransferProgress, TransferSplitSnapshotRequest,
     TransferSplitSnapshotResponse,
 };
-use proto_snapshot::{DirectorySource, Reason};
+use proto_snapshot::{DirectorySource, Reason, SnapshotReceiver};
 use support::*;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::body::Body;
 use tonic::transport::Channel;
 
 type Client = SplitSnapshotServiceClient<Channel>;
@@ -204,6 +208,103 @@ async fn a_removal_that_failed_is_repeated_by_the_next_cancel() {
     assert_eq!(cancel(&server, "t").await.unwrap(), TransferPhase::Cancelled);
     assert!(!target.path().join("staging").join("t").exists());
     drop(handle);
+    server.stop().await;
+}
+
+/// Decides about nobody until told.
+struct Door {
+    asked: Arc<AtomicBool>,
+    opens: watch::Receiver<Option<bool>>,
+}
+
+impl InstallHook for Door {
+    fn admit<'a>(&'a self, _: &'a TransferPlan) -> HookFuture<'a, Hold> {
+        self.asked.store(true, Ordering::SeqCst);
+        let mut opens = self.opens.clone();
+        Box::pin(async move {
+            if opens.wait_for(Option::is_some).await.unwrap().unwrap() {
+                Ok(Box::new(()) as Hold)
+            } else {
+                Err(Error::new(CommonReason::InvalidField, "no"))
+            }
+        })
+    }
+
+    fn install<'a>(&'a self, _: &'a PlacedSnapshot) -> HookFuture<'a, ()> {
+        Box::pin(async { Ok(()) })
+    }
+}
+
+/// A receiver where a transfer `t` of node n1 waits to be admitted, its stream, and what decides.
+async fn at_the_door(target: &tempfile::TempDir) -> (Server, Stream, watch::Sender<Option<bool>>) {
+    let asked = Arc::new(AtomicBool::new(false));
+    let (decide, opens) = watch::channel(None);
+    let hook = Door { asked: Arc::clone(&asked), opens };
+    let server = Server::start(builder(target.path()).hook(hook)).await;
+    let stream = stream(&server, opening("t", 1, 1)).await;
+    until("it is asked for", || asked.load(Ordering::SeqCst)).await;
+    (server, stream, decide)
+}
+
+/// Cancels `t`, whichever it is, as the owner of a certificate.
+async fn cancel_as(
+    receiver: SnapshotReceiver<FileSnapshotStore>,
+    node: &'static str,
+) -> Result<TransferPhase, Error> {
+    let peer = Peer::certified(Some(format!("node:///{node}").parse().unwrap()), None);
+    let service =
+        tower::util::MapRequest::new(receiver.into_service(), move |mut request: http::Request<Body>| {
+            request.extensions_mut().insert(peer.clone());
+            request
+        });
+    let request = CancelTransferRequest { transfer_id: "t".to_owned(), ..Default::default() };
+    let answer = SplitSnapshotServiceClient::new(service).cancel_transfer(request).await;
+    Ok(answer?.into_inner().transfer.unwrap().phase())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_cannot_cancel_what_another_one_is_about_to_begin() {
+    for (node, may) in [("n3", false), ("n1", true)] {
+        let target = tempfile::tempdir().unwrap();
+        let (server, mut opened, decide) = at_the_door(&target).await;
+        assert_eq!(phase(&server, "t"), None, "it is not shown yet");
+        let mut cancelling = pin!(cancel_as(server.receiver.clone(), node));
+        assert!(cancelling.as_mut().now_or_never().is_none(), "it waits for that");
+        decide.send_replace(Some(true));
+        let cancelled = tokio::time::timeout(LONG, cancelling).await.expect("a cancel returns");
+        if may {
+            assert_eq!(cancelled.unwrap(), TransferPhase::Cancelled);
+        } else {
+            let refused = cancelled.unwrap_err();
+            assert!(refused.is(CommonReason::PermissionDenied), "{refused:?}");
+            opened.answers.message().await.unwrap().expect("Accepted");
+            until("it goes on", || phase(&server, "t") == Some(TransferPhase::Transferring)).await;
+        }
+        drop(opened);
+        server.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_cannot_cancel_what_this_one_begins_to_send_meanwhile() {
+    let target = tempfile::tempdir().unwrap();
+    let (server, mut opened, decide) = at_the_door(&target).await;
+    let mut cancelling = pin!(cancel_as(server.receiver.clone(), "n1"));
+    assert!(cancelling.as_mut().now_or_never().is_none(), "it waits for the incoming one");
+    // Nobody answers there.
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let sender = SnapshotSender::connect(&format!("http://{}", silent.local_addr().unwrap())).unwrap();
+    let sender = sender.transfers(server.receiver.transfers());
+    let source = source();
+    let sending = sender.send(snapshot("t"), DirectorySource::new(source.path())).unwrap();
+    decide.send_replace(Some(false));
+    opened.answers.message().await.unwrap_err();
+    let refused = tokio::time::timeout(LONG, cancelling).await.expect("a cancel returns").unwrap_err();
+    assert!(refused.is(CommonReason::PermissionDenied), "{refused:?}");
+    let transfers = server.receiver.transfers();
+    let outgoing = transfers.registry().get(Some(Direction::Out), "t").unwrap();
+    assert_ne!(outgoing.phase(), TransferPhase::Cancelled);
+    drop(sending);
     server.stop().await;
 }
 

@@ -18,7 +18,7 @@ use super::incoming::{Incoming, Stage, cancelled};
 use super::session::Answers;
 use super::{Inner, SnapshotReceiver};
 use crate::reason::Reason;
-use crate::spec::id;
+use crate::spec::{TransferSpec, id};
 use crate::store::SnapshotStore;
 use crate::v1::split_snapshot_service_server::SplitSnapshotService;
 use crate::v1::{
@@ -136,7 +136,8 @@ impl<S: SnapshotStore> SplitSnapshotService for SnapshotReceiver<S> {
         self.inner.may_cancel(&caller, direction, &id)?;
         let inner = Arc::clone(&self.inner);
         // A removal that has begun goes on when the caller hangs up.
-        let cancelling = self.inner.tasks.spawn(async move { inner.cancel(&id, direction, &reason).await });
+        let cancelling =
+            self.inner.tasks.spawn(async move { inner.cancel(&caller, &id, direction, &reason).await });
         let transfer = cancelling
             .await
             .map_err(|error| Reason::Internal.error("the cancellation panicked").caused_by(error))
@@ -168,7 +169,7 @@ impl<S: SnapshotStore> Inner<S> {
             .metadata("store_id", proto_common::text::hex(store_id))
     }
 
-    /// Whether `caller` may cancel all that the call could mean.
+    /// Whether `caller` may cancel all that the call could mean, as far as it is shown yet.
     fn may_cancel(
         &self,
         caller: &Caller,
@@ -190,18 +191,21 @@ impl<S: SnapshotStore> Inner<S> {
 
     async fn cancel(
         &self,
+        caller: &Caller,
         id: &TransferId,
         direction: Option<Direction>,
         reason: &str,
     ) -> Result<TransferProgress, Error> {
         if direction != Some(Direction::Out)
-            && let Some(cancelled) = self.cancel_incoming(id, reason).await?
+            && let Some(cancelled) = self.cancel_incoming(caller, id, reason).await?
         {
             return Ok(cancelled);
         }
         if direction != Some(Direction::In)
             && let Some(cancel) = self.transfers.outgoing_cancel(id)
         {
+            // It may have begun since the call was let through.
+            self.may_cancel(caller, Some(Direction::Out), id)?;
             cancel.cancel();
             let mut watch = self.transfers.registry().watch(Some(Direction::Out), id.as_str())?;
             while watch.next().await.is_some() {}
@@ -215,19 +219,28 @@ impl<S: SnapshotStore> Inner<S> {
         }
     }
 
-    /// Cancels a transfer that is staged here, or is about to be; `None` if there is none.
+    /// Cancels a transfer that is staged here, or is about to be, where `caller` may do that; `None` if there is none.
     async fn cancel_incoming(
         &self,
+        caller: &Caller,
         id: &TransferId,
         reason: &str,
     ) -> Result<Option<TransferProgress>, Error> {
         let Some(slot) = self.slots().get(id).cloned() else { return Ok(None) };
+        // Asked of what is found: a transfer that begins is shown only when it is staged, and its ID is known before.
+        let may = |incoming: &Incoming<S::Staging>| {
+            let TransferSpec { source_node, source_shard, target_shard, slots, .. } = &incoming.plan.spec;
+            caller.is_party(&format!("transfer {id}"), source_node.as_str())?;
+            caller.may(&[source_shard, target_shard], Some(*slots))
+        };
         if let Some(incoming) = slot.get() {
+            may(&incoming)?;
             self.close(&incoming).await?;
         }
         // Whoever attaches has this; then there is something to cancel, or there is not.
         let _attach = slot.attach.lock().await;
         let Some(incoming) = slot.get() else { return Ok(None) };
+        may(&incoming)?;
         self.close(&incoming).await?;
         let because = proto_common::text::printable(reason, MAX_CANCEL_REASON);
         let message =
