@@ -16,19 +16,22 @@ use bytes::Bytes;
 use proto_common::checksum::{combine, crc64};
 use proto_common::error::Error;
 use proto_common::ids::NodeId;
+use proto_common::v1::Direction;
 use proto_snapshot::hook::{Hold, HookFuture, InstallHook};
 use proto_snapshot::limits::Limits;
 use proto_snapshot::spec::TransferPlan;
 use proto_snapshot::store::{FileSnapshotStore, FileStoreOptions, PlacedSnapshot, SnapshotStore};
-use proto_snapshot::v1::CancelTransferRequest;
 use proto_snapshot::v1::split_snapshot_service_client::SplitSnapshotServiceClient;
-use proto_snapshot::v1::transfer_split_snapshot_request::{Frame, Header, Heartbeat};
+use proto_snapshot::v1::transfer_split_snapshot_request::{Frame, Header, Heartbeat, LaneHeader};
 use proto_snapshot::v1::transfer_split_snapshot_response::Frame as Answer;
+use proto_snapshot::v1::{CancelTransferRequest, GetTransferProgressRequest, TransferPhase};
 use proto_snapshot::{Reason, SnapshotReceiver};
 use slow::{Brake, SlowStore};
 use stalled::{SIZE, Stalled};
-use support::{Server, builder, small_limits, until};
+use support::{LONG, Server, builder, small_limits, until};
 use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tonic::transport::Channel;
 
 /// Waits until another stream, which brings nothing, is refused for that: whatever is open already has been looked at then.
 async fn look_at_all(server: &Server<impl SnapshotStore>, id: &str) {
@@ -279,6 +282,169 @@ async fn a_sender_that_comes_back_takes_over_where_all_places_are_taken() {
     }
     last.end(SIZE, crc64(&bytes)).await;
     last.installed().await;
+    server.stop().await;
+}
+
+/// Merges nothing until told.
+struct Slow {
+    go: watch::Receiver<bool>,
+}
+
+impl InstallHook for Slow {
+    fn install<'a>(&'a self, _: &'a PlacedSnapshot) -> HookFuture<'a, ()> {
+        let mut go = self.go.clone();
+        Box::pin(async move {
+            go.wait_for(|go| *go).await.unwrap();
+            Ok(())
+        })
+    }
+}
+
+/// A receiver that does not come to the end of the transfer `t`, which is complete, the stream that brought it, and what ends that.
+async fn completing(target: &tempfile::TempDir) -> (Server, Stalled, watch::Sender<bool>) {
+    let (go, wait) = watch::channel(false);
+    let server = Server::start(builder(target.path()).hook(Slow { go: wait })).await;
+    let mut first = Stalled::open_with(&server, "n9", "t", 1, 1).await.unwrap();
+    first.chunk(0, &Bytes::from_static(b"x")).await;
+    first.end(1, crc64(b"x")).await;
+    let waiting = [TransferPhase::Verifying, TransferPhase::Installing];
+    while !matches!(first.hear().await.unwrap(), Answer::Ack(ack) if waiting.contains(&ack.phase())) {}
+    let shown = || server.receiver.transfers().registry().get(Some(Direction::In), "t").unwrap();
+    until("it is being installed", || shown().phase() == TransferPhase::Installing).await;
+    (server, first, go)
+}
+
+/// Another stream of it, on a connection that it shares, which waits for the end.
+async fn waits(channel: &Channel, generation: u64) -> Stalled {
+    let begun = Stalled::begun("n9", "t", 1, generation);
+    let mut stream = Stalled::say_first_on(channel.clone(), begun).await.unwrap();
+    let accepted = stream.hear().await.unwrap();
+    assert!(matches!(&accepted, Answer::Accepted(accepted) if accepted.already_installed), "{accepted:?}");
+    let waiting = stream.hear().await.unwrap();
+    assert!(matches!(waiting, Answer::Ack(_)), "{waiting:?}");
+    stream
+}
+
+async fn connected(server: &Server<impl SnapshotStore>) -> Channel {
+    proto_common::tuning::endpoint(&server.uri()).unwrap().connect().await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_comes_on_a_stream_that_waits_for_a_completion_is_not_kept() {
+    let target = tempfile::tempdir().unwrap();
+    let (server, mut first, go) = completing(&target).await;
+    let channel = connected(&server).await;
+    let mut streams = Vec::new();
+    for generation in 2..=4 {
+        streams.push(waits(&channel, generation).await);
+    }
+    // Each less than the window of a stream, all together more than that of the connection, which would be closed until somebody reads them.
+    let bytes = Bytes::from(vec![7; 1 << 20]);
+    let sending = async {
+        for number in 0..7 {
+            for stream in &streams {
+                stream.chunk(number << 20, &bytes).await;
+            }
+        }
+        let asked = GetTransferProgressRequest { transfer_id: "t".to_owned(), ..Default::default() };
+        let answer = SplitSnapshotServiceClient::new(channel.clone()).get_transfer_progress(asked).await;
+        answer.unwrap().into_inner().transfer.unwrap().phase()
+    };
+    let phase = tokio::time::timeout(LONG, sending).await.expect("all of it goes out");
+    assert_eq!(phase, TransferPhase::Installing);
+    go.send_replace(true);
+    for stream in [&mut first].into_iter().chain(&mut streams) {
+        stream.installed().await;
+    }
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn four_streams_of_a_transfer_wait_for_its_completion_and_one_more_ends_the_oldest() {
+    let target = tempfile::tempdir().unwrap();
+    let (server, first, go) = completing(&target).await;
+    let channel = connected(&server).await;
+    let mut streams = std::collections::VecDeque::from([first]);
+    for generation in 2..=10 {
+        streams.push_back(waits(&channel, generation).await);
+        if streams.len() > 4 {
+            let replaced = streams.pop_front().unwrap().refusal().await;
+            assert!(replaced.is(Reason::StreamEndedEarly) && replaced.is_retryable(), "{replaced:?}");
+        }
+    }
+    go.send_replace(true);
+    for mut stream in streams {
+        stream.installed().await;
+    }
+    server.stop().await;
+}
+
+/// The first answer that is none of those that say that it waits.
+async fn ended(mut stream: Stalled) -> Result<Answer, Error> {
+    loop {
+        match stream.hear().await {
+            Ok(Answer::Ack(_)) => {}
+            other => return other,
+        }
+    }
+}
+
+/// Waits until all but one of `streams`, which wait for the same, have been told to end for `reason`, and then has the `brake` go: the last one is accepted.
+async fn all_but_one_end(mut streams: JoinSet<Result<Answer, Error>>, reason: Reason, brake: &Brake) {
+    while streams.len() > 1 {
+        let ended = tokio::time::timeout(LONG, streams.join_next()).await.expect("it does not wait");
+        let error = ended.unwrap().unwrap().expect_err("the others wait");
+        assert!(error.is(reason), "{error:?}");
+    }
+    brake.release();
+    let last = streams.join_next().await.unwrap().unwrap().unwrap();
+    assert!(matches!(last, Answer::Accepted(_)), "{last:?}");
+}
+
+async fn slow_store(target: &tempfile::TempDir, brake: &Brake) -> Server<SlowStore> {
+    let store = FileSnapshotStore::open(target.path(), FileStoreOptions::default()).unwrap();
+    let store = SlowStore { store, brake: brake.clone() };
+    Server::start(SnapshotReceiver::builder(&NodeId::new("n2").unwrap(), store)).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_streams_that_come_to_take_over_one_that_cannot_be_ended_the_last_waits() {
+    let (target, brake) = (tempfile::tempdir().unwrap(), Brake::held());
+    let server = slow_store(&target, &brake).await;
+    let begun = |generation| {
+        let mut begun = Stalled::begun("n9", "t", SIZE, generation);
+        let Some(Frame::Manifest(manifest)) = begun.last_mut() else { panic!("a manifest comes last") };
+        manifest.files[0].blake3 = Some(vec![7; 32].into());
+        begun
+    };
+    // It looks for a file among installed ones, and does not leave off.
+    let first = Stalled::say_first(&server, begun(1)).await.unwrap();
+    brake.begun.subscribe().wait_for(|begun| *begun > 0).await.unwrap();
+    let mut streams = JoinSet::new();
+    for generation in 2..10 {
+        streams.spawn(ended(Stalled::say_first(&server, begun(generation)).await.unwrap()));
+    }
+    all_but_one_end(streams, Reason::StreamEndedEarly, &brake).await;
+    assert!(ended(first).await.expect_err("it was replaced").is(Reason::StreamEndedEarly));
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_streams_that_come_in_place_of_a_lane_that_still_writes_the_last_waits() {
+    let (target, brake) = (tempfile::tempdir().unwrap(), Brake::held());
+    let server = slow_store(&target, &brake).await;
+    let _control = Stalled::open(&server, "n9", "t").await.unwrap();
+    let lane = Stalled::lane(&server, "t").await;
+    lane.chunk(0, &Bytes::from_static(b"x")).await;
+    brake.begun.subscribe().wait_for(|begun| *begun > 0).await.unwrap();
+    let mut streams = JoinSet::new();
+    for generation in 2..10 {
+        let session = vec![1; 16].into();
+        let header = LaneHeader { transfer_id: "t".to_owned(), attempt: 1, session, lane: 1, generation };
+        let first = vec![Frame::LaneHeader(header)];
+        streams.spawn(ended(Stalled::say_first(&server, first).await.unwrap()));
+    }
+    all_but_one_end(streams, Reason::Superseded, &brake).await;
     server.stop().await;
 }
 

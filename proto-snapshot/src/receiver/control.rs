@@ -10,7 +10,7 @@ use proto_common::v1::Direction;
 use tokio::sync::{MutexGuard, watch};
 use tokio_util::sync::CancellationToken;
 
-use super::admission::{Charge, Place};
+use super::admission::Charge;
 use super::completion::shutting_down;
 use super::handshake::{CheckedLane, ControlHeader, Frames, ended_early, unexpected};
 use super::identity::{check_same, check_same_shown, check_same_spec, initial_progress};
@@ -102,34 +102,38 @@ impl<S: SnapshotStore> Inner<S> {
             incoming.plan.spec.source_node == spec.source_node
                 && incoming.check_claim(header.claim, header.generation).is_ok()
         });
-        let Takeover { place, replaced_by_newer } =
-            match may_take_over.and_then(|incoming| incoming.take_over()) {
-                Some(takeover) => takeover,
-                None => {
-                    let place = self.places.enter(&spec.transfer_id, &spec.source_node, header.priority)?;
-                    Takeover { place: Arc::new(place), replaced_by_newer: CancellationToken::new() }
-                }
-            };
+        let takeover = match may_take_over.and_then(|incoming| incoming.take_over()) {
+            Some(takeover) => takeover,
+            None => {
+                let place = self.places.enter(&spec.transfer_id, &spec.source_node, header.priority)?;
+                Takeover { place: Arc::new(place), replaced_by_newer: CancellationToken::new() }
+            }
+        };
         let shard = self.store.shard(&spec.target_shard).await?;
         if let Some(fence) = header.fence {
             fence.check(shard.fence, &spec.target_shard)?;
         }
         if header.discard_staged {
             // Before the new manifest is read: a node's share of the memory need not hold both.
-            self.discard_staged(&header, answers).await?;
+            self.discard_staged(&header, &takeover, answers).await?;
         }
         // What is staged is in memory already: going on with it takes no more, and keeps the charge for as long as it keeps the manifest.
         let known = self.find(&spec.transfer_id).filter(|incoming| header.is_of(&incoming.plan));
         let known = known.and_then(|incoming| Some((incoming.memory()?, incoming.plan.manifest.clone())));
         let (manifest, memory) = tokio::select! {
             biased;
-            () = replaced_by_newer.cancelled() => return Err(replaced()),
+            () = takeover.replaced_by_newer.cancelled() => return Err(replaced()),
             read = self.read_manifest(&header, &mut frames, known) => read?,
         };
-        let attached = self.attach(&header, manifest, memory, place, answers).await?;
+        let attached = self.attach(&header, manifest, memory, takeover, answers).await?;
         let permit = match attached {
-            Attached::Done(installed) => return self.answer_installed(answers, installed).await,
+            Attached::Done(installed) => {
+                drop(frames);
+                return self.answer_installed(answers, installed).await;
+            }
             Attached::Completing(incoming) => {
+                // Nothing that still comes means anything, and what nobody reads would stay in memory for as long as the completion takes.
+                drop(frames);
                 self.accept_complete(answers).await?;
                 return self.await_outcome(&incoming, Ack::default(), answers).await;
             }
@@ -330,19 +334,20 @@ impl<S: SnapshotStore> Inner<S> {
         answers.send(Answer::Installed(installed)).await
     }
 
-    /// Waits for the completion and tells the sender.
+    /// Waits for the completion and tells the sender. A stream that waits has no place, and nothing of it is read any more.
     async fn await_outcome(
         &self,
         incoming: &Incoming<S::Staging>,
         last: Ack,
         answers: &Answers,
     ) -> Result<(), Error> {
-        let mut outcome = incoming.outcome();
+        let mut waiting = incoming.wait();
         let mut alive = tokio::time::interval(self.limits.idle / 3);
         loop {
             tokio::select! {
                 () = answers.closed() => return Err(ended_early()),
-                done = ended(&mut outcome) => {
+                () = waiting.replaced_by_newer.cancelled() => return Err(replaced()),
+                done = ended(&mut waiting.outcome) => {
                     let installed = done.unwrap_or_else(|| Err(shutting_down()))?;
                     return answers.send(Answer::Installed(installed)).await;
                 }
@@ -355,13 +360,13 @@ impl<S: SnapshotStore> Inner<S> {
         }
     }
 
-    /// Finds or makes the transfer and makes this stream its only writer, in `place` where the transfer has none.
+    /// Finds or makes the transfer and makes this stream its only writer, in the place of `takeover` where the transfer has none.
     async fn attach(
         self: &Arc<Self>,
         header: &ControlHeader,
         manifest: Manifest,
         memory: Charge,
-        place: Arc<Place>,
+        takeover: Takeover,
         answers: &Answers,
     ) -> Result<Attached<S::Staging>, Error> {
         let TransferSpec { transfer_id: id, source_node: source, .. } = &header.spec;
@@ -399,7 +404,7 @@ impl<S: SnapshotStore> Inner<S> {
                     }
                 }
             };
-            let attach = self.lock(id, &slot, answers).await?;
+            let attach = self.lock(id, &slot, &takeover, answers).await?;
             // It may have ended, and been made anew, while we waited.
             if !self.slots().get(id).is_some_and(|current| Arc::ptr_eq(current, &slot)) {
                 continue;
@@ -410,7 +415,7 @@ impl<S: SnapshotStore> Inner<S> {
                 self.forget_empty(id, &slot);
                 continue;
             }
-            let attached = self.attach_in(&slot, header, manifest, memory, place, answers).await;
+            let attached = self.attach_in(&slot, header, manifest, memory, takeover, answers).await;
             self.unlock(id, &slot, attach, attached.as_ref().err()).await;
             return attached;
         }
@@ -420,14 +425,15 @@ impl<S: SnapshotStore> Inner<S> {
     async fn discard_staged(
         self: &Arc<Self>,
         header: &ControlHeader,
+        takeover: &Takeover,
         answers: &Answers,
     ) -> Result<(), Error> {
         let id = &header.spec.transfer_id;
         let Some(slot) = self.slots().get(id).cloned() else { return Ok(()) };
-        let attach = self.lock(id, &slot, answers).await?;
+        let attach = self.lock(id, &slot, takeover, answers).await?;
         let discarded = match slot.get() {
             Some(incoming) => match check_same_spec(&incoming.plan, header) {
-                Ok(()) => self.stop_others(&slot, &incoming, header).await.map(|_| ()),
+                Ok(()) => self.stop_others(&slot, &incoming, header, takeover).await.map(|_| ()),
                 Err(error) => Err(error),
             },
             None => Ok(()),
@@ -436,21 +442,22 @@ impl<S: SnapshotStore> Inner<S> {
         discarded
     }
 
-    /// The right to attach to the slot of `id`.
+    /// The right to attach to the slot of `id`. Of streams that come to take over, only the last waits for it: nobody reads what they send meanwhile.
     async fn lock<'a>(
         &self,
         id: &TransferId,
         slot: &'a Arc<Slot<S::Staging>>,
+        takeover: &Takeover,
         answers: &Answers,
     ) -> Result<MutexGuard<'a, ()>, Error> {
-        tokio::select! {
+        let error = tokio::select! {
             biased;
-            attach = slot.attach.lock() => Ok(attach),
-            () = answers.closed() => {
-                self.forget_empty(id, slot);
-                Err(ended_early())
-            }
-        }
+            attach = slot.attach.lock() => return Ok(attach),
+            () = takeover.replaced_by_newer.cancelled() => replaced(),
+            () = answers.closed() => ended_early(),
+        };
+        self.forget_empty(id, slot);
+        Err(error)
     }
 
     /// Gives that up, after what may have failed with `error`.
@@ -478,6 +485,7 @@ impl<S: SnapshotStore> Inner<S> {
         slot: &Slot<S::Staging>,
         incoming: &Arc<Incoming<S::Staging>>,
         header: &ControlHeader,
+        takeover: &Takeover,
     ) -> Result<Stopped, Error> {
         if matches!(incoming.stage(), Stage::Verifying | Stage::Installing) {
             return Ok(Stopped::Completing);
@@ -493,7 +501,12 @@ impl<S: SnapshotStore> Inner<S> {
                 ))
                 .metadata("attempt", header.claim.attempt.to_string())
         };
-        incoming.stop_streams(&reason).await;
+        tokio::select! {
+            biased;
+            // The newer one waits instead. Those that were told to end do so all the same.
+            () = takeover.replaced_by_newer.cancelled() => return Err(replaced()),
+            () = incoming.stop_streams(&reason) => {}
+        }
         // `End` may have come with the last frames of the old stream.
         match incoming.stage() {
             Stage::Open => {}
@@ -528,14 +541,14 @@ impl<S: SnapshotStore> Inner<S> {
         header: &ControlHeader,
         manifest: Manifest,
         memory: Charge,
-        place: Arc<Place>,
+        takeover: Takeover,
         answers: &Answers,
     ) -> Result<Attached<S::Staging>, Error> {
         let spec = &header.spec;
         let mut existing = slot.get();
         if let Some(incoming) = &existing {
             check_same(&incoming.plan, header, &manifest)?;
-            match self.stop_others(slot, incoming, header).await? {
+            match self.stop_others(slot, incoming, header, &takeover).await? {
                 Stopped::Open => {}
                 Stopped::Completing => return Ok(Attached::Completing(Arc::clone(incoming))),
                 Stopped::Removed => existing = None,
@@ -566,7 +579,8 @@ impl<S: SnapshotStore> Inner<S> {
                 incoming
             }
         };
-        incoming.attach(header.claim, header.generation, header.fence, place).await.map(Attached::Writer)
+        let attached = incoming.attach(header.claim, header.generation, header.fence, takeover.place).await;
+        attached.map(Attached::Writer)
     }
 
     /// Whether the transfer ended before, and how.

@@ -1,6 +1,6 @@
 //! One incoming transfer that is not finished: who writes into it, what is there, what is shown of it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
@@ -12,7 +12,7 @@ use proto_common::meter::Meter;
 use proto_common::registry::Tracker;
 use tokio::sync::{Notify, OwnedMutexGuard, watch};
 use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::admission::{Charge, Place};
 use super::ledger::Ledger;
@@ -27,6 +27,10 @@ use crate::v1::{TransferPhase, TransferProgress};
 
 /// The end of a transfer's completion: `None` while it goes on.
 pub(super) type Outcome = Option<Result<Installed, Error>>;
+
+/// Streams that wait for the end of one completion. A sender has one, and another while it has not noticed that the first is broken; so may a second sender that
+/// does not know of the first. They have no place, and a completion can take long, so more of them end the oldest.
+const WAITING: usize = 4;
 
 /// See the module.
 pub(super) struct Incoming<A: Staging> {
@@ -73,6 +77,10 @@ struct State {
     streams: HashMap<u32, StreamEntry>,
     /// Highest generation seen of each lane of the attempt.
     lane_generations: HashMap<u32, u64>,
+    /// Ends the last handshake of each lane.
+    lane_handshakes: HashMap<u32, CancellationToken>,
+    /// Ends a stream that waits for the outcome, the oldest first.
+    waiting: VecDeque<CancellationToken>,
     outcome: watch::Sender<Outcome>,
     /// A write or sync failed: only durable bytes count at the next attach.
     failed: Option<Error>,
@@ -93,6 +101,14 @@ pub(super) struct Takeover {
     pub(super) place: Arc<Place>,
     /// A newer stream came for the same.
     pub(super) replaced_by_newer: CancellationToken,
+}
+
+/// A stream that waits for the outcome; until dropped.
+pub(super) struct Waiting {
+    pub(super) outcome: watch::Receiver<Outcome>,
+    /// Newer streams wait for it, and this one is one too many.
+    pub(super) replaced_by_newer: CancellationToken,
+    _over: DropGuard,
 }
 
 struct StreamEntry {
@@ -134,6 +150,8 @@ impl<A: Staging> Incoming<A> {
                 max_lanes: 1,
                 streams: HashMap::new(),
                 lane_generations: HashMap::new(),
+                lane_handshakes: HashMap::new(),
+                waiting: VecDeque::new(),
                 outcome: watch::Sender::new(None),
                 failed: None,
                 next_stream: 0,
@@ -184,6 +202,21 @@ impl<A: Staging> Incoming<A> {
 
     pub(super) fn outcome(&self) -> watch::Receiver<Outcome> {
         self.state().outcome.subscribe()
+    }
+
+    /// Has one more stream wait for the outcome. One of too many, which its sender must have given up, ends.
+    pub(super) fn wait(&self) -> Waiting {
+        let mut state = self.state();
+        state.waiting.retain(|waiting| !waiting.is_cancelled());
+        let oldest = if state.waiting.len() < WAITING { None } else { state.waiting.pop_front() };
+        let newest = CancellationToken::new();
+        state.waiting.push_back(newest.clone());
+        let outcome = state.outcome.subscribe();
+        drop(state);
+        if let Some(oldest) = oldest {
+            oldest.cancel();
+        }
+        Waiting { outcome, replaced_by_newer: newest.clone(), _over: newest.drop_guard() }
     }
 
     /// Whether a stream with this claim and generation may take over as control stream.
@@ -245,6 +278,7 @@ impl<A: Staging> Incoming<A> {
             // None until the sender has been told how many there are; all earlier ones have ended.
             state.max_lanes = 1;
             state.lane_generations.clear();
+            state.lane_handshakes.clear();
             state.failed.take()
         };
         if failed.is_some() {
@@ -267,7 +301,8 @@ impl<A: Staging> Incoming<A> {
         self.state().max_lanes = max_lanes;
     }
 
-    /// Lets a lane of the current attempt write, after the stream that it replaces is quiet.
+    /// Lets a lane of the current attempt write, after the stream that it replaces is quiet. Only the last one to come waits for that: nobody reads what they
+    /// send meanwhile.
     pub(super) async fn attach_lane(
         self: &Arc<Self>,
         claim: Claim,
@@ -275,6 +310,7 @@ impl<A: Staging> Incoming<A> {
         generation: u64,
     ) -> Result<StreamPermit<A>, Error> {
         let mut first = true;
+        let replaced_by_newer = CancellationToken::new();
         loop {
             let (stop, quiet) = {
                 let mut state = self.state();
@@ -306,6 +342,10 @@ impl<A: Staging> Incoming<A> {
                     ));
                 }
                 *seen = generation;
+                if first && let Some(earlier) = state.lane_handshakes.insert(lane, replaced_by_newer.clone())
+                {
+                    earlier.cancel();
+                }
                 match state.streams.get(&lane) {
                     None => return self.register(&mut state, lane),
                     Some(entry) => (entry.stop.clone(), Arc::clone(&entry.quiet)),
@@ -313,7 +353,14 @@ impl<A: Staging> Incoming<A> {
             };
             first = false;
             tell(&stop, &replaced());
-            drop(quiet.lock().await);
+            tokio::select! {
+                biased;
+                () = replaced_by_newer.cancelled() => {
+                    let message = format!("generation {generation} of lane {lane} was superseded by a newer one");
+                    return Err(superseded(claim.attempt, &message));
+                }
+                _ = quiet.lock() => {}
+            }
         }
     }
 

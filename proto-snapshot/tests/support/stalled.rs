@@ -16,6 +16,7 @@ use proto_snapshot::v1::{TransferSplitSnapshotRequest, TransferSplitSnapshotResp
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
+use tonic::transport::Channel;
 
 use crate::support::{LONG, Server};
 
@@ -100,6 +101,11 @@ impl Stalled {
     /// One on a connection of its own that was not answered yet.
     pub async fn say_first(server: &Server<impl SnapshotStore>, first: Vec<Frame>) -> Result<Self, Error> {
         let channel = proto_common::tuning::endpoint(&server.uri()).unwrap().connect().await.unwrap();
+        Self::say_first_on(channel, first).await
+    }
+
+    /// The same on a connection that it shares.
+    pub async fn say_first_on(channel: Channel, first: Vec<Frame>) -> Result<Self, Error> {
         let (frames, requests) = mpsc::channel(4);
         for frame in first {
             frames.send(request(frame)).await.unwrap();
