@@ -105,9 +105,13 @@ impl Default for Limits {
     }
 }
 
-/// Largest message on a stream: a page of 768 KiB or a chunk of 1 MiB, and room for what surrounds
-/// them. tonic refuses larger ones before they are read; the session names the refusal `CHUNK_TOO_LARGE`.
+/// Largest message on a stream, in bytes, whatever [`Limits::chunk_bytes`] is. A receiver takes less: a page of [`MAX_PAGE_BYTES`] and, once it has accepted the
+/// transfer, a chunk and 16 KiB around it. What is larger is refused with `CHUNK_TOO_LARGE` before it is read.
 pub const MAX_MESSAGE_BYTES: usize = 4 << 20;
+
+/// Largest message with a page of the manifest or of the end that a receiver takes, in bytes: an honest page, of [`PAGE_BYTES`], and a third more. A file of a
+/// page is 2 bytes at least, and 72 in memory.
+pub const MAX_PAGE_BYTES: usize = 1 << 20;
 
 /// Largest answer that a client has to take, in bytes, of a question or with a page of [`LIST_PAGE`] transfers; with [`SMALL_LIST_PAGE`] also where the errors of all of them
 /// are as long as errors can be. A client should take no more: an empty entry is 2 bytes of an answer and some 500 of memory.

@@ -22,7 +22,7 @@ use proto_common::prompt::MAX_REQUEST_BYTES;
 use proto_common::refusals::counts;
 use proto_common::v1::{Direction, Fence};
 use proto_snapshot::SnapshotReceiver;
-use proto_snapshot::limits::{Limits, MAX_MESSAGE_BYTES};
+use proto_snapshot::limits::{Limits, MAX_PAGE_BYTES};
 use proto_snapshot::sender::{SenderOptions, SnapshotSender, SnapshotToSend};
 use proto_snapshot::source::DirectorySource;
 use proto_snapshot::store::{FileSnapshotStore, FileStoreOptions};
@@ -341,15 +341,15 @@ async fn chunk_bytes() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_message() {
-    assert_eq!(MAX_MESSAGE_BYTES, 4 << 20);
+    assert_eq!(MAX_PAGE_BYTES, 1 << 20);
     let too_large =
-        Refusal { reason: "CHUNK_TOO_LARGE", facts: &[("max_message_bytes", Some("4194304"))], ..INVALID };
+        Refusal { reason: "CHUNK_TOO_LARGE", facts: &[("max_message_bytes", Some("1048576"))], ..INVALID };
     Case::new(|_| {})
         .check(async |bench| {
             let mut stream = bench.offender("x1").await;
-            stream.chunk(0, &payload(MAX_MESSAGE_BYTES as u64)).await;
+            stream.chunk(0, &payload(MIB)).await;
             let chunk = stream.refusal().await;
-            let name = "x".repeat(MAX_MESSAGE_BYTES);
+            let name = "x".repeat(MAX_PAGE_BYTES);
             let page = Manifest { files: vec![File { name, ..File::default() }], last: true };
             let header = begun("x2", |_| {}).remove(0);
             let page = bench.refuses(vec![header, Frame::Manifest(page)]).await;
@@ -368,6 +368,32 @@ async fn a_message() {
             abuse.refused(on_lane, of_lane).refused(header, of_header).holds((stream, control, lane))
         })
         .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_has_room_for_a_chunk_that_is_larger_than_a_page() {
+    let too_large =
+        Refusal { reason: "CHUNK_TOO_LARGE", facts: &[("max_message_bytes", Some("2113536"))], ..INVALID };
+    let page = Refusal { facts: &[("max_message_bytes", Some("1048576"))], ..too_large };
+    let case = Case::new(|limits| {
+        limits.chunk_bytes = 2 << 20;
+        limits.stream_credit_bytes = 4 << 20;
+    });
+    case.check(async |bench| {
+        let first = Stalled::begun(OFFENDER, "x1", 4 * MIB, 1);
+        let mut stream = Stalled::begin(&bench.server, first).await.unwrap();
+        stream.chunk(0, &payload(2 * MIB)).await;
+        while !matches!(stream.hear().await.unwrap(), Answer::Ack(ack) if ack.received_bytes == 2 * MIB) {}
+        stream.chunk(2 * MIB, &payload(2 * MIB + MAX_REQUEST_BYTES as u64)).await;
+        let chunk = stream.refusal().await;
+        // Of a manifest that is no larger for that.
+        let header = begun("x2", |_| {}).remove(0);
+        let name = "x".repeat(MAX_PAGE_BYTES);
+        let manifest = Manifest { files: vec![File { name, ..File::default() }], last: true };
+        let manifest = bench.refuses(vec![header, Frame::Manifest(manifest)]).await;
+        Abuse::default().refused(chunk, too_large).refused(manifest, page).holds(stream)
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

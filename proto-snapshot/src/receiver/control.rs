@@ -229,6 +229,7 @@ impl<S: SnapshotStore> Inner<S> {
         incoming.grant_lanes(max_lanes);
         let terms = Accepted { max_lanes, durable_bytes, reused_bytes, ..self.terms(credit) };
         accept(answers, terms, missing, stop).await?;
+        frames.chunks_and_pages(self.limits.chunk_bytes);
         let mut session = Session {
             permit,
             frames: &mut frames,

@@ -13,7 +13,7 @@ use proto_common::v1::Priority;
 use tonic::{Request, Streaming};
 
 use super::identity::other_manifest;
-use crate::limits::{Limits, MAX_MESSAGE_BYTES};
+use crate::limits::{Limits, MAX_MESSAGE_BYTES, MAX_PAGE_BYTES};
 use crate::reason::Reason;
 use crate::spec::{FEATURES, FILE_RUNS, Manifest, ManifestFile, TransferPlan, TransferSpec, id};
 use crate::store::Claim;
@@ -59,17 +59,21 @@ impl Frames {
         Self { messages: Incoming::new(request, MAX_REQUEST_BYTES) }
     }
 
-    /// The first frame, which has no payload. It is like a request: small, and counted while it is waited for.
+    /// The first frame, which has no payload. It is like a request: small, and counted while it is waited for. Pages of the manifest follow.
     pub(super) async fn first(&mut self, peer: &PeerKey, limit: Duration) -> Result<Option<Frame>, Error> {
         let first = prompt::first(peer, self.next_within(limit)).await;
-        self.messages.set_limit(MAX_MESSAGE_BYTES);
+        self.messages.set_limit(MAX_PAGE_BYTES);
         first
     }
 
     /// From now on only chunks of at most `chunk_bytes` come, as on a lane: a part of a message that is larger than a chunk is not waited for.
     pub(super) fn only_chunks(&mut self, chunk_bytes: u32) {
-        let chunk = usize::try_from(chunk_bytes).unwrap_or(usize::MAX);
-        self.messages.set_limit(chunk.saturating_add(MAX_REQUEST_BYTES).min(MAX_MESSAGE_BYTES));
+        self.messages.set_limit(with_chunk(chunk_bytes));
+    }
+
+    /// From now on chunks of at most `chunk_bytes` come, and pages of the end.
+    pub(super) fn chunks_and_pages(&mut self, chunk_bytes: u32) {
+        self.messages.set_limit(with_chunk(chunk_bytes).max(MAX_PAGE_BYTES));
     }
 
     /// The next frame, with its payload beside it; `None` at the end of the stream. Cancel safe.
@@ -89,6 +93,12 @@ impl Frames {
         let next = tokio::time::timeout(limit, self.next()).await.map_err(|_| idle(limit))??;
         Ok(next.map(|(frame, _)| frame))
     }
+}
+
+/// A message with a chunk of at most `chunk_bytes`.
+fn with_chunk(chunk_bytes: u32) -> usize {
+    let chunk = usize::try_from(chunk_bytes).unwrap_or(usize::MAX);
+    chunk.saturating_add(MAX_REQUEST_BYTES).min(MAX_MESSAGE_BYTES)
 }
 
 /// A peer that is gone and a peer that sends garbage both end the stream; only the latter hears of it.
