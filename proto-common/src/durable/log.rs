@@ -16,6 +16,9 @@ const HEADER_LEN: usize = 12;
 /// How much is compared with checksums to find a record behind one that cannot be read, in bytes. For 1 MiB of noise half of it is enough.
 const MAX_SEARCHED: usize = 256 << 20;
 
+/// What a disk writes as a whole, in bytes; a file system writes no less.
+const SECTOR: u64 = 512;
+
 /// An append-only file of records: `[len: u32][crc: u64][bytes]`, little-endian, where `crc` is CRC-64/NVME of `len` and `bytes`.
 ///
 /// A record is durable once [`sync`](Self::sync) has returned; after a crash, [`open`](Self::open) finds all of those, and of the later ones
@@ -34,16 +37,18 @@ pub struct RecordLog {
 /// What [`RecordLog::open`] cut off.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Damage {
-    /// The last record is not whole, and none follows it: a crash while it was written, and nothing that was synced is lost. Damage to the last record alone looks
-    /// the same. No copy is kept: that of each crash would replace one of damage.
+    /// The last record is not whole, and none follows it: the file ends within it, or holds only zeros where its last sector of 512 bytes should be, or that part of
+    /// it which lies there, as where a file system had made the file longer and not come to the data. That is a crash while it was written, and nothing that was
+    /// synced is lost. Damage to the length of the last record, or to one that ends in such zeros itself, looks the same. No copy is kept: that of each crash would
+    /// replace one of damage.
     TornTail {
         /// Where it began, in bytes from the start of the file.
         offset: u64,
         /// How many bytes were cut.
         bytes: u64,
     },
-    /// A record does not match its checksum or has an impossible length, or one that reaches beyond the end, and others follow it. It and all that follows were moved
-    /// to `<path>.damaged`: after a crash these are records that were not synced; otherwise the disk has lost data.
+    /// A record is there in its whole length and does not match its checksum, or has an impossible length, or one that reaches beyond the end while others
+    /// follow it. It and all that follows were moved to `<path>.damaged`: after a crash these are records that were not synced; otherwise the disk has lost data.
     BadRecord {
         /// Where it began, in bytes from the start of the file.
         offset: u64,
@@ -237,12 +242,20 @@ fn read_records(file: &File, total: u64) -> io::Result<(Vec<Vec<u8>>, u64, End)>
         let mut record = vec![0; size];
         input.read_exact(&mut record)?;
         if checksum(len, &record) != u64::from_le_bytes(crc) {
-            let end = if record_len == body { last(file, at, left)? } else { End::Bad };
+            let torn = record_len == body && ends_in_zeros(total, crc, &record);
+            let end = if torn { last(file, at, left)? } else { End::Bad };
             return Ok((records, at, end));
         }
         at += length(&[0; HEADER_LEN]) + record_len;
         records.push(record);
     }
+}
+
+/// Whether a record at the end of a file of `total` bytes may have been written but for its last sector. What of it lies there are zeros then.
+fn ends_in_zeros(total: u64, crc: [u8; 8], record: &[u8]) -> bool {
+    let in_last_sector = usize::try_from((total - 1) % SECTOR + 1).unwrap_or(usize::MAX);
+    let written = if record.is_empty() { &crc[..] } else { record };
+    written[written.len().saturating_sub(in_last_sector)..].iter().all(|byte| *byte == 0)
 }
 
 /// What the `left` bytes at `at` are, a header at least, whose record would be the last one by its length: torn, unless there are whole ones behind it. Then it is

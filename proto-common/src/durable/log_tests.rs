@@ -51,6 +51,65 @@ fn a_bad_record_in_the_middle_is_kept_for_inspection() {
     assert_eq!(read(&path), (vec![b"good".to_vec(), b"next".to_vec()], None));
 }
 
+/// Whether a crash may have left what is at the end of `file`, a last record that is as long as it says and starts at `start`.
+fn may_be_torn(file: &[u8], start: usize) -> bool {
+    let body = start + if file.len() == start + HEADER_LEN { 4 } else { HEADER_LEN };
+    let last_sector = (file.len() - 1) / 512 * 512;
+    file[body.max(last_sector)..].iter().all(|byte| *byte == 0)
+}
+
+#[test]
+fn damage_to_the_last_record_is_kept_and_what_a_crash_leaves_of_it_is_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, damaged) = (dir.path().join("log"), dir.path().join("log.damaged"));
+    let content = |len: usize| (0..len).map(|at| u8::try_from(at % 255 + 1).unwrap()).collect::<Vec<_>>();
+    // Within a sector, up to its end, one byte beyond it, with a header across two, and over several.
+    for (first, len) in [(3, 40), (3, 485), (3, 486), (490, 40), (100, 1500), (3, 0)] {
+        let (good, last) = (frame(&content(first)), frame(&content(len)));
+        let start = good.len();
+        let file = [&good[..], &last].concat();
+        // Without what opening or closing it syncs, as there are thousands of them.
+        let mut scratch = tempfile::tempfile().unwrap();
+        let mut looks_torn = |file: &[u8]| {
+            scratch.set_len(0).unwrap();
+            scratch.rewind().unwrap();
+            scratch.write_all(file).unwrap();
+            scratch.rewind().unwrap();
+            let (records, end, damage) = read_records(&scratch, length(file)).unwrap();
+            assert_eq!((records, end), (vec![content(first)], length(&good)), "{len} bytes behind {first}");
+            match damage {
+                End::Clean => panic!("it is reported"),
+                End::Torn => true,
+                End::Bad => false,
+            }
+        };
+        for end in start + 1..file.len() {
+            assert!(looks_torn(&file[..end]), "{end} of {} bytes are there", file.len());
+        }
+        // In its length it may look like a crash.
+        for at in start..file.len() {
+            for bit in 0..8 {
+                let mut flipped = file.clone();
+                flipped[at] ^= 1_u8 << bit;
+                let torn = looks_torn(&flipped);
+                assert!(at < start + 4 || !torn, "bit {bit} of byte {at} of {}", file.len());
+            }
+        }
+        for zeros in start + 4..file.len() {
+            let mut cut = file.clone();
+            cut[zeros..].fill(0);
+            assert_eq!(looks_torn(&cut), may_be_torn(&cut, start), "zeros from {zeros} on");
+            assert!(zeros % 512 != 0 || may_be_torn(&cut, start));
+        }
+        let mut flipped = file.clone();
+        flipped[start + 7] ^= 1;
+        fs::write(&path, &flipped).unwrap();
+        let bytes = length(&last);
+        assert_eq!(read(&path).1, Some(Damage::BadRecord { offset: length(&good), bytes }));
+        assert_eq!(fs::read(&damaged).unwrap(), flipped[start..]);
+    }
+}
+
 #[test]
 fn a_length_beyond_the_end_is_damage_where_records_follow() {
     let dir = tempfile::tempdir().unwrap();
@@ -184,9 +243,9 @@ proptest! {
         prop_assert!(damage.is_some());
         prop_assert!(found.len() < records.len());
         prop_assert_eq!(&found[..], &records[..found.len()]);
-        // Only that of the last record may pass for a crash.
-        if found.len() + 1 < records.len() {
-            let offset = found.iter().map(|record| frame(record).len()).sum::<usize>();
+        // Only that of the length of the last record may pass for a crash, and where it is of zeros itself.
+        let offset = found.iter().map(|record| frame(record).len()).sum::<usize>();
+        if found.len() + 1 < records.len() || (at >= offset + 4 && !may_be_torn(&file, offset)) {
             prop_assert!(matches!(damage, Some(Damage::BadRecord { .. })), "{:?}", damage);
             prop_assert_eq!(&fs::read(dir.path().join("log.damaged")).unwrap(), &file[offset..]);
         }
