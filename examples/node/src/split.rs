@@ -10,9 +10,10 @@
 //!
 //! An outcome that is not known, after a lost reply or a restart, is asked for before anything else happens; until there is an
 //! answer, the slots stay held. Only what proves that the target has not taken over, and will not, undoes a split: it has nothing of the transfer,
-//! or has ended it, and its slot map has no owner of the slots as of the split or later. That proves it only where the store that says it is the one
-//! that the split began with: the ownership is committed there in one transaction with the import. From another store, it says nothing: then the
-//! operator has the word ([`Splits::resolve`]).
+//! or has ended it, and its slot map has no owner of the slots as of the split or later. And only the slot map that gives the slots to the target gives them
+//! up here: what is said of the transfer is not enough, since any peer may have begun one under its ID. The slot map proves something only where the store that
+//! says it is the one that the split began with: the ownership is committed there in one transaction with the import. From another store, it says nothing:
+//! then the operator has the word ([`Splits::resolve`]).
 
 mod outcome;
 mod receive;
@@ -23,8 +24,12 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use proto::common::error::Error;
 use proto::common::guard::{RangeGuard, RangeHold};
-use proto::common::ids::TransferId;
+use proto::common::ids::{ShardId, TransferId};
+use proto::node::Priority;
+use proto::snapshot::sender::SnapshotToSend;
+use proto::snapshot::spec::SnapshotPoint;
 use proto::snapshot::transfers::Transfers;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -39,6 +44,8 @@ use crate::store::{NodeAddresses, SplitIntent, StoreError, unix_ms};
 
 /// Splits that are remembered after their end, for those who ask.
 const REMEMBERED: usize = 100;
+/// Phases that are remembered of each: while nobody can tell how it ended, there may come any number.
+const PHASES: usize = 32;
 
 /// What to split, and for whom.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -105,7 +112,7 @@ pub struct SplitStatus {
     pub target: NodeId,
     /// How far it is.
     pub phase: SplitPhase,
-    /// When each phase began, in milliseconds since the Unix epoch.
+    /// When each phase began, in milliseconds since the Unix epoch: the first one and at most the last 31.
     pub phases: Vec<(SplitPhase, u64)>,
     /// The last thing that went wrong.
     pub error: Option<String>,
@@ -151,6 +158,8 @@ struct Begun {
     transfer: TransferId,
     range: SlotRange,
     target: NodeId,
+    /// What is sent, and by what the target's answers are told from those about another one.
+    snapshot: SnapshotToSend,
     resolution: watch::Receiver<Option<Resolution>>,
     ended: CancellationToken,
     _guard: RangeHold,
@@ -359,9 +368,10 @@ impl Splits {
 
     fn begin(&self, intent: SplitIntent) -> Result<Begun, SplitError> {
         let refused = |error: String| SplitError::Refused(error);
-        let transfer = TransferId::new(&intent.transfer).map_err(|error| refused(error.to_string()))?;
-        let range = SlotRange::new(intent.start, intent.end).map_err(|error| refused(error.to_string()))?;
         let target = NodeId::new(&intent.target).map_err(|error| refused(error.to_string()))?;
+        let snapshot =
+            self.snapshot(&intent, &target).map_err(|error| refused(error.message().to_owned()))?;
+        let (transfer, range) = (snapshot.transfer_id.clone(), snapshot.slots);
         let guard = self.inner.guard.try_acquire(range, transfer.as_str());
         let guard = guard.map_err(|error| refused(error.message().to_owned()))?;
         let status = SplitStatus {
@@ -387,7 +397,25 @@ impl Splits {
         let (resolve, resolution) = watch::channel(None);
         let ended = CancellationToken::new();
         known.insert(transfer.clone(), Known { status, resolve, ended: ended.clone() });
-        Ok(Begun { intent, transfer, range, target, resolution, ended, _guard: guard })
+        Ok(Begun { intent, transfer, range, target, snapshot, resolution, ended, _guard: guard })
+    }
+
+    fn snapshot(&self, intent: &SplitIntent, target: &NodeId) -> Result<SnapshotToSend, Error> {
+        let node = self.inner.node.id();
+        let slots = SlotRange::new(intent.start, intent.end)?;
+        let source = SlotRange::new(intent.source_start, intent.source_end)?;
+        Ok(SnapshotToSend {
+            transfer_id: TransferId::new(&intent.transfer)?,
+            source_shard: ShardId::new(format!("slots-{source}"))?,
+            target_shard: receive::split_shard(slots, node)?,
+            source_node: node.clone(),
+            target_node: Some(target.clone()),
+            slots,
+            // There is no log: the epoch orders hand-overs of these slots, the time orders attempts at one.
+            point: SnapshotPoint { term: intent.epoch, index: intent.begun_unix_ms },
+            fence: None,
+            priority: Priority::Split,
+        })
     }
 
     fn spawn(&self, begun: Begun, resumed: Option<GateHold>) {
@@ -419,6 +447,10 @@ impl Splits {
         self.update(transfer, |status| {
             if status.phase != phase {
                 status.phase = phase;
+                if status.phases.len() >= PHASES {
+                    // Not the first one: that is when the split began.
+                    status.phases.remove(1);
+                }
                 status.phases.push((phase, unix_ms()));
             }
         });

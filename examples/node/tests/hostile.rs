@@ -30,15 +30,16 @@ use proto::node::split_snapshot_service_client::SplitSnapshotServiceClient;
 use proto::node::transfer_split_snapshot_request::{Chunk, File, Frame, Header, LaneHeader, Manifest};
 use proto::node::transfer_split_snapshot_response::Frame as Answer;
 use proto::node::{
-    Direction, MigrationSpec, MigrationState, NodeIdentity, TransferMigrationDataRequest,
-    TransferSplitSnapshotRequest, TransferSplitSnapshotResponse, WatchHealthRequest,
-    WatchTransferProgressRequest, transfer_migration_data_request as migration,
+    Direction, GetNodeStatusRequest, GetTransferProgressRequest, MigrationSpec, MigrationState, NodeIdentity,
+    TransferMigrationDataRequest, TransferPhase, TransferSplitSnapshotRequest, TransferSplitSnapshotResponse,
+    WatchHealthRequest, WatchTransferProgressRequest, transfer_migration_data_request as migration,
     transfer_migration_data_response as migration_answer,
 };
 use proto::snapshot::sender::{SnapshotSender, SnapshotToSend};
 use proto::snapshot::source::FileSource;
 use proto::snapshot::spec::SnapshotPoint;
-use support::{call, client, program, until};
+use support::proxy::{self, Proxy, Ways};
+use support::{call, client, program, split_says, until};
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::sync::mpsc;
@@ -697,6 +698,76 @@ async fn slots_that_are_not_of_a_hostile_node_are_neither_taken_from_it_nor_held
     request.spec.as_mut().unwrap().slots = Some(SlotRange::new(0, 50).unwrap().into());
     support::migration::begin(&n1, request).await.unwrap();
     support::migration::reaches(&n1, "m", Direction::Out, MigrationState::Completed).await;
+}
+
+/// It sees the ID of a split in the status of its source, and is at the target with a transfer of its own under that ID before the source is. That is
+/// installed, or left unfinished; the slots, and all that is in them, stay with their owner, and writes to them go on.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_transfer_under_the_id_of_anothers_split_gives_no_slots_away() {
+    for installs in [true, false] {
+        let directory = tempfile::tempdir().unwrap();
+        let n1 = support::start("n1", directory.path(), "0-16383").await;
+        let n2 = support::start("n2", directory.path(), "none").await;
+        support::load(&n1, 1000).await;
+        let mut control = client(&n1).await;
+        // The source's manifest comes later.
+        let proxy = Proxy::start(&n2.addresses().grpc).await;
+        proxy.arm(proxy::Frame::Manifest, Ways::LATE);
+        let split = format!("SPLIT 8192 n2 {} {}", proxy.address(), n2.addresses().resp);
+        call(&mut control, &split).await;
+        proxy.fired().await;
+        let evil = Dialer::plaintext();
+        let status = HealthServiceClient::new(channel(&n1, &evil).await)
+            .get_node_status(GetNodeStatusRequest::default())
+            .await;
+        let id = status.unwrap().into_inner().status.unwrap().transfers[0].id.clone();
+
+        let to_n2 = channel(&n2, &evil).await;
+        let mut left = None;
+        if installs {
+            let file = directory.path().join("file");
+            std::fs::write(&file, "x").unwrap();
+            let sender = SnapshotSender::new(evil.to(&n2.addresses().grpc, None).unwrap());
+            let snapshot = SnapshotToSend {
+                transfer_id: TransferId::new(&id).unwrap(),
+                source_shard: ShardId::new("s1").unwrap(),
+                target_shard: ShardId::new("evil").unwrap(),
+                source_node: NodeId::new(EVIL).unwrap(),
+                target_node: None,
+                slots: SlotRange::new(0, 1).unwrap(),
+                point: SnapshotPoint { term: 1, index: 1 },
+                fence: None,
+                priority: Priority::Split,
+            };
+            sender.send(snapshot, FileSource::new(&file)).unwrap().join().await.unwrap();
+        } else {
+            let first = [Frame::Header(header(&id, 1, 1, "a", 4)), manifest("a", 4)];
+            let mut stream = Stream::open(&to_n2, first).await.unwrap();
+            stream.accepted().await.unwrap();
+            left = Some(stream);
+        }
+        proxy.go(Ways::default());
+        until("it is decided", async || {
+            ["undone", "done"].contains(&split_says(&mut control, "phase").await.as_str())
+        })
+        .await;
+        let (phase, error) =
+            (split_says(&mut control, "phase").await, split_says(&mut control, "error").await);
+        assert_eq!(phase, "undone", "{error}");
+        assert!(error.contains("exists with another"), "{error}");
+        assert_eq!(call(&mut control, "DBSIZE").await, ":1000");
+        // Slot 12182.
+        assert_eq!(call(&mut control, "SET foo bar").await, "OK");
+        assert_eq!(call(&mut control, "GET key:2").await, format!("{:0100}", 2));
+
+        // What is another's is not the source's to cancel.
+        let request = GetTransferProgressRequest { transfer_id: id, ..GetTransferProgressRequest::default() };
+        let shown = SplitSnapshotServiceClient::new(to_n2).get_transfer_progress(request).await.unwrap();
+        let shown = shown.into_inner().transfer.unwrap().phase();
+        let expected = if installs { TransferPhase::Installed } else { TransferPhase::Transferring };
+        assert_eq!(shown, expected);
+        drop(left);
+    }
 }
 
 /// By how much another peer's rate drops meanwhile. Alone on the machine: `cargo test --release -p node --test hostile -- --ignored --nocapture`.

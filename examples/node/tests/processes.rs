@@ -14,25 +14,26 @@ use node::demo::load_gen::{LoadGenerator, judge};
 use node::demo::processes::NodeProcess;
 use node::split::ROWS_FILE;
 use node::store::{Identity, Init, SplitIntent, Store, StoreOptions};
+use proto::common::dial::Dialer;
 use proto::common::ids::{ShardId, TransferId};
 use proto::common::path::FileName;
 use proto::common::slots::RECLAIM_STEP;
-use proto::snapshot::FileSnapshotStore;
+use proto::node::Priority;
+use proto::snapshot::sender::SnapshotToSend;
 use proto::snapshot::spec::{FileTotal, Manifest, ManifestFile, SnapshotPoint, TransferPlan, TransferSpec};
 use proto::snapshot::store::{FileStoreOptions, SnapshotStore as _, Staging as _};
-use support::{call, client, program, show, start, until};
-
-/// What a split's status says under `name`.
-async fn split_says(client: &mut node::demo::client::Client, name: &str) -> String {
-    let reply = client.call(&["SPLIT", "LIST"]).await.unwrap();
-    let redis_protocol::resp2::types::BytesFrame::Array(splits) = reply else { panic!("{reply:?}") };
-    splits.first().and_then(|split| node::demo::client::field(split, name)).map(show).unwrap_or_default()
-}
+use proto::snapshot::{FileSnapshotStore, FileSource, SnapshotSender};
+use support::proxy::{Frame, Proxy, Ways};
+use support::{call, client, program, show, split_says, start, until};
 
 fn split_command(target: &NodeProcess, rate: Option<u64>) -> String {
-    let addresses = target.addresses();
+    split_command_by(&target.addresses().grpc, target, rate)
+}
+
+/// The same by way of `grpc`.
+fn split_command_by(grpc: &str, target: &NodeProcess, rate: Option<u64>) -> String {
     let rate = rate.map(|rate| format!(" RATE {rate}")).unwrap_or_default();
-    format!("SPLIT 8192 {} {} {}{rate}", target.id(), addresses.grpc, addresses.resp)
+    format!("SPLIT 8192 {} {grpc} {}{rate}", target.id(), target.addresses().resp)
 }
 
 /// Files whose names end in `suffix`.
@@ -186,6 +187,32 @@ async fn a_split_survives_a_kill_of_the_source() {
     assert_eq!(count(&n1).await + count(&n2).await, 20_000);
 }
 
+/// The target has taken over, and the source does not hear of it before it is killed.
+#[tokio::test]
+async fn a_split_whose_answer_is_lost_is_done_after_a_restart() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut n1 = start("n1", dir.path(), "0-16383").await;
+    let n2 = start("n2", dir.path(), "none").await;
+    let mut control = client(&n1).await;
+    load(&mut control, 1000).await;
+    let proxy = Proxy::start(&n2.addresses().grpc).await;
+    proxy.arm(Frame::End, Ways::LOST);
+    let transfer = call(&mut control, &split_command_by(proxy.address(), &n2, None)).await;
+    let mut target = client(&n2).await;
+    until("the target has taken over", async || {
+        call(&mut target, "GET key:2").await == format!("{:0100}", 2)
+    })
+    .await;
+    proxy.fired().await;
+    assert_eq!(split_says(&mut control, "phase").await, "sending", "the source has not heard");
+    n1.kill().await.unwrap();
+    n1.restart().await.unwrap();
+    let mut control = client(&n1).await;
+    until("the split is done", async || split_says(&mut control, "phase").await == "done").await;
+    assert_eq!(split_says(&mut control, "transfer").await, transfer);
+    check(&[&n1, &n2], 1000).await;
+}
+
 #[tokio::test]
 async fn a_split_survives_kills_of_the_target_at_any_moment() {
     let dir = tempfile::tempdir().unwrap();
@@ -308,6 +335,45 @@ async fn a_resumed_split_that_its_target_never_had_and_refuses_is_undone() {
     assert_eq!(call(&mut control, "SET key:2 free").await, "OK");
     let refused = call(&mut control, "SPLIT RESOLVE split-begun KEEP").await;
     assert_eq!(refused, "-ERR the split is undone already");
+}
+
+/// Another node has seen the ID, and installs something of its own under it while the source is down.
+#[tokio::test]
+async fn a_resumed_split_whose_id_another_node_has_used_gives_no_slots_away() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut n2 = start("n2", dir.path(), "none").await;
+    n2.stop().await.unwrap();
+    let (store, identity) = open(dir.path(), "n2");
+    store.close();
+    drop(store);
+    n2.restart().await.unwrap();
+    let mut n1 = start("n1", dir.path(), "0-16383").await;
+    load(&mut client(&n1).await, 100).await;
+    as_if_begun(dir.path(), &mut n1, &n2, identity.store_id.to_vec()).await;
+    let file = dir.path().join("file");
+    std::fs::write(&file, "x").unwrap();
+    let foreign = SnapshotToSend {
+        transfer_id: TransferId::new("split-begun").unwrap(),
+        source_shard: ShardId::new("s3").unwrap(),
+        target_shard: ShardId::new("x").unwrap(),
+        source_node: NodeId::new("n3").unwrap(),
+        target_node: None,
+        slots: "0".parse().unwrap(),
+        point: SnapshotPoint { term: 1, index: 1 },
+        fence: None,
+        priority: Priority::Split,
+    };
+    let sender = SnapshotSender::new(Dialer::plaintext().to(&n2.addresses().grpc, None).unwrap());
+    sender.send(foreign, FileSource::new(&file)).unwrap().join().await.unwrap();
+    n1.restart().await.unwrap();
+    let mut control = client(&n1).await;
+    until("it is decided", async || {
+        ["undone", "done"].contains(&split_says(&mut control, "phase").await.as_str())
+    })
+    .await;
+    assert_eq!(split_says(&mut control, "phase").await, "undone");
+    check(&[&n1], 100).await;
+    assert_eq!(call(&mut control, "SET key:2 free").await, "OK");
 }
 
 #[tokio::test]

@@ -4,15 +4,17 @@ use std::time::Duration;
 
 use proto::common::connect::Connect as _;
 use proto::common::dial::{Dial, Dialer, NodeChannel};
-use proto::common::error::Error;
+use proto::common::error::{CommonReason, Error};
 use proto::common::retry::Backoff;
 use proto::common::text::{hex, printable};
 use proto::node::split_snapshot_service_client::SplitSnapshotServiceClient;
 use proto::node::{
     CancelTransferRequest, Direction, GetTransferProgressRequest, NodeIdentity, TransferPhase,
+    TransferProgress,
 };
 use proto::snapshot::Reason;
 use proto::snapshot::limits::MAX_ANSWER_BYTES;
+use proto::snapshot::sender::SnapshotToSend;
 
 use crate::common::NodeId;
 use crate::migrate::slot_map::ask_whole;
@@ -22,6 +24,8 @@ use crate::store::{Claim, Ownership};
 const ASK_AGAIN: Duration = Duration::from_secs(1);
 /// How long whoever begins a split waits for the target to say who it is.
 const IDENTIFY: Duration = Duration::from_secs(10);
+/// How long the target has for each answer. It may be reading back what it has staged before it answers a cancel.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The node that the slots go to, and the way to it.
 #[derive(Debug, Clone)]
@@ -37,10 +41,10 @@ impl Target {
     }
 }
 
-/// What the target says.
+/// What the target says of the transfer of a split.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Answer {
-    /// It owns the slots.
+    /// It has taken everything.
     Installed,
     /// It has everything, and is about to.
     Installing,
@@ -50,6 +54,33 @@ pub(super) enum Answer {
     Ended,
     /// It knows nothing of it.
     Unknown,
+    /// Under its ID it knows another transfer, so nothing of this one: IDs are no secret, and any peer may begin one under an ID that it has seen.
+    Anothers,
+}
+
+impl Answer {
+    /// What `told` says of the transfer of `split`.
+    fn of(told: &TransferProgress, split: &SnapshotToSend) -> Self {
+        if !is_of(told, split) {
+            return Self::Anothers;
+        }
+        match told.phase() {
+            TransferPhase::Installed => Self::Installed,
+            TransferPhase::Installing | TransferPhase::Verifying => Self::Installing,
+            TransferPhase::Cancelled | TransferPhase::Expired | TransferPhase::Failed => Self::Ended,
+            _ => Self::Partial,
+        }
+    }
+}
+
+/// Whether a transfer under the ID of `split` is that of the split: the target has compared the source's name with its certificate.
+fn is_of(told: &TransferProgress, split: &SnapshotToSend) -> bool {
+    told.source_node_id == split.source_node.as_str()
+        && told.source_shard_id == split.source_shard.as_str()
+        && told.target_shard_id == split.target_shard.as_str()
+        && told.slots == Some(split.slots.into())
+        && told.snapshot_term == split.point.term
+        && told.snapshot_index == split.point.index
 }
 
 /// Why there is no answer yet.
@@ -77,19 +108,31 @@ impl Unanswered {
 }
 
 /// Asks once, for what the node with the data directory `store` says.
-async fn ask(target: &Target, transfer: &str, store: &[u8]) -> Result<Answer, Unanswered> {
-    let (answer, NodeIdentity { node_id, store_id, .. }) = question(target, transfer).await?;
+async fn ask(target: &Target, split: &SnapshotToSend, store: &[u8]) -> Result<Answer, Unanswered> {
+    let question = question(target, split.transfer_id.as_str());
+    let (told, NodeIdentity { node_id, store_id, .. }) = in_time(target, question).await?;
     if store.is_empty() || store_id != store {
         return Err(Unanswered::stranger(&node_id, &store_id, store));
     }
-    Ok(answer)
+    Ok(told.map_or(Answer::Unknown, |told| Answer::of(&told, split)))
 }
 
-/// What the owners of slots tell of a hand-over, where the target remembers no transfer that did it. They are never forgotten, and epochs only rise.
+/// What comes of asking the target something, unless that takes too long.
+async fn in_time<T>(target: &Target, asked: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+    tokio::time::timeout(PATIENCE, asked).await.unwrap_or_else(|_| {
+        let sentence = format!("node {} has not answered for {PATIENCE:?}", target.node);
+        Err(Error::new(CommonReason::Unavailable, sentence))
+    })
+}
+
+/// What the owners of slots tell of a hand-over, whatever the target remembers of the transfer that did it. They are never forgotten, and epochs only rise.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Taken {
-    /// The target took the slots over.
+    /// The target took the slots over, and has them.
     Yes,
+    /// The target took them over and handed some of them on, or never had those: nodes learn of owners from each other, so somebody may have said so who never
+    /// had them.
+    Elsewhere,
     /// It did not.
     No,
     /// Some of them, or somebody else at the same epoch: no hand-over leaves that.
@@ -103,8 +146,8 @@ pub(super) async fn taken(
     claim: &Claim,
     store: &[u8],
 ) -> Result<Taken, Unanswered> {
-    let channel = target.dial()?.connect().await?;
-    let (found, ownership) = ask_whole(channel, me).await?;
+    let asked = async { ask_whole(target.dial()?.connect().await?, me).await };
+    let (found, ownership) = in_time(target, asked).await?;
     if store.is_empty() || found != store {
         return Err(Unanswered::stranger(target.node.as_str(), &found, store));
     }
@@ -112,32 +155,34 @@ pub(super) async fn taken(
 }
 
 fn taken_by(known: &Ownership, me: &NodeId, claim: &Claim) -> Taken {
-    // What came after it counts as well: the target may have handed them on.
+    // What came after it counts as well.
     let of = |slot| match known.of(slot) {
         Some(now) if now.epoch < claim.epoch || now.owner == *me => Taken::No,
-        Some(now) if now.owner == claim.owner || now.epoch > claim.epoch => Taken::Yes,
+        Some(now) if now.owner == claim.owner => Taken::Yes,
+        Some(now) if now.epoch > claim.epoch => Taken::Elsewhere,
         Some(_) => Taken::Unclear,
         None => Taken::No,
     };
-    let first = of(claim.range.start());
-    if claim.range.iter().all(|slot| of(slot) == first) { first } else { Taken::Unclear }
+    let together = |one, other| match (one, other) {
+        (one, other) if one == other => one,
+        (Taken::Yes, Taken::Elsewhere) | (Taken::Elsewhere, Taken::Yes) => Taken::Elsewhere,
+        _ => Taken::Unclear,
+    };
+    claim.range.iter().map(of).reduce(together).unwrap_or(Taken::Unclear)
 }
 
-/// What is answered, and by whom.
-async fn question(target: &Target, transfer: &str) -> Result<(Answer, NodeIdentity), Error> {
+/// What is told of the transfer under an ID, if any is known, and by whom.
+async fn question(
+    target: &Target,
+    transfer: &str,
+) -> Result<(Option<TransferProgress>, NodeIdentity), Error> {
     let request =
         GetTransferProgressRequest { transfer_id: transfer.into(), direction: Direction::In.into() };
     let asked = connect(target).await?.get_transfer_progress(request).await;
     match asked.map_err(Error::from) {
         Ok(reply) => {
             let reply = reply.into_inner();
-            let answer = match reply.transfer.unwrap_or_default().phase() {
-                TransferPhase::Installed => Answer::Installed,
-                TransferPhase::Installing | TransferPhase::Verifying => Answer::Installing,
-                TransferPhase::Cancelled | TransferPhase::Expired | TransferPhase::Failed => Answer::Ended,
-                _ => Answer::Partial,
-            };
-            Ok((answer, reply.node.unwrap_or_default()))
+            Ok((Some(reply.transfer.unwrap_or_default()), reply.node.unwrap_or_default()))
         }
         Err(error) if error.is(Reason::TransferNotFound) => {
             let said = |key: &str| error.metadata_map().get(key).map(String::as_str).unwrap_or_default();
@@ -146,7 +191,7 @@ async fn question(target: &Target, transfer: &str) -> Result<(Answer, NodeIdenti
                 store_id: unhex(said("store_id")).unwrap_or_default().into(),
                 ..NodeIdentity::default()
             };
-            Ok((Answer::Unknown, identity))
+            Ok((None, identity))
         }
         Err(error) => Err(error),
     }
@@ -162,7 +207,7 @@ pub(super) async fn identify(
     let asked = Target { dialer: dialer.clone(), address: address.to_owned(), node: target.clone() };
     let asked = tokio::time::timeout(IDENTIFY, question(&asked, transfer)).await;
     let answered = asked.map_err(|_| format!("node {target} does not answer at {address}"))?;
-    let (answer, NodeIdentity { node_id, store_id, .. }) =
+    let (told, NodeIdentity { node_id, store_id, .. }) =
         answered.map_err(|error| format!("node {target} cannot be asked at {address}: {error}"))?;
     if node_id != target.as_str() {
         return Err(format!("node {} answers at {address}, not {target}", printable(&node_id, 128)));
@@ -170,7 +215,7 @@ pub(super) async fn identify(
     if store_id.is_empty() {
         return Err(format!("node {target} does not say which store it has"));
     }
-    if answer != Answer::Unknown {
+    if told.is_some() {
         return Err(format!("node {target} knows a transfer {transfer} already"));
     }
     Ok(store_id.into())
@@ -179,13 +224,13 @@ pub(super) async fn identify(
 /// Asks until there is an answer of the node with the data directory `store`.
 pub(super) async fn ask_until_answered(
     target: &Target,
-    transfer: &str,
+    split: &SnapshotToSend,
     store: &[u8],
     mut failed: impl FnMut(&Unanswered),
 ) -> Answer {
     let mut pauses = Backoff::default().start();
     loop {
-        let unanswered = match ask(target, transfer, store).await {
+        let unanswered = match ask(target, split, store).await {
             Ok(answer) => return answer,
             Err(unanswered) => unanswered,
         };
@@ -202,8 +247,8 @@ pub(super) async fn ask_until_answered(
 /// Has the target discard what it has. An error may mean that it is too late; ask again.
 pub(super) async fn cancel(target: &Target, transfer: &str) -> Result<(), Error> {
     let request = CancelTransferRequest { transfer_id: transfer.into(), ..CancelTransferRequest::default() };
-    connect(target).await?.cancel_transfer(request).await.map_err(Error::from)?;
-    Ok(())
+    let asked = async { connect(target).await?.cancel_transfer(request).await.map_err(Error::from) };
+    in_time(target, asked).await.map(drop)
 }
 
 async fn connect(target: &Target) -> Result<SplitSnapshotServiceClient<NodeChannel>, Error> {
@@ -218,6 +263,9 @@ fn unhex(text: &str) -> Option<Vec<u8>> {
 
 #[cfg(test)]
 mod tests {
+    use proto::node::Priority;
+    use proto::snapshot::spec::SnapshotPoint;
+
     use super::*;
 
     #[test]
@@ -237,8 +285,11 @@ mod tests {
             // This node got them back, or keeps them since an operator said so.
             (vec![claim("0-199", "n1", 8)], Taken::No),
             (vec![claim("100-199", "n2", 7)], Taken::Yes),
-            // It went on from there.
-            (vec![claim("0-150", "n2", 9), claim("151-300", "n3", 8)], Taken::Yes),
+            (vec![claim("0-150", "n2", 9), claim("151-300", "n2", 8)], Taken::Yes),
+            // It went on from there; or n3 only says so.
+            (vec![claim("0-150", "n2", 9), claim("151-300", "n3", 8)], Taken::Elsewhere),
+            (vec![claim("0-16383", "n3", 8)], Taken::Elsewhere),
+            (vec![claim("0-150", "n3", 8), claim("151-199", "n1", 6)], Taken::Unclear),
             (vec![claim("100-199", "n3", 7)], Taken::Unclear),
             (vec![claim("100-150", "n2", 7)], Taken::Unclear),
             (vec![claim("100-150", "n1", 6), claim("151-199", "n2", 7)], Taken::Unclear),
@@ -247,6 +298,70 @@ mod tests {
             ownership.adopt_all(&known);
             assert_eq!(taken_by(&ownership, &"n1".parse().unwrap(), &split), expected, "{known:?}");
         }
+    }
+
+    /// Any peer may begin a transfer under the ID of a split, which is no secret, or have an end of one in the history.
+    #[test]
+    fn a_transfer_is_that_of_a_split_only_with_its_specification() {
+        let split = SnapshotToSend {
+            transfer_id: "split-1".parse().unwrap(),
+            source_shard: "slots-0-16383".parse().unwrap(),
+            target_shard: "slots-100-199-n1".parse().unwrap(),
+            source_node: "n1".parse().unwrap(),
+            target_node: None,
+            slots: "100-199".parse().unwrap(),
+            point: SnapshotPoint { term: 7, index: 1000 },
+            fence: None,
+            priority: Priority::Split,
+        };
+        let own = TransferProgress {
+            transfer_id: "split-1".into(),
+            source_shard_id: "slots-0-16383".into(),
+            target_shard_id: "slots-100-199-n1".into(),
+            source_node_id: "n1".into(),
+            slots: Some(split.slots.into()),
+            snapshot_term: 7,
+            snapshot_index: 1000,
+            phase: TransferPhase::Installed.into(),
+            ..TransferProgress::default()
+        };
+        let changed = |change: fn(&mut TransferProgress)| {
+            let mut told = own.clone();
+            change(&mut told);
+            Answer::of(&told, &split)
+        };
+        for (phase, expected) in [
+            (TransferPhase::Installed, Answer::Installed),
+            (TransferPhase::Verifying, Answer::Installing),
+            (TransferPhase::Installing, Answer::Installing),
+            (TransferPhase::Transferring, Answer::Partial),
+            (TransferPhase::Interrupted, Answer::Partial),
+            (TransferPhase::Cancelled, Answer::Ended),
+            (TransferPhase::Expired, Answer::Ended),
+            (TransferPhase::Failed, Answer::Ended),
+        ] {
+            let phase = |node: &str| TransferProgress {
+                phase: phase.into(),
+                source_node_id: node.into(),
+                ..own.clone()
+            };
+            assert_eq!(Answer::of(&phase("n1"), &split), expected);
+            assert_eq!(Answer::of(&phase("n3"), &split), Answer::Anothers);
+        }
+        assert_eq!(changed(|told| told.source_shard_id = "x".into()), Answer::Anothers);
+        assert_eq!(changed(|told| told.target_shard_id = "x".into()), Answer::Anothers);
+        assert_eq!(changed(|told| told.slots = None), Answer::Anothers);
+        assert_eq!(changed(|told| told.snapshot_term = 8), Answer::Anothers);
+        assert_eq!(changed(|told| told.snapshot_index = 999), Answer::Anothers);
+        assert_eq!(Answer::of(&TransferProgress::default(), &split), Answer::Anothers);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_target_that_does_not_answer_is_not_waited_for_longer_than_that() {
+        let target =
+            Target { dialer: Dialer::plaintext(), address: String::new(), node: "n2".parse().unwrap() };
+        let error = in_time(&target, std::future::pending::<Result<(), Error>>()).await.unwrap_err();
+        assert!(error.is(CommonReason::Unavailable) && error.is_retryable(), "{error:?}");
     }
 
     #[test]

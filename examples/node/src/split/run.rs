@@ -6,19 +6,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use proto::common::error::Error;
-use proto::common::ids::ShardId;
 use proto::common::path::FileName;
 use proto::common::slots::RECLAIM_STEP;
-use proto::node::Priority;
-use proto::snapshot::sender::{SenderOptions, SnapshotToSend};
-use proto::snapshot::spec::SnapshotPoint;
+use proto::snapshot::sender::SenderOptions;
 use proto::snapshot::{FileSource, SnapshotSender};
 
 use super::outcome::{Answer, Taken, Target, Unanswered, ask_until_answered, cancel, taken};
-use super::receive::{ROWS_FILE, split_shard};
+use super::receive::ROWS_FILE;
 use super::source::{Closing, ClosingSource};
 use super::{Begun, Resolution, SplitPhase, Splits, rows_file};
-use crate::common::SlotRange;
 use crate::gate::{GateHold, HoldMode};
 use crate::store::{Claim, Handover, StoreError};
 
@@ -69,11 +65,12 @@ async fn decide(splits: &Splits, begun: &Begun, resumed: Option<GateHold>) -> En
     };
     if was_resumed {
         splits.enter(transfer, SplitPhase::Asking);
-        match ask(splits, begun).await {
-            Told::Answer(Answer::Installed) => return commit(splits, begun, writes).await,
-            Told::Resolution(resolution) => return settle(splits, begun, writes, resolution).await,
+        match unless_resolved(begun, ask(splits, begun)).await {
+            Err(resolution) => return settle(splits, begun, writes, resolution).await,
+            // Nothing more is to be sent.
+            Ok(Answer::Installed | Answer::Anothers) => return resolve(splits, begun, writes).await,
             // Nothing of it was merged there, or it goes on: the same transfer, again.
-            Told::Answer(Answer::Installing | Answer::Partial | Answer::Ended | Answer::Unknown) => {}
+            Ok(Answer::Installing | Answer::Partial | Answer::Ended | Answer::Unknown) => {}
         }
     }
     let closing = Closing::new(node.gate().clone(), begun.range);
@@ -97,32 +94,27 @@ async fn decide(splits: &Splits, begun: &Begun, resumed: Option<GateHold>) -> En
     }
 }
 
-/// What is known of a split whose outcome was not.
-enum Told {
-    Answer(Answer),
-    Resolution(Resolution),
+/// What the target keeps `asked` waiting for, unless the operator says meanwhile what became of the split.
+async fn unless_resolved<T>(begun: &Begun, asked: impl Future<Output = T>) -> Result<T, Resolution> {
+    tokio::select! {
+        biased;
+        resolution = begun.resolution() => Err(resolution),
+        told = asked => Ok(told),
+    }
 }
 
-/// Asks the target until it answers, or the operator says what became of it.
-async fn ask(splits: &Splits, begun: &Begun) -> Told {
-    let (transfer, intent) = (&begun.transfer, &begun.intent);
+/// Asks the target until it answers.
+async fn ask(splits: &Splits, begun: &Begun) -> Answer {
     let unanswered = |unanswered: &Unanswered| {
         let phase = match unanswered {
             Unanswered::Failed(_) => SplitPhase::Asking,
             Unanswered::Stranger { .. } => SplitPhase::NeedsOperator,
         };
-        splits.enter(transfer, phase);
-        splits.failed(transfer, unanswered);
+        splits.enter(&begun.transfer, phase);
+        splits.failed(&begun.transfer, unanswered);
     };
     let target = target(splits, begun);
-    tokio::select! {
-        biased;
-        resolution = begun.resolution() => Told::Resolution(resolution),
-        answer = ask_until_answered(&target, transfer.as_str(), &intent.target_store, unanswered) => {
-            splits.enter(transfer, SplitPhase::Asking);
-            Told::Answer(answer)
-        }
-    }
+    ask_until_answered(&target, &begun.snapshot, &begun.intent.target_store, unanswered).await
 }
 
 /// Why the snapshot was not sent.
@@ -170,7 +162,7 @@ async fn send(splits: &Splits, begun: &Begun, closing: &Arc<Closing>) -> Result<
     let sender = SnapshotSender::new(target(splits, begun).dial()?)
         .options(options)
         .transfers(splits.inner.transfers.clone());
-    sender.send(what(splits, begun)?, source)?.join().await?;
+    sender.send(begun.snapshot.clone(), source)?.join().await?;
     Ok(())
 }
 
@@ -185,24 +177,6 @@ fn target(splits: &Splits, begun: &Begun) -> Target {
         address: begun.intent.target_addresses.grpc.clone(),
         node: begun.target.clone(),
     }
-}
-
-fn what(splits: &Splits, begun: &Begun) -> Result<SnapshotToSend, Error> {
-    let node = &splits.inner.node;
-    let intent = &begun.intent;
-    let source = SlotRange::new(intent.source_start, intent.source_end)?;
-    Ok(SnapshotToSend {
-        transfer_id: begun.transfer.clone(),
-        source_shard: ShardId::new(format!("slots-{source}"))?,
-        target_shard: split_shard(begun.range, node.id())?,
-        source_node: node.id().clone(),
-        target_node: Some(begun.target.clone()),
-        slots: begun.range,
-        // There is no log: the epoch orders hand-overs of these slots, the time orders attempts at one.
-        point: SnapshotPoint { term: intent.epoch, index: intent.begun_unix_ms },
-        fence: None,
-        priority: Priority::Split,
-    })
 }
 
 fn claim(begun: &Begun) -> Claim {
@@ -227,24 +201,36 @@ async fn commit(splits: &Splits, begun: &Begun, writes: GateHold) -> End {
     End::Done
 }
 
-/// The transfer ended with an error that is final: finds out whether the target has taken over all the same, and
+/// The transfer ended with an error that is final, or before this process began: finds out whether the target has taken over, and
 /// undoes the split only if it has not and will not.
 async fn resolve(splits: &Splits, begun: &Begun, writes: GateHold) -> End {
+    match unless_resolved(begun, has_taken(splits, begun)).await {
+        Err(resolution) => settle(splits, begun, writes, resolution).await,
+        Ok(true) => commit(splits, begun, writes).await,
+        Ok(false) => undo(splits, begun, writes).await,
+    }
+}
+
+/// Asks until it is known whether the target has taken over.
+async fn has_taken(splits: &Splits, begun: &Begun) -> bool {
     let transfer = &begun.transfer;
+    let target = target(splits, begun);
     loop {
-        match ask(splits, begun).await {
-            Told::Resolution(resolution) => return settle(splits, begun, writes, resolution).await,
-            Told::Answer(Answer::Installed) => return commit(splits, begun, writes).await,
-            // Nothing is on its way there any more, so what the very store that the split began with says of the slots is the last word. The
-            // hand-over is committed there with the import; the transfer that brought it, a newer one may have replaced, and others pushed out of the
-            // history.
-            Told::Answer(Answer::Ended | Answer::Unknown) => {
+        let answer = ask(splits, begun).await;
+        let mut phase = SplitPhase::Asking;
+        match answer {
+            // Nothing is on its way there any more, so what the very store that the split began with says of the slots is the last word, also where a transfer
+            // is said to be installed. The hand-over is committed there with the import; the transfer that brought it, a newer one may have
+            // replaced, and others pushed out of the history.
+            Answer::Installed | Answer::Ended | Answer::Unknown | Answer::Anothers => {
                 let (node, intent) = (&splits.inner.node, &begun.intent);
-                match taken(&target(splits, begun), node.id(), &claim(begun), &intent.target_store).await {
-                    Ok(Taken::No) => break,
-                    Ok(Taken::Yes) => return commit(splits, begun, writes).await,
-                    Ok(Taken::Unclear) => {
-                        splits.enter(transfer, SplitPhase::NeedsOperator);
+                let taken = taken(&target, node.id(), &claim(begun), &intent.target_store).await;
+                match (taken, answer) {
+                    (Ok(Taken::No), _) => return false,
+                    // That others have the slots now is no proof that the target ever did, unless it says that it took them.
+                    (Ok(Taken::Yes), _) | (Ok(Taken::Elsewhere), Answer::Installed) => return true,
+                    (Ok(Taken::Elsewhere | Taken::Unclear), _) => {
+                        phase = SplitPhase::NeedsOperator;
                         splits.failed(
                             transfer,
                             format!(
@@ -253,18 +239,19 @@ async fn resolve(splits: &Splits, begun: &Begun, writes: GateHold) -> End {
                             ),
                         );
                     }
-                    Err(unanswered) => splits.failed(transfer, &unanswered),
+                    (Err(unanswered), _) => splits.failed(transfer, &unanswered),
                 }
             }
-            Told::Answer(Answer::Partial) => match cancel(&target(splits, begun), transfer.as_str()).await {
-                Ok(()) => continue,
-                Err(error) => splits.failed(transfer, error),
-            },
-            Told::Answer(Answer::Installing) => {}
+            Answer::Partial => {
+                if let Err(error) = cancel(&target, transfer.as_str()).await {
+                    splits.failed(transfer, error);
+                }
+            }
+            Answer::Installing => {}
         }
+        splits.enter(transfer, phase);
         tokio::time::sleep(ASK_AGAIN).await;
     }
-    undo(splits, begun, writes).await
 }
 
 /// The target has not taken over, and will not: everything is as before.
@@ -295,5 +282,140 @@ async fn settle(splits: &Splits, begun: &Begun, writes: GateHold, resolution: Re
             drop(writes);
             End::Undone
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proto::common::guard::RangeGuard;
+    use proto::node::split_snapshot_service_server::{SplitSnapshotService, SplitSnapshotServiceServer};
+    use proto::node::{
+        CancelTransferRequest, CancelTransferResponse, GetTransferProgressRequest,
+        GetTransferProgressResponse, ListTransfersRequest, ListTransfersResponse, NodeIdentity,
+        TransferPhase, TransferProgress, TransferSplitSnapshotRequest, TransferSplitSnapshotResponse,
+        WatchTransferProgressRequest, WatchTransferProgressResponse,
+    };
+    use proto::snapshot::Reason;
+    use proto::snapshot::transfers::Transfers;
+    use tokio::net::TcpListener;
+    use tokio::sync::watch;
+    use tokio_util::sync::CancellationToken;
+    use tonic::transport::server::TcpIncoming;
+    use tonic::{Request, Response, Status, Streaming};
+
+    use super::*;
+    use crate::common::SlotRange;
+    use crate::gate::{Access, Verdict};
+    use crate::node::Node;
+    use crate::store::{Init, NodeAddresses, SplitIntent, StoreOptions};
+
+    /// A target that refuses the transfer of a split, says that it goes on, and never answers who cancels it.
+    struct Hangs {
+        store: Vec<u8>,
+        told: TransferProgress,
+        asked_to_cancel: watch::Sender<bool>,
+    }
+
+    #[tonic::async_trait]
+    impl SplitSnapshotService for Hangs {
+        type TransferSplitSnapshotStream = tokio_stream::Empty<Result<TransferSplitSnapshotResponse, Status>>;
+        type WatchTransferProgressStream = tokio_stream::Empty<Result<WatchTransferProgressResponse, Status>>;
+
+        async fn transfer_split_snapshot(
+            &self,
+            _: Request<Streaming<TransferSplitSnapshotRequest>>,
+        ) -> Result<Response<Self::TransferSplitSnapshotStream>, Status> {
+            Err(Reason::SpecificationMismatch.error("it says").into())
+        }
+
+        async fn get_transfer_progress(
+            &self,
+            _: Request<GetTransferProgressRequest>,
+        ) -> Result<Response<GetTransferProgressResponse>, Status> {
+            let node = NodeIdentity {
+                node_id: "n2".into(),
+                store_id: self.store.clone().into(),
+                ..NodeIdentity::default()
+            };
+            let transfer = Some(self.told.clone());
+            Ok(Response::new(GetTransferProgressResponse { transfer, node: Some(node) }))
+        }
+
+        async fn watch_transfer_progress(
+            &self,
+            _: Request<WatchTransferProgressRequest>,
+        ) -> Result<Response<Self::WatchTransferProgressStream>, Status> {
+            Err(Status::unimplemented("not asked here"))
+        }
+
+        async fn list_transfers(
+            &self,
+            _: Request<ListTransfersRequest>,
+        ) -> Result<Response<ListTransfersResponse>, Status> {
+            Err(Status::unimplemented("not asked here"))
+        }
+
+        async fn cancel_transfer(
+            &self,
+            _: Request<CancelTransferRequest>,
+        ) -> Result<Response<CancelTransferResponse>, Status> {
+            self.asked_to_cancel.send_replace(true);
+            std::future::pending().await
+        }
+    }
+
+    #[tokio::test]
+    async fn the_operator_decides_whatever_the_target_keeps_waiting_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let range: SlotRange = "100-199".parse().unwrap();
+        let init = Init { node: "n1".parse().unwrap(), slots: Some(vec![range]), others: vec![] };
+        let node = Node::open(dir.path(), &init, &StoreOptions::default()).unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let grpc = listener.local_addr().unwrap().to_string();
+        let intent = SplitIntent {
+            transfer: "split-1".into(),
+            start: range.start(),
+            end: range.end(),
+            target: "n2".into(),
+            target_addresses: NodeAddresses { grpc, resp: String::new() },
+            target_store: vec![7; 16],
+            epoch: 2,
+            source_start: range.start(),
+            source_end: range.end(),
+            begun_unix_ms: 1,
+            bytes_per_second: None,
+        };
+        let told = TransferProgress {
+            transfer_id: "split-1".into(),
+            phase: TransferPhase::Transferring.into(),
+            source_shard_id: "slots-100-199".into(),
+            target_shard_id: "slots-100-199-n1".into(),
+            source_node_id: "n1".into(),
+            slots: Some(range.into()),
+            snapshot_index: 1,
+            snapshot_term: 2,
+            ..TransferProgress::default()
+        };
+        let (asked_to_cancel, mut cancel) = watch::channel(false);
+        let hangs = Hangs { store: vec![7; 16], told, asked_to_cancel };
+        let server = tonic::transport::Server::builder().add_service(SplitSnapshotServiceServer::new(hangs));
+        let serving = tokio::spawn(server.serve_with_incoming(TcpIncoming::from(listener)));
+
+        node.store().put_split(intent).await.unwrap();
+        let stop = CancellationToken::new();
+        let transfers = Transfers::default();
+        let splits = Splits::new(node.clone(), transfers, RangeGuard::new(), stop.clone()).unwrap();
+        splits.resume().unwrap();
+        let minute = Duration::from_secs(60);
+        tokio::time::timeout(minute, cancel.wait_for(|asked| *asked)).await.unwrap().unwrap();
+        assert_eq!(node.gate().verdict(100, Access::Write), Verdict::Held);
+        // Well before it is not waited for any more.
+        let told = tokio::time::timeout(Duration::from_secs(15), splits.resolve("split-1", Resolution::Keep));
+        told.await.expect("the target is waited for").unwrap();
+        assert_eq!(splits.list()[0].phase, SplitPhase::Undone);
+        assert_eq!(node.gate().verdict(100, Access::Write), Verdict::Pass);
+        stop.cancel();
+        splits.join().await;
+        serving.abort();
     }
 }

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use futures::StreamExt as _;
-use node::demo::client::Client;
+use node::demo::client::{Client, field};
 use node::demo::processes::NodeProcess;
 use redis_protocol::resp2::types::BytesFrame;
 
@@ -50,6 +50,13 @@ pub fn show(frame: &BytesFrame) -> String {
 pub async fn call(client: &mut Client, command: &str) -> String {
     let arguments: Vec<&str> = command.split(' ').collect();
     show(&client.call(&arguments).await.unwrap())
+}
+
+/// What the status of a node's first split says under `name`.
+pub async fn split_says(client: &mut Client, name: &str) -> String {
+    let reply = client.call(&["SPLIT", "LIST"]).await.unwrap();
+    let BytesFrame::Array(splits) = reply else { panic!("{reply:?}") };
+    splits.first().and_then(|split| field(split, name)).map(show).unwrap_or_default()
 }
 
 /// Writes `count` keys of 100 bytes each.

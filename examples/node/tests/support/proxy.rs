@@ -1,4 +1,4 @@
-//! A proxy between two nodes that swallows or keeps back what goes through it, from a chosen frame of a migration's stream on.
+//! A proxy between two nodes that swallows or keeps back what goes through it, from a chosen frame of a migration's or a snapshot's stream on.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -40,7 +40,11 @@ impl Ways {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Frame {
     Bulk = 2,
+    /// Of a snapshot.
+    Manifest = 3,
     Prepare = 4,
+    /// Of a snapshot.
+    End = 5,
     Commit = 6,
     Discard = 7,
     Forget = 8,
