@@ -19,8 +19,7 @@ pub type Hold = Box<dyn Any + Send + Sync>;
 
 /// Lets the owner of a store take part in a transfer.
 pub trait InstallHook: Send + Sync + 'static {
-    /// Called before a transfer is accepted, and again for each unfinished one when the node starts. What it returns is dropped when
-    /// the transfer ends.
+    /// Called before a transfer is accepted. What it returns is dropped when the transfer ends.
     ///
     /// # Errors
     ///
@@ -28,6 +27,16 @@ pub trait InstallHook: Send + Sync + 'static {
     fn admit<'a>(&'a self, plan: &'a TransferPlan) -> HookFuture<'a, Hold> {
         let _ = plan;
         Box::pin(async { Ok(Box::new(()) as Hold) })
+    }
+
+    /// Called for each unfinished transfer when the node starts, instead of [`admit`](Self::admit), which is the default: its hold is needed
+    /// again, and what only a new transfer has to fulfil, such as room on the disk, needs no second look. A hook that wraps another has to forward this, too.
+    ///
+    /// # Errors
+    ///
+    /// The transfer goes on without a hold. Whether it can be installed is for [`install`](Self::install) to find out.
+    fn readmit<'a>(&'a self, plan: &'a TransferPlan) -> HookFuture<'a, Hold> {
+        self.admit(plan)
     }
 
     /// Merges a complete, verified snapshot into the state machine. It lies in its final place but is
@@ -66,6 +75,10 @@ impl InstallHook for KeepFiles {
 impl<H: InstallHook + ?Sized> InstallHook for Arc<H> {
     fn admit<'a>(&'a self, plan: &'a TransferPlan) -> HookFuture<'a, Hold> {
         (**self).admit(plan)
+    }
+
+    fn readmit<'a>(&'a self, plan: &'a TransferPlan) -> HookFuture<'a, Hold> {
+        (**self).readmit(plan)
     }
 
     fn install<'a>(&'a self, snapshot: &'a PlacedSnapshot) -> HookFuture<'a, ()> {

@@ -316,7 +316,7 @@ impl<S: SnapshotStore> Inner<S> {
         }
         let sealed = staging.state() == StagingState::Sealed;
         let phase = if sealed { TransferPhase::Installing } else { TransferPhase::Interrupted };
-        let admitted = match self.hook.admit(&plan).await {
+        let admitted = match self.hook.readmit(&plan).await {
             Ok(hold) => hold,
             Err(error) => {
                 // It was admitted before; what changed since is for the install to find out.

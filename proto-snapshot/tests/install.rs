@@ -14,8 +14,9 @@ use proto_common::error::{Code, Error};
 use proto_common::ids::TransferId;
 use proto_common::path::FileName;
 use proto_common::v1::Direction;
+use proto_snapshot::Reason;
 use proto_snapshot::extent::{Extent, ExtentRecord};
-use proto_snapshot::hook::{HookFuture, InstallHook};
+use proto_snapshot::hook::{Hold, HookFuture, InstallHook};
 use proto_snapshot::sender::SnapshotSender;
 use proto_snapshot::source::DirectorySource;
 use proto_snapshot::spec::{FileTotal, Manifest, ManifestFile, TransferPlan, TransferSpec};
@@ -44,6 +45,26 @@ impl InstallHook for Counting {
 
     fn keeps_files(&self, _: &TransferPlan) -> bool {
         self.keeps_files
+    }
+}
+
+/// Refuses what is new, and tells which of the two it was called for.
+#[derive(Debug)]
+struct Full(std::sync::mpsc::Sender<&'static str>);
+
+impl InstallHook for Full {
+    fn admit<'a>(&'a self, _: &'a TransferPlan) -> HookFuture<'a, Hold> {
+        self.0.send("admit").unwrap();
+        Box::pin(async { Err(Reason::InstallRefused.error("no room")) })
+    }
+
+    fn readmit<'a>(&'a self, _: &'a TransferPlan) -> HookFuture<'a, Hold> {
+        self.0.send("readmit").unwrap();
+        Box::pin(async { Ok(Box::new(()) as Hold) })
+    }
+
+    fn install<'a>(&'a self, _: &'a PlacedSnapshot) -> HookFuture<'a, ()> {
+        Box::pin(async { Ok(()) })
     }
 }
 
@@ -168,4 +189,17 @@ async fn what_may_be_merged_does_not_fail_because_the_record_of_its_shard_is_dam
     until("it is installed", || shown().phase() == TransferPhase::Installed).await;
     assert_eq!(merges.load(Ordering::SeqCst), 1);
     server.stop().await;
+}
+
+/// What was admitted once need not fulfil again, at a restart, what only a new transfer has to.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_unfinished_transfer_is_readmitted_at_a_restart() {
+    let dir = tempfile::tempdir().unwrap();
+    leave_after(1, dir.path()).await;
+    let (called, calls) = std::sync::mpsc::channel();
+    // An Arc forwards it.
+    let hook = Arc::new(Full(called));
+    let server = Server::start(builder(dir.path()).hook(hook)).await;
+    assert_eq!(calls.try_iter().collect::<Vec<_>>(), ["readmit"]);
+    let _ = server;
 }
