@@ -58,6 +58,10 @@ impl InstallHook for Held {
         self.hook.admit(plan)
     }
 
+    fn readmit<'a>(&'a self, plan: &'a TransferPlan) -> HookFuture<'a, Hold> {
+        self.hook.readmit(plan)
+    }
+
     fn install<'a>(&'a self, snapshot: &'a PlacedSnapshot) -> HookFuture<'a, ()> {
         Box::pin(async move {
             self.tell("install");

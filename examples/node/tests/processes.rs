@@ -271,6 +271,24 @@ async fn a_refused_split_changes_nothing() {
     assert_eq!(call(&mut control, "DBSIZE").await, ":100");
 }
 
+/// What does not fit is refused for good: the source's clients do not wait until there is room.
+#[tokio::test]
+async fn a_split_to_a_node_without_room_for_the_rows_is_undone() {
+    let dir = tempfile::tempdir().unwrap();
+    let n1 = start("n1", dir.path(), "0-16383").await;
+    let full = ["--reserve-mib", "1000000000"];
+    let n2 = NodeProcess::start_with(&program(), "n2", dir.path(), "none", &full).await.unwrap();
+    let mut control = client(&n1).await;
+    load(&mut control, 100).await;
+    call(&mut control, &split_command(&n2, None)).await;
+    until("the split is undone", async || split_says(&mut control, "phase").await == "undone").await;
+    let error = split_says(&mut control, "error").await;
+    assert!(error.contains("bytes left") && error.contains("make room there"), "{error}");
+    assert_eq!(call(&mut control, "SET key:2 free").await, "OK");
+    assert_eq!(call(&mut control, "DBSIZE").await, ":100");
+    assert_eq!(call(&mut client(&n2).await, "DBSIZE").await, ":0");
+}
+
 /// Opens the data directory of a node that does not run.
 fn open(directory: &Path, id: &str) -> (Store, Identity) {
     let init = Init { node: NodeId::new(id).unwrap(), slots: None, others: Vec::new() };

@@ -1,7 +1,7 @@
 //! The target's side: a snapshot of rows becomes part of the database, any other stays what it is, files.
 
 use proto::common::error::Error;
-use proto::common::guard::RangeGuard;
+use proto::common::guard::{RangeGuard, RangeHold};
 use proto::common::ids::{IdError, ShardId};
 use proto::snapshot::Reason;
 use proto::snapshot::hook::{Hold, HookFuture, InstallHook};
@@ -128,9 +128,18 @@ fn has_rows(plan: &TransferPlan) -> bool {
 /// Tells the sender, without paths; the log has the rest.
 fn refused(error: StoreError) -> Error {
     match &error {
+        // For good: while it is repeated, clients of the source wait, and it has a room that others need.
+        StoreError::NoSpace { needed, available, .. } => {
+            tracing::warn!(%error, "a snapshot of rows does not fit");
+            Reason::InstallRefused
+                .error(format!(
+                    "the receiver's disk has {available} bytes left, of {needed} that are needed, with those that stay free; make room there, then begin anew"
+                ))
+                .metadata("needed_bytes", needed.to_string())
+                .metadata("available_bytes", available.to_string())
+        }
         StoreError::Database(_)
         | StoreError::Io { .. }
-        | StoreError::NoSpace { .. }
         | StoreError::DamagedFile { .. }
         | StoreError::Mismatch { .. }
         | StoreError::Closed => {
@@ -147,32 +156,64 @@ fn refused(error: StoreError) -> Error {
     }
 }
 
+impl SplitHook {
+    /// Keeps others off the slots that a snapshot of rows would bring, if it brings any.
+    fn hold(&self, plan: &TransferPlan) -> Result<Option<RangeHold>, Error> {
+        check_shard(plan)?;
+        if !has_rows(plan) {
+            return Ok(None);
+        }
+        let slots = plan.spec.slots;
+        let own = self.node.own_ranges();
+        // All of them: perhaps this very snapshot was installed and the sender does not know. The install finds out, and takes nothing over, so
+        // nobody is kept off the slots for as long as the transfer is staged.
+        if own.iter().any(|own| own.contains_range(slots)) {
+            return Ok(None);
+        }
+        if let Some(own) = own.iter().find(|own| own.overlaps(slots)) {
+            return Err(Reason::InstallRefused
+                .error(format!("node {} owns slots {own} of {slots} already", self.node.id())));
+        }
+        if let Some((_, sentence)) = self.node.third_owner(slots, &plan.spec.source_node) {
+            return Err(Reason::InstallRefused
+                .error(sentence)
+                .retry_after(std::time::Duration::from_secs(1)));
+        }
+        self.guard.try_acquire(slots, plan.spec.transfer_id.as_str()).map(Some)
+    }
+
+    /// Refuses what could not be imported once it is here. How much that takes beside the keys and values is known then.
+    async fn check_room(&self, plan: &TransferPlan) -> Result<(), Error> {
+        let Some(bytes) = plan.manifest.total_bytes() else { return Ok(()) };
+        // The file lies beside its rows, which take twice that.
+        let bytes = bytes.saturating_add(bytes / 2);
+        let store = self.node.store().clone();
+        let checked = tokio::task::spawn_blocking(move || store.check_space(bytes)).await;
+        checked.map_err(|_| Reason::ShuttingDown.error("the node is shutting down"))?.map_err(refused)
+    }
+}
+
+fn held(hold: Option<RangeHold>) -> Hold {
+    match hold {
+        Some(hold) => Box::new(hold),
+        None => Box::new(()),
+    }
+}
+
 impl InstallHook for SplitHook {
     fn admit<'a>(&'a self, plan: &'a TransferPlan) -> HookFuture<'a, Hold> {
         Box::pin(async move {
-            check_shard(plan)?;
-            if !has_rows(plan) {
-                return Ok(Box::new(()) as Hold);
+            let hold = self.hold(plan)?;
+            if hold.is_some() {
+                self.check_room(plan).await?;
             }
-            let slots = plan.spec.slots;
-            let own = self.node.own_ranges();
-            // All of them: perhaps this very snapshot was installed and the sender does not know. The install finds out, and takes nothing over, so
-            // nobody is kept off the slots for as long as the transfer is staged.
-            if own.iter().any(|own| own.contains_range(slots)) {
-                return Ok(Box::new(()) as Hold);
-            }
-            if let Some(own) = own.iter().find(|own| own.overlaps(slots)) {
-                return Err(Reason::InstallRefused
-                    .error(format!("node {} owns slots {own} of {slots} already", self.node.id())));
-            }
-            if let Some((_, sentence)) = self.node.third_owner(slots, &plan.spec.source_node) {
-                return Err(Reason::InstallRefused
-                    .error(sentence)
-                    .retry_after(std::time::Duration::from_secs(1)));
-            }
-            let hold = self.guard.try_acquire(slots, plan.spec.transfer_id.as_str())?;
-            Ok(Box::new(hold) as Hold)
+            Ok(held(hold))
         })
+    }
+
+    /// Without a look at the room, which its file has a part of already: the import looks again.
+    fn readmit<'a>(&'a self, plan: &'a TransferPlan) -> HookFuture<'a, Hold> {
+        Box::pin(async move { self.hold(plan).map(held) })
     }
 
     fn install<'a>(&'a self, snapshot: &'a PlacedSnapshot) -> HookFuture<'a, ()> {
@@ -197,9 +238,13 @@ mod tests {
     use crate::store::{Handover, Init, Store, StoreOptions};
 
     fn node(directory: &Path, slots: &str) -> Node {
+        node_with(directory, slots, &StoreOptions::default())
+    }
+
+    fn node_with(directory: &Path, slots: &str, options: &StoreOptions) -> Node {
         let slots = slots.parse().into_iter().collect();
         let init = Init { node: "n2".parse().unwrap(), slots: Some(slots), others: vec![] };
-        Node::open(directory, &init, &StoreOptions::default()).unwrap()
+        Node::open(directory, &init, options).unwrap()
     }
 
     /// A snapshot of rows that n1 announces.
@@ -310,6 +355,44 @@ mod tests {
         }
         hook.install(&placed(dir.path(), "100-199", MAX_EPOCH_LEAP)).await.unwrap();
         assert_eq!(node.own_ranges(), ["100-199".parse().unwrap()]);
+    }
+
+    /// The database would take nothing more until a restart, and then meet the same again.
+    #[tokio::test]
+    async fn rows_without_room_are_refused_for_good_before_they_come_and_before_they_are_imported() {
+        let dir = tempfile::tempdir().unwrap();
+        let full = StoreOptions { reserve_bytes: 1 << 60, ..StoreOptions::default() };
+        let (node, guard) = (node_with(&dir.path().join("n2"), "0-99", &full), RangeGuard::new());
+        let hook = SplitHook::new(node.clone(), guard.clone());
+        let is_refused = |error: &Error| {
+            assert!(error.is(Reason::InstallRefused) && !error.is_retryable(), "{error:?}");
+            assert!(error.message().contains("make room there"), "{error}");
+            assert!(!error.message().contains('/'), "{error}");
+            assert!(
+                error.get("needed_bytes").is_some() && error.get("available_bytes").is_some(),
+                "{error:?}"
+            );
+        };
+        let snapshot = placed(dir.path(), "100-199", 12);
+        // As a sender announces it that knows how much it is.
+        let sized = |slots: &str| {
+            let mut plan = plan(slots);
+            let file = ManifestFile { name: ROWS_FILE.parse().unwrap(), size: Some(1000), blake3: None };
+            plan.manifest = Manifest::new(vec![file]).unwrap();
+            plan
+        };
+        let Err(refused) = hook.admit(&sized("100-199")).await else { panic!("it is admitted") };
+        is_refused(&refused);
+        drop(guard.try_acquire("100-199".parse().unwrap(), "nobody holds them").unwrap());
+        // The sender may not know that it was installed.
+        hook.admit(&sized("0-99")).await.unwrap();
+        // What came before a restart keeps its slots until it is known what becomes of it.
+        let hold = hook.readmit(&sized("100-199")).await.unwrap();
+        guard.try_acquire("100-199".parse().unwrap(), "a migration").unwrap_err();
+        is_refused(&hook.install(&snapshot).await.unwrap_err());
+        drop(hold);
+        assert_eq!(node.own_ranges(), ["0-99".parse().unwrap()]);
+        crate::store::test_store::set(node.store(), "still", "written").await;
     }
 
     /// A file that claims more than its sender may say.

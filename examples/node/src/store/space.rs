@@ -6,6 +6,12 @@ use super::{Store, StoreError};
 /// and where each begins in its page.
 pub(crate) const ROW_BYTES: u64 = 40;
 
+/// Bytes of a row, for [`Store::check_space`]: an expiry has the key once more, in the index.
+pub(super) fn row_bytes(key: usize, value: usize, expires: bool) -> u64 {
+    let keys = if expires { key.saturating_mul(2) } else { key };
+    u64::try_from(keys.saturating_add(value)).unwrap_or(u64::MAX).saturating_add(ROW_BYTES)
+}
+
 /// What rows of so many bytes take. Tree pages are two thirds full on average, and a page that changes is written anew before the old one is
 /// free: so twice as much.
 pub(crate) fn on_disk(bytes: u64) -> u64 {

@@ -12,6 +12,7 @@ use super::format::{self, SnapshotRow};
 use crate::common::{NodeId, SlotRange, slot_of};
 use crate::store::ownership::{Claim, NodeAddresses, Ownership, adopt_all, load, put_nodes};
 use crate::store::shared::Shared;
+use crate::store::space::row_bytes;
 use crate::store::tables::{self, Place, Row};
 use crate::store::{Store, StoreError, lock};
 
@@ -39,7 +40,8 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// [`StoreError::Refused`] when `me` owns some of the slots.
+    /// [`StoreError::Refused`] when `me` owns some of the slots, [`StoreError::NoSpace`] when the rows would take the room that is to be left
+    /// free. What was written until then is garbage.
     pub(crate) fn stage_import(
         &self,
         me: &NodeId,
@@ -75,6 +77,7 @@ impl Store {
         }
         let mut chunk = Vec::new();
         let mut size = 0;
+        let mut on_disk = 0_u64;
         loop {
             let block = file.next_block()?;
             let is_last = block.is_none();
@@ -87,9 +90,13 @@ impl Store {
                 }
                 // With what it takes beside them: of rows that are next to nothing there would be millions in one transaction.
                 size += row.key.len() + row.value.len() + size_of::<SnapshotRow>();
+                let (key, value) = (row.key.len(), row.value.len());
+                on_disk = on_disk.saturating_add(row_bytes(key, value, row.expires_at.is_some()));
             }
             chunk.extend(block);
             if is_last || size >= CHUNK_BYTES {
+                // A file of tiny rows takes many times its length, and after a write that finds no room the database takes no other either.
+                self.check_space(std::mem::take(&mut on_disk))?;
                 let rows = std::mem::take(&mut chunk);
                 size = 0;
                 writer.transact_blocking(move |_, txn| insert(txn, generation, &rows))?;
@@ -319,6 +326,61 @@ mod tests {
         let failed = import(&target, &path, &BTreeMap::new()).await;
         assert!(matches!(failed, Err(StoreError::Damaged(_))), "{failed:?}");
         assert!(test_store::stored_rows(&target) > 0, "all rows are one transaction");
+    }
+
+    /// A file of rows of next to nothing, in slots 8192-16383.
+    fn tiny_rows(path: &Path, rows: u64, expires_at: Option<u64>) {
+        let slots = range("8192-16383");
+        let header = format::SnapshotHeader {
+            start: slots.start(),
+            end: slots.end(),
+            source: "n1".into(),
+            taken_unix_ms: 0,
+            handover: Handover::default(),
+        };
+        let mut writer = format::SnapshotWriter::begin(Vec::new(), &header).unwrap();
+        for n in 0..rows {
+            // Each expires at a time of its own, so that the index is in another order than the rows.
+            let at = expires_at.map(|at| at + n.wrapping_mul(0x9E37_79B9_7F4A_7C15) % 1_000_000);
+            writer.row(format!("{{foo}}{n}").as_bytes(), b"", at).unwrap();
+        }
+        std::fs::write(path, writer.finish().unwrap().0).unwrap();
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn tiny_rows_take_no_more_of_the_disk_than_is_counted() {
+        const ROWS: u64 = 40_000;
+        for expires_at in [None, Some(1 << 50)] {
+            let dir = tempfile::tempdir().unwrap();
+            let (target, _) = test_store::open(&dir.path().join("target"), "n2", "none");
+            let path = dir.path().join("rows");
+            tiny_rows(&path, ROWS, expires_at);
+            let allocated = || {
+                let stats = target.inner.shared.database.begin_write().unwrap().stats().unwrap();
+                stats.allocated_pages() * u64::try_from(stats.page_size()).unwrap()
+            };
+            let before = allocated();
+            assert_eq!(import(&target, &path, &BTreeMap::new()).await.unwrap().unwrap().0, ROWS);
+            let taken = allocated() - before;
+            let counted = ROWS * row_bytes("{foo}".len(), 0, expires_at.is_some());
+            let file = std::fs::metadata(&path).unwrap().len();
+            assert!(taken > 2 * file, "{taken} bytes: the file says little of them, {file}");
+            assert!(taken <= crate::store::on_disk(counted), "{taken} bytes, {counted} were counted");
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn an_import_leaves_free_what_is_to_be_left_free() {
+        let dir = tempfile::tempdir().unwrap();
+        let (_source, path, _) = exported(dir.path()).await;
+        let init = crate::store::Init { node: id("n2"), slots: Some(vec![]), others: vec![] };
+        let full = crate::store::StoreOptions { reserve_bytes: 1 << 60, ..Default::default() };
+        let (target, _) = Store::open(&dir.path().join("target"), &init, &full).unwrap();
+        let failed = import(&target, &path, &BTreeMap::new()).await;
+        assert!(matches!(failed, Err(StoreError::NoSpace { .. })), "{failed:?}");
+        assert_eq!(test_store::stored_rows(&target), 0);
+        // Nothing is in the way of a later one, and others can write.
+        set(&target, "still", "written").await;
     }
 
     #[tokio::test(flavor = "multi_thread")]
