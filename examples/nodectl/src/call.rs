@@ -9,6 +9,7 @@ use proto::snapshot::limits::MAX_ANSWER_BYTES;
 use tonic::{Code as StatusCode, Status};
 
 use crate::address::Address;
+use crate::bounds::Listed;
 use crate::trust;
 
 /// A client over a connection of its own.
@@ -49,7 +50,7 @@ const PAGES: usize = 400;
 
 /// All of a list, whose pages of so many entries `page` asks for: the entries, and the token of the next page. `sizes` are that of a page, and that of one where the first kind
 /// is too large to be taken.
-pub(crate) async fn all_pages<T>(
+pub(crate) async fn all_pages<T: Listed>(
     what: &str,
     sizes: [u32; 2],
     mut page: impl AsyncFnMut(u32, String) -> Result<(Vec<T>, String), Status>,
@@ -58,7 +59,7 @@ pub(crate) async fn all_pages<T>(
     let mut all = Vec::new();
     let mut token = String::new();
     for _ in 0..PAGES {
-        let (entries, next) = match page(size, token.clone()).await {
+        let (mut entries, next) = match page(size, token.clone()).await {
             Err(status) if status.code() == StatusCode::OutOfRange && size > small => {
                 size = small;
                 continue;
@@ -66,6 +67,7 @@ pub(crate) async fn all_pages<T>(
             answer => answer?,
         };
         if u32::try_from(entries.len()).is_ok_and(|len| len <= size) {
+            entries.iter_mut().try_for_each(T::bound)?;
             // One that repeats itself ends here.
             let is_last = next.is_empty() || entries.is_empty();
             all.extend(entries);

@@ -7,6 +7,7 @@ use proto::node::health_service_client::HealthServiceClient;
 use proto::node::{HealthCheckRequest, HealthCheckResponse, HealthStatus};
 
 use crate::args::Health;
+use crate::bounds;
 use crate::call;
 use crate::failure::Failure;
 use crate::node_document::{HealthListDocument, NodeHealthDocument};
@@ -22,7 +23,9 @@ pub(crate) async fn run(command: Health, output: &mut Output) -> Result<(), Fail
             call::ask_over(&address, nodes.timeout, async |channel| {
                 let mut client =
                     HealthServiceClient::new(channel).max_decoding_message_size(MAX_ANSWER_BYTES);
-                Ok(client.health_check(request).await?.into_inner())
+                let mut answer = client.health_check(request).await?.into_inner();
+                answer.health.as_mut().map_or(Ok(()), bounds::report)?;
+                Ok(answer)
             })
             .await
         }

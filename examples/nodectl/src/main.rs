@@ -9,6 +9,7 @@
 //! | how are nodes told by their certificates, and who makes those? | `trust.rs`, `certs.rs` |
 //! | how are slots moved, and a node emptied? | `migrate/`, `drain.rs` |
 //! | how are many nodes asked? | `nodes.rs` |
+//! | how much of an answer is taken? | `call.rs` (pages), `bounds.rs` (what is in them) |
 //! | what does the JSON look like? | `document.rs`, `node_document.rs` |
 //! | what does a person see? | `human.rs`, `table.rs`, `node_table.rs`, `live.rs` |
 //! | which advice does an error get, which exit code? | `advice.rs`, `failure.rs` |
@@ -16,6 +17,7 @@
 mod address;
 mod advice;
 mod args;
+mod bounds;
 mod call;
 mod cancel;
 #[cfg(feature = "tls")]

@@ -1,13 +1,13 @@
 //! `nodectl status`, once or again and again.
 
 use proto::common::error::Error;
-use proto::health::limits::{MAX_ANSWER_BYTES, PAGE};
+use proto::health::limits::MAX_ANSWER_BYTES;
 use proto::node::health_service_client::HealthServiceClient;
-use proto::node::{GetNodeStatusRequest, GetNodeStatusResponse, NodeStatus};
-use tonic::Status as Refusal;
+use proto::node::{GetNodeStatusRequest, GetNodeStatusResponse};
 
 use crate::address::Address;
 use crate::args::Status;
+use crate::bounds::Told;
 use crate::call;
 use crate::failure::Failure;
 use crate::node_document::{NodeStatusDocument, StatusListDocument};
@@ -54,15 +54,12 @@ pub(crate) async fn ask(
         let mut client = HealthServiceClient::new(channel).max_decoding_message_size(MAX_ANSWER_BYTES);
         let mut whole: Option<GetNodeStatusResponse> = None;
         let mut page_token = String::new();
+        let mut told = Told::default();
         for _ in 0..PAGES {
             let request = GetNodeStatusRequest { page_token, ..Default::default() };
             let mut page = client.get_node_status(request).await?.into_inner();
             page_token = std::mem::take(&mut page.next_page_token);
-            let entries = page.status.as_ref().map_or(0, entries);
-            if entries > PAGE {
-                let told = format!("a page of {entries} entries, where a node gives {PAGE}");
-                return Err(Refusal::out_of_range(told));
-            }
+            page.status.as_mut().map_or(Ok(()), |status| told.add(status))?;
             match whole.as_mut().and_then(|whole| whole.status.as_mut()) {
                 Some(status) => {
                     let more = page.status.unwrap_or_default();
@@ -81,11 +78,6 @@ pub(crate) async fn ask(
         Ok(whole.unwrap_or_default())
     })
     .await
-}
-
-fn entries(status: &NodeStatus) -> usize {
-    let NodeStatus { shards, slot_owners, transfers, migrations, peers, .. } = status;
-    shards.len() + slot_owners.len() + transfers.len() + migrations.len() + peers.len()
 }
 
 fn show(answers: &[Answered<GetNodeStatusResponse>], output: &mut Output) {

@@ -7,8 +7,8 @@ use proto::common::error::Error;
 use proto::migration::Reason;
 use proto::node::{
     FreezeAttempt, FreezeOutcome, ListMigrationsResponse, MigrationDecision, MigrationLag,
-    MigrationPhaseStart, MigrationProgress, MigrationState, NodeStatus, Priority, SlotOwner, SlotRange,
-    TaskError,
+    MigrationPhaseStart, MigrationProgress, MigrationState, NodeStatus, Priority, ShardStatus, SlotOwner,
+    SlotRange, TaskError,
 };
 use support::script::{Script, State, migration};
 use support::{Running, nodectl, until};
@@ -462,8 +462,20 @@ async fn a_node_that_lists_without_end_is_refused() {
     fn owners(count: usize) -> NodeStatus {
         NodeStatus { slot_owners: vec![SlotOwner::default(); count], ..NodeStatus::default() }
     }
+    // As many as fit into a page: 19 MB of memory, on each of 400 pages.
+    fn freezes(count: usize) -> ListMigrationsResponse {
+        let mut migration = migration("m1", MigrationState::Completed);
+        migration.freezes = vec![FreezeAttempt::default(); count];
+        ListMigrationsResponse { migrations: vec![migration], next_page_token: "on".to_owned() }
+    }
+    fn shard(ranges: usize) -> NodeStatus {
+        let slots = vec![SlotRange::default(); ranges];
+        let shards = vec![ShardStatus { shard_id: "s1".to_owned(), slots, ..ShardStatus::default() }];
+        NodeStatus { shards, ..NodeStatus::default() }
+    }
     type Answer<T> = fn() -> T;
-    let lists: [(Answer<ListMigrationsResponse>, &str); 3] = [
+    let lists: [(Answer<ListMigrationsResponse>, &str); 4] = [
+        (|| freezes(80_000), "80000 freezes of migration m1, where a node tells of 64 at most"),
         (|| empty(140_000, ""), "too large"),
         (|| empty(101, ""), "a page of 101 migrations, where 100 were asked for"),
         (|| empty(1, "on"), "it goes on after 400 migrations on 400 pages"),
@@ -472,9 +484,11 @@ async fn a_node_that_lists_without_end_is_refused() {
         let script = Script::start(State { lists: Some(lists), ..State::default() }).await;
         let ended = nodectl(&format!("migrate list --at {} --timeout 60s", script.address)).await;
         assert_eq!((ended.code, ended.stdout.as_str()), (Some(1), ""), "{ended:?}");
-        assert!(ended.stderr.contains(says) && ended.stderr.contains("OUT_OF_RANGE"), "{ended:?}");
+        let named = ended.stderr.contains(&script.address.to_string());
+        assert!(named && ended.stderr.contains(says) && ended.stderr.contains("OUT_OF_RANGE"), "{ended:?}");
     }
-    let tells: [(Answer<NodeStatus>, &str); 2] = [
+    let tells: [(Answer<NodeStatus>, &str); 3] = [
+        (|| shard(129), "129 slots of shard s1, where a node tells of 128 at most"),
         (|| owners(600_000), "too large"),
         (|| owners(1001), "a page of 1001 entries, where a node gives 1000"),
     ];

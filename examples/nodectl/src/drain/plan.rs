@@ -54,6 +54,10 @@ pub(super) fn claims(node_id: &NodeId, status: &NodeStatus) -> Vec<Claim> {
         .collect();
     let mut claims: Vec<Claim> = Vec::new();
     for owned in status.slot_owners.iter().filter(|owner| owner.node_id == node_id.as_str()) {
+        // Of an honest node each has a slot for itself; of another one each of ten thousand may overlap with each of as many.
+        if claims.len() >= usize::from(SLOT_COUNT) {
+            break;
+        }
         let Ok(range) = SlotRange::from_wire(owned.slots) else { continue };
         let mut rest = vec![range];
         for (held, _, shard) in &shards {
@@ -239,5 +243,19 @@ mod tests {
                 ("30-39".to_owned(), 3, None)
             ]
         );
+    }
+
+    #[test]
+    fn claims_that_overlap_are_no_more_than_slots() {
+        let owner = SlotOwner {
+            slots: Some(range("0-16383").into()),
+            node_id: "n1".to_owned(),
+            ..Default::default()
+        };
+        let shard = ShardStatus { slots: vec![range("0-9").into(); 100], ..Default::default() };
+        let status =
+            NodeStatus { slot_owners: vec![owner; 10_000], shards: vec![shard], ..Default::default() };
+        let claims = claims(&NodeId::new("n1").unwrap(), &status).len();
+        assert!((16_384..16_500).contains(&claims), "{claims}");
     }
 }
