@@ -1,8 +1,9 @@
 //! Accepts connections and does their handshakes, so that no peer waits for another's.
 
 use std::collections::HashMap;
+use std::hash::Hash;
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
@@ -28,7 +29,8 @@ use crate::refusals;
 #[non_exhaustive]
 pub struct TlsLimits {
     /// Handshakes under way at once. Default 256. One more ends the oldest one of the address that has most of them, so that
-    /// whoever stalls them stands in nobody's way but its own; counted as `TOO_MANY_HANDSHAKES`.
+    /// whoever stalls them stands in nobody's way but its own; of IPv6, of the address in the /64 that has most, since who has one address there has all.
+    /// Counted as `TOO_MANY_HANDSHAKES`.
     pub handshakes: usize,
     /// Longest handshake. Default 10 s. After that the connection is closed; counted as `SLOW_HANDSHAKE`.
     pub handshake: Duration,
@@ -111,24 +113,42 @@ impl TlsIncoming {
         self.pending.insert(abort.id(), Handshake { number, address, abort });
     }
 
-    /// Ends the oldest handshake of the address that has most.
+    /// Ends the oldest handshake of the address that has most, in the network that has most: neighbours of who stalls are in its way no more than others.
     fn end_one(&mut self) {
-        let mut counts: HashMap<IpAddr, (usize, u64, Id)> = HashMap::new();
-        for (&id, &Handshake { number, address, .. }) in &self.pending {
-            let (count, oldest, of) = counts.entry(address.ip()).or_insert((0, number, id));
-            *count += 1;
-            if number < *oldest {
-                (*oldest, *of) = (number, id);
-            }
-        }
-        let most = counts.into_values().max_by_key(|(count, oldest, _)| (*count, u64::MAX - oldest));
-        let Some((_, _, oldest)) = most else { return };
+        let Some((most, _)) = most(&self.pending, network) else { return };
+        let of_it = self.pending.iter().filter(|(_, one)| network(one.address.ip()) == most);
+        let Some((_, oldest)) = self::most(of_it, |address| address) else { return };
         if let Some(Handshake { address, abort, .. }) = self.pending.remove(&oldest) {
             abort.abort();
             refusals::count("TOO_MANY_HANDSHAKES");
             tracing::debug!(peer = %address, "too many TLS handshakes at once; this one is ended");
         }
     }
+}
+
+/// What one stranger has at least: of IPv4 an address, of IPv6 a /64.
+fn network(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() & !u128::from(u64::MAX)).into(),
+        address => address,
+    }
+}
+
+/// What has most handshakes, by `key` of their addresses, and the oldest of these; of several the one whose is oldest.
+fn most<'a, K: Eq + Hash>(
+    pending: impl IntoIterator<Item = (&'a Id, &'a Handshake)>,
+    key: impl Fn(IpAddr) -> K,
+) -> Option<(K, Id)> {
+    let mut counts: HashMap<K, (usize, u64, Id)> = HashMap::new();
+    for (&id, &Handshake { number, address, .. }) in pending {
+        let (count, oldest, of) = counts.entry(key(address.ip())).or_insert((0, number, id));
+        *count += 1;
+        if number < *oldest {
+            (*oldest, *of) = (number, id);
+        }
+    }
+    let most = counts.into_iter().max_by_key(|(_, (count, oldest, _))| (*count, u64::MAX - oldest));
+    most.map(|(key, (_, _, oldest))| (key, oldest))
 }
 
 /// What a handshake that failed is counted as. A connection that just broke off, as those of many probes do, was refused by nobody.
@@ -258,15 +278,45 @@ mod tests {
     use super::*;
     use crate::tls::TlsPem;
 
-    #[tokio::test]
-    async fn a_handshake_that_panics_gives_its_place_back() {
+    async fn incoming() -> TlsIncoming {
         let ca = Ca::new("one");
         let (certificate, key) = ca.issue(&Issue::node("n1"));
         let pem = TlsPem { ca: ca.pem().into(), certificate: certificate.into(), key: key.into() };
-        let tls = Tls::from_pem(pem).unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
-        let mut incoming = TlsIncoming::new(listener, tls, TlsLimits::default());
+        TlsIncoming::new(listener, Tls::from_pem(pem).unwrap(), TlsLimits::default())
+    }
+
+    /// Of handshakes that came in this order from these addresses, the one that is ended for one more.
+    async fn ended(addresses: &[&str]) -> usize {
+        let mut incoming = incoming().await;
+        for (number, address) in (0..).zip(addresses) {
+            let abort = incoming.handshakes.spawn(std::future::pending());
+            let address = SocketAddr::new(address.parse().unwrap(), 1000);
+            incoming.pending.insert(abort.id(), Handshake { number, address, abort });
+        }
+        incoming.end_one();
+        let left: Vec<u64> = incoming.pending.values().map(|handshake| handshake.number).collect();
+        assert_eq!(left.len(), addresses.len() - 1);
+        (0..addresses.len()).find(|number| !left.contains(&(*number as u64))).unwrap()
+    }
+
+    #[tokio::test]
+    async fn who_has_many_addresses_of_one_network_has_no_more_places() {
+        // The first one is in nobody's way.
+        assert_eq!(ended(&["2001:db8::1", "2001:db8:1::1", "2001:db8:1::2", "2001:db8:1::3"]).await, 1);
+        assert_eq!(ended(&["192.0.2.1", "2001:db8::a:1", "2001:db8::b:2"]).await, 1);
+        assert_eq!(ended(&["2001:db8::1", "2001:db8:0:1::1", "2001:db8:0:2::1"]).await, 0);
+        // As it comes to a socket that takes both.
+        assert_eq!(ended(&["::ffff:192.0.2.1", "::ffff:192.0.2.2", "192.0.2.2"]).await, 1);
+        assert_eq!(ended(&["::ffff:192.0.2.1", "::ffff:192.0.2.2", "2001:db8::1"]).await, 0);
+        // A neighbour of who stalls.
+        assert_eq!(ended(&["2001:db8::1", "2001:db8::2", "2001:db8::2"]).await, 1);
+    }
+
+    #[tokio::test]
+    async fn a_handshake_that_panics_gives_its_place_back() {
+        let mut incoming = incoming().await;
+        let address = incoming.listener.local_addr().unwrap();
         let abort = incoming.handshakes.spawn(async { panic!("as a test asks") });
         incoming.pending.insert(abort.id(), Handshake { number: 0, address, abort });
         while !incoming.pending.is_empty() {

@@ -24,12 +24,12 @@ pub(super) struct Room {
 /// What one migration takes, in bytes of keys and values and [`ROW_BYTES`] for each.
 #[derive(Debug, Default)]
 struct Part {
-    /// Unknown after a restart, until the source comes back.
+    /// Unknown where its record cannot be read.
     source: Option<NodeId>,
     rows: u64,
     /// Without those from before a restart.
     tombstones: u64,
-    /// What it had and said would come when it was admitted last.
+    /// What it had and said would come when it was admitted last; 0 after a restart, until the source comes back.
     announced: u64,
 }
 
@@ -74,6 +74,14 @@ impl Room {
             entries.iter().map(|entry| entry.bytes().saturating_add(ROW_BYTES)).fold(0, u64::saturating_add);
         store.check_space(bytes).map_err(failed)?;
         self.check_share(&self.parts(), store, id, bytes)
+    }
+
+    /// Counts what an earlier process left, for the source that its record tells.
+    pub(super) fn recovered(&self, id: &MigrationId, staged: Staged, source: Option<NodeId>) {
+        self.staged(id, staged, 0);
+        if let Some(part) = self.parts().get_mut(id).filter(|part| part.source.is_none()) {
+            part.source = source;
+        }
     }
 
     /// Counts what is staged, and by how many bytes its tombstones grew.

@@ -7,11 +7,13 @@ use proto::common::slots::SlotRange;
 use proto::migration::digest::SlotDigest;
 use proto::migration::entry::Entry;
 use proto::migration::hold::Hold;
+use proto::migration::receiver::read_records;
 use proto::migration::target::{Offer, Staged, StoredMigration, Takeover};
 use proto::migration::{MigrationTarget, Reason};
 
 use super::room::Room;
 use super::{MigrateOptions, NodeHold, check_value_format, failed};
+use crate::common::NodeId;
 use crate::gate::HoldMode;
 use crate::node::Node;
 use crate::store::{Claim, MAX_EPOCH_LEAP, StoreError};
@@ -35,10 +37,16 @@ impl NodeTarget {
 impl MigrationTarget for NodeTarget {
     async fn load(&self) -> Result<Vec<StoredMigration>, Error> {
         let stored = self.node.store().stored_migrations().await.map_err(failed)?;
-        for migration in stored.iter().filter(|migration| migration.slots.is_some()) {
-            self.room.staged(&migration.id, migration.staged, 0);
+        let mut all = Vec::with_capacity(stored.len());
+        for (migration, record) in read_records(stored) {
+            if migration.slots.is_some() {
+                let spec = record.ok().and_then(|progress| progress.spec);
+                let source = spec.and_then(|spec| NodeId::new(&spec.source_node_id).ok());
+                self.room.recovered(&migration.id, migration.staged, source);
+            }
+            all.push(migration);
         }
-        Ok(stored)
+        Ok(all)
     }
 
     async fn admit(&self, offer: &Offer<'_>) -> Result<(), Error> {

@@ -15,9 +15,9 @@ use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
 
 use super::commands::{self, Action, Answer, Context, ReadCommand, Session, Step, store_error, write_error};
-use super::memory::{Held, STEP};
-use super::reply::{Reply, Version};
-use super::request::{Limits, RequestDecoder};
+use super::memory::{Held, STEP, UsedUp};
+use super::reply::{ITEM_BYTES, Reply, Version};
+use super::request::{ARGUMENT_BYTES, Limits, RequestDecoder};
 use crate::gate::{Access, Permits, Verdict};
 use crate::store::WriteOp;
 
@@ -41,9 +41,14 @@ pub(super) struct Connection {
     decoder: RequestDecoder,
     input: BytesMut,
     output: BytesMut,
-    /// What is counted of `input`; of `output`, and of values on their way there.
+    /// What is counted of `input`, and of requests that were taken out of it and are not done; of `output`, and of values on their way there.
     requests: Held,
     replies: Held,
+    /// What the request takes that is looked at, and those of the run.
+    current: usize,
+    in_run: usize,
+    /// The room of `input` is more than every connection has.
+    is_large: bool,
     /// A reply was more than could be counted: the connection ends.
     used_up: bool,
     run: Run,
@@ -93,6 +98,9 @@ impl Connection {
             decoder: RequestDecoder::new(limits),
             input: BytesMut::new(),
             output: BytesMut::new(),
+            current: 0,
+            in_run: 0,
+            is_large: false,
             used_up: false,
             run: Run::Empty,
             stop,
@@ -113,10 +121,14 @@ impl Connection {
                 // Nor the room of large replies: it is counted no more.
                 self.output = BytesMut::new();
             }
-            if self.requests.is_counted() && self.input.len() < READ_BYTES {
+            if self.is_large && self.input.len() < READ_BYTES {
                 // The room that large requests took is not kept for the connection's life.
                 self.input = BytesMut::from(&self.input[..]);
-                let _ = self.requests.set(self.input.len() + self.decoder.held_bytes());
+                self.is_large = false;
+            }
+            // Of a request that is not all there, as long as its client leaves it so.
+            if let Err(error) = self.requests.set(self.held()) {
+                return self.refuse(error).await;
             }
             self.input.reserve(READ_BYTES);
             let read = tokio::select! {
@@ -127,24 +139,44 @@ impl Connection {
             if read == 0 {
                 return Ok(());
             }
+            self.is_large |= self.input.len() > STEP;
             // Also what is in it of requests that are whole: until they are done.
-            if let Err(error) = self.requests.set(self.input.len() + self.decoder.held_bytes()) {
-                self.reply(Reply::error(format!("ERR {error}")));
-                self.send().await?;
-                return self.stream.shutdown().await;
+            if let Err(error) = self.requests.set(self.held()) {
+                return self.refuse(error).await;
             }
         }
+    }
+
+    /// What requests take.
+    fn held(&self) -> usize {
+        self.input.len() + self.decoder.held_bytes() + self.current + self.in_run
+    }
+
+    async fn refuse(mut self, error: UsedUp) -> io::Result<()> {
+        self.reply(Reply::error(format!("ERR {error}")));
+        self.send().await?;
+        self.stream.shutdown().await
     }
 
     /// Does all requests that have arrived.
     async fn take_requests(&mut self) -> io::Result<Next> {
         loop {
+            let before = self.input.len();
             match self.decoder.decode(&mut self.input) {
                 Ok(None) => return Ok(Next::Continue),
                 Ok(Some(arguments)) => {
                     self.context.commands.fetch_add(1, Ordering::Relaxed);
+                    self.current = before - self.input.len() + arguments.len() * ARGUMENT_BYTES;
+                    if let Err(error) = self.requests.grow(self.held()) {
+                        drop(arguments);
+                        self.finish_run().await?;
+                        self.reply(Reply::error(format!("ERR {error}")));
+                        return Ok(Next::Close);
+                    }
                     let action = commands::parse(&self.context, &mut self.session, arguments);
-                    if self.take(action).await? == Next::Close || self.used_up {
+                    let next = self.take(action).await?;
+                    self.current = 0;
+                    if next == Next::Close || self.used_up {
                         return Ok(Next::Close);
                     }
                 }
@@ -162,6 +194,7 @@ impl Connection {
             Action::Reply(reply) => {
                 self.finish_run().await?;
                 self.reply(reply);
+                self.current = 0;
                 self.send_if_full().await?;
             }
             Action::Close(reply) => {
@@ -197,6 +230,7 @@ impl Connection {
                 {
                     *keys += read.keys();
                     reads.push((slot, read));
+                    self.in_run += std::mem::take(&mut self.current);
                 }
             }
             Action::Write { slot, op, answer } => {
@@ -207,6 +241,7 @@ impl Connection {
                     *values += usize::from(op.answers_value());
                     ops.push(op);
                     answers.push(answer);
+                    self.in_run += std::mem::take(&mut self.current);
                 }
             }
         }
@@ -277,7 +312,8 @@ impl Connection {
         loop {
             // A client that went away must not have its write done later, over one that it sent by another connection.
             let len = self.input.len();
-            let room = len < self.limits.request_bytes && self.requests.set(len).is_ok();
+            let room = len < self.limits.request_bytes && self.requests.set(self.held()).is_ok();
+            self.is_large |= len > STEP;
             self.input.reserve(if room { READ_BYTES } else { 0 });
             tokio::select! {
                 waited = &mut waited => {
@@ -323,6 +359,7 @@ impl Connection {
         loop {
             let rest = self.do_run().await?;
             if rest.is_empty() {
+                self.in_run = 0;
                 return self.send_if_full().await;
             }
             // Through the gate again: a client that reads slowly must not keep a hold from draining.
@@ -401,8 +438,13 @@ impl Connection {
             return;
         }
         let before = self.output.len();
-        reply.encode(self.session.version, &mut self.output);
-        if let Err(error) = self.replies.grow(self.output.len()) {
+        // A list is there twice while it is encoded.
+        let mut held = self.replies.grow(before + reply.items() * ITEM_BYTES);
+        if held.is_ok() {
+            reply.encode(self.session.version, &mut self.output);
+            held = self.replies.grow(self.output.len());
+        }
+        if let Err(error) = held {
             self.used_up = true;
             self.output.truncate(before);
             let why = format!(
@@ -418,6 +460,9 @@ impl Connection {
 
     async fn send(&mut self) -> io::Result<()> {
         if !self.output.is_empty() {
+            // What it took to make the replies is gone, and their client may be slow.
+            let _ = self.requests.set(self.held());
+            let _ = self.replies.set(self.output.len());
             self.stream.write_all(&self.output).await?;
             // A large reply's memory is not kept for the connection's life.
             if self.output.capacity() > 4 * WRITE_BYTES {

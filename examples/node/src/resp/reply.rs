@@ -29,6 +29,10 @@ pub(super) enum Reply {
     Error(Cow<'static, str>),
 }
 
+/// What each reply in a list takes beside the bytes of its value, until it is encoded: as what it is and as a frame, which are there at the same time, where its value
+/// is allocated, and its length and line ends.
+pub(super) const ITEM_BYTES: usize = size_of::<Reply>() + size_of::<resp3::types::BytesFrame>() + 64;
+
 pub(super) const OK: Reply = Reply::Simple("OK");
 
 impl Reply {
@@ -53,6 +57,16 @@ impl Reply {
         match self {
             Self::Bulk(value) => value.len(),
             Self::Array(items) => items.iter().map(Self::value_bytes).sum(),
+            _ => 0,
+        }
+    }
+
+    /// Replies in it.
+    pub(super) fn items(&self) -> usize {
+        let of = |items: &[Self]| items.len() + items.iter().map(Self::items).sum::<usize>();
+        match self {
+            Self::Array(items) | Self::Set(items) => of(items),
+            Self::Map(pairs) => pairs.iter().map(|(key, value)| 2 + key.items() + value.items()).sum(),
             _ => 0,
         }
     }
@@ -125,6 +139,16 @@ mod tests {
         let mut out = BytesMut::from("+before\r\n");
         reply.encode(version, &mut out);
         String::from_utf8(out.to_vec()).unwrap().strip_prefix("+before\r\n").unwrap().into()
+    }
+
+    #[test]
+    fn what_a_list_takes_is_counted_for_all_that_is_in_it() {
+        let (reply, frame) = (size_of::<Reply>(), size_of::<resp2::types::BytesFrame>());
+        assert!(frame <= size_of::<resp3::types::BytesFrame>() && ITEM_BYTES > reply + frame);
+        let pair = (Reply::text("a"), Reply::Array(vec![Reply::Null; 3]));
+        assert_eq!(Reply::Map(vec![pair]).items(), 5);
+        assert_eq!(Reply::Array(vec![Reply::Set(vec![OK, OK]), OK]).items(), 4);
+        assert_eq!(Reply::text("a").items(), 0);
     }
 
     #[test]

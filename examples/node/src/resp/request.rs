@@ -17,8 +17,8 @@ pub struct Limits {
     pub arguments: usize,
     /// Bytes of an inline command, and of a line that announces a length; as in Redis.
     pub line_bytes: usize,
-    /// Bytes of all requests that are not all there and of all replies that are not taken, of all clients together. One that is alone may have
-    /// half of it, others less.
+    /// Bytes of all requests that are not done and of all replies that are not taken, of all clients together, with what each argument and each
+    /// value of a list takes beside its own bytes. One that is alone may have half of it, others less.
     pub memory_bytes: usize,
 }
 
@@ -28,6 +28,11 @@ impl Default for Limits {
         Self { request_bytes: 64 << 20, arguments: 1 << 20, line_bytes: 64 << 10, memory_bytes: 1 << 30 }
     }
 }
+
+/// What an argument may take beside its bytes, from where it is found to be until its command is done: 16 where it lies in the buffer, twice that while there
+/// is more room than needed; 32 itself, and as much again in the list of keys, or of pairs, that the command makes of it. It has 6 bytes or more in the
+/// request.
+pub(super) const ARGUMENT_BYTES: usize = 128;
 
 /// Room for arguments that is kept for the next request.
 const KEPT_ARGUMENTS: usize = 1024;
@@ -67,10 +72,10 @@ impl RequestDecoder {
         Self { limits, at: 0, searched: 0, state: State::Start, arguments: Vec::new() }
     }
 
-    /// Bytes that are held of a request that is not all there, beside those in the buffer.
+    /// Bytes that are held of a request that is not all there, beside those in the buffer, or will be when it is.
     #[must_use]
     pub fn held_bytes(&self) -> usize {
-        self.arguments.capacity() * size_of::<Range<usize>>()
+        self.arguments.len() * ARGUMENT_BYTES
     }
 
     /// The next whole request, taken from the front of `buffer`; `None` when more bytes are needed. Empty requests are
@@ -353,6 +358,18 @@ mod tests {
         let mut buffer = BytesMut::from(&b"*1048576\r\n$67000000\r\nx"[..]);
         assert_eq!(decoder.decode(&mut buffer), Ok(None));
         assert!(buffer.capacity() < 1024 && decoder.arguments.capacity() < 1024);
+    }
+
+    #[test]
+    fn an_argument_is_counted_with_all_that_it_takes() {
+        let lists = size_of::<Bytes>() + size_of::<(Bytes, Bytes)>() / 2;
+        assert!(ARGUMENT_BYTES >= 2 * size_of::<Range<usize>>() + lists);
+        let mut decoder = RequestDecoder::new(Limits::default());
+        let mut buffer = BytesMut::from(&b"*100001\r\n"[..]);
+        buffer.extend_from_slice(&b"$0\r\n\r\n".repeat(100_000));
+        assert_eq!(decoder.decode(&mut buffer), Ok(None));
+        assert_eq!(decoder.held_bytes(), 100_000 * ARGUMENT_BYTES);
+        assert!(decoder.held_bytes() >= decoder.arguments.capacity() * size_of::<Range<usize>>());
     }
 
     proptest::proptest! {

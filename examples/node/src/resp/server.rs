@@ -170,19 +170,52 @@ mod tests {
         (text(next), keys.iter().map(text).collect())
     }
 
+    struct Served {
+        node: Node,
+        address: String,
+        stop: CancellationToken,
+        serving: tokio::task::JoinHandle<()>,
+        _directory: tempfile::TempDir,
+    }
+
+    impl Served {
+        /// A node that owns all slots.
+        async fn start(limits: Limits) -> Self {
+            let directory = tempfile::tempdir().unwrap();
+            let all = vec![SlotRange::FULL];
+            let init = Init { node: NodeId::new("n1").unwrap(), slots: Some(all), others: vec![] };
+            let node = Node::open(directory.path(), &init, &StoreOptions::default()).unwrap();
+            let stop = CancellationToken::new();
+            let splits =
+                Splits::new(node.clone(), Default::default(), RangeGuard::new(), stop.clone()).unwrap();
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let server = RespServer::new(node.clone(), splits, listener, limits, None).unwrap();
+            let address = server.address().to_string();
+            let serving = tokio::spawn(server.serve(stop.clone(), Duration::from_secs(5)));
+            Self { node, address, stop, serving, _directory: directory }
+        }
+
+        async fn client(&self) -> Client {
+            Client::connect(&self.address).await.unwrap()
+        }
+
+        async fn waiting(&self, count: usize) {
+            while self.node.gate().waiting() != count {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        }
+
+        async fn end(self) {
+            self.stop.cancel();
+            self.serving.await.unwrap();
+        }
+    }
+
     #[tokio::test]
     async fn a_scan_waits_where_reads_do() {
-        let directory = tempfile::tempdir().unwrap();
-        let all = vec![SlotRange::FULL];
-        let init = Init { node: NodeId::new("n1").unwrap(), slots: Some(all), others: vec![] };
-        let node = Node::open(directory.path(), &init, &StoreOptions::default()).unwrap();
-        let stop = CancellationToken::new();
-        let splits = Splits::new(node.clone(), Default::default(), RangeGuard::new(), stop.clone()).unwrap();
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let server = RespServer::new(node.clone(), splits, listener, Limits::default(), None).unwrap();
-        let address = server.address().to_string();
-        let serving = tokio::spawn(server.serve(stop.clone(), Duration::from_secs(5)));
-        let mut client = Client::connect(&address).await.unwrap();
+        let served = Served::start(Limits::default()).await;
+        let node = &served.node;
+        let mut client = served.client().await;
         for n in 0..100 {
             client.call(&["SET".to_owned(), format!("key:{n}"), "v".to_owned()]).await.unwrap();
         }
@@ -202,16 +235,66 @@ mod tests {
         let mut rest = Box::pin(scan(&mut client, &next));
         tokio::select! {
             early = &mut rest => panic!("{early:?}"),
-            () = async {
-                while node.gate().waiting() == waiting {
-                    tokio::time::sleep(Duration::from_millis(1)).await;
-                }
-            } => {}
+            () = served.waiting(waiting + 1) => {}
         }
         drop((reads, writes));
         let (end, after) = rest.await;
         assert_eq!((end.as_str(), before.len() + after.len()), ("0", 100));
-        stop.cancel();
-        serving.await.unwrap();
+        drop(client);
+        served.end().await;
+    }
+
+    const USED_UP: &str = "ERR the memory for what clients send and do not take is used up; try again later";
+
+    /// An empty key is 6 bytes of a request, and its value 5 of the reply, or 3.
+    #[tokio::test]
+    async fn empty_keys_and_values_that_are_not_there_count_with_what_they_take() {
+        let served = Served::start(Limits { memory_bytes: 4 << 20, ..Limits::default() }).await;
+        let mut client = served.client().await;
+        let ask = async |client: &mut Client, command: &'static str, keys: usize| {
+            let keys = std::iter::repeat_n("", keys);
+            let arguments: Vec<&str> = [command].into_iter().chain(keys).collect();
+            client.call(&arguments).await
+        };
+        for _ in 0..10 {
+            let BytesFrame::Array(values) = ask(&mut client, "MGET", 4000).await.unwrap() else { panic!() };
+            assert_eq!(values.len(), 4000);
+            // What was done is counted no more.
+            assert_eq!(ask(&mut client, "DEL", 10_000).await.unwrap(), BytesFrame::Integer(0));
+        }
+        // The request has room, and the reply has none beside it.
+        assert_eq!(ask(&mut client, "MGET", 10_000).await.unwrap(), BytesFrame::Error(USED_UP.into()));
+        assert_eq!(ask(&mut client, "DEL", 10_000).await.unwrap(), BytesFrame::Integer(0));
+        // The request has none. One that is refused is closed, perhaps before it has read why.
+        if let Ok(reply) = ask(&mut client, "DEL", 17_000).await {
+            assert_eq!(reply, BytesFrame::Error(USED_UP.into()));
+        }
+        ask(&mut client, "DEL", 1).await.unwrap_err();
+        served.end().await;
+    }
+
+    /// Nobody knows for how long.
+    #[tokio::test]
+    async fn a_write_that_waits_for_its_slot_is_counted() {
+        let served = Served::start(Limits { memory_bytes: 4 << 20, ..Limits::default() }).await;
+        let held = served.node.gate().hold(SlotRange::FULL, HoldMode::Writes).await;
+        let value = vec![b'x'; 3 << 19];
+        let set = [b"SET".as_slice(), b"key", &value];
+        let (mut first, mut second) = (served.client().await, served.client().await);
+        let mut one = Box::pin(first.call(&set));
+        tokio::select! {
+            early = &mut one => panic!("{early:?}"),
+            () = served.waiting(1) => {}
+        }
+        // It may have half of what the other one leaves.
+        tokio::select! {
+            refused = second.call(&set) => if let Ok(reply) = refused {
+                assert_eq!(reply, BytesFrame::Error(USED_UP.into()));
+            },
+            () = served.waiting(2) => panic!("both are taken"),
+        }
+        drop(held);
+        assert!(matches!(one.await.unwrap(), BytesFrame::SimpleString(ok) if ok == "OK"));
+        served.end().await;
     }
 }

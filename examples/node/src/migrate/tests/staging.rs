@@ -12,10 +12,10 @@ use proto::migration::entry::{Entry, Image};
 use proto::migration::journal::Journal;
 use proto::migration::receiver::MigrationReceiver;
 use proto::migration::target::{Offer, Staged, Takeover};
-use proto::migration::v1::TransferMigrationDataRequest;
 use proto::migration::v1::migration_service_client::MigrationServiceClient;
 use proto::migration::v1::transfer_migration_data_request::{Frame, Header, Purpose};
 use proto::migration::v1::transfer_migration_data_response::Frame as Answer;
+use proto::migration::v1::{TransferMigrationDataRequest, TransferMigrationDataResponse};
 use proto::migration::{MigrationSpec, MigrationTarget as _};
 
 use super::support::*;
@@ -484,6 +484,52 @@ async fn a_node_names_no_more_shards_than_its_share_and_none_where_it_is_refused
     offer(&b, "n3", "more".to_owned(), "5000", 1).await.unwrap();
 }
 
+/// A receiver with `target`, of node n2.
+async fn receiver(target: NodeTarget, journal: &std::path::Path) -> MigrationReceiver<NodeTarget> {
+    let (journal, _) = Journal::open(journal, 10).unwrap();
+    MigrationReceiver::builder(identity("n2"), target, journal).start().await.unwrap()
+}
+
+fn identity(id: &str) -> NodeIdentity {
+    NodeIdentity { node_id: id.to_owned(), store_id: vec![2; 16].into(), ..NodeIdentity::default() }
+}
+
+type Stream = (
+    tokio::sync::mpsc::Sender<TransferMigrationDataRequest>,
+    tonic::Streaming<TransferMigrationDataResponse>,
+);
+
+/// The stream of a migration from `node`, which says that so many bytes come.
+async fn open(
+    receiver: &MigrationReceiver<NodeTarget>,
+    id: &str,
+    node: &str,
+    slots: &str,
+    bytes: u64,
+) -> Result<Stream, Error> {
+    let spec = MigrationSpec { source_node: NodeId::new(node).unwrap(), ..spec(range(slots)) };
+    let header = Header {
+        migration_id: id.to_owned(),
+        spec: Some(spec.into()),
+        purpose: Purpose::Transfer.into(),
+        source: Some(identity(node)),
+        attempt: 1,
+        session: vec![7; 16].into(),
+        copy: 1,
+        estimated_bytes: Some(bytes),
+        ..Header::default()
+    };
+    let (frames, requests) = tokio::sync::mpsc::channel(4);
+    let first = TransferMigrationDataRequest { frame: Some(Frame::Header(header)) };
+    frames.send(first).await.unwrap();
+    let requests = tokio_stream::wrappers::ReceiverStream::new(requests);
+    let mut client = MigrationServiceClient::new(receiver.clone().into_service());
+    let mut answers = client.transfer_migration_data(requests).await?.into_inner();
+    let answer = answers.message().await?.expect("an answer").frame;
+    assert!(matches!(answer, Some(Answer::Accepted(_))), "{answer:?}");
+    Ok((frames, answers))
+}
+
 /// As a peer meets it: refused with that reason, counted, and in nobody's way.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_peer_beyond_its_share_of_the_disk_is_refused_and_counted_and_others_are_served() {
@@ -494,37 +540,10 @@ async fn a_peer_beyond_its_share_of_the_disk_is_refused_and_counted_and_others_a
     let reserve_bytes = disk.f_bavail * disk.f_frsize - 400 * MIB;
     let options = StoreOptions { reserve_bytes, ..StoreOptions::default() };
     let b = TestNode::open_as(&dir.path().join("b"), "n2", Some(vec![range("0-100")]), &options);
-    let (journal, _) = Journal::open(dir.path().join("journal"), 10).unwrap();
-    let identity = |id: &str| NodeIdentity {
-        node_id: id.to_owned(),
-        store_id: vec![2; 16].into(),
-        ..NodeIdentity::default()
-    };
     let target = NodeTarget::new(b.node.clone(), MigrateOptions::default());
-    let receiver = MigrationReceiver::builder(identity("n2"), target, journal).start().await.unwrap();
-    let client = MigrationServiceClient::new(receiver.clone().into_service());
-    let open = async |id: &str, node: &str, slots: &str, bytes: u64| {
-        let spec = MigrationSpec { source_node: NodeId::new(node).unwrap(), ..spec(range(slots)) };
-        let header = Header {
-            migration_id: id.to_owned(),
-            spec: Some(spec.into()),
-            purpose: Purpose::Transfer.into(),
-            source: Some(identity(node)),
-            attempt: 1,
-            session: vec![7; 16].into(),
-            copy: 1,
-            estimated_bytes: Some(bytes),
-            ..Header::default()
-        };
-        let (frames, requests) = tokio::sync::mpsc::channel(4);
-        let first = TransferMigrationDataRequest { frame: Some(Frame::Header(header)) };
-        frames.send(first).await.unwrap();
-        let requests = tokio_stream::wrappers::ReceiverStream::new(requests);
-        let mut answers = client.clone().transfer_migration_data(requests).await?.into_inner();
-        let answer = answers.message().await?.expect("an answer").frame;
-        assert!(matches!(answer, Some(Answer::Accepted(_))), "{answer:?}");
-        Ok::<_, Error>((frames, answers))
-    };
+    let receiver = receiver(target, &dir.path().join("journal")).await;
+    let open =
+        async |id: &str, node: &str, slots: &str, bytes: u64| open(&receiver, id, node, slots, bytes).await;
     let _first = open("first", "n1", "4096-8191", 120 * MIB).await.unwrap();
     let before = count_of(REASON);
     let refused = open("second", "n1", "8192-12287", 60 * MIB).await.unwrap_err();
@@ -534,4 +553,30 @@ async fn a_peer_beyond_its_share_of_the_disk_is_refused_and_counted_and_others_a
     let _other = open("other", "n3", "12288-16383", 60 * MIB).await.unwrap();
     assert_eq!(count_of(REASON), before + 1);
     receiver.shutdown().await;
+}
+
+/// A node that stays away after a restart of the target keeps the share that it has.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_restart_leaves_counts_for_its_source_before_that_comes_back() {
+    const MIB: u64 = 1 << 20;
+    let dir = tempfile::tempdir().unwrap();
+    let disk = rustix::fs::statvfs(dir.path()).unwrap();
+    let reserve_bytes = disk.f_bavail * disk.f_frsize - 400 * MIB;
+    let options = StoreOptions { reserve_bytes, ..StoreOptions::default() };
+    let b = TestNode::open_as(&dir.path().join("b"), "n2", Some(vec![range("0-100")]), &options);
+    let journal = dir.path().join("journal");
+    let first = receiver(NodeTarget::new(b.node.clone(), MigrateOptions::default()), &journal).await;
+    drop(open(&first, "first", "n1", "4096-12287", MIB).await.unwrap());
+    first.shutdown().await;
+    let record = b.target.load().await.unwrap()[0].record.clone();
+    let value = "v".repeat(1 << 10);
+    b.target.apply(&id("first"), many(1, 1200, &value), record).await.unwrap();
+
+    // A hundredth of 400 MiB is two of rows: one is there, and one more is too much.
+    let strict = MigrateOptions { percent_per_peer: 1, ..MigrateOptions::default() };
+    let again = receiver(NodeTarget::new(b.node.clone(), strict), &journal).await;
+    let refused = open(&again, "second", "n1", "12288-16383", MIB).await.unwrap_err();
+    assert_eq!((refused.reason(), refused.get("peer")), ("INSUFFICIENT_DISK", Some("n1")));
+    drop(open(&again, "third", "n3", "12288-16383", MIB).await.unwrap());
+    again.shutdown().await;
 }

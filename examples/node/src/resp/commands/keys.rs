@@ -11,6 +11,7 @@ use crate::common::{SLOT_COUNT, SlotRange, slot_of};
 use crate::gate::{Access, Verdict};
 use crate::resp::glob;
 use crate::resp::memory::Held;
+use crate::resp::reply::ITEM_BYTES;
 use crate::store::{ExpireCondition, ReadExtent, Reader, StoreError, WriteOp};
 
 /// A read of keys of one slot.
@@ -50,15 +51,21 @@ impl ReadCommand {
         let value = |key: &Bytes| -> Result<Reply, StoreError> {
             Ok(Reply::bulk_or_null(reader.get(key)?.map(|entry| entry.value)))
         };
+        let items = if let Self::GetMany(keys) = self { keys.len() } else { 0 };
         // Once more where they are encoded.
-        let mut hold =
-            |size: usize| held.set(2 * (before + size)).map_err(|error| Reply::error(format!("ERR {error}")));
+        let mut hold = |size: usize| {
+            let bytes = 2 * (before + size) + items * ITEM_BYTES;
+            held.set(bytes).map_err(|error| Reply::error(format!("ERR {error}")))
+        };
         Ok(match self {
             Self::Get(key) => {
                 let value = value(key)?;
                 hold(value.value_bytes()).err().unwrap_or(value)
             }
             Self::GetMany(keys) => {
+                if let Err(reply) = hold(0) {
+                    return Ok(reply);
+                }
                 let (mut values, mut size) = (Vec::with_capacity(keys.len()), 0);
                 for key in keys {
                     let value = value(key)?;
