@@ -3,7 +3,6 @@
 #![cfg(all(unix, feature = "client", feature = "server"))]
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failed expectation is a failed test")]
 
-#[allow(dead_code, unreachable_pub)]
 mod support;
 
 use std::fs::{self, File};
