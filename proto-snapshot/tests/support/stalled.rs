@@ -93,8 +93,14 @@ impl Stalled {
 
     pub async fn begin(server: &Server<impl SnapshotStore>, first: Vec<Frame>) -> Result<Self, Error> {
         let mut begun = Self::say_first(server, first).await?;
-        let Answer::Accepted(accepted) = begun.hear().await? else { panic!("not accepted") };
-        begun.credit = accepted.credit_limit;
+        begun.credit = loop {
+            match begun.hear().await? {
+                Answer::Accepted(accepted) => break accepted.credit_limit,
+                // From a receiver that looks for what it has already, and is not through yet.
+                Answer::Ack(_) => {}
+                other => panic!("not accepted: {other:?}"),
+            }
+        };
         Ok(begun)
     }
 
