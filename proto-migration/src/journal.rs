@@ -265,7 +265,7 @@ impl Journal {
         Ok(())
     }
 
-    /// Takes the record of a migration away that has not begun, durably, if it is there.
+    /// Takes the record of a migration away, durably, if it is there: of one that has not begun, or that the history has.
     ///
     /// # Errors
     ///
@@ -273,7 +273,7 @@ impl Journal {
     pub(crate) async fn withdraw(&self, id: &MigrationId, slots: SlotRange) -> Result<(), Error> {
         let shared = Arc::clone(&self.shared);
         let path = shared.active.join(file_name(slots, id));
-        blocking("drop the record of a migration that did not begin", move || {
+        blocking("drop the record of a migration", move || {
             match fs::remove_file(path) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
                 // Where it is gone, an earlier call may have got no further.
@@ -311,14 +311,7 @@ impl Journal {
         progress: &MigrationProgress,
     ) -> Result<(), Error> {
         self.remember(progress).await?;
-        let shared = Arc::clone(&self.shared);
-        let path = shared.active.join(file_name(slots, id));
-        blocking("drop the record of a migration that ended", move || match fs::remove_file(path) {
-            Ok(()) => sync_dir(&shared.active),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            Err(error) => Err(error),
-        })
-        .await
+        self.withdraw(id, slots).await
     }
 }
 
