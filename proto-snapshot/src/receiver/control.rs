@@ -102,11 +102,11 @@ impl<S: SnapshotStore> Inner<S> {
             incoming.plan.spec.source_node == spec.source_node
                 && incoming.check_claim(header.claim, header.generation).is_ok()
         });
-        let takeover = match may_take_over.and_then(|incoming| incoming.take_over()) {
+        let takeover = match may_take_over.and_then(|incoming| incoming.take_over(header.claim)) {
             Some(takeover) => takeover,
             None => {
                 let place = self.places.enter(&spec.transfer_id, &spec.source_node, header.priority)?;
-                Takeover { place: Arc::new(place), replaced_by_newer: CancellationToken::new() }
+                Takeover::of_nothing(place)
             }
         };
         let shard = self.store.shard(&spec.target_shard).await?;
@@ -122,7 +122,7 @@ impl<S: SnapshotStore> Inner<S> {
         let known = known.and_then(|incoming| Some((incoming.memory()?, incoming.plan.manifest.clone())));
         let (manifest, memory) = tokio::select! {
             biased;
-            () = takeover.replaced_by_newer.cancelled() => return Err(replaced()),
+            error = takeover.replaced() => return Err(error),
             read = self.read_manifest(&header, &mut frames, known) => read?,
         };
         let attached = self.attach(&header, manifest, memory, takeover, answers).await?;
@@ -454,7 +454,7 @@ impl<S: SnapshotStore> Inner<S> {
         let error = tokio::select! {
             biased;
             attach = slot.attach.lock() => return Ok(attach),
-            () = takeover.replaced_by_newer.cancelled() => replaced(),
+            error = takeover.replaced() => error,
             () = answers.closed() => ended_early(),
         };
         self.forget_empty(id, slot);
@@ -505,7 +505,7 @@ impl<S: SnapshotStore> Inner<S> {
         tokio::select! {
             biased;
             // The newer one waits instead. Those that were told to end do so all the same.
-            () = takeover.replaced_by_newer.cancelled() => return Err(replaced()),
+            error = takeover.replaced() => return Err(error),
             () = incoming.stop_streams(&reason) => {}
         }
         // `End` may have come with the last frames of the old stream.

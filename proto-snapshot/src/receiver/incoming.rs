@@ -16,6 +16,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::admission::{Charge, Place};
 use super::ledger::Ledger;
+use super::session::told_to_stop;
 use crate::extent::ExtentRecord;
 use crate::hook::Hold;
 use crate::limits::Limits;
@@ -89,8 +90,8 @@ struct State {
     place: Option<Arc<Place>>,
     /// The last one, which the handshake of a stream that comes to take over may have, too.
     shared_place: Weak<Place>,
-    /// Ends the last such handshake.
-    takeover: CancellationToken,
+    /// Tells the last such handshake why it ends, and what it claims.
+    takeover: Option<(Claim, watch::Sender<Option<Error>>)>,
     /// The fence that its sender gave last.
     fence: Option<Fence>,
 }
@@ -99,8 +100,26 @@ struct State {
 pub(super) struct Takeover {
     /// Its place, or that of the transfer that it comes to take over, which then stays until it has ended.
     pub(super) place: Arc<Place>,
-    /// A newer stream came for the same.
-    pub(super) replaced_by_newer: CancellationToken,
+    /// Why a newer stream that came for the same ends it; none where there is nothing to be taken over.
+    replaced_by: Option<watch::Receiver<Option<Error>>>,
+}
+
+impl Takeover {
+    /// Of a transfer that has no place yet.
+    pub(super) fn of_nothing(place: Place) -> Self {
+        Self { place: Arc::new(place), replaced_by: None }
+    }
+
+    /// Waits until a newer stream comes for the same, and returns what to tell this one.
+    pub(super) async fn replaced(&self) -> Error {
+        let mut told = self.replaced_by.clone();
+        if let Some(told) = &mut told
+            && let Some(error) = told_to_stop(told).await
+        {
+            return error;
+        }
+        std::future::pending().await
+    }
 }
 
 /// A stream that waits for the outcome; until dropped.
@@ -157,7 +176,7 @@ impl<A: Staging> Incoming<A> {
                 next_stream: 0,
                 place: None,
                 shared_place: Weak::new(),
-                takeover: CancellationToken::new(),
+                takeover: None,
                 fence: None,
             }),
             sync: tokio::sync::Mutex::new(()),
@@ -388,14 +407,23 @@ impl<A: Staging> Incoming<A> {
 
     /// Lets the handshake of a stream that may take over begin in the place that the transfer has; `None` if it has none. There is one such handshake at a
     /// time, or any number of streams could be in theirs: an earlier one, which its sender must have given up, ends.
-    pub(super) fn take_over(&self) -> Option<Takeover> {
+    pub(super) fn take_over(&self, claim: Claim) -> Option<Takeover> {
         let mut state = self.state();
         let place = state.shared_place.upgrade()?;
-        let newer = CancellationToken::new();
-        let earlier = std::mem::replace(&mut state.takeover, newer.clone());
+        let (newer, replaced_by) = watch::channel(None);
+        let earlier = state.takeover.replace((claim, newer));
         drop(state);
-        earlier.cancel();
-        Some(Takeover { place, replaced_by_newer: newer })
+        if let Some((earlier, ends)) = earlier {
+            let why = if claim.attempt > earlier.attempt {
+                let (old, new) = (earlier.attempt, claim.attempt);
+                superseded(new, &format!("attempt {old} was superseded by attempt {new}"))
+            } else {
+                replaced()
+            };
+            // It may have ended by itself.
+            let _ = ends.send(Some(why));
+        }
+        Some(Takeover { place, replaced_by: Some(replaced_by) })
     }
 
     /// Gives the place back if no control stream needs it.
