@@ -205,14 +205,14 @@ def benchmark(program):
                        "-n", "100000", "-q"]
             running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             nodes, moves = [one, two], 0
-            while moves < 2 or running.poll() is None and moves < 20:
+            while moves < 4 or running.poll() is None and moves < 20:
                 begin(f"b{moves}", *nodes, (0, 4096))
                 end(f"b{moves}", *nodes)
                 during = running.poll() is None
                 nodes.reverse()
                 moves += 1
-                if moves == 2:
-                    assert during, "the benchmark ended before the slots had moved there and back"
+                if moves == 4:
+                    assert during, "the benchmark ended before the slots had moved four times"
             try:
                 out, _ = running.communicate(timeout=120)
             except subprocess.TimeoutExpired:
