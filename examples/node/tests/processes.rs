@@ -333,18 +333,24 @@ async fn writes_are_held(node: &NodeProcess) {
     assert!(held.is_err(), "{held:?}");
 }
 
-#[tokio::test]
-async fn a_resumed_split_that_its_target_never_had_and_refuses_is_undone() {
-    let dir = tempfile::tempdir().unwrap();
-    let mut n2 = start("n2", dir.path(), "16000-16383").await;
+/// Node n1, which is down and has begun to split, and n2 with these slots, which knows nothing of it.
+async fn begun(dir: &Path, slots: &str) -> (NodeProcess, NodeProcess) {
+    let mut n2 = start("n2", dir, slots).await;
     n2.stop().await.unwrap();
-    let (store, identity) = open(dir.path(), "n2");
+    let (store, identity) = open(dir, "n2");
     store.close();
     drop(store);
     n2.restart().await.unwrap();
-    let mut n1 = start("n1", dir.path(), "0-16383").await;
+    let mut n1 = start("n1", dir, "0-16383").await;
     load(&mut client(&n1).await, 100).await;
-    as_if_begun(dir.path(), &mut n1, &n2, identity.store_id.to_vec()).await;
+    as_if_begun(dir, &mut n1, &n2, identity.store_id.to_vec()).await;
+    (n1, n2)
+}
+
+#[tokio::test]
+async fn a_resumed_split_that_its_target_never_had_and_refuses_is_undone() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut n1, _n2) = begun(dir.path(), "16000-16383").await;
     n1.restart().await.unwrap();
     let mut control = client(&n1).await;
     until("the split is undone", async || split_says(&mut control, "phase").await == "undone").await;
@@ -359,15 +365,7 @@ async fn a_resumed_split_that_its_target_never_had_and_refuses_is_undone() {
 #[tokio::test]
 async fn a_resumed_split_whose_id_another_node_has_used_gives_no_slots_away() {
     let dir = tempfile::tempdir().unwrap();
-    let mut n2 = start("n2", dir.path(), "none").await;
-    n2.stop().await.unwrap();
-    let (store, identity) = open(dir.path(), "n2");
-    store.close();
-    drop(store);
-    n2.restart().await.unwrap();
-    let mut n1 = start("n1", dir.path(), "0-16383").await;
-    load(&mut client(&n1).await, 100).await;
-    as_if_begun(dir.path(), &mut n1, &n2, identity.store_id.to_vec()).await;
+    let (mut n1, n2) = begun(dir.path(), "none").await;
     let file = dir.path().join("file");
     std::fs::write(&file, "x").unwrap();
     let foreign = SnapshotToSend {

@@ -350,16 +350,21 @@ async fn what_the_node_cannot_take_is_refused() {
     assert_eq!(b.node.key_count(), 3);
 }
 
+const MIB: u64 = 1 << 20;
+
+/// Node n2, for which about 400 MiB of the disk are left, whatever others write to it meanwhile.
+fn with_room(dir: &std::path::Path) -> TestNode {
+    let disk = rustix::fs::statvfs(dir).unwrap();
+    let reserve_bytes = disk.f_bavail * disk.f_frsize - 400 * MIB;
+    let options = StoreOptions { reserve_bytes, ..StoreOptions::default() };
+    TestNode::open_as(&dir.join("b"), "n2", Some(vec![range("0-100")]), &options)
+}
+
 /// Migrations of one node have a share of the disk, by what they announce and by what they stage.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_migrations_of_one_node_leave_room_to_those_of_others() {
-    const MIB: u64 = 1 << 20;
     let dir = tempfile::tempdir().unwrap();
-    let disk = rustix::fs::statvfs(dir.path()).unwrap();
-    // About 400 MiB are left, whatever others write to the same disk meanwhile.
-    let reserve_bytes = disk.f_bavail * disk.f_frsize - 400 * MIB;
-    let options = StoreOptions { reserve_bytes, ..StoreOptions::default() };
-    let b = TestNode::open_as(&dir.path().join("b"), "n2", Some(vec![range("0-100")]), &options);
+    let b = with_room(dir.path());
     let from = |node: &str, slots: &str| MigrationSpec {
         source_node: NodeId::new(node).unwrap(),
         ..spec(range(slots))
@@ -533,13 +538,9 @@ async fn open(
 /// As a peer meets it: refused with that reason, counted, and in nobody's way.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_peer_beyond_its_share_of_the_disk_is_refused_and_counted_and_others_are_served() {
-    const MIB: u64 = 1 << 20;
     const REASON: &str = "INSUFFICIENT_DISK";
     let dir = tempfile::tempdir().unwrap();
-    let disk = rustix::fs::statvfs(dir.path()).unwrap();
-    let reserve_bytes = disk.f_bavail * disk.f_frsize - 400 * MIB;
-    let options = StoreOptions { reserve_bytes, ..StoreOptions::default() };
-    let b = TestNode::open_as(&dir.path().join("b"), "n2", Some(vec![range("0-100")]), &options);
+    let b = with_room(dir.path());
     let target = NodeTarget::new(b.node.clone(), MigrateOptions::default());
     let receiver = receiver(target, &dir.path().join("journal")).await;
     let open =
@@ -558,12 +559,8 @@ async fn a_peer_beyond_its_share_of_the_disk_is_refused_and_counted_and_others_a
 /// A node that stays away after a restart of the target keeps the share that it has.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_a_restart_leaves_counts_for_its_source_before_that_comes_back() {
-    const MIB: u64 = 1 << 20;
     let dir = tempfile::tempdir().unwrap();
-    let disk = rustix::fs::statvfs(dir.path()).unwrap();
-    let reserve_bytes = disk.f_bavail * disk.f_frsize - 400 * MIB;
-    let options = StoreOptions { reserve_bytes, ..StoreOptions::default() };
-    let b = TestNode::open_as(&dir.path().join("b"), "n2", Some(vec![range("0-100")]), &options);
+    let b = with_room(dir.path());
     let journal = dir.path().join("journal");
     let first = receiver(NodeTarget::new(b.node.clone(), MigrateOptions::default()), &journal).await;
     drop(open(&first, "first", "n1", "4096-12287", MIB).await.unwrap());
