@@ -36,6 +36,28 @@ pub fn sync_dir(path: impl AsRef<Path>) -> io::Result<()> {
     if cfg!(unix) { File::open(path)?.sync_all() } else { Ok(()) }
 }
 
+/// Makes the directory `path`, and those above it that are missing, durably. One that is there is made durable, too: whoever made it may have
+/// crashed before that.
+///
+/// # Errors
+///
+/// Those of the file system.
+pub fn create_dir_all(path: impl AsRef<Path>) -> io::Result<()> {
+    let path = path.as_ref();
+    let missing: Vec<&Path> = path.ancestors().skip(1).take_while(|above| is_missing(above)).collect();
+    fs::create_dir_all(path)?;
+    for made in missing {
+        if let Some(parent) = made.parent() {
+            sync_dir(if parent.as_os_str().is_empty() { Path::new(".") } else { parent })?;
+        }
+    }
+    path.canonicalize()?.parent().map_or(Ok(()), sync_dir)
+}
+
+fn is_missing(path: &Path) -> bool {
+    !path.as_os_str().is_empty() && !path.exists()
+}
+
 /// A path in `directory` where nothing lies yet: `name`, or `name` with the first free number.
 ///
 /// # Errors

@@ -18,6 +18,7 @@ pub use code::{Code, UnknownCode};
 pub use reason::{CommonReason, Reason};
 
 use crate::clock::millis;
+use crate::text::received;
 use crate::v1;
 
 /// What a caller is told to wait by an error whose reason allows to try again, where nothing better is known.
@@ -256,14 +257,18 @@ impl From<Error> for v1::TaskError {
 }
 
 /// A code that is unknown or 0 becomes [`Code::Unknown`]; an empty reason becomes the name of the code.
+///
+/// A peer may have written it: its text is [`printable`](crate::text::printable) and cut to 4 KiB, as that of a status.
 impl From<v1::TaskError> for Error {
     fn from(error: v1::TaskError) -> Self {
         let v1::TaskError { code, reason, message, metadata, retry_after_ms } = error;
         let code = Code::try_from(code).unwrap_or(Code::Unknown);
-        let reason = if reason.is_empty() { Cow::Borrowed(code.name()) } else { Cow::Owned(reason) };
-        let mut error = Self::with_code(code, reason, message);
+        let reason =
+            if reason.is_empty() { Cow::Borrowed(code.name()) } else { Cow::Owned(received(&reason)) };
+        let mut error = Self::with_code(code, reason, received(&message));
         let inner = error.inner_mut();
-        inner.metadata = metadata.into_iter().collect();
+        inner.metadata =
+            metadata.into_iter().map(|(key, value)| (received(&key), received(&value))).collect();
         inner.retry_after = retry_after_ms.map(Duration::from_millis);
         error
     }
@@ -290,6 +295,14 @@ mod tests {
 
         let odd = Error::from(v1::TaskError { code: 99, ..Default::default() });
         assert_eq!((odd.code(), odd.reason()), (Code::Unknown, "UNKNOWN"));
+        let forged = Error::from(v1::TaskError {
+            reason: "R\r".to_owned(),
+            message: format!("x\n2026 INFO handed over{}", "m".repeat(5000)),
+            metadata: [("k\u{202e}".to_owned(), "v\n".to_owned())].into(),
+            ..Default::default()
+        });
+        assert_eq!((forged.reason(), forged.get("k\\u{202e}")), ("R\\r", Some("v\\n")));
+        assert!(forged.message().starts_with("x\\n2026") && forged.message().len() <= 4096, "{forged}");
         let ok = Error::from(v1::TaskError::default());
         assert_eq!(ok.code(), Code::Unknown);
     }

@@ -7,7 +7,7 @@ use tonic::Status;
 use tonic_types::{ErrorDetails, StatusExt as _};
 
 use crate::error::{Code, CommonReason, ERROR_DOMAIN, Error, Reason as _};
-use crate::text::printable;
+use crate::text::received;
 
 /// What a status may take of the trailers, in bytes: 8 KiB is the soft limit of gRPC C-core (and so of Python, Ruby, PHP) for all
 /// headers of a response; beyond it the peer would see a protocol error in place of ours. A quarter KiB is left for the rest.
@@ -15,9 +15,6 @@ const TRAILER_BUDGET: usize = 8 * 1024 - 256;
 
 /// Longest message that is sent, in bytes. It travels twice: percent-encoded, and in the details.
 const SENT_MESSAGE_LEN: usize = 1024;
-
-/// How much of a peer's text is kept, in bytes.
-const RECEIVED_TEXT_LEN: usize = 4 * 1024;
 
 /// Upper bounds for what protobuf puts around the parts of the details, in bytes: three `Any` with type URLs; one entry.
 const DETAILS_OVERHEAD: usize = 256;
@@ -88,7 +85,7 @@ impl From<Status> for Error {
 /// name of the code, and `UNAVAILABLE`, thus [retryable](Error::is_retryable), if the status was made on this side because the connection
 /// broke, whatever code tonic chose for that.
 ///
-/// Everything that the peer said is [`printable`] and cut to 4 KiB.
+/// Everything that the peer said is [`printable`](crate::text::printable) and cut to 4 KiB.
 impl From<&Status> for Error {
     fn from(status: &Status) -> Self {
         if let Some(error) = own_error(status) {
@@ -161,10 +158,6 @@ fn with_sources(error: &(dyn std::error::Error + 'static)) -> String {
 fn error_text(error: &(dyn std::error::Error + 'static)) -> String {
     // `Display` of a status repeats code, details and metadata.
     error.downcast_ref::<Status>().map_or_else(|| error.to_string(), |status| status.message().to_owned())
-}
-
-fn received(text: &str) -> String {
-    printable(text, RECEIVED_TEXT_LEN)
 }
 
 /// The rule of `google.rpc.ErrorInfo`.

@@ -103,7 +103,7 @@ fn a_peers_text_cannot_harm_a_terminal() {
     );
     let text = "\x1b]0;title\x07".to_owned() + &"x".repeat(100_000);
     let error = Error::from(Status::with_error_details(tonic::Code::Internal, text, details));
-    assert!(error.message().len() <= RECEIVED_TEXT_LEN);
+    assert!(error.message().len() <= crate::text::RECEIVED_LEN);
     assert!(!format!("{} {:?}", error.message(), error.metadata_map()).contains('\x1b'));
     assert_eq!(error.get("k\\n"), Some("\\u{1b}[2J"));
 

@@ -2,6 +2,9 @@
 
 use std::fmt::Write as _;
 
+/// How much of the text of a peer's error is kept, in bytes.
+pub(crate) const RECEIVED_LEN: usize = 4 * 1024;
+
 /// `bytes` in hexadecimal, two lower-case digits each.
 #[must_use]
 pub fn hex(bytes: &[u8]) -> String {
@@ -10,6 +13,11 @@ pub fn hex(bytes: &[u8]) -> String {
         let _ = write!(out, "{byte:02x}");
         out
     })
+}
+
+/// A part of a peer's error as it is kept.
+pub(crate) fn received(text: &str) -> String {
+    printable(text, RECEIVED_LEN)
 }
 
 /// `text` with control characters, text-direction marks and characters that take no room escaped, cut to at most `max_bytes` bytes.

@@ -105,7 +105,7 @@ struct Inner<S: MigrationSource, D: Dial> {
     running: Mutex<HashMap<MigrationId, Handle>>,
     /// One start at a time: a second with the same ID finds the first.
     starting: tokio::sync::Mutex<()>,
-    /// Held as long as the process lives: slots whose record is damaged, and what was undecided when the driver stopped.
+    /// Held as long as the process lives: slots whose record is damaged, and what was undecided when the driver stopped or its task panicked.
     held: Mutex<Vec<(Hold, Option<RangeHold>)>>,
     tasks: TaskTracker,
     draining: CancellationToken,
@@ -276,8 +276,8 @@ impl<S: MigrationSource, D: Dial> Inner<S, D> {
         self.running().remove(id);
     }
 
-    fn keep_held(&self, hold: Hold) {
-        lock(&self.held).push((hold, None));
+    fn keep_held(&self, hold: Hold, range: Option<RangeHold>) {
+        lock(&self.held).push((hold, range));
     }
 
     fn task(

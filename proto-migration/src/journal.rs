@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use prost::Message as _;
-use proto_common::durable::{History, free_path, sync_dir, write_atomic};
+use proto_common::durable::{History, create_dir_all, free_path, sync_dir, write_atomic};
 use proto_common::error::Error;
 use proto_common::ids::MigrationId;
 use proto_common::slots::SlotRange;
@@ -127,8 +127,7 @@ impl Journal {
     pub fn open(directory: impl AsRef<Path>, finished: usize) -> io::Result<(Self, Recovered)> {
         let directory = directory.as_ref();
         let active = directory.join("active");
-        fs::create_dir_all(&active)?;
-        sync_dir(directory)?;
+        create_dir_all(&active)?;
         let history = History::new(directory.join("history"), finished);
         let mut recovered = Recovered::default();
         let (records, cut) = history.load()?;
@@ -232,8 +231,7 @@ impl Journal {
             _ => return Err(io::Error::new(io::ErrorKind::InvalidInput, "more than one file is shown so")),
         };
         let dropped = directory.join("dropped");
-        fs::create_dir_all(&dropped)?;
-        sync_dir(directory)?;
+        create_dir_all(&dropped)?;
         let kept_as = free_path(&dropped, name)?;
         fs::rename(active.join(name), &kept_as)?;
         sync_dir(&dropped)?;

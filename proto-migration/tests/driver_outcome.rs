@@ -6,6 +6,7 @@
 mod support;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -18,6 +19,7 @@ use proto_migration::receiver::MigrationReceiver;
 use proto_migration::v1::{
     FreezeOutcome, MigrationDecision, MigrationGate, MigrationLimits, MigrationProgress, MigrationState,
 };
+use support::frames::eventually;
 use support::memory_source::{Answer, Faults, MemorySource};
 use support::memory_target::{Fault, MemoryTarget};
 use support::pair::{Pair, driver, error_of, id, identity, manual};
@@ -33,6 +35,27 @@ async fn a_target_that_fails_behind_the_commit_still_owns_the_slots() {
     pair.reaches(MigrationState::Completed).await;
     assert_eq!(pair.target_rows().len(), 100);
     assert_eq!(pair.source.held(), None);
+    assert_eq!(pair.source.read(b"key1").await, Answer::Moved { owner: "n2".into(), epoch: 1 });
+}
+
+/// What the target committed, a source whose store panics does not serve, and moves nowhere else.
+#[tokio::test]
+async fn a_source_that_panics_behind_the_commit_serves_nobody() {
+    let mut pair = Pair::start().await;
+    pair.fill(100).await;
+    let panics = Arc::new(AtomicU64::new(0));
+    pair.source.set_faults(Faults { panics: Some(Arc::clone(&panics)), ..Faults::default() });
+    pair.begin(|_| {}).await.unwrap();
+    eventually("it panics", || panics.load(Ordering::SeqCst) > 0).await;
+    assert_eq!(pair.source.held(), Some(HoldMode::All));
+    let other = pair.begin(|request| request.migration_id = "m2".into()).await.unwrap_err();
+    assert_eq!(other.reason(), "RANGE_BUSY", "{other}");
+    // The next process goes on.
+    pair.source.set_faults(Faults::default());
+    pair.source_down().await;
+    pair.source = pair.source.restarted();
+    pair.source_up().await;
+    pair.reaches(MigrationState::Completed).await;
     assert_eq!(pair.source.read(b"key1").await, Answer::Moved { owner: "n2".into(), epoch: 1 });
 }
 

@@ -220,9 +220,12 @@ async fn callers_get_an_answer_though_the_task_waits_for_its_disk() {
     let mut pair = Pair::committing(100).await;
     pair.target_dies();
     pair.source.set_faults(Faults { full_disk: true, ..Faults::default() });
+    // How long a caller waits, nobody else has to.
+    tokio::time::pause();
     let asked = pair.resolve(MigrationDecision::Committed, |_| {});
     let answer = tokio::time::timeout(Duration::from_secs(60), asked).await.expect("an answer");
     let answer = answer.unwrap_err();
+    tokio::time::resume();
     assert_eq!((answer.reason(), answer.is_retryable()), ("OUTCOME_PENDING", true), "{answer}");
     pair.source.set_faults(Faults::default());
     pair.reaches(MigrationState::Completed).await;

@@ -32,8 +32,8 @@ use proto_migration::v1::migration_service_client::MigrationServiceClient;
 use proto_migration::v1::transfer_migration_data_request::{Bulk, Discard, Forget, Frame, Header, Heartbeat};
 use proto_migration::v1::transfer_migration_data_response::Frame as Answer;
 use proto_migration::v1::{
-    MigrationDecision, MigrationGate, MigrationProgress, MigrationState, WatchMigrationProgressRequest,
-    WatchMigrationProgressResponse,
+    MigrationDecision, MigrationGate, MigrationLimits, MigrationProgress, MigrationState,
+    WatchMigrationProgressRequest, WatchMigrationProgressResponse,
 };
 use refusals::{ALONE, Abuse, Refusal, counted, limits_of};
 use support::frames::{COMMIT, Node, PATIENCE, Source, bulk, delta, eventually, header, identity, row};
@@ -723,6 +723,25 @@ async fn no_target_makes_a_source_write_a_record_that_it_cannot_read() {
     assert!(progress.freeze_count > 1 && !progress.incidents.is_empty(), "freezes were refused");
     assert_eq!(progress.peer.as_ref().unwrap().store_id.len(), 16);
     assert!(bytes < 256 << 10, "{bytes} bytes are kept of what it said");
+}
+
+/// A target that reads no more when it is asked to prepare is given up, and holds neither clients nor the end of the node.
+#[tokio::test(start_paused = true)]
+async fn no_target_holds_a_source_by_not_reading() {
+    let _alone = ALONE.lock().await;
+    for stalls in [hostile_target::Stalls::Prepared, hostile_target::Stalls::Silent] {
+        let dir = tempfile::tempdir().unwrap();
+        let source = support::memory_source::MemorySource::default();
+        source.write(b"key", Some(b"value")).await;
+        let hostile = hostile_target::HostileTarget::stalling(stalls);
+        let (mut client, stop) = driver_within(&dir, &source, hostile.dial(), Limits::default()).await;
+        let mut request = Pair::request("m1");
+        request.limits = Some(MigrationLimits { freeze_timeout_ms: Some(10_000), ..Default::default() });
+        client.start_migration(request).await.unwrap();
+        eventually("another stream comes", || hostile.streams() >= 2).await;
+        let stopping = tokio::time::timeout(Duration::from_secs(30), stop()).await;
+        stopping.expect("the node can be stopped");
+    }
 }
 
 /// A target that has lost all whenever it is asked costs a copy each time, but not as many as it can make.

@@ -9,6 +9,7 @@ mod support;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use futures::future::join_all;
 use proto_common::error::Error;
 use proto_common::guard::RangeGuard;
 use proto_common::ids::MigrationId;
@@ -128,17 +129,23 @@ fn damages(whole: &[u8]) -> impl Iterator<Item = (String, Bytes)> {
     flips.chain(cuts).chain([("a byte behind it".to_owned(), [whole, b"\0"].concat().into())])
 }
 
-/// The control, and every flip and every cut of the record of `m1` in that state.
-async fn every_damage_in(state: MigrationState, in_doubt: &[SlotRange]) {
+/// Every `of`-th damage of the record of `m1` in that state, from the one with this number on; first, the control.
+async fn damaged_in(state: MigrationState, in_doubt: &[SlotRange], number: usize, of: usize) {
     let left = left_in(state).await;
     let whole = left.target.disk().records[&id("m1")].clone();
     let (started, _) = start(&left, &whole).await;
     assert_eq!(started.progress().state(), state, "the control");
     assert_eq!(started.target.holds(), usize::from(state == MigrationState::Prepared), "the control");
     started.receiver.shutdown().await;
-    for (attempt, (how, damaged)) in (2..).zip(damages(&whole)) {
+    for (attempt, (how, damaged)) in (2..).zip(damages(&whole).skip(number).step_by(of)) {
         quarantined(&left, &damaged, in_doubt, attempt, &how).await;
     }
+}
+
+/// Every flip and every cut of the record of `m1` in that state, on several nodes at the same time: each waits for its timers most of the time.
+async fn every_damage_in(state: MigrationState, in_doubt: &[SlotRange]) {
+    const NODES: usize = 8;
+    join_all((0..NODES).map(|number| damaged_in(state, in_doubt, number, NODES))).await;
 }
 
 #[tokio::test]

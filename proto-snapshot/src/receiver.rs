@@ -371,9 +371,11 @@ impl<S: SnapshotStore> Inner<S> {
             let Some(incoming) = slot.get() else { continue };
             if incoming.stage() == Stage::Closed {
                 // Its removal failed.
-                let ended = incoming.ended().clone();
-                if let Some(last) = ended
-                    && let Err(error) = self.end(&incoming, last.phase(), None).await
+                let ended = incoming.ended().as_ref().map(TransferProgress::phase);
+                // Nobody has come again to whom it makes room.
+                let phase = ended.or(incoming.makes_room().then_some(TransferPhase::Expired));
+                if let Some(phase) = phase
+                    && let Err(error) = self.end(&incoming, phase, None).await
                 {
                     tracing::warn!(transfer_id = %incoming.plan.spec.transfer_id, error = %error, "still cannot be removed");
                 }

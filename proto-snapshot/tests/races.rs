@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failed expectation is a failed test")]
 
+#[path = "support/slow.rs"]
+mod slow;
 mod support;
 
 use std::num::NonZeroU64;
@@ -13,12 +15,13 @@ use std::time::Duration;
 use futures::FutureExt as _;
 use proto_common::error::{CommonReason, Error};
 use proto_common::fence::Fence;
+use proto_common::ids::NodeId;
 use proto_common::peer::Peer;
 use proto_common::v1::Direction;
 use proto_snapshot::hook::{Hold, HookFuture, InstallHook};
 use proto_snapshot::sender::{SenderOptions, SnapshotSender, SnapshotToSend, TransferHandle};
 use proto_snapshot::spec::{SnapshotPoint, TransferPlan};
-use proto_snapshot::store::{FileSnapshotStore, PlacedSnapshot};
+use proto_snapshot::store::{FileSnapshotStore, FileStoreOptions, PlacedSnapshot, SnapshotStore};
 use proto_snapshot::v1::split_snapshot_service_client::SplitSnapshotServiceClient;
 use proto_snapshot::v1::transfer_split_snapshot_request::{Chunk, File, Frame, Header, LaneHeader, Manifest};
 use proto_snapshot::v1::{
@@ -26,6 +29,7 @@ use proto_snapshot::v1::{
     TransferSplitSnapshotResponse,
 };
 use proto_snapshot::{DirectorySource, Reason, SnapshotReceiver};
+use slow::{Brake, SlowStore};
 use support::*;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
@@ -49,11 +53,11 @@ fn source() -> tempfile::TempDir {
     source
 }
 
-fn shown(server: &Server, id: &str) -> Option<TransferProgress> {
+fn shown<S: SnapshotStore>(server: &Server<S>, id: &str) -> Option<TransferProgress> {
     server.receiver.transfers().registry().get(Some(Direction::In), id)
 }
 
-fn phase(server: &Server, id: &str) -> Option<TransferPhase> {
+fn phase<S: SnapshotStore>(server: &Server<S>, id: &str) -> Option<TransferPhase> {
     shown(server, id).map(|shown| shown.phase())
 }
 
@@ -61,7 +65,7 @@ fn durable(server: &Server, id: &str) -> u64 {
     shown(server, id).and_then(|shown| shown.progress).map_or(0, |progress| progress.bytes_done)
 }
 
-async fn client(server: &Server) -> Client {
+async fn client<S: SnapshotStore>(server: &Server<S>) -> Client {
     Client::new(proto_common::tuning::endpoint(&server.uri()).unwrap().connect().await.unwrap())
 }
 
@@ -347,7 +351,7 @@ struct Stream {
 }
 
 /// Opens a stream on a connection of its own and sends `frames`.
-async fn stream(server: &Server, frames: Vec<TransferSplitSnapshotRequest>) -> Stream {
+async fn stream<S: SnapshotStore>(server: &Server<S>, frames: Vec<TransferSplitSnapshotRequest>) -> Stream {
     let (sender, receiver) = mpsc::channel(128);
     let answers = client(server)
         .await
@@ -543,5 +547,63 @@ async fn an_attempt_that_starts_anew_needs_no_memory_beside_that_of_what_it_disc
         }
     };
     assert!(ended.is(Reason::Superseded), "{ended:?}");
+    server.stop().await;
+}
+
+/// A receiver of one transfer at a time whose next removal of a staging area fails; and the opening of an attempt that starts anew.
+async fn without_removal() -> (Server<SlowStore>, Brake, Vec<TransferSplitSnapshotRequest>, tempfile::TempDir)
+{
+    let target = tempfile::tempdir().unwrap();
+    let brake = Brake::released();
+    let store = FileSnapshotStore::open(target.path(), FileStoreOptions::default()).unwrap();
+    let store = SlowStore { store, brake: brake.clone() };
+    let mut limits = small_limits();
+    // Four looks at what is left in that time.
+    limits.stale_after = LONG / 4;
+    let builder = SnapshotReceiver::builder(&NodeId::new("n2").unwrap(), store).limits(limits);
+    let server = Server::start(builder).await;
+    let mut first = stream(&server, opening("t", 10, 1)).await;
+    first.answers.message().await.unwrap().expect("Accepted");
+    drop(first);
+    let mut anew = opening("t", 10, 2);
+    let Some(Frame::Header(header)) = &mut anew[0].frame else { panic!("the header comes first") };
+    (header.attempt, header.session, header.discard_staged) = (2, vec![2; 16].into(), true);
+    brake.removals_fail.store(1, Ordering::SeqCst);
+    let refused = stream(&server, anew.clone()).await.answers.message().await.unwrap_err();
+    let refused = Error::from(refused);
+    assert!(refused.is(Reason::StorageFailed) && refused.is_retryable(), "{refused:?}");
+    assert_eq!(brake.removals_fail.load(Ordering::SeqCst), 0, "it failed");
+    (server, brake, anew, target)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_attempt_that_starts_anew_does_so_although_the_removal_failed_before() {
+    let (server, _, mut anew, _target) = without_removal().await;
+    // As a sender comes back that has said what is to be discarded.
+    let Some(Frame::Header(header)) = &mut anew[0].frame else { panic!("the header comes first") };
+    (header.generation, header.discard_staged) = (2, false);
+    let begun = async {
+        loop {
+            match stream(&server, anew.clone()).await.answers.message().await {
+                Ok(answer) => break answer.expect("Accepted"),
+                Err(status) => {
+                    let error = Error::from(status);
+                    assert!(error.is_retryable(), "nobody cancelled it: {error:?}");
+                }
+            }
+        }
+    };
+    tokio::time::timeout(LONG, begun).await.expect("it is accepted");
+    server.stop().await;
+}
+
+/// Nobody comes back for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_could_not_be_removed_for_an_attempt_that_starts_anew_is_removed_later() {
+    let (server, _, _, target) = without_removal().await;
+    let staging = target.path().join("staging");
+    let left = || std::fs::read_dir(&staging).unwrap().count();
+    assert!(left() > 0, "it is there still");
+    until("it is removed", || left() == 0 && phase(&server, "t") == Some(TransferPhase::Expired)).await;
     server.stop().await;
 }

@@ -2,21 +2,28 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failed expectation is a failed test")]
 
+#[path = "support/slow.rs"]
+mod slow;
 mod support;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::Mutex;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures::StreamExt as _;
+use proto_common::ids::NodeId;
 use proto_common::path::FileName;
 use proto_common::v1::Direction;
+use proto_snapshot::SnapshotReceiver;
 use proto_snapshot::sender::{SenderOptions, SnapshotSender, TransferHandle};
 use proto_snapshot::source::{DirectorySource, SnapshotSource, StreamSource};
+use proto_snapshot::store::{FileSnapshotStore, FileStoreOptions};
 use proto_snapshot::v1::TransferPhase;
 use rand::{Rng as _, SeedableRng as _};
+use slow::{Brake, SlowStore};
 use support::*;
 
 const SIZE: usize = 12 << 20;
@@ -147,9 +154,16 @@ async fn staged_data_that_the_disk_has_damaged_is_sent_again() {
     let mut bytes = std::fs::read(&file).unwrap();
     bytes[1 << 20] ^= 1;
     std::fs::write(&file, &bytes).unwrap();
-    let server = Server::start_on(builder(target.path()).limits(small_limits()), &address).await;
+    // And when it is found, the store cannot forget it at first.
+    let brake = Brake::released();
+    brake.resets_fail.store(1, Ordering::SeqCst);
+    let store = FileSnapshotStore::open(target.path(), FileStoreOptions::default()).unwrap();
+    let store = SlowStore { store, brake: brake.clone() };
+    let builder = SnapshotReceiver::builder(&NodeId::new("n2").unwrap(), store).limits(small_limits());
+    let server = Server::start_on(builder, &address).await;
     let mut handle = send(&address, "rot", DirectorySource::new(source.path()));
     handle.join().await.unwrap();
+    assert_eq!(brake.resets_fail.load(Ordering::SeqCst), 0, "that failed");
     assert!(handle.progress().unwrap().connections >= 2, "the damage was found and the sender came back");
     assert_eq!(read_tree(&installed_dir(target.path(), "rot")), read_tree(source.path()));
     server.stop().await;

@@ -451,12 +451,14 @@ async fn of_streams_that_come_in_place_of_a_lane_that_still_writes_the_last_wait
 /// Every stream ends the streams of every transfer when the node stops, so each is told by many at once.
 #[test]
 fn streams_that_are_told_to_end_by_many_at_once_end() {
+    const THREADS: usize = 4;
+    const ROUNDS: usize = 10;
     let (done, stopped) = std::sync::mpsc::channel();
-    std::thread::spawn(move || {
+    let rounds = move |done: std::sync::mpsc::Sender<()>| {
         // A thread that waits for itself stops the clock of its runtime, too.
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(4).enable_all().build().unwrap();
-        for _ in 0..40 {
+        for _ in 0..ROUNDS {
             runtime.block_on(async {
                 let target = tempfile::tempdir().unwrap();
                 let server = Server::start(builder(target.path())).await;
@@ -474,8 +476,13 @@ fn streams_that_are_told_to_end_by_many_at_once_end() {
             });
             done.send(()).unwrap();
         }
-    });
-    for round in 0..40 {
+    };
+    for _ in 0..THREADS {
+        let done = done.clone();
+        std::thread::spawn(move || rounds(done));
+    }
+    drop(done);
+    for round in 0..THREADS * ROUNDS {
         assert_eq!(stopped.recv_timeout(support::LONG), Ok(()), "round {round}");
     }
 }

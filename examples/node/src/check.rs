@@ -5,7 +5,7 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
-use proto::common::durable::{free_path, sync_dir, write_atomic};
+use proto::common::durable::{create_dir_all, free_path, write_atomic};
 use proto::common::guard::RangeGuard;
 use proto::common::ids::MigrationId;
 use proto::common::text::printable;
@@ -373,10 +373,7 @@ fn open(directory: PathBuf) -> std::io::Result<(Journal, Recovered)> {
 /// Writes a file that is there after a crash, beside what lies there already, and returns its path.
 fn keep(directory: &Path, name: &str, bytes: &[u8]) -> anyhow::Result<PathBuf> {
     let failed = || format!("cannot write {}", directory.join(name).display());
-    std::fs::create_dir_all(directory).with_context(failed)?;
-    if let Some(parent) = directory.parent() {
-        sync_dir(parent).with_context(failed)?;
-    }
+    create_dir_all(directory).with_context(failed)?;
     let path = free_path(directory, name).with_context(failed)?;
     write_atomic(&path, bytes).with_context(failed)?;
     Ok(path)

@@ -24,7 +24,7 @@ use proto::snapshot::spec::SnapshotPoint;
 use proto::snapshot::{FileSource, SnapshotSender};
 use support::migration::{ID, Pair, begin, progress, reaches, request, resolve};
 use support::proxy::{Frame, Ways};
-use support::{call, client, load, start, until};
+use support::{call, client, load, program, start, until};
 use tonic::transport::Channel;
 
 async fn channel(node: &NodeProcess) -> Channel {
@@ -196,7 +196,8 @@ async fn send_until_refused(address: String, file: std::path::PathBuf) -> (usize
 async fn sigterm_tells_watchers_first_and_leaves_a_transfer_that_can_be_resumed() {
     let dir = tempfile::tempdir().unwrap();
     let n1 = start("n1", dir.path(), "0-16383").await;
-    let mut n2 = start("n2", dir.path(), "none").await;
+    let mut n2 =
+        NodeProcess::start_with(&program(), "n2", dir.path(), "none", &["--grace", "4"]).await.unwrap();
     load(&n1, 20_000).await;
     // Far longer than the grace period.
     split(&n1, &n2, 8192, 60_000).await;
@@ -265,7 +266,7 @@ async fn sigterm_tells_watchers_first_and_leaves_a_transfer_that_can_be_resumed(
         assert_eq!(watcher.await.unwrap().last(), Some(&ServingStatus::NotServing));
     }
     let mut n2 = stopping.await.unwrap();
-    assert!(began.elapsed() < Duration::from_secs(11), "within its grace period: {:?}", began.elapsed());
+    assert!(began.elapsed() < Duration::from_secs(5), "within its grace period: {:?}", began.elapsed());
 
     // Nothing of the transfer was lost, nothing is served twice.
     n2.restart().await.unwrap();

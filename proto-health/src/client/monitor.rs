@@ -284,7 +284,8 @@ impl PeerMonitor {
         table.peers().map(of).collect()
     }
 
-    /// Most peers seem gone at once, so the fault is more likely here: nobody is declared dead meanwhile.
+    /// Most peers seem gone at once, so the fault is more likely here: nobody is declared dead meanwhile. Counted of those that have answered since they
+    /// were added, or of all where none has.
     #[must_use]
     pub fn doubts_itself(&self) -> bool {
         self.shared.table().doubts_itself()

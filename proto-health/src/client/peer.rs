@@ -277,6 +277,11 @@ impl Peer {
         self.broken = printable(why, SHOWN_LEN);
     }
 
+    /// Whether whoever has to be there has answered, ever.
+    pub(crate) fn has_answered(&self) -> bool {
+        self.identity.is_some()
+    }
+
     /// Time without any heartbeat.
     fn silence(&self, now: Duration) -> Duration {
         self.detector.silence(now).unwrap_or_else(|| now.saturating_sub(self.added))

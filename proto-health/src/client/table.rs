@@ -12,18 +12,35 @@ use crate::v1::{PeerState, PeerStatus};
 /// Fewer than so many peers say nothing about this node.
 const LEAST_FOR_DOUBT: usize = 2;
 
+/// Whether the fault may be here. Peers that have never answered may be made up, and must not keep the verdict off those that have; a node
+/// that has just started, and hears nobody, must not declare them dead either.
+#[derive(Debug, Clone, Copy, Default)]
+struct Doubt {
+    /// Most of those that have answered since this process started are late.
+    of_heard: bool,
+    /// Most of all are.
+    of_all: bool,
+    none_heard: bool,
+}
+
+impl Doubt {
+    fn as_to(self, peer: &Peer) -> bool {
+        if peer.has_answered() { self.of_heard } else { self.of_all }
+    }
+}
+
 /// By address. Pure: time and answers come in, events go out.
 #[derive(Debug)]
 pub(crate) struct Table {
     options: MonitorOptions,
     peers: BTreeMap<String, Peer>,
-    doubt: bool,
+    doubt: Doubt,
     looked: Option<Duration>,
 }
 
 impl Table {
     pub(crate) fn new(options: MonitorOptions) -> Self {
-        Self { options, peers: BTreeMap::new(), doubt: false, looked: None }
+        Self { options, peers: BTreeMap::new(), doubt: Doubt::default(), looked: None }
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -92,23 +109,34 @@ impl Table {
         // Those who said goodbye and those whose death is settled say nothing about this node.
         let judged =
             || self.peers.values().filter(|peer| !matches!(peer.state, PeerState::Left | PeerState::Dead));
-        let late = judged().filter(|peer| peer.is_late(&self.options, now)).count();
-        let all = judged().count();
-        self.doubt = all >= LEAST_FOR_DOUBT && late * 2 > all;
+        let heard = || judged().filter(|peer| peer.has_answered());
+        let most_are_late = |peers: &mut dyn Iterator<Item = &Peer>| {
+            let (mut all, mut late) = (0, 0);
+            for peer in peers {
+                all += 1;
+                late += usize::from(peer.is_late(&self.options, now));
+            }
+            all >= LEAST_FOR_DOUBT && late * 2 > all
+        };
+        let of_heard = most_are_late(&mut heard());
+        let of_all = of_heard || most_are_late(&mut judged());
+        self.doubt = Doubt { of_heard, of_all, none_heard: heard().next().is_none() };
 
         let mut events = Vec::new();
         for peer in self.peers.values_mut() {
-            peer.look(&self.options, self.doubt, now, unix_ms, &mut events);
+            let doubt = self.doubt.as_to(peer);
+            peer.look(&self.options, doubt, now, unix_ms, &mut events);
         }
         events
     }
 
     pub(crate) fn doubts_itself(&self) -> bool {
-        self.doubt
+        let Doubt { of_heard, of_all, none_heard } = self.doubt;
+        of_heard || (none_heard && of_all)
     }
 
     pub(crate) fn statuses(&self, now: Duration) -> Vec<PeerStatus> {
-        self.peers.values().map(|peer| peer.status(self.doubt, now)).collect()
+        self.peers.values().map(|peer| peer.status(self.doubt.as_to(peer), now)).collect()
     }
 
     pub(crate) fn peers(&self) -> impl Iterator<Item = &Peer> {

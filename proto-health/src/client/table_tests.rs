@@ -120,6 +120,30 @@ fn when_most_seem_gone_the_verdict_is_held_back() {
     assert!(!sim.table.doubts_itself());
 }
 
+/// Whoever tells of nodes that are not there does not keep the verdict off those that are.
+#[test]
+fn peers_that_never_answered_cast_no_doubt_on_those_that_have() {
+    let mut sim = Sim::new(&["a", "b", "c", "x1", "x2", "x3", "x4"]);
+    sim.pass(30_000, &["a", "b", "c"]);
+    assert_eq!(sim.states("x1"), [Suspect], "most of all are late");
+    assert!(!sim.table.doubts_itself());
+    sim.pass(10_000, &["b", "c"]);
+    assert_eq!(sim.states("a"), [Alive, Suspect, Dead]);
+    assert!(sim.table.statuses(sim.time()).iter().all(|peer| peer.self_doubt == peer.node_id.is_empty()));
+}
+
+/// Of a node that starts cut off.
+#[test]
+fn a_node_that_hears_nobody_declares_nobody_dead() {
+    let mut sim = Sim::new(&["a", "b", "c"]);
+    sim.pass(60_000, &[]);
+    assert_eq!(["a", "b", "c"].map(|peer| sim.states(peer)), [[Suspect], [Suspect], [Suspect]]);
+    assert!(sim.table.doubts_itself());
+    // Nor when it hears one at last.
+    sim.pass(60_000, &["a"]);
+    assert_eq!(["b", "c"].map(|peer| sim.states(peer)), [[Suspect], [Suspect]]);
+}
+
 #[test]
 fn deaths_one_after_the_other_are_no_doubt() {
     let mut sim = Sim::new(&["a", "b", "c"]);

@@ -30,7 +30,8 @@ use crate::v1::{FreezeOutcome, MigrationGate, MigrationState, SlotMismatch};
 const HEARTBEAT: Duration = Duration::from_millis(500);
 
 /// Silence after which the outcome of a commit is asked for over another connection: reads and writes wait for it, and a connection that
-/// swallows what is sent shows in no other way. Four heartbeats, each of which the target answers at once, whatever its store does.
+/// swallows what is sent shows in no other way. Four heartbeats, each of which the target answers at once, whatever its store does. A target
+/// that takes nothing for as long is given up, too, where the end of a freeze has to be told to it.
 const COMMIT_SILENCE: Duration = Duration::from_secs(2);
 
 /// How a freeze ended before the commit was decided.
@@ -240,7 +241,8 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         self.show();
         let new_slot_epoch = self.new_slot_epoch();
         reached("commit.before", self.state());
-        running.out.send(Frame::Commit(Commit { freeze: number, new_slot_epoch })).await?;
+        let (out, commit) = (running.out.clone(), Frame::Commit(Commit { freeze: number, new_slot_epoch }));
+        self.meanwhile(async move { out.send_within(COMMIT_SILENCE, commit).await }).await??;
         reached("commit.after", self.state());
         let committed = self.committed(running).await?;
         if let Some(freeze) = self.change().freezes.last_mut() {
@@ -319,7 +321,8 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         let released = match (release, &then) {
             (Some(release), None) => {
                 let out = running.out.clone();
-                self.meanwhile(async move { out.send(Frame::Release(release)).await }).await?
+                let release = Frame::Release(release);
+                self.meanwhile(async move { out.send_within(COMMIT_SILENCE, release).await }).await?
             }
             _ => Ok(()),
         };

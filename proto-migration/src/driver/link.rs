@@ -24,6 +24,9 @@ const QUEUE: usize = 4;
 /// Answers that wait for the driver; a target that sends more of them breaks the protocol.
 const ANSWERS: usize = 16;
 
+/// Longest silence that is borne, whatever the target declares: its signs of life come three times as often.
+const MAX_IDLE: Duration = Duration::from_secs(60 * 60);
+
 /// How long the first answer may take.
 const ACCEPT_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -60,9 +63,14 @@ pub(super) struct Outbound {
 impl Outbound {
     /// Sends what must arrive. Cancel safe: a dropped future has sent nothing.
     pub(super) async fn send(&self, frame: Frame) -> Result<(), Error> {
+        self.send_within(self.patience, frame).await
+    }
+
+    /// The same, for a target that takes what was sent before within `patience`.
+    pub(super) async fn send_within(&self, patience: Duration, frame: Frame) -> Result<(), Error> {
         let frame = TransferMigrationDataRequest { frame: Some(frame) };
-        self.out.send_timeout(frame, self.patience).await.map_err(|error| match error {
-            mpsc::error::SendTimeoutError::Timeout(_) => idle(self.patience),
+        self.out.send_timeout(frame, patience).await.map_err(|error| match error {
+            mpsc::error::SendTimeoutError::Timeout(_) => idle(patience),
             mpsc::error::SendTimeoutError::Closed(_) => broken(),
         })
     }
@@ -98,7 +106,7 @@ impl Link {
         let (accepted, mut answers) =
             timeout(ACCEPT_TIMEOUT, opening).await.unwrap_or_else(|_| Err(idle(ACCEPT_TIMEOUT)))?;
         check(&accepted)?;
-        let silence = Duration::from_millis(accepted.idle_timeout_ms);
+        let silence = Duration::from_millis(accepted.idle_timeout_ms).min(MAX_IDLE);
         let first = Ack { credit_limit: accepted.credit_limit, ..Ack::default() };
         let (acks, latest) = watch::channel(first);
         let (say, said) = mpsc::channel(ANSWERS);

@@ -8,7 +8,7 @@ use proto_common::ids::MigrationId;
 use proto_common::slots::SlotRange;
 
 use super::calls::given_away;
-use super::{Dial, Inner, acquire, lock};
+use super::{Dial, Inner, acquire};
 use crate::Reason;
 use crate::hold::HoldMode;
 use crate::journal::{DamagedFile, Journal, Recovered, SourceRecord};
@@ -196,7 +196,7 @@ impl<S: MigrationSource, D: Dial> Inner<S, D> {
         let why = why(&file, doubt);
         for range in ranges {
             let hold = self.source.quarantine(range.range(), &why).await?;
-            lock(&self.held).push((hold, Some(range)));
+            self.keep_held(hold, Some(range));
         }
         Ok(())
     }

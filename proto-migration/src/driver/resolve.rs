@@ -120,8 +120,8 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
 
     /// Says that the record of the commit is not needed any more.
     pub(super) async fn forget(&mut self, mut link: Link) -> Result<(), Halt> {
-        link.outbound().send(Frame::Forget(Forget {})).await?;
         let forgotten = timeout(FORGET_TIMEOUT, async {
+            link.outbound().send(Frame::Forget(Forget {})).await?;
             loop {
                 match link.next().await {
                     Ok(Said::Forgotten) => return Ok(()),
@@ -147,8 +147,8 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
                 .map_or(String::new(), |e| e.reason.clone()),
             reason => reason.clone(),
         };
-        link.outbound().send(Frame::Discard(Discard { reason })).await?;
-        let answered = async {
+        let answered = timeout(link.idle, async {
+            link.outbound().send(Frame::Discard(Discard { reason })).await?;
             loop {
                 match link.next().await {
                     Ok(Said::Discarded(discarded)) => return Ok::<_, Error>(discarded.reason),
@@ -156,8 +156,9 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
                     Err(error) => return Err(error),
                 }
             }
-        };
-        Ok(self.meanwhile(answered).await??)
+        });
+        let answered = self.meanwhile(answered).await?;
+        Ok(answered.unwrap_or_else(|_| Err(unexpected("the target does not say that it discarded")))?)
     }
 
     /// The target knows the end, or nothing that it would have to be told. Not saved: after a crash it is told again, which does no harm.

@@ -117,17 +117,17 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
             match ended {
                 Ok(()) => return self.finish().await,
                 Err(Halt::Changed) => {}
-                Err(Halt::Stopping) => return self.park(),
+                Err(Halt::Stopping) => return,
                 Err(Halt::Failed(error)) => {
                     if let Some(wait) = self.judge(error).await
                         && matches!(self.pause(wait).await, Err(Halt::Stopping))
                     {
-                        return self.park();
+                        return;
                     }
                 }
             }
             if self.inner.stopping.is_cancelled() {
-                return self.park();
+                return;
             }
         }
     }
@@ -634,13 +634,18 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
                 () = tokio::time::sleep(wait) => {}
             }
         }
-        self.tracker.finish(|shown| *shown = progress);
+        // It ends with the task.
+        self.tracker.update(|shown| *shown = progress);
     }
+}
 
-    /// The node stops: what is undecided stays held, so that this process serves it no more.
-    fn park(mut self) {
+/// The node stops, or the store panicked: what is undecided stays held, so that this process serves it no more.
+impl<S: MigrationSource, D: Dial> Drop for Task<S, D> {
+    fn drop(&mut self) {
         if let Some(hold) = self.hold.take() {
-            self.inner.keep_held(hold);
+            // Of a node that goes on, nobody gets the slots either.
+            let range = self.range.take().filter(|_| !self.inner.stopping.is_cancelled());
+            self.inner.keep_held(hold, range);
         }
     }
 }

@@ -4,19 +4,20 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use proto_common::error::Error;
 use proto_common::v1::{NodeIdentity, TaskError};
 use proto_migration::Reason;
 use proto_migration::driver::{Dial, dial_fn};
 use proto_migration::v1::migration_service_server::{MigrationService, MigrationServiceServer};
-use proto_migration::v1::transfer_migration_data_request::{Frame, Header};
+use proto_migration::v1::transfer_migration_data_request::{Frame, Header, Prepare};
 use proto_migration::v1::transfer_migration_data_response::{
-    Accepted, Ack, Frame as Answer, PrepareRefused, Resume,
+    Accepted, Ack, Frame as Answer, PrepareRefused, Prepared, Resume,
 };
 use proto_migration::v1::*;
 use tokio::sync::{mpsc, watch};
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -33,7 +34,20 @@ pub struct HostileTarget {
     forgetful: Option<Arc<watch::Sender<Vec<Instant>>>>,
     refused: Arc<AtomicUsize>,
     refuses: Option<Refuses>,
+    stalls: Option<Stalls>,
 }
+
+/// What a target does that reads no more once it was asked to prepare.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stalls {
+    /// It says that it is prepared, when no more fits on the way to it.
+    Prepared,
+    /// It says nothing.
+    Silent,
+}
+
+/// So long, heartbeats fill what is on the way to a target that does not read.
+const FULL: Duration = Duration::from_secs(5);
 
 /// Why a stream is refused, if it is.
 pub type Refuses = fn(&Header) -> Option<Error>;
@@ -61,6 +75,11 @@ impl HostileTarget {
         (Self { refuses: Some(refuses), ..forgetful }, seen)
     }
 
+    /// One that stalls on its first stream, for which no silence is too long.
+    pub fn stalling(stalls: Stalls) -> Self {
+        Self { stalls: Some(stalls), ..Self::default() }
+    }
+
     /// Streams that came.
     pub fn streams(&self) -> usize {
         self.streams.load(Ordering::SeqCst)
@@ -81,6 +100,11 @@ impl HostileTarget {
         let say = async |frame| {
             let _ = answers.send(Ok(TransferMigrationDataResponse { frame: Some(frame) })).await;
         };
+        let stalls = self.stalls.filter(|_| stream == 0);
+        if stalls.is_some() {
+            // Like one that is believed.
+            stream = 2;
+        }
         let mut ack = Ack { credit_limit: 1 << 40, ..Ack::default() };
         while let Ok(Some(TransferMigrationDataRequest { frame: Some(frame) })) = frames.message().await {
             match frame {
@@ -98,7 +122,7 @@ impl HostileTarget {
                             ..identity("n2", 2)
                         }),
                         decision: MigrationDecision::Undecided.into(),
-                        known: stream > 1,
+                        known: stream > 1 && stalls.is_none(),
                         resume: Some(Resume {
                             copy: header.copy,
                             through_seq: header.base_seq,
@@ -106,7 +130,7 @@ impl HostileTarget {
                         }),
                         max_batch_bytes: 1 << 20,
                         credit_limit: ack.credit_limit,
-                        idle_timeout_ms: 30_000,
+                        idle_timeout_ms: if stalls.is_some() { u64::MAX } else { 30_000 },
                         ..Accepted::default()
                     }))
                     .await;
@@ -121,6 +145,16 @@ impl HostileTarget {
                 Frame::Bulk(bulk) => ack.durable_number = bulk.number,
                 Frame::Delta(delta) => {
                     (ack.durable_number, ack.durable_seq) = (delta.number, delta.through_seq);
+                }
+                Frame::Prepare(prepare) if stalls.is_some() => {
+                    sleep(FULL).await;
+                    if stalls == Some(Stalls::Prepared) {
+                        let Prepare { freeze, final_seq, .. } = prepare;
+                        say(Answer::Prepared(Prepared { freeze, final_seq, ..Prepared::default() })).await;
+                    }
+                    // The connection stays.
+                    answers.closed().await;
+                    return;
                 }
                 Frame::Prepare(prepare) => {
                     let digest = SlotDigest { sum: vec![1; MUCH / 3].into(), ..SlotDigest::default() };

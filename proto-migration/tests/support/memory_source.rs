@@ -71,6 +71,8 @@ pub struct Faults {
     pub slow_admit: Option<Arc<Semaphore>>,
     /// Nothing is given up.
     pub full_disk: bool,
+    /// The store panics when it is told who owns the slots now, and counts that.
+    pub panics: Option<Arc<AtomicU64>>,
 }
 
 struct Log {
@@ -489,6 +491,11 @@ impl MigrationSource for MemorySource {
     }
 
     async fn give_up(&self, handover: &Handover) -> Result<(), Error> {
+        let panics = self.shared.lock().faults.panics.clone();
+        if let Some(panics) = panics {
+            panics.fetch_add(1, Ordering::SeqCst);
+            panic!("a test asks for it");
+        }
         let mut state = self.shared.lock();
         if state.faults.full_disk {
             return Err(Reason::StorageFailed.error("the disk is full"));

@@ -4,6 +4,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use bytesize::ByteSize;
+
 use crate::Options;
 use crate::payload::Payload;
 use crate::peers::ours::Crowd;
@@ -19,7 +21,7 @@ pub const ON_DISK: &str = "on disk";
 /// A write or a message of the other peers.
 const PIECE: usize = 1 << 20;
 /// Our senders make no larger chunks, whatever a receiver takes.
-const OUR_CHUNK: usize = 512 << 10;
+pub const OUR_CHUNK: usize = 512 << 10;
 
 pub fn row(case: &str, peer: &str, bytes: u64) -> Row {
     Row {
@@ -46,19 +48,27 @@ fn side(row: &Row) -> Side {
     }
 }
 
-/// A B C A B C: what disturbs the machine for a while disturbs all of them.
+/// A B C, B C A, C A B: what disturbs the machine for a while disturbs all of them, and nobody is always the one that comes behind another. A round
+/// before the first one is not counted: it takes the memory that the system has not handed out yet.
 fn interleave(
     options: &Options,
     report: &mut Report,
     mut rows: Vec<Row>,
     measure: impl Fn(&Row) -> Result<Sample, Skipped>,
 ) {
-    for round in 0..options.rounds() {
-        for row in rows.iter_mut().filter(|row| row.skipped.is_none()) {
+    let many = rows.len();
+    for round in 0..=options.rounds() as usize {
+        for number in 0..many {
+            let row = &mut rows[(round + number) % many];
+            if row.skipped.is_some() {
+                continue;
+            }
             match measure(row) {
                 Ok(sample) => {
-                    eprintln!("{}, {}, round {}: {:.3} s", row.case, row.peer, round + 1, sample.seconds);
-                    row.samples.push(sample);
+                    eprintln!("{}, {}, round {round}: {:.3} s", row.case, row.peer, sample.seconds);
+                    if round > 0 {
+                        row.samples.push(sample);
+                    }
                 }
                 Err(Skipped(why)) => row.skipped = Some(why),
             }
@@ -68,14 +78,17 @@ fn interleave(
 }
 
 pub fn memory(options: &Options, report: &mut Report) {
-    let case = "memory to memory";
-    let rows = ["raw TCP", "proto", "tonic", "flight"].map(|peer| row(case, peer, options.size()));
-    interleave(options, report, rows.into(), |row| transfer(&side(row), None, None));
+    for bytes in options.sizes() {
+        let case = format!("{}, memory to memory", ByteSize(bytes));
+        let rows =
+            ["raw TCP", "proto", "tonic", "tonic, tuned", "flight"].map(|peer| row(&case, peer, bytes));
+        interleave(options, report, rows.into(), |row| transfer(&side(row), None, None));
+    }
 }
 
 /// Rates by chunk size, number of files, and lanes.
 pub fn sweep(options: &Options, report: &mut Report) {
-    let bytes = options.size() / 2;
+    let bytes = options.sizes().into_iter().max().unwrap_or_default().min(1 << 30) / 2;
     let base = |case: &str| row(case, "proto", bytes);
     let chunks = [64, 128, 256, 512];
     let rows = chunks.map(|kib| Row { chunk: kib << 10, ..base("sweep of the chunk size") });
@@ -87,14 +100,15 @@ pub fn sweep(options: &Options, report: &mut Report) {
 
 /// One file, to a durable one.
 pub fn file(options: &Options, report: &mut Report, place: &str, dir: &Path) {
-    let scratch = Scratch::new(dir);
-    let source = scratch.0.join("source");
-    let bytes = options.size();
-    write_file(&source, bytes);
-    settle(&source);
-    let case = format!("file to durable file, {place}");
-    let rows = ["raw TCP", "proto", "cp", "rsync"].map(|peer| row(&case, peer, bytes));
-    interleave(options, report, rows.into(), |row| copy(row, &scratch.0, &source));
+    for bytes in options.sizes() {
+        let scratch = Scratch::new(dir);
+        let source = scratch.0.join("source");
+        write_file(&source, bytes);
+        settle(&source);
+        let case = format!("{}, file to durable file, {place}", ByteSize(bytes));
+        let rows = ["raw TCP", "proto", "cp", "rsync"].map(|peer| row(&case, peer, bytes));
+        interleave(options, report, rows.into(), |row| copy(row, &scratch.0, &source));
+    }
 }
 
 /// Many small files.

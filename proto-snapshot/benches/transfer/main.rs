@@ -42,9 +42,9 @@ struct Options {
     /// What to measure, separated by commas; all of it by default
     #[arg(long, value_enum, value_delimiter = ',')]
     cases: Vec<Case>,
-    /// Bytes of a large transfer, e.g. 256MiB or 8GiB [default: 1GiB; 64MiB with --quick]
-    #[arg(long)]
-    size: Option<ByteSize>,
+    /// Bytes of large transfers, e.g. 256MiB,1GiB,8GiB [default: 1GiB; 64MiB with --quick]
+    #[arg(long, value_delimiter = ',')]
+    size: Vec<ByteSize>,
     /// Bytes of the transfer that is resumed, kept in the memory file system [default: 8GiB; 64MiB with --quick]
     #[arg(long)]
     resume_size: Option<ByteSize>,
@@ -116,9 +116,11 @@ impl Options {
         self.rounds.unwrap_or(if self.quick { 1 } else { 5 })
     }
 
-    fn size(&self) -> u64 {
+    /// One at least.
+    fn sizes(&self) -> Vec<u64> {
         let default = if self.quick { ByteSize::mib(64) } else { ByteSize::gib(1) };
-        self.size.unwrap_or(default).as_u64()
+        let sizes = if self.size.is_empty() { &[default][..] } else { &self.size };
+        sizes.iter().map(ByteSize::as_u64).collect()
     }
 
     fn resume_size(&self) -> u64 {

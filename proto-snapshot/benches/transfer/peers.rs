@@ -12,8 +12,8 @@ pub async fn play(side: Side) {
     let sent = match (side.peer.as_str(), side.address.as_deref()) {
         ("proto", None) => return ours::receive(&side).await,
         ("proto", Some(address)) => ours::send(&side, address).await,
-        ("tonic", None) => return plain::receive().await,
-        ("tonic", Some(address)) => plain::send(&side, address).await,
+        (plain::DEFAULTS | plain::TUNED, None) => return plain::receive(&side).await,
+        (plain::DEFAULTS | plain::TUNED, Some(address)) => plain::send(&side, address).await,
         ("raw TCP", None) => return raw::receive(&side),
         ("raw TCP", Some(address)) => raw::send(&side, address),
         (other, _) => unreachable!("{other} is a program of its own"),

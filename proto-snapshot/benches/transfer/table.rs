@@ -97,8 +97,8 @@ impl Report {
             if row.case != case {
                 case = &row.case;
                 text += &format!("\n**{case}**\n\n");
-                text += "| | GiB/s | proto is | in single rounds | CPU s/GiB | sender MiB | receiver MiB |\n";
-                text += "|---|--:|--:|--:|--:|--:|--:|\n";
+                text += "| | GiB/s | proto is | in single rounds | CPU s/GiB | proto takes | sender MiB | receiver MiB |\n";
+                text += "|---|--:|--:|--:|--:|--:|--:|--:|\n";
             }
             if let Some(why) = &row.skipped {
                 text += &format!("| {} | skipped: {why} |\n", row.name());
@@ -107,7 +107,9 @@ impl Report {
             let ours = self.rows.iter().find(|ours| {
                 ours.case == row.case && ours.peer == "proto" && ours.variant() == row.variant()
             });
-            let ratio = ours.filter(|_| row.peer != "proto").and_then(|ours| ours.ratio(row));
+            let ours = ours.filter(|_| row.peer != "proto");
+            let ratio = ours.and_then(|ours| ours.ratio(row));
+            let taken = ours.and_then(|ours| Some(ours.cpu_per_gib()? / row.cpu_per_gib()?));
             let (ratio, rounds) = match ratio {
                 Some([least, middle, most]) => (format!("{middle:.2} x"), format!("{least:.2} to {most:.2}")),
                 None => (String::new(), String::new()),
@@ -117,6 +119,7 @@ impl Report {
                 ratio,
                 rounds,
                 number(row.cpu_per_gib(), 2),
+                taken.map_or_else(String::new, |taken| format!("{taken:.2} x")),
                 number(row.peak(|sample| sample.sender), 0),
                 number(row.peak(|sample| sample.receiver), 0),
             ];

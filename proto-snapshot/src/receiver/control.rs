@@ -113,7 +113,8 @@ impl<S: SnapshotStore> Inner<S> {
         if let Some(fence) = header.fence {
             fence.check(shard.fence, &spec.target_shard)?;
         }
-        if header.discard_staged {
+        let makes_room = self.find(&spec.transfer_id).is_some_and(|incoming| incoming.makes_room());
+        if header.discard_staged || makes_room {
             // Before the new manifest is read: a node's share of the memory need not hold both.
             self.discard_staged(&header, &takeover, answers).await?;
         }
@@ -422,7 +423,7 @@ impl<S: SnapshotStore> Inner<S> {
         }
     }
 
-    /// Discards what is staged under the ID, for an attempt that starts anew.
+    /// Discards what is staged under the ID, for an attempt that starts anew, or has begun to.
     async fn discard_staged(
         self: &Arc<Self>,
         header: &ControlHeader,
@@ -433,7 +434,7 @@ impl<S: SnapshotStore> Inner<S> {
         let Some(slot) = self.slots().get(id).cloned() else { return Ok(()) };
         let attach = self.lock(id, &slot, takeover, answers).await?;
         let discarded = match slot.get() {
-            Some(incoming) => match check_same_spec(&incoming.plan, header) {
+            Some(incoming) => match check_same_spec(&incoming.plan, header, true) {
                 Ok(()) => self.stop_others(&slot, &incoming, header, takeover).await.map(|_| ()),
                 Err(error) => Err(error),
             },
@@ -491,6 +492,10 @@ impl<S: SnapshotStore> Inner<S> {
         if matches!(incoming.stage(), Stage::Verifying | Stage::Installing) {
             return Ok(Stopped::Completing);
         }
+        if incoming.makes_room() {
+            self.make_room(slot, incoming).await?;
+            return Ok(Stopped::Removed);
+        }
         incoming.check_claim(header.claim, header.generation)?;
         let reason = if incoming.claim() == header.claim {
             replaced()
@@ -517,13 +522,23 @@ impl<S: SnapshotStore> Inner<S> {
         if !header.discard_staged {
             return Ok(Stopped::Open);
         }
-        incoming.close()?;
+        incoming.close_to_make_room()?;
+        self.make_room(slot, incoming).await?;
+        Ok(Stopped::Removed)
+    }
+
+    /// Removes what was closed to make room for an attempt that starts anew. May be repeated after it failed.
+    async fn make_room(
+        &self,
+        slot: &Slot<S::Staging>,
+        incoming: &Arc<Incoming<S::Staging>>,
+    ) -> Result<(), Error> {
         incoming.staging.remove().await?;
         if let Some(shown) = incoming.shown() {
             incoming.finish(shown);
         }
         slot.set(None);
-        Ok(Stopped::Removed)
+        Ok(())
     }
 
     /// Removes the slot of an ID that nobody made a transfer of.

@@ -62,18 +62,22 @@ pub(super) fn check_same(
     header: &ControlHeader,
     manifest: &Manifest,
 ) -> Result<(), Error> {
-    check_same_spec(plan, header)?;
+    check_same_spec(plan, header, header.discard_staged)?;
     match plan.manifest.difference(manifest) {
         Some(what) if !header.discard_staged => Err(other_manifest(&header.spec, &what)),
         _ => Ok(()),
     }
 }
 
-/// The same, before the manifest is known.
-pub(super) fn check_same_spec(plan: &TransferPlan, header: &ControlHeader) -> Result<(), Error> {
+/// The same, before the manifest is known. Where what is staged is discarded (`discards`), other content may come.
+pub(super) fn check_same_spec(
+    plan: &TransferPlan,
+    header: &ControlHeader,
+    discards: bool,
+) -> Result<(), Error> {
     let spec = &header.spec;
     match plan.spec.difference(spec) {
-        Some("content_version") if header.discard_staged => Ok(()),
+        Some("content_version") if discards => Ok(()),
         Some(field) => Err(other_specification(spec, &format!("header.{field}"), field)),
         None => Ok(()),
     }

@@ -1,7 +1,7 @@
 //! One incoming transfer that is not finished: who writes into it, what is there, what is shown of it.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
@@ -54,6 +54,8 @@ pub(super) struct Incoming<A: Staging> {
     hold: Mutex<Option<(Hold, Charge)>>,
     /// The end that was written to the history, so that a removal that failed can be repeated.
     ended: Mutex<Option<TransferProgress>>,
+    /// It is removed to make room for an attempt that starts anew. It has no end of its own.
+    makes_room: AtomicBool,
 }
 
 /// How far the transfer is, as far as concurrent calls are concerned.
@@ -188,6 +190,7 @@ impl<A: Staging> Incoming<A> {
             tracker: Mutex::new(Some(tracker)),
             hold: Mutex::new(Some((hold, memory))),
             ended: Mutex::new(None),
+            makes_room: AtomicBool::new(false),
         });
         incoming.show(|_| {});
         incoming
@@ -479,6 +482,22 @@ impl<A: Staging> Incoming<A> {
     /// The install was refused: nothing but the removal is left.
     pub(super) fn close_for_good(&self) {
         self.state().stage = Stage::Closed;
+    }
+
+    /// Closes it for an attempt that starts anew.
+    ///
+    /// # Errors
+    ///
+    /// As [`close`](Self::close).
+    pub(super) fn close_to_make_room(&self) -> Result<(), Error> {
+        self.close()?;
+        self.makes_room.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Whether it was closed so. With the lock of its slot, it means that the removal failed.
+    pub(super) fn makes_room(&self) -> bool {
+        self.makes_room.load(Ordering::Relaxed)
     }
 
     /// The end that was written to the history.

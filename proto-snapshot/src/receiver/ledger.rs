@@ -312,24 +312,33 @@ impl Ledger {
         self.inherited.clone()
     }
 
-    /// The inherited records have been read back; `damaged` ones do not match and are missing from now on.
-    /// Returns all records that remain, where something was damaged.
-    pub(super) fn verified(&mut self, damaged: &[Extent]) -> Option<Vec<ExtentRecord>> {
-        let inherited = std::mem::take(&mut self.inherited);
-        for record in inherited {
-            if damaged.contains(&record.extent) {
-                self.durable_bytes = self.durable_bytes.saturating_sub(record.extent.len);
-            } else {
-                let fits = insert(&mut self.durable, record);
-                debug_assert!(fits, "inherited and durable overlap: {record:?}");
-            }
+    /// All records but the `damaged` ones of the inherited.
+    pub(super) fn without(&self, damaged: &[Extent]) -> Vec<ExtentRecord> {
+        let all = self.durable_without(damaged);
+        all.all().map(|(extent, crc)| ExtentRecord { extent, crc }).collect()
+    }
+
+    fn durable_without(&self, damaged: &[Extent]) -> Books {
+        let mut durable = self.durable.clone();
+        for record in self.inherited.iter().filter(|record| !damaged.contains(&record.extent)) {
+            let fits = insert(&mut durable, *record);
+            debug_assert!(fits, "inherited and durable overlap: {record:?}");
         }
+        durable
+    }
+
+    /// The inherited records have been read back; `damaged` ones do not match and are missing from now on.
+    pub(super) fn verified(&mut self, damaged: &[Extent]) {
+        self.durable = self.durable_without(damaged);
+        self.inherited = Vec::new();
         if damaged.is_empty() {
-            return None;
+            return;
+        }
+        for extent in damaged {
+            self.durable_bytes = self.durable_bytes.saturating_sub(extent.len);
         }
         self.written = self.durable.clone();
         self.forget_claims();
-        Some(self.durable.all().map(|(extent, crc)| ExtentRecord { extent, crc }).collect())
     }
 }
 

@@ -31,7 +31,7 @@ use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use proto_common::durable::{History, RecordLog, sync_dir};
+use proto_common::durable::{History, RecordLog, create_dir_all, sync_dir};
 use proto_common::fence::Fence;
 use proto_common::ids::{NodeId, ShardId, TransferId};
 
@@ -192,7 +192,7 @@ impl FileSnapshotStore {
     pub fn open(dir: impl Into<PathBuf>, options: FileStoreOptions) -> Result<Self, StoreError> {
         let failed = |error| StoreError::io("open a store", error);
         let dir = dir.into();
-        std::fs::create_dir_all(&dir).map_err(failed)?;
+        create_dir_all(&dir).map_err(failed)?;
         let dir = dir.canonicalize().map_err(failed)?;
         let layout = Layout::new(dir.clone());
         let lock = File::options().read(true).write(true).create(true).truncate(false).open(layout.lock());
@@ -206,9 +206,6 @@ impl FileSnapshotStore {
         recover::check_format(&layout.format())?;
         for dir in layout.directories() {
             install::make_dir(&dir).map_err(failed)?;
-        }
-        if let Some(parent) = dir.parent() {
-            sync_dir(parent).map_err(failed)?;
         }
         let shared = Shared {
             space: Space::new(dir, options.min_free_bytes, options.capacity_bytes, options.percent_per_peer),

@@ -2,6 +2,7 @@
 
 #![allow(dead_code, unreachable_pub, missing_docs, reason = "each test binary uses a part of it")]
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use proto_common::fence::Fence;
@@ -23,6 +24,10 @@ pub struct Brake {
     /// The source node whose writes it holds; `None`: of all.
     of: Option<&'static str>,
     pub reuses: Arc<Mutex<Reuses>>,
+    /// Removals that are still to fail.
+    pub removals_fail: Arc<AtomicUsize>,
+    /// Resets of records that are still to fail.
+    pub resets_fail: Arc<AtomicUsize>,
 }
 
 /// Files that are looked for among installed ones.
@@ -42,7 +47,16 @@ impl Brake {
             begun: watch::Sender::new(0),
             of: None,
             reuses: Arc::default(),
+            removals_fail: Arc::default(),
+            resets_fail: Arc::default(),
         }
+    }
+
+    /// One that holds nothing.
+    pub fn released() -> Self {
+        let brake = Self::held();
+        brake.release();
+        brake
     }
 
     /// Holds the writes of one source node.
@@ -81,6 +95,14 @@ pub struct SlowStaging {
 impl SlowStore {
     fn slow(&self, staging: Arc<FileStaging>) -> Arc<SlowStaging> {
         Arc::new(SlowStaging { staging, brake: self.brake.clone() })
+    }
+}
+
+/// Fails if that is `left` to do.
+fn planted(left: &AtomicUsize, action: &'static str) -> Result<(), StoreError> {
+    match left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)) {
+        Ok(_) => Err(StoreError::Io { action, source: std::io::Error::other("planted") }),
+        Err(_) => Ok(()),
     }
 }
 
@@ -153,6 +175,7 @@ impl Staging for SlowStaging {
     }
 
     async fn reset_records(&self, records: Vec<ExtentRecord>) -> Result<(), StoreError> {
+        planted(&self.brake.resets_fail, "reset records")?;
         self.staging.reset_records(records).await
     }
 
@@ -195,6 +218,7 @@ impl Staging for SlowStaging {
     }
 
     async fn remove(&self) -> Result<(), StoreError> {
+        planted(&self.brake.removals_fail, "remove a staging area")?;
         self.staging.remove().await
     }
 }

@@ -50,6 +50,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use proto::common::durable::create_dir_all;
 use redb::ReadableDatabase as _;
 use shared::Shared;
 
@@ -119,7 +120,7 @@ impl Store {
         init: &Init,
         options: &StoreOptions,
     ) -> Result<(Self, Identity), StoreError> {
-        std::fs::create_dir_all(directory)
+        create_dir_all(directory)
             .map_err(|source| StoreError::io(format!("cannot make {}", directory.display()), source))?;
         Self::start(directory, open::open(directory, init, options)?, options)
     }

@@ -24,6 +24,8 @@ use super::{call, client, fill, program, until};
 pub const ID: &str = "m";
 /// Seconds of silence that a target of these tests bears with; the least that it takes.
 const IDLE: &str = "3";
+/// Seconds that a node of these tests goes on with its migrations after SIGTERM: they are to be gone on with later.
+const GRACE: &str = "1";
 
 /// The half that moves.
 pub fn slots() -> node::common::SlotRange {
@@ -213,9 +215,11 @@ impl Pair {
     pub async fn start_as(program: impl FnOnce(&Path) -> PathBuf, keys: usize, bytes: usize) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let program = program(directory.path());
-        let n1 = NodeProcess::start(&program, "n1", directory.path(), "0-16383").await.unwrap();
+        let arguments = ["--grace", GRACE];
+        let n1 =
+            NodeProcess::start_with(&program, "n1", directory.path(), "0-16383", &arguments).await.unwrap();
         let peer = peer(&n1);
-        let arguments = ["--peer", &peer, "--idle", IDLE];
+        let arguments = ["--peer", &peer, "--idle", IDLE, "--grace", GRACE];
         let n2 = NodeProcess::start_with(&program, "n2", directory.path(), "none", &arguments).await.unwrap();
         fill(&n1, keys, bytes).await;
         Self { directory, n1, n2 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use proto_common::ids::{NodeId, ShardId, TransferId};
 use proto_common::slots::SlotRange;
-use proto_common::tuning::{listen, tune_server};
+use proto_common::tuning::{incoming, listen, tune_server};
 use proto_common::v1::Priority;
 use proto_snapshot::SnapshotReceiver;
 use proto_snapshot::limits::Limits;
@@ -15,8 +15,8 @@ use proto_snapshot::source::{DirectorySource, FileSource};
 use proto_snapshot::spec::SnapshotPoint;
 use proto_snapshot::store::{FileSnapshotStore, FileStoreOptions, SnapshotStore};
 use tonic::transport::Server;
-use tonic::transport::server::TcpIncoming;
 
+use crate::cases::OUR_CHUNK;
 use crate::memory::{DiscardStore, MemorySource};
 use crate::payload::Payload;
 use crate::side::{Before, Sent, Side, report_when_asked};
@@ -34,14 +34,15 @@ pub async fn receive(side: &Side) {
 
 async fn serve<S: SnapshotStore>(store: S, chunk: usize) {
     let mut limits = Limits::default();
-    limits.chunk_bytes = u32::try_from(chunk).unwrap();
+    if chunk != OUR_CHUNK {
+        limits.chunk_bytes = u32::try_from(chunk).unwrap();
+    }
     let receiver = SnapshotReceiver::builder(&NodeId::new("n2").unwrap(), store).limits(limits);
     let receiver = receiver.start().await.unwrap();
     let listener = listen(([127, 0, 0, 1], 0).into()).unwrap();
     let address = listener.local_addr().unwrap();
-    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
     let server = tune_server(Server::builder()).add_service(receiver.into_service());
-    tokio::spawn(server.serve_with_incoming(incoming));
+    tokio::spawn(server.serve_with_incoming(incoming(listener)));
     tokio::task::spawn_blocking(move || report_when_asked(address)).await.unwrap();
 }
 

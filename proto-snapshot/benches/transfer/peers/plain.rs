@@ -1,8 +1,9 @@
-//! tonic as it is generated, at its default settings, with our messages: what anybody would write first.
+//! tonic as it is generated, with our messages: at its default settings, what anybody would write first; and with our windows and frames.
 
 use std::time::Instant;
 
 use proto_common::checksum::crc64;
+use proto_common::tuning::{endpoint, tune_server};
 use proto_snapshot::v1::split_snapshot_service_client::SplitSnapshotServiceClient;
 use proto_snapshot::v1::split_snapshot_service_server::{SplitSnapshotService, SplitSnapshotServiceServer};
 use proto_snapshot::v1::transfer_split_snapshot_request::{Chunk, Frame};
@@ -22,6 +23,10 @@ use crate::payload::Payload;
 use crate::side::{Before, Sent, Side, report_when_asked};
 
 type Answers<T> = Iter<std::array::IntoIter<Result<T, Status>, 1>>;
+
+/// Names of the peer.
+pub const DEFAULTS: &str = "tonic";
+pub const TUNED: &str = "tonic, tuned";
 
 struct Receiver;
 
@@ -79,10 +84,11 @@ impl SplitSnapshotService for Receiver {
     }
 }
 
-pub async fn receive() {
+pub async fn receive(side: &Side) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    let server = Server::builder().add_service(SplitSnapshotServiceServer::new(Receiver));
+    let mut server = if side.peer == TUNED { tune_server(Server::builder()) } else { Server::builder() };
+    let server = server.add_service(SplitSnapshotServiceServer::new(Receiver));
     tokio::spawn(server.serve_with_incoming(TcpIncoming::from(listener).with_nodelay(Some(true))));
     tokio::task::spawn_blocking(move || report_when_asked(address)).await.unwrap();
 }
@@ -91,7 +97,10 @@ pub async fn send(side: &Side, address: &str) -> Sent {
     let payload = Payload::new();
     let before = Before::now();
     let began = Instant::now();
-    let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap();
+    let endpoint = match side.peer.as_str() {
+        TUNED => endpoint(address).unwrap(),
+        _ => Endpoint::from_shared(format!("http://{address}")).unwrap(),
+    };
     let mut client = SplitSnapshotServiceClient::new(endpoint.connect().await.unwrap());
     let mut offset = 0;
     let frames = payload.pieces(side.bytes, side.chunk).map(move |payload| {

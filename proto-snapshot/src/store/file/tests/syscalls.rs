@@ -14,6 +14,8 @@ use super::support::*;
 use crate::store::{Claim, SnapshotStore as _, Staging as _};
 
 const DIR: &str = "PROTO_SNAPSHOT_STORE_TRACED_DIR";
+/// Where the store is in that directory; nothing of it is there before.
+const STORE: &str = "above/store";
 
 fn files() -> Files {
     vec![
@@ -34,7 +36,7 @@ fn say(what: &str) {
 #[ignore = "is run by another test, in a process of its own"]
 async fn child_that_installs() {
     let dir = std::env::var_os(DIR).unwrap();
-    let (store, _) = open(&Path::new(&dir).join("store")).await;
+    let (store, _) = open(&Path::new(&dir).join(STORE)).await;
     say("opened");
     for (id, index) in [("t1", 1), ("t2", 2)] {
         let staging = store.stage(&plan(id, index, &files())).await.unwrap();
@@ -64,7 +66,7 @@ async fn child_that_installs() {
 #[ignore = "is run by another test, in a process of its own"]
 async fn child_that_recovers() {
     let dir = std::env::var_os(DIR).unwrap();
-    let store = super::FileSnapshotStore::open(Path::new(&dir).join("store"), options()).unwrap();
+    let store = super::FileSnapshotStore::open(Path::new(&dir).join(STORE), options()).unwrap();
     say("opened");
     let recovered = store.recover().await.unwrap();
     store.shard(&shard()).await.unwrap();
@@ -124,7 +126,7 @@ fn said(line: &str) -> Option<&str> {
 fn a_directory_is_synced_before_its_new_entries_are_called_durable() {
     let dir = tempfile::tempdir().unwrap();
     let Some(lines) = trace("child_that_installs", dir.path()) else { return };
-    let root = dir.path().canonicalize().unwrap().join("store").to_str().unwrap().to_owned();
+    let root = dir.path().canonicalize().unwrap().join("above").to_str().unwrap().to_owned();
     let mut dirty: BTreeSet<String> = BTreeSet::new();
     let mut created = HashSet::new();
     let (mut changes, mut marks) = (0, 0);
@@ -153,14 +155,14 @@ fn a_directory_is_synced_before_its_new_entries_are_called_durable() {
 #[tokio::test]
 async fn what_is_recovered_is_synced_before_it_is_believed() {
     let dir = tempfile::tempdir().unwrap();
-    let (store, _) = open(&dir.path().join("store")).await;
+    let (store, _) = open(&dir.path().join(STORE)).await;
     store.raise_fence(&shard(), Fence { epoch: 1, term: 1 }, &source()).await.unwrap();
     let staging = store.stage(&plan("t1", 1, &files())).await.unwrap();
     fill(&staging, &files()).await;
     store.record_finished(b"x").await.unwrap();
     drop((staging, store));
     let Some(lines) = trace("child_that_recovers", dir.path()) else { return };
-    let root = dir.path().canonicalize().unwrap().join("store");
+    let root = dir.path().canonicalize().unwrap().join(STORE);
     let mut lines = lines.iter().skip_while(|line| said(line) != Some("opened"));
     let until = lines.by_ref().take_while(|line| said(line) != Some("recovered"));
     let seen: HashSet<&str> = until.filter_map(|line| synced(line)).collect();
