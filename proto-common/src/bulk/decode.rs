@@ -14,6 +14,7 @@ use super::{BulkMessage, PREFIX, payload_tag};
 ///
 /// It bounds the books: a peer that sends one byte per frame costs a buffer and an entry of 32 bytes for every 16 KiB, not for every byte. And it bounds
 /// what a piece keeps alive: a small one would hold on to the whole buffer that the connection read it into, with the frames beside it.
+/// 32,768 files of 8 KiB took 0.18 s from memory to memory with 4 KiB here, 0.16 with 16 KiB, 0.18 with 64 KiB.
 const COPIED: usize = 16 << 10;
 
 /// What takes the place of a payload while prost decodes the rest of its message.

@@ -32,6 +32,7 @@ use crate::v1::transfer_split_snapshot_response::{Accepted, Ack, Extent as WireE
 use crate::v1::{TransferPhase, TransferSplitSnapshotResponse};
 
 /// Runs of chunks, of at most [`FRAMES`] each, between the socket and the writer. Credit bounds their payload bytes, and [`OWNED`] what these keep alive.
+/// With 16, 64 and 256, 1 GiB from memory to memory took 0.38, 0.41 and 0.42 s: no difference beside that of rounds.
 const QUEUE: usize = 64;
 /// A payload below this size gets memory of its own: as the slice of an HTTP/2 frame that it came as, it keeps all of that, up to 512 KiB, whatever
 /// else was in there, and credit would not bound the memory of the queue. A longer one keeps at most the frames at its two ends, eight times
@@ -41,9 +42,10 @@ const OWNED: usize = 128 << 10;
 /// Bytes between payloads that lie one behind the other: what is around a payload in a message, and no more.
 const BETWEEN: usize = 64;
 /// Chunks that the writer takes at once, but for the rest of a run, so that small files do not cost a change of threads each; a fraction of the queue, so
-/// that the rest is filled meanwhile.
+/// that the rest is filled meanwhile. 100,000 files of 4 KiB took 1.60 s with 128, 1.46 with 512, 1.39 with 2048 (1.35 to 1.46 and 1.35 to 1.52 in single rounds).
 const BATCH: usize = 512;
 /// Bytes of a batch, but for its last run: a quarter of the default credit, since the sender gets that back when all of it is written.
+/// With 1, 2 and 4 MiB, 1 GiB from memory to memory took 0.40, 0.39 and 0.39 s.
 const BATCH_BYTES: usize = 2 << 20;
 /// Credit of a stream that has brought nothing yet; a chunk where that is larger. What is promised cannot be taken back: where many transfers begin at
 /// once, the first would have the whole credit of one that is alone. Of 200 of 64 MiB each, when a tenth of all had been sent, the fastest had sent 3 to

@@ -23,7 +23,8 @@ use crate::v1::transfer_split_snapshot_request::{Chunk, Frame};
 /// allowed here.
 const MAX_CHUNK: usize = 512 << 10;
 
-/// A chunk up to this many bytes goes out together with its neighbours: the frames that it would get by itself cost both ends more than copying it.
+/// A chunk up to this many bytes goes out together with its neighbours: the frames that it would get by itself cost both ends more than copying it. 16,384 files
+/// of 16 KiB took 0.60 s where they went out one by one, 0.50 together; with 64 KiB here it was 0.46, which differs by less than rounds do.
 const SMALL: usize = 16 << 10;
 /// Bytes of a batch at which it goes out: one write, and with the heads of 4 KiB chunks still one HTTP/2 frame. Of 100,000 files of 4 KiB, batches of
 /// 56 KiB took 1.65 s, of 128, 256 and 448 KiB 1.6 s, while the machine was slow. By itself this makes no difference to 256 KiB that is seen; together with

@@ -20,7 +20,8 @@ use crate::v1::transfer_split_snapshot_request::{End, File, FileTotal, Frame, He
 use crate::v1::transfer_split_snapshot_response::{Accepted, Ack, Frame as Answer, Installed};
 use crate::v1::{TransferPhase, TransferSplitSnapshotRequest, TransferSplitSnapshotResponse};
 
-/// Chunks, or batches of small ones, between the one that makes them and the socket: the next is being read while one is sent.
+/// Chunks, or batches of small ones, between the one that makes them and the socket: the next is being read while one is sent. 1 GiB from memory to memory
+/// took 0.51 s with 2 of them, 0.43 with 4 and with 8, 0.47 with 16 (medians of 5 interleaved rounds, while the machine was slow).
 const QUEUE: usize = 4;
 /// Silence before `Accepted`, as the protocol says.
 pub(super) const FIRST_IDLE: Duration = Duration::from_secs(30);

@@ -8,7 +8,8 @@ use tokio::sync::Notify;
 use super::missing::Span;
 
 /// Largest unit of work, in bytes: small enough that lanes end at about the same time, large enough that opening the source is
-/// rare.
+/// rare. With two lanes, units of 8, 32 and 128 MiB took 0.43, 0.45 and 0.37 s for 1 GiB (medians of 5 interleaved rounds), which differ by less than
+/// rounds with the same units do.
 pub(super) const UNIT_BYTES: u64 = 32 << 20;
 
 /// Spans up to this length, as a rule whole files, are taken in runs: a source that reads small files ahead of one who asks for them in
