@@ -619,7 +619,7 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
 
     /// The migration has ended and the target knows: into the history.
     async fn finish(mut self) {
-        self.range = None;
+        (self.hold, self.range) = (None, None);
         let progress = self.shown().clone();
         // Whoever asks gets the end, whenever the history takes it.
         self.inner.ended(&self.id);
