@@ -1,4 +1,4 @@
-//! Who does not get past the handshake: each hears why, is counted and logged, and is in nobody's way.
+//! Who does not get past the handshake: each hears why, is counted and logged, and is in nobody's way. And the key, which nobody gets to see.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
@@ -12,8 +12,9 @@ use proto_common::connect::Connect as _;
 use proto_common::dial::{Dialer, NodeChannel};
 use proto_common::error::CommonReason;
 use proto_common::limits::ConnectionLimits;
+use proto_common::listen::Limited;
 use proto_common::refusals::counts;
-use proto_common::tls::{Tls, TlsLimits};
+use proto_common::tls::{Tls, TlsError, TlsFiles, TlsIncoming, TlsLimits, TlsPem, TlsProblem};
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::version::{TLS12, TLS13};
@@ -23,6 +24,7 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::{Mutex, MutexGuard};
 use tokio::time::timeout;
 use tokio_rustls::client::TlsStream;
+use tokio_stream::StreamExt as _;
 
 #[path = "support/certificates.rs"]
 #[allow(dead_code, reason = "not every test needs all of it")]
@@ -35,11 +37,14 @@ mod echo;
 mod handshake;
 #[path = "support/log.rs"]
 mod log;
+#[path = "support/secret.rs"]
+mod secret;
 
 use certificates::{Ca, Issue, now};
 use echo::call;
-use handshake::{PATIENCE, READ, ask, node, serve_within};
+use handshake::{PATIENCE, READ, ask, node, serve, serve_within};
 use log::Log;
+use secret::Secret;
 
 /// A server, and another node that is connected to it before. One at a time, so that what is counted is known.
 struct Scene {
@@ -319,4 +324,96 @@ async fn connections_are_those_of_the_certificate_wherever_they_come_from() {
     let again = async { while connect(13, "node://c1/n9").await.is_err() {} };
     timeout(PATIENCE, again).await.unwrap();
     scene.others_go_on().await;
+}
+
+/// The key stands in memory for as long as the process runs, and nowhere else.
+#[tokio::test]
+async fn the_key_is_in_no_log_and_no_debug() {
+    let (log, _guard) = Log::begin();
+    let mut shown = String::new();
+    let mut show = |what: &dyn std::fmt::Debug| shown += &format!("{what:?} {what:#?}\n");
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name);
+    let ca = Ca::new("one");
+    let write = |(certificate, key): (&str, &str)| {
+        for (name, text) in [("ca.crt", &*ca.pem()), ("n1.crt", certificate), ("n1.key", key)] {
+            std::fs::write(path(name), text).unwrap();
+        }
+    };
+    let (certificate, key) = ca.issue(&Issue::node("n1"));
+    write((&certificate, &key));
+    let files = TlsFiles { ca: path("ca.crt"), certificate: path("n1.crt"), key: path("n1.key") };
+    show(&files);
+    let server = Tls::from_files(files).unwrap();
+    let (of_client, key_of_client) = ca.issue(&Issue::node("n2"));
+    let pem = TlsPem {
+        ca: ca.pem().into(),
+        certificate: of_client.clone().into(),
+        key: key_of_client.clone().into(),
+    };
+    show(&pem);
+    let client = Tls::from_pem(pem).unwrap();
+
+    // A handshake, and what there is while and after it.
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let incoming = TlsIncoming::new(listener, server.clone(), TlsLimits::default());
+    let mut incoming = Limited::new(incoming, ConnectionLimits::default());
+    let dial = Dialer::tls(client.clone()).to(&address, None).unwrap();
+    show(&dial);
+    let dialed = tokio::spawn(async move { dial.connect().await });
+    let accepted = timeout(PATIENCE, incoming.next()).await.unwrap().unwrap().unwrap();
+    show(&(&accepted, accepted.get_ref(), &incoming, &server, &client, &Dialer::tls(client.clone())));
+    drop((accepted, incoming));
+    show(&timeout(PATIENCE, dialed).await.unwrap());
+    let address = serve(server.clone()).await;
+    ask(&client, &address, None).await.unwrap();
+
+    // Another one is taken.
+    let (second_certificate, second_key) = ca.issue(&Issue::node("n1"));
+    write((&second_certificate, &second_key));
+    server.reload_if_changed().expect("the files have changed").unwrap();
+    show(&server);
+    ask(&client, &address, None).await.unwrap();
+
+    // Damaged in each way.
+    let half = &key[..key.len() / 2];
+    let (first_line, rest) = key.split_once('\n').unwrap();
+    let other_kind = key.replace("PRIVATE KEY", "CERTIFICATE");
+    let strange = [
+        half.to_owned(),
+        format!("{first_line}\n*{}", &rest[1..]),
+        format!("{first_line}\nAAAA{}", &rest[4..]),
+        format!("{first_line}\n{}", &rest[4..]),
+        other_kind,
+        key.replace("PRIVATE KEY", "RSA PRIVATE KEY"),
+        key.replace("PRIVATE KEY", "EC PRIVATE KEY"),
+        key_of_client.clone(),
+        format!("{key}{key}"),
+    ];
+    let mut problems: Vec<(TlsError, String)> = Vec::new();
+    for (number, damaged) in strange.iter().enumerate() {
+        write((&second_certificate, damaged));
+        let error = server.reload().expect_err(&format!("{number} is damaged"));
+        tracing::error!(%error, ?error, "the new certificates cannot be used");
+        problems.push((error, damaged.clone()));
+        // As a certificate, too: whoever mixes the files up.
+        write((damaged, &second_key));
+        show(&server.reload().map_err(|error| (error.to_string(), proto_common::Error::from(error))));
+    }
+    for kind in [TlsProblem::Malformed, TlsProblem::KeyMismatch] {
+        assert!(problems.iter().any(|(error, _)| error.problem() == kind), "{problems:?}");
+    }
+    show(&problems.into_iter().map(|(error, _)| error).collect::<Vec<_>>());
+    ask(&client, &address, None).await.expect("the old one stays in use");
+
+    let text = log.text();
+    for of in [" TRACE h2", " DEBUG rustls", "ERROR"] {
+        assert!(text.contains(of), "no {of} among {} bytes", text.len());
+    }
+    for key in [&key, &second_key, &key_of_client] {
+        let secret = Secret::of(key);
+        secret.is_not_in(key, &text);
+        secret.is_not_in(key, &shown);
+    }
 }

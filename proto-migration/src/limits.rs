@@ -63,7 +63,7 @@ pub struct Limits {
     pub apply_every: Duration,
     /// Payload bytes per second that sources are asked for, per migration. Default: no limit.
     pub bytes_per_second: Option<NonZeroU64>,
-    /// Silence after which a stream is given up. Default 30 s; 3 s or more.
+    /// Silence after which a stream is given up. Default 30 s; 3 s or more. Sources give one up after an hour in any case.
     pub idle: Duration,
     /// Payload bytes that the stream of a migration has to bring within [`slowest_time`](Self::slowest_time), until all rows were copied.
     /// After that, it may wait for as long as its operator wants. Default 64 KiB.

@@ -91,8 +91,8 @@ pub struct SenderOptions {
 ///
 /// One connection moves what one core at each end can push through a socket, 30 Gbit/s on the machine where this was measured, and with
 /// more of them the same bytes take more of the processor: from memory to memory on loopback with 2 cores, 3.8 GiB/s and 0.43 CPU seconds per GiB at both
-/// ends together with one, 3.75 and 0.49 with two, 3.7 and 0.49 with four; while the machine was slow 2.5, 2.3 and 1.9 GiB/s. A node has other work for its
-/// other cores.
+/// ends together with one, 3.75 and 0.49 with two, 3.7 and 0.49 with four; on another day 3.2 and 0.48, 3.2 and 0.50, 2.1 and 0.69. A node has other work for
+/// its other cores.
 const AUTOMATIC_LANES: u32 = 1;
 
 impl SenderOptions {

@@ -16,10 +16,11 @@ const LEAST_FOR_DOUBT: usize = 2;
 /// that has just started, and hears nobody, must not declare them dead either.
 #[derive(Debug, Clone, Copy, Default)]
 struct Doubt {
-    /// Most of those that have answered since this process started are late.
+    /// Most of those that have answered since they were added are late.
     of_heard: bool,
-    /// Most of all are.
+    /// Most of all are, or of those.
     of_all: bool,
+    /// None has answered.
     none_heard: bool,
 }
 
@@ -110,16 +111,10 @@ impl Table {
         let judged =
             || self.peers.values().filter(|peer| !matches!(peer.state, PeerState::Left | PeerState::Dead));
         let heard = || judged().filter(|peer| peer.has_answered());
-        let most_are_late = |peers: &mut dyn Iterator<Item = &Peer>| {
-            let (mut all, mut late) = (0, 0);
-            for peer in peers {
-                all += 1;
-                late += usize::from(peer.is_late(&self.options, now));
-            }
-            all >= LEAST_FOR_DOUBT && late * 2 > all
-        };
-        let of_heard = most_are_late(&mut heard());
-        let of_all = of_heard || most_are_late(&mut judged());
+        let is_late = |peer: &&Peer| peer.is_late(&self.options, now);
+        let most = |late: usize, all: usize| all >= LEAST_FOR_DOUBT && late * 2 > all;
+        let of_heard = most(heard().filter(is_late).count(), heard().count());
+        let of_all = of_heard || most(judged().filter(is_late).count(), judged().count());
         self.doubt = Doubt { of_heard, of_all, none_heard: heard().next().is_none() };
 
         let mut events = Vec::new();

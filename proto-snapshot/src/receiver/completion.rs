@@ -105,14 +105,15 @@ impl<S: SnapshotStore> Inner<S> {
                 }
             }
         }
+        if !damaged.is_empty() {
+            let remaining = incoming.ledger().without(&damaged);
+            // The store first: what it still had on record, it would not take again.
+            incoming.staging.reset_records(remaining).await?;
+        }
+        incoming.ledger().verified(&damaged);
         if damaged.is_empty() {
-            incoming.ledger().verified(&damaged);
             return Ok(());
         }
-        let remaining = incoming.ledger().without(&damaged);
-        // The store first: what it still had on record, it would not take again.
-        incoming.staging.reset_records(remaining).await?;
-        incoming.ledger().verified(&damaged);
         let bytes: u64 = damaged.iter().map(|extent| extent.len).sum();
         tracing::warn!(transfer_id = %incoming.plan.spec.transfer_id, bytes, "staged data is damaged; dropped");
         Err(Reason::StagedDataDamaged

@@ -34,6 +34,7 @@ pub async fn receive(side: &Side) {
 
 async fn serve<S: SnapshotStore>(store: S, chunk: usize) {
     let mut limits = Limits::default();
+    // But for the sweep, as by default: a sender makes no larger ones.
     if chunk != OUR_CHUNK {
         limits.chunk_bytes = u32::try_from(chunk).unwrap();
     }
