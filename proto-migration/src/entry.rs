@@ -4,8 +4,11 @@
 //! entry and the field. Inside, an entry is either an image or a tombstone; nothing else can be expressed.
 
 use bytes::{Buf, Bytes, BytesMut};
-use prost::Message as _;
-use prost::encoding::{WireType, encode_key, encode_varint, encoded_len_varint, key_len};
+use prost::DecodeError;
+use prost::encoding::{
+    DecodeContext, WireType, decode_key, encode_key, encode_varint, encoded_len_varint, key_len, message,
+    skip_field,
+};
 use proto_common::error::Error;
 use proto_common::slots::{SlotRange, slot_of};
 
@@ -135,23 +138,48 @@ fn bytes(tag: u32, value: &Bytes, to: &mut BytesMut) {
 ///
 /// `MALFORMED_BATCH`, `INVALID_FIELD`, `KEY_OUTSIDE_RANGE` (metadata `slot`) or `ENTRY_TOO_LARGE`, naming the entry
 /// below `path`.
-pub fn decode(payload: impl Buf, declared: u32, slots: SlotRange, path: &str) -> Result<Vec<Entry>, Error> {
-    let decoded = wire::Entries::decode(payload).map_err(|error| {
+pub fn decode(
+    mut payload: impl Buf,
+    declared: u32,
+    slots: SlotRange,
+    path: &str,
+) -> Result<Vec<Entry>, Error> {
+    let malformed = |error: DecodeError| {
         let sentence =
             format!("{path}.payload does not decode as Entries: {error}; nothing of the batch is applied");
         Reason::MalformedBatch.error(sentence).violation(format!("{path}.payload"), "does not decode")
-    })?;
-    let found = decoded.entries.len();
-    if u32::try_from(found) != Ok(declared) {
+    };
+    let miscounted = |found: &str| {
         let problem = format!("is {declared}, but the payload holds {found} entries");
-        return Err(Reason::MalformedBatch.field(&format!("{path}.entry_count"), problem));
+        Reason::MalformedBatch.field(&format!("{path}.entry_count"), problem)
+    };
+    let declared_len = usize::try_from(declared).unwrap_or(usize::MAX);
+    let mut entries = Vec::with_capacity(declared_len.min(MAX_ENTRIES));
+    // One by one, and none beyond those that are declared: an entry of two bytes would take a hundred in memory.
+    while payload.has_remaining() {
+        let Some(entry) = next(&mut payload).map_err(malformed)? else { continue };
+        if entries.len() == declared_len {
+            return Err(miscounted("more"));
+        }
+        let index = entries.len();
+        entries.push(check(entry, slots, &|| format!("{path}.payload.entries[{index}]"))?);
     }
-    decoded
-        .entries
-        .into_iter()
-        .enumerate()
-        .map(|(index, entry)| check(entry, slots, &|| format!("{path}.payload.entries[{index}]")))
-        .collect()
+    if entries.len() != declared_len {
+        return Err(miscounted(&entries.len().to_string()));
+    }
+    Ok(entries)
+}
+
+/// The next field of an `Entries`, which is not empty. `None` for one that this version does not know.
+fn next(payload: &mut impl Buf) -> Result<Option<wire::Entry>, DecodeError> {
+    let (tag, wire_type) = decode_key(payload)?;
+    if tag != field::ENTRIES {
+        skip_field(wire_type, tag, payload, DecodeContext::default())?;
+        return Ok(None);
+    }
+    let mut entry = wire::Entry::default();
+    message::merge(wire_type, &mut entry, payload, DecodeContext::default())?;
+    Ok(Some(entry))
 }
 
 fn check(entry: wire::Entry, slots: SlotRange, path: &dyn Fn() -> String) -> Result<Entry, Error> {
@@ -191,6 +219,7 @@ fn check(entry: wire::Entry, slots: SlotRange, path: &dyn Fn() -> String) -> Res
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
+    use prost::Message as _;
 
     use super::*;
 
@@ -250,6 +279,34 @@ mod tests {
         assert_eq!((error.reason(), &*error.violations()[0].field), ("MALFORMED_BATCH", "delta.entry_count"));
     }
 
+    /// How far decoding read tells what it kept.
+    struct Counted<'a>(&'a [u8], &'a std::cell::Cell<usize>);
+
+    impl Buf for Counted<'_> {
+        fn remaining(&self) -> usize {
+            self.0.remaining()
+        }
+
+        fn chunk(&self) -> &[u8] {
+            self.0.chunk()
+        }
+
+        fn advance(&mut self, count: usize) {
+            self.1.set(self.1.get() + count);
+            self.0.advance(count);
+        }
+    }
+
+    #[test]
+    fn no_more_entries_are_made_than_are_declared() {
+        let one = encode(&[entry(1, b"k", None)]);
+        let payload = one.repeat(1000);
+        let read = std::cell::Cell::new(0);
+        let error = decode(Counted(&payload, &read), 2, SlotRange::FULL, "bulk").unwrap_err();
+        assert_eq!((error.reason(), &*error.violations()[0].field), ("MALFORMED_BATCH", "bulk.entry_count"));
+        assert!(read.get() <= 3 * one.len(), "{} bytes were read, {} an entry", read.get(), one.len());
+    }
+
     proptest! {
         #[test]
         fn entries_survive_the_wire(
@@ -274,6 +331,21 @@ mod tests {
             prop_assert!(overhead <= ENTRY_OVERHEAD * entries.len());
             let count = u32::try_from(entries.len()).unwrap();
             prop_assert_eq!(decode(payload, count, SlotRange::FULL, "bulk").unwrap(), entries);
+        }
+
+        /// Also of fields of another kind, or of none that is known.
+        #[test]
+        fn the_same_verdict_as_prost_on_anything(payload in prop::collection::vec(0_u8..20, 0..40)) {
+            let of_prost = wire::Entries::decode(&payload[..]);
+            let count = of_prost.as_ref().map_or(MAX_ENTRIES, |entries| entries.entries.len());
+            let ours = decode(&payload[..], u32::try_from(count).unwrap(), SlotRange::FULL, "bulk");
+            let is_malformed = ours.as_ref().is_err_and(|error| error.is(Reason::MalformedBatch));
+            let is_checked = ours.as_ref().is_err_and(|error| error.is(Reason::InvalidField));
+            match of_prost {
+                // What is wrong with an entry is told before what comes behind it is read.
+                Err(_) => prop_assert!(is_malformed || is_checked, "{ours:?}"),
+                Ok(_) => prop_assert!(!is_malformed, "{ours:?}"),
+            }
         }
 
         #[test]

@@ -17,6 +17,10 @@ use super::{BulkMessage, PREFIX, payload_tag};
 /// 32,768 files of 8 KiB took 0.18 s from memory to memory with 4 KiB here, 0.16 with 16 KiB, 0.18 with 64 KiB.
 const COPIED: usize = 16 << 10;
 
+/// Bytes that a message may have outside of its payload: 1 MiB, what a page of a manifest has at most and more than the digests of all slots. What is decoded is
+/// larger than it was on the wire, up to hundred times where it is made of thousands of empty messages, so it is not the limit of a message that bounds it.
+const BESIDES: usize = 1 << 20;
+
 /// What takes the place of a payload while prost decodes the rest of its message.
 const TOKEN: u8 = 1;
 
@@ -24,10 +28,10 @@ const TOKEN: u8 = 1;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum BulkError {
-    /// The next message is longer than is taken. Nothing of it was read.
+    /// The next message is longer than is taken, or has more outside of its payload. Nothing of it was decoded.
     #[error("a message of {len} bytes is longer than {limit}")]
     TooLarge {
-        /// Its length, as declared.
+        /// Its length, as declared, or what of it is no payload.
         len: u64,
         /// The limit.
         limit: usize,
@@ -58,7 +62,7 @@ pub struct Received<M> {
 /// Makes messages of the data frames of an HTTP body.
 ///
 /// Holds at most one message and one data frame, if [`next_message`](Self::next_message) is called until it has none before more is pushed. What it makes of the bytes is
-/// what prost makes of them, but that the payload is not copied.
+/// what prost makes of them, but that the payload is not copied, and that what is no payload has at most 1 MiB.
 #[derive(Debug)]
 pub struct Decoder<M> {
     frames: Reader,
@@ -147,7 +151,7 @@ impl<M: BulkMessage> Decoder<M> {
         if self.scratch.message.capacity().max(self.scratch.frame.capacity()) > KEPT {
             self.scratch = Scratch::default();
         }
-        decoded.map(Some).map_err(BulkError::Malformed)
+        decoded.map(Some)
     }
 
     /// Whether a message has begun that is not complete.
@@ -167,7 +171,7 @@ impl<M: BulkMessage> Decoder<M> {
 }
 
 /// Decodes one message, with the help of `scratch`.
-fn decode<M: BulkMessage>(message: Payload, scratch: &mut Scratch) -> Result<Received<M>, DecodeError> {
+fn decode<M: BulkMessage>(message: Payload, scratch: &mut Scratch) -> Result<Received<M>, BulkError> {
     // One that does not begin with a frame that has a payload, such as a page of a list, has nothing to be spared a copy.
     let mut start = message.slices().first().map_or(&[][..], |first| first);
     if decode_key(&mut start).is_ok_and(|(tag, _)| payload_tag::<M>(tag).is_none()) {
@@ -183,14 +187,23 @@ fn decode<M: BulkMessage>(message: Payload, scratch: &mut Scratch) -> Result<Rec
         // A message with groups, which nobody sends and prost skips, or one that is broken: prost says how.
         return whole(message);
     };
-    let mut message = M::decode(&scratch.message[..])?;
+    check_besides(scratch.message.len())?;
+    let mut message = M::decode(&scratch.message[..]).map_err(BulkError::Malformed)?;
     let token = message.payload_mut().map(std::mem::take).unwrap_or_default();
     Ok(Received { message, payload: if token.is_empty() { Payload::default() } else { payload } })
 }
 
+fn check_besides(len: usize) -> Result<(), BulkError> {
+    if len > BESIDES {
+        return Err(BulkError::TooLarge { len: len as u64, limit: BESIDES });
+    }
+    Ok(())
+}
+
 /// Decodes one message as prost does.
-fn whole<M: BulkMessage>(message: Payload) -> Result<Received<M>, DecodeError> {
-    let mut message = M::decode(message.into_bytes())?;
+fn whole<M: BulkMessage>(message: Payload) -> Result<Received<M>, BulkError> {
+    check_besides(message.len())?;
+    let mut message = M::decode(message.into_bytes()).map_err(BulkError::Malformed)?;
     let payload = message.payload_mut().map(std::mem::take).unwrap_or_default();
     Ok(Received { message, payload: payload.into() })
 }

@@ -331,6 +331,46 @@ fn what_may_not_come_is_refused_before_it_is_read() {
     assert!(matches!(receive(&stream[..PREFIX], &[1], 1 << 20).1, Err(BulkError::Flag(2))));
 }
 
+/// A message of many empty ones takes a hundred times its length in memory.
+#[test]
+fn only_a_payload_may_be_long() {
+    const MIB: usize = 1 << 20;
+    // A payload in a frame that has one; the same length in a field of the frame, and of the message, that is none.
+    let notes = |len| Request {
+        frame: Some(Frame::Chunk(Chunk {
+            file: 1,
+            crc: 2,
+            notes: vec!["x".repeat(len)],
+            payload: Bytes::from_static(b"x"),
+        })),
+    };
+    let skipped = |len: usize| {
+        let mut field = Vec::new();
+        encode_key(500, WireType::LengthDelimited, &mut field);
+        encode_varint(len as u64, &mut field);
+        field.resize(field.len() + len, 0);
+        field
+    };
+    let verdict = |message: &[u8]| receive(&prefixed(message), &[64 << 10], 4 * MIB);
+    let (received, end) = verdict(&chunk(2 * MIB).encode_to_vec());
+    assert!(received.len() == 1 && end.is_ok(), "{end:?}");
+    let chunk = chunk(1).encode_to_vec();
+    for (message, fits) in [
+        (notes(MIB - 100).encode_to_vec(), true),
+        (notes(MIB + 1).encode_to_vec(), false),
+        (skipped(MIB - 100), true),
+        (skipped(MIB + 1), false),
+        ([&chunk[..], &skipped(MIB - 100)].concat(), true),
+        ([&chunk[..], &skipped(MIB + 1)].concat(), false),
+        // Not even where a group shows its end only to who reads it.
+        ([&chunk[..], &[0x7b, 0x7c], &skipped(MIB + 1)].concat(), false),
+    ] {
+        let (received, end) = verdict(&message);
+        assert_eq!(received.len(), usize::from(fits), "{end:?}");
+        assert_eq!(matches!(end, Err(BulkError::TooLarge { limit: MIB, .. })), !fits, "{end:?}");
+    }
+}
+
 #[test]
 fn the_last_payload_counts_as_it_does_for_prost() {
     let of = |tag: u32, payloads: &[&[u8]]| {
