@@ -65,7 +65,7 @@ impl Scene {
         static ALONE: Mutex<()> = Mutex::const_new(());
         let alone = ALONE.lock().await;
         let ca = Ca::new("one");
-        let named = Issue { dns: Some("n1.test".to_owned()), ..Issue::node("n1") };
+        let named = Issue { dns: vec!["n1.test".to_owned()], ..Issue::node("n1") };
         let address =
             serve_within(handshake::tls(&ca, &ca, &named).unwrap(), limits, connections.unwrap_or_default())
                 .await;

@@ -41,13 +41,13 @@ async fn both_sides_know_whom_they_talk_to() {
 async fn a_dns_name_is_a_node_where_no_uri_names_one() {
     let ca = Ca::new("one");
     let named = |dns: &str| {
-        tls(&ca, &ca, &Issue { uri: None, dns: Some(dns.to_owned()), ..Issue::node("") }).unwrap()
+        tls(&ca, &ca, &Issue { uri: None, dns: vec![dns.to_owned()], ..Issue::node("") }).unwrap()
     };
     let address = serve(named("n1.example")).await;
     assert_eq!(ask(&named("n2"), &address, Some("n1.example")).await.unwrap(), "node:///n2");
     assert!(ask(&named("n2"), &address, Some("n3")).await.unwrap_err().is(CommonReason::WrongPeer));
     // The URI counts, whatever the DNS name is.
-    let both = tls(&ca, &ca, &Issue { dns: Some("n9".to_owned()), ..Issue::node("n1") }).unwrap();
+    let both = tls(&ca, &ca, &Issue { dns: vec!["n9".to_owned()], ..Issue::node("n1") }).unwrap();
     assert_eq!(both.identity().to_string(), "node://c1/n1");
 }
 
@@ -57,7 +57,7 @@ fn a_certificate_names_one_or_nobody() {
     let ca = Ca::new("one");
     let issue = |uri: &str, more: &[&str]| Issue {
         more: more.iter().map(|uri| (*uri).to_owned()).collect(),
-        dns: Some("n1".to_owned()),
+        dns: vec!["n1".to_owned()],
         ..Issue::uri(uri)
     };
     let observer = "observer://c1/eve";
@@ -80,6 +80,10 @@ fn a_certificate_names_one_or_nobody() {
         let problem = tls(&ca, &ca, &issue(uri, more)).unwrap_err();
         assert_eq!(problem.problem(), TlsProblem::NamesNobody, "{uri} {more:?}");
     }
+    // The first name counts: one that is none is not stepped over.
+    let dns = vec![["x"; 4].map(|part| part.repeat(60)).join("."), "n2".to_owned()];
+    let problem = tls(&ca, &ca, &Issue { uri: None, dns, ..Issue::node("") }).unwrap_err();
+    assert_eq!(problem.problem(), TlsProblem::NamesNobody);
     for more in [&["https://n1.example", "spiffe://c1/n1"][..], &["node://c1/n1"]] {
         assert_eq!(
             tls(&ca, &ca, &issue("node://c1/n1", more)).unwrap().identity().to_string(),
@@ -160,6 +164,37 @@ async fn a_client_that_the_server_does_not_trust_hears_why() {
     let error = ask(&client, &address, None).await.unwrap_err();
     assert!(error.is(CommonReason::UnknownCa), "{error:?}");
     assert!(error.message().contains(&format!("{address} does not trust who signed")), "{error:?}");
+}
+
+/// A node tells its peers, observers among them, why it cannot reach another one.
+#[tokio::test]
+async fn why_a_node_cannot_be_reached_names_files_and_no_paths() {
+    let (ca, other) = (Ca::new("one"), Ca::new("other"));
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name);
+    let brief = Issue { not_after: now() + 2, ..Issue::node("n2") };
+    let (certificate, key) = ca.issue(&brief);
+    for (name, text) in [("ca.crt", ca.pem()), ("n2.crt", certificate), ("n2.key", key)] {
+        std::fs::write(path(name), text).unwrap();
+    }
+    let files = TlsFiles { ca: path("ca.crt"), certificate: path("n2.crt"), key: path("n2.key") };
+    let client = Tls::from_files(files).unwrap();
+    let strange = ask(&client, &serve(node(&other, "n1")).await, None).await.unwrap_err();
+    assert!(strange.is(CommonReason::UnknownCa) && strange.message().contains("ca.crt"), "{strange:?}");
+    let address = serve(node(&ca, "n1")).await;
+    let until = client.expires().unwrap();
+    while std::time::SystemTime::now() < until + Duration::from_millis(1100) {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let expired = ask(&client, &address, None).await.unwrap_err();
+    assert!(
+        expired.is(CommonReason::CertificateExpired) && expired.message().contains("n2.crt"),
+        "{expired:?}"
+    );
+    let secret = directory.path().to_str().unwrap();
+    for error in [strange, expired] {
+        assert!(!format!("{error:?}").contains(secret), "{error:?}");
+    }
 }
 
 #[tokio::test]

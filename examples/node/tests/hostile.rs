@@ -639,7 +639,7 @@ async fn a_hostile_node_with_a_valid_certificate_gets_no_further() {
     std::fs::create_dir(&nodes).unwrap();
     let ca = Ca::new("one");
     // In the cluster without a name, so that the same headers fit.
-    let issue = |id: &str| ca.issue(&Issue { uri: None, dns: Some(id.to_owned()), ..Issue::node(id) });
+    let issue = |id: &str| ca.issue(&Issue { uri: None, dns: vec![id.to_owned()], ..Issue::node(id) });
     let (certificate, key) = issue("n1");
     let mut arguments = Vec::new();
     let files = [

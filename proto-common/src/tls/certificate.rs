@@ -12,7 +12,7 @@ use super::provider;
 use crate::ids::NodeId;
 use crate::peer::{PeerIdentity, Role};
 
-/// Whom it names: the SAN URI of one of our schemes, and where there is none, the first DNS name that is an ID.
+/// Whom it names: the SAN URI of one of our schemes, and where there is none, the first DNS name, which must be an ID (one with a wildcard is none).
 ///
 /// Nobody, where such a URI is not as it should be or another one names somebody else: what is meant is for who signs to say, and a mistake there must
 /// not make a node of an observer.
@@ -23,7 +23,7 @@ pub(super) fn identity(certificate: &CertificateDer<'_>) -> Option<PeerIdentity>
         let first = first.ok()?;
         return named.all(|other| other.as_ref() == Ok(&first)).then_some(first);
     }
-    let id = parsed.valid_dns_names().filter_map(|name| NodeId::new(name).ok()).next()?;
+    let id = NodeId::new(parsed.valid_dns_names().next()?).ok()?;
     Some(PeerIdentity { role: Role::Node, cluster: None, id })
 }
 

@@ -132,7 +132,7 @@ impl TlsConnector {
             CertificateError::UnknownIssuer | CertificateError::BadSignature => {
                 let what = format!(
                     "signed by an unknown CA: the certificate of {address} is signed by none in {}",
-                    loaded.names.ca
+                    last(&loaded.names.ca)
                 );
                 (CommonReason::UnknownCa, what)
             }
@@ -154,7 +154,7 @@ fn our_certificate(
     loaded: &Loaded,
     now: SystemTime,
 ) -> (CommonReason, String) {
-    let ours = &loaded.names.certificate;
+    let ours = last(&loaded.names.certificate);
     match alert {
         AlertDescription::CertificateExpired => {
             let ago = loaded.expires.and_then(|at| now.duration_since(at).ok());
@@ -181,6 +181,12 @@ fn our_certificate(
             format!("{address} refuses the connection or {ours}: TLS alert {other:?}"),
         ),
     }
+}
+
+/// The last part of a path. A node that cannot reach another one tells its peers why, in its status and in the progress of what it moves there, and no
+/// path of a node is told to peers.
+fn last(path: &str) -> &str {
+    path.rsplit('/').next().unwrap_or(path)
 }
 
 fn no_http2(address: &str) -> String {

@@ -19,7 +19,7 @@ pub(crate) fn now() -> i64 {
 /// What a certificate says.
 pub(crate) struct Issue {
     pub(crate) uri: Option<String>,
-    pub(crate) dns: Option<String>,
+    pub(crate) dns: Vec<String>,
     /// Further URIs, behind the first.
     pub(crate) more: Vec<String>,
     pub(crate) not_before: i64,
@@ -31,7 +31,7 @@ impl Issue {
     pub(crate) fn uri(uri: &str) -> Self {
         Self {
             uri: Some(uri.to_owned()),
-            dns: None,
+            dns: Vec::new(),
             more: Vec::new(),
             not_before: now() - 60,
             not_after: now() + DAY,
@@ -77,8 +77,8 @@ impl Ca {
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         let uri = |uri: &String| SanType::URI(uri.as_str().try_into().unwrap());
         let uris = issue.uri.iter().chain(&issue.more).map(uri);
-        let dns = issue.dns.as_deref().map(|dns| SanType::DnsName(dns.try_into().unwrap()));
-        params.subject_alt_names = dns.into_iter().chain(uris).collect();
+        let dns = issue.dns.iter().map(|dns| SanType::DnsName(dns.as_str().try_into().unwrap()));
+        params.subject_alt_names = dns.chain(uris).collect();
         let key = KeyPair::generate().unwrap();
         (params.signed_by(&key, &self.issuer).unwrap().pem(), key.serialize_pem())
     }
