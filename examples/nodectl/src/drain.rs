@@ -48,19 +48,21 @@ pub(crate) async fn run(command: Drain, output: &mut Output, signals: &mut Signa
 
 async fn drain(command: &Drain, output: &mut Output) -> Result<(), Failure> {
     args::check(command)?;
+    let (node_id, _) = look(command).await?;
+    if let Some(target) = command.to.iter().find(|target| target.node == node_id) {
+        return Err(Failure::usage(format!(
+            "'--to <NODE_ID=ADDR>': {} is the node that is drained",
+            target.node
+        )));
+    }
     for round in 0..ROUNDS {
-        let (node_id, status) = look(command).await?;
-        if let Some(target) = command.to.iter().find(|target| target.node == node_id) {
-            return Err(Failure::usage(format!(
-                "'--to <NODE_ID=ADDR>': {} is the node that is drained",
-                target.node
-            )));
-        }
         let at = Node { at: command.address.clone(), timeout: command.asking.timeout };
         let running = running(command, &at, output).await?;
         if let Some(stuck) = running.iter().find(|migration| never_ends(migration)) {
             return Err(stuck_failure(stuck, command));
         }
+        // After what runs was listed, so that what has ended meanwhile is not moved once more.
+        let status = look_again(command, &node_id).await?;
         let claims = plan::claims(&node_id, &status);
         let moves = plan::moves(&claims, &running, &command.to);
         announce(command, &node_id, &status, &running, &moves, round, output);
@@ -92,6 +94,15 @@ async fn look(command: &Drain) -> Result<(NodeId, NodeStatus), Failure> {
     let node_id = NodeId::new(&identity.node_id)
         .map_err(|error| Failure::failed(format!("{} does not say who it is: {error}", command.address)))?;
     Ok((node_id, answer.status.unwrap_or_default()))
+}
+
+/// What the node has now, if it is still the same.
+async fn look_again(command: &Drain, node_id: &NodeId) -> Result<NodeStatus, Failure> {
+    let (now_id, status) = look(command).await?;
+    if now_id != *node_id {
+        return Err(Failure::failed(format!("{} is {now_id} now, and was {node_id}", command.address)));
+    }
+    Ok(status)
 }
 
 /// What leaves the node, once nothing is being cancelled: the slots of that are busy until its target has answered.
@@ -197,7 +208,7 @@ async fn carry_out(
         .map(|(migration, one)| async move {
             let migration = match (migration, one) {
                 (Some(migration), _) => migration,
-                (None, Some(one)) => begin(command, node_id, &one).await?,
+                (None, Some(one)) => begin(command, node_id, &one, bars, output).await?,
                 (None, None) => return Ok(()),
             };
             going.set(going.get() + 1);
@@ -222,7 +233,14 @@ async fn carry_out(
 }
 
 /// Starts a move, or joins it. What ended earlier without moving anything is tried again under the next ID.
-async fn begin(command: &Drain, node_id: &NodeId, one: &Move<'_>) -> Result<MigrationProgress, Failure> {
+async fn begin(
+    command: &Drain,
+    node_id: &NodeId,
+    one: &Move<'_>,
+    bars: &MultiProgress,
+    output: &RefCell<&mut Output>,
+) -> Result<MigrationProgress, Failure> {
+    let mut told = output.borrow().json();
     for attempt in 1..=TRIES {
         let id = one.id(node_id, attempt).map_err(|error| Failure::failed(error.to_string()))?;
         let wish = Order {
@@ -240,6 +258,12 @@ async fn begin(command: &Drain, node_id: &NodeId, one: &Move<'_>) -> Result<Migr
             match order(&command.address, command.asking, &wish).await {
                 // The node lets fewer go at once than were asked for; one that ends makes room.
                 Err(error) if error.is(Reason::TooManyMigrations) => {
+                    if !std::mem::replace(&mut told, true) {
+                        let why = safe(error.message());
+                        bars.suspend(|| {
+                            output.borrow_mut().line(&format!("{} wait for a place: {why}", one.slots))
+                        });
+                    }
                     tokio::time::sleep(error.retry_after_hint().unwrap_or(LOOK_AGAIN)).await;
                 }
                 started => {
@@ -274,18 +298,24 @@ async fn finish(
     };
     let name = human::slots(&migration);
     let mut live = Live::among(&output.borrow(), bars, at, &name);
+    let mut stuck = None;
     let followed = if migration.has_ended() {
         Ok(Some(migration))
     } else {
         to_the_end(&watched, command.asking.retry_for, |seen, wait| {
             // Nobody else runs while it is borrowed. A drain goes on when nobody reads what it says.
             live.show(&mut output.borrow_mut(), seen, wait);
-            true
+            // One that was asked to complete by a time waits for somebody again once that has passed.
+            stuck = never_ends(seen).then(|| seen.clone()).filter(|_| wait.is_none());
+            stuck.is_none()
         })
         .await
     };
     let last = followed.map_err(|error| explained(error, at, watched.id.as_str()))?;
     drop(live);
+    if let Some(stuck) = stuck {
+        return Err(stuck_failure(&stuck, command));
+    }
     let last = last.unwrap_or_default();
     outcome(&last, at)?;
     let mut output = output.borrow_mut();
@@ -306,10 +336,7 @@ async fn settle(command: &Drain, node_id: &NodeId, output: &mut Output) -> Resul
     let began = Instant::now();
     let mut told = String::new();
     loop {
-        let (now_id, status) = look(command).await?;
-        if now_id != *node_id {
-            return Err(Failure::failed(format!("{} is {now_id} now, and was {node_id}", command.address)));
-        }
+        let status = look_again(command, node_id).await?;
         let safe_now = status.safe_to_remove
             && status.removal_blockers.is_empty()
             && status.removal_blockers_omitted == 0

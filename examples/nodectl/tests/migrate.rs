@@ -424,6 +424,45 @@ async fn a_drain_waits_for_a_place_and_for_what_is_being_cancelled() {
     let ended = draining.ended().await;
     assert_eq!(ended.code, Some(0), "{ended:?}");
     assert_eq!(script.with(|state| (state.places_taken, state.owned.len())), (0, 0));
+    let waits = "0-99 wait for a place: 4 migrations leave this node already";
+    assert_eq!(ended.stdout.matches(waits).count(), 1, "{ended:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_drain_does_not_move_what_has_left_while_it_waited() {
+    let mut state = owning(&[(0, 200)]);
+    state.migrations =
+        vec![migration("m1", MigrationState::Cancelling), migration("m2", MigrationState::Copying)];
+    state.migrations[1].spec.as_mut().unwrap().slots = Some(SlotRange { start: 100, end: 200 });
+    state.start_ends = Some(MigrationState::Completed);
+    let script = Script::start(state).await;
+    let mut draining = Running::start(&drain(&script));
+    draining.says("waiting for the migration m1, which is being cancelled").await;
+    // One comes to nothing, the other one completes.
+    script.with(|state| {
+        state.migrations.clear();
+        state.owned = vec![SlotRange { start: 0, end: 100 }];
+    });
+    let ended = draining.ended().await;
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    let moved: Vec<_> =
+        script.with(|state| state.started.iter().filter_map(|one| one.spec.as_ref()?.slots).collect());
+    assert!(!moved.is_empty() && moved.iter().all(|slots| slots.end <= 100), "{moved:?}");
+}
+
+/// It was asked to complete by a time, and that has passed: it goes back to waiting.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_drain_does_not_wait_for_what_nobody_completes_any_more() {
+    let mut manual = migration("m1", MigrationState::Ready);
+    manual.spec.as_mut().unwrap().auto_complete = false;
+    let mut asked = manual.clone();
+    asked.complete_deadline_unix_ms = Some(1);
+    let watch = vec![asked.clone(), manual];
+    let script = Script::start(State { migrations: vec![asked], watch, ..owning(&[(0, 100)]) }).await;
+    let ended = nodectl(&drain(&script)).await;
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    assert!(ended.stderr.contains("m1 waits for somebody to complete it"), "{ended:?}");
+    assert!(ended.stderr.contains("migrate complete m1"), "{ended:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
