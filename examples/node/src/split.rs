@@ -286,10 +286,19 @@ impl Splits {
         };
         let begun = self.begin(intent.clone())?;
         let transfer = begun.transfer.clone();
-        // From the hold on, nobody else moves them; until then, somebody may have.
-        if owned() != Some(shard) {
+        // From here on, nobody else moves them; until then, somebody may have, also away and back.
+        let unmoved = || {
+            if owned() != Some(shard) {
+                return Err(not_owned());
+            }
+            if node.gate().ownership().highest_epoch(range) >= epoch {
+                return Err(refused(format!("slots {range} changed hands meanwhile; say it again")));
+            }
+            Ok(())
+        };
+        if let Err(error) = unmoved() {
             self.known().remove(&transfer);
-            return Err(not_owned());
+            return Err(error);
         }
         // From here on in a task of its own: whoever asked may go away.
         let splits = self.clone();

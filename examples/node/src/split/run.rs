@@ -288,6 +288,7 @@ async fn settle(splits: &Splits, begun: &Begun, writes: GateHold, resolution: Re
 #[cfg(test)]
 mod tests {
     use proto::common::guard::RangeGuard;
+    use proto::common::text::hex;
     use proto::node::split_snapshot_service_server::{SplitSnapshotService, SplitSnapshotServiceServer};
     use proto::node::{
         CancelTransferRequest, CancelTransferResponse, GetTransferProgressRequest,
@@ -307,12 +308,15 @@ mod tests {
     use crate::common::SlotRange;
     use crate::gate::{Access, Verdict};
     use crate::node::Node;
+    use crate::split::SplitRequest;
     use crate::store::{Init, NodeAddresses, SplitIntent, StoreOptions};
 
-    /// A target that refuses the transfer of a split, says that it goes on, and never answers who cancels it.
+    /// A target that refuses the transfer of a split, tells of it when it may, and never answers who cancels it.
     struct Hangs {
         store: Vec<u8>,
-        told: TransferProgress,
+        told: Option<TransferProgress>,
+        asked: watch::Sender<bool>,
+        may_tell: watch::Receiver<bool>,
         asked_to_cancel: watch::Sender<bool>,
     }
 
@@ -332,13 +336,18 @@ mod tests {
             &self,
             _: Request<GetTransferProgressRequest>,
         ) -> Result<Response<GetTransferProgressResponse>, Status> {
+            self.asked.send_replace(true);
+            self.may_tell.clone().wait_for(|may| *may).await.map_err(|_| Status::cancelled("it ends"))?;
             let node = NodeIdentity {
                 node_id: "n2".into(),
                 store_id: self.store.clone().into(),
                 ..NodeIdentity::default()
             };
-            let transfer = Some(self.told.clone());
-            Ok(Response::new(GetTransferProgressResponse { transfer, node: Some(node) }))
+            let Some(told) = self.told.clone() else {
+                let error = Reason::TransferNotFound.error("it says").metadata("node_id", "n2");
+                return Err(error.metadata("store_id", hex(&self.store)).into());
+            };
+            Ok(Response::new(GetTransferProgressResponse { transfer: Some(told), node: Some(node) }))
         }
 
         async fn watch_transfer_progress(
@@ -364,14 +373,80 @@ mod tests {
         }
     }
 
+    fn source(dir: &Path, slots: SlotRange) -> Node {
+        let init = Init { node: "n1".parse().unwrap(), slots: Some(vec![slots]), others: vec![] };
+        Node::open(dir, &init, &StoreOptions::default()).unwrap()
+    }
+
+    async fn serve(target: Hangs) -> (String, tokio::task::JoinHandle<()>) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let server = tonic::transport::Server::builder().add_service(SplitSnapshotServiceServer::new(target));
+        let serving = server.serve_with_incoming(TcpIncoming::from(listener));
+        (address, tokio::spawn(async { serving.await.unwrap() }))
+    }
+
+    /// Away and back while the target is asked who it is, so that they are of this node as before, at an epoch above that of the split.
+    #[tokio::test]
+    async fn slots_that_changed_hands_meanwhile_are_not_split() {
+        let dir = tempfile::tempdir().unwrap();
+        let range: SlotRange = "100-199".parse().unwrap();
+        let node = source(dir.path(), range);
+        let (asked, mut was_asked) = watch::channel(false);
+        let (tell, may_tell) = watch::channel(false);
+        let asked_to_cancel = watch::Sender::new(false);
+        let (grpc, serving) =
+            serve(Hangs { store: vec![7; 16], told: None, asked, may_tell, asked_to_cancel }).await;
+        let stop = CancellationToken::new();
+        let splits =
+            Splits::new(node.clone(), Transfers::default(), RangeGuard::new(), stop.clone()).unwrap();
+        let request = SplitRequest {
+            slot: 100,
+            target: "n2".parse().unwrap(),
+            target_addresses: NodeAddresses { grpc, resp: String::new() },
+            bytes_per_second: None,
+        };
+        let starting = tokio::spawn({
+            let (splits, request) = (splits.clone(), request.clone());
+            async move { splits.start(request).await }
+        });
+        was_asked.wait_for(|asked| *asked).await.unwrap();
+        let epoch = node.gate().ownership().highest_epoch(range) + 2;
+        node.keep_for(Claim { range, owner: node.id().clone(), epoch }, "x".to_owned()).await.unwrap();
+        tell.send_replace(true);
+        let error = starting.await.unwrap().unwrap_err();
+        assert!(error.to_string().contains("slots 100-199 changed hands meanwhile"), "{error}");
+        assert!(splits.list().is_empty() && node.store().splits().unwrap().is_empty());
+        assert_eq!(node.gate().verdict(100, Access::Write), Verdict::Pass);
+        // Nothing of it is in the way of the next one.
+        splits.start(request).await.unwrap();
+        assert_eq!(node.store().splits().unwrap()[0].epoch, epoch + 1);
+        stop.cancel();
+        splits.join().await;
+        serving.abort();
+    }
+
     #[tokio::test]
     async fn the_operator_decides_whatever_the_target_keeps_waiting_for() {
         let dir = tempfile::tempdir().unwrap();
         let range: SlotRange = "100-199".parse().unwrap();
-        let init = Init { node: "n1".parse().unwrap(), slots: Some(vec![range]), others: vec![] };
-        let node = Node::open(dir.path(), &init, &StoreOptions::default()).unwrap();
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let grpc = listener.local_addr().unwrap().to_string();
+        let node = source(dir.path(), range);
+        let told = TransferProgress {
+            transfer_id: "split-1".into(),
+            phase: TransferPhase::Transferring.into(),
+            source_shard_id: "slots-100-199".into(),
+            target_shard_id: "slots-100-199-n1".into(),
+            source_node_id: "n1".into(),
+            slots: Some(range.into()),
+            snapshot_index: 1,
+            snapshot_term: 2,
+            ..TransferProgress::default()
+        };
+        let (asked_to_cancel, mut cancel) = watch::channel(false);
+        let (_tell, may_tell) = watch::channel(true);
+        let asked = watch::Sender::new(false);
+        let (grpc, serving) =
+            serve(Hangs { store: vec![7; 16], told: Some(told), asked, may_tell, asked_to_cancel }).await;
         let intent = SplitIntent {
             transfer: "split-1".into(),
             start: range.start(),
@@ -385,21 +460,6 @@ mod tests {
             begun_unix_ms: 1,
             bytes_per_second: None,
         };
-        let told = TransferProgress {
-            transfer_id: "split-1".into(),
-            phase: TransferPhase::Transferring.into(),
-            source_shard_id: "slots-100-199".into(),
-            target_shard_id: "slots-100-199-n1".into(),
-            source_node_id: "n1".into(),
-            slots: Some(range.into()),
-            snapshot_index: 1,
-            snapshot_term: 2,
-            ..TransferProgress::default()
-        };
-        let (asked_to_cancel, mut cancel) = watch::channel(false);
-        let hangs = Hangs { store: vec![7; 16], told, asked_to_cancel };
-        let server = tonic::transport::Server::builder().add_service(SplitSnapshotServiceServer::new(hangs));
-        let serving = tokio::spawn(server.serve_with_incoming(TcpIncoming::from(listener)));
 
         node.store().put_split(intent).await.unwrap();
         let stop = CancellationToken::new();
