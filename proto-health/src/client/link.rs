@@ -33,8 +33,9 @@ pub(crate) async fn run<C: Connect>(shared: Arc<Shared>, address: Arc<str>, conn
         ..Backoff::default()
     };
     let mut pauses = backoff.start();
+    let mut doubtful = false;
     loop {
-        let error = match open(&shared, &connect).await {
+        let error = match open(&shared, &connect, doubtful).await {
             Ok(channel) => {
                 let client =
                     HealthServiceClient::new(channel).max_decoding_message_size(MAX_PEER_ANSWER_BYTES);
@@ -50,6 +51,7 @@ pub(crate) async fn run<C: Connect>(shared: Arc<Shared>, address: Arc<str>, conn
             }
             Err(error) => error,
         };
+        doubtful = !shared.has_answered(&address);
         shared.disconnected(&address, error.message());
         // Any error is worth another try here: a monitor that has given up watches nobody.
         let error = error.retry_after(Duration::ZERO);
@@ -62,8 +64,11 @@ pub(crate) async fn run<C: Connect>(shared: Arc<Shared>, address: Arc<str>, conn
     }
 }
 
-async fn open<C: Connect>(shared: &Shared, connect: &C) -> Result<C::Channel, Error> {
-    let _place = shared.place().await;
+async fn open<C: Connect>(shared: &Shared, connect: &C, doubtful: bool) -> Result<C::Channel, Error> {
+    let _places = match doubtful {
+        true => shared.doubtful_place().await,
+        false => (None, shared.place().await),
+    };
     let limit = shared.options.connect_timeout;
     timeout(limit, connect.connect()).await.unwrap_or_else(|_| Err(late("no connection", limit)))
 }
@@ -202,4 +207,54 @@ async fn opinion<T: GrpcChannel>(shared: &Shared, address: &str, client: &mut He
         }
     }
     shared.opinion(address, found);
+}
+
+#[cfg(test)]
+mod tests {
+    use proto_common::ids::NodeId;
+    use tokio::sync::mpsc;
+    use tonic::transport::Channel;
+
+    use super::*;
+    use crate::client::{MonitorOptions, PeerMonitor};
+
+    /// Says when it is asked, and connects to nobody.
+    struct Nobody(mpsc::Sender<()>);
+
+    impl Connect for Nobody {
+        type Channel = Channel;
+
+        async fn connect(&self) -> Result<Channel, Error> {
+            self.0.send(()).await.unwrap();
+            std::future::pending().await
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_new_peer_is_not_kept_waiting_by_those_that_nobody_ever_heard_of() {
+        const STRANGERS: usize = 200;
+        let mut options = MonitorOptions::default();
+        (options.concurrency, options.connect_timeout) = (4, Duration::from_secs(3));
+        let heartbeat = options.heartbeat;
+        let monitor = PeerMonitor::start(NodeId::new("n1").unwrap(), options);
+        let (asked, mut strangers) = mpsc::channel(10_000);
+        for number in 0..STRANGERS {
+            monitor.add(&format!("127.0.0.1:{number}"), None, Nobody(asked.clone())).unwrap();
+        }
+        // Each once, and then it is the turn of the next ones again.
+        for _ in 0..STRANGERS + 4 {
+            strangers.recv().await.unwrap();
+        }
+        let (asked, mut newcomer) = mpsc::channel(1);
+        let began = Instant::now();
+        monitor.add("127.0.0.1:60000", None, Nobody(asked)).unwrap();
+        newcomer.recv().await.unwrap();
+        assert!(began.elapsed() <= heartbeat + Duration::from_secs(4), "{:?}", began.elapsed());
+        let more = Instant::now();
+        for _ in 0..8 {
+            strangers.recv().await.unwrap();
+        }
+        assert!(more.elapsed() <= Duration::from_secs(20), "they are not forgotten");
+        monitor.stop().await;
+    }
 }

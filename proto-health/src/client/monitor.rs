@@ -26,6 +26,8 @@ pub(crate) struct Shared {
     table: Mutex<Table>,
     events: broadcast::Sender<PeerEvent>,
     calls: Semaphore,
+    /// Of `calls`, those of peers that did not answer when they were first looked for, and never have since.
+    doubtful: Semaphore,
 }
 
 impl Shared {
@@ -46,6 +48,13 @@ impl Shared {
         self.calls.acquire().await.ok()
     }
 
+    /// The same for a peer that was looked for in vain, and has never answered: these have half of the places, so that however many nodes somebody makes up, those
+    /// that are there don't wait for them.
+    pub(crate) async fn doubtful_place(&self) -> (Option<SemaphorePermit<'_>>, Option<SemaphorePermit<'_>>) {
+        let own = self.doubtful.acquire().await.ok();
+        (own, self.place().await)
+    }
+
     pub(crate) fn answered(&self, address: &str, answer: Answer) {
         let mut table = self.table();
         let events = table.answered(address, answer, self.clock.now(), self.clock.unix_ms());
@@ -63,6 +72,10 @@ impl Shared {
 
     pub(crate) fn state(&self, address: &str) -> Option<PeerState> {
         self.table().state(address)
+    }
+
+    pub(crate) fn has_answered(&self, address: &str) -> bool {
+        self.table().has_answered(address)
     }
 
     fn look(&self) {
@@ -188,6 +201,7 @@ impl PeerMonitor {
             table: Mutex::new(Table::new(options.clone())),
             events: broadcast::Sender::new(options.events.max(1)),
             calls: Semaphore::new(options.concurrency.max(1)),
+            doubtful: Semaphore::new((options.concurrency / 2).max(1)),
             options,
             clock,
         });

@@ -93,6 +93,11 @@ impl Table {
         self.peers.get(address).map(|peer| peer.state)
     }
 
+    /// Whether the peer ever has.
+    pub(crate) fn has_answered(&self, address: &str) -> bool {
+        self.peers.get(address).is_some_and(Peer::has_answered)
+    }
+
     /// Looks at all peers; call it every [`MonitorOptions::tick`].
     pub(crate) fn look(&mut self, now: Duration, unix_ms: u64) -> Vec<PeerEvent> {
         let tick = self.options.tick();
