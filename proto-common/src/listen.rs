@@ -83,6 +83,11 @@ impl<S> Limited<S> {
         Self { incoming, limits, open: Arc::default(), pause: AcceptPause::default() }
     }
 
+    /// Whatever accepts connections.
+    pub fn get_ref(&self) -> &S {
+        &self.incoming
+    }
+
     fn enter(&self, peer: PeerKey) -> Result<Place, &'static str> {
         let mut open = lock(&self.open);
         if open.all >= self.limits.connections {

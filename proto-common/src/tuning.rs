@@ -89,6 +89,28 @@ pub fn endpoint(address: &str) -> Result<tonic::transport::Endpoint, crate::Erro
     Ok(tune_endpoint(endpoint))
 }
 
+/// All that a server for bulk data needs: one that is tuned, and the connections that come to `address`, within the default limits, for its
+/// `serve_with_incoming`. [`tune_server`], [`listen`] and [`incoming`] in one; where the system chooses the port, `incoming.get_ref().local_addr()` tells it. Must be
+/// called within a Tokio runtime.
+///
+/// ```no_run
+/// # async fn example(service: tonic::service::Routes) -> Result<(), Box<dyn std::error::Error>> {
+/// let (mut server, incoming) = proto_common::tuning::server(([127, 0, 0, 1], 7101).into())?;
+/// server.add_routes(service).serve_with_incoming(incoming).await?;
+/// # Ok(())
+/// # }
+/// ```
+///
+/// # Errors
+///
+/// Those of the system, such as an address that is in use.
+#[cfg(feature = "listen")]
+pub fn server(
+    address: std::net::SocketAddr,
+) -> std::io::Result<(tonic::transport::Server, Limited<tonic::transport::server::TcpIncoming>)> {
+    Ok((tune_server(tonic::transport::Server::builder()), incoming(listen(address)?)))
+}
+
 /// `server` with the settings of this module, and without Nagle's delay where it opens the listener itself
 /// (`serve`, `serve_with_shutdown`); a listener of your own goes through [`incoming`].
 #[cfg(feature = "listen")]

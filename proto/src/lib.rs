@@ -13,21 +13,20 @@
 //!
 #![cfg_attr(all(feature = "snapshot", feature = "server", feature = "listen"), doc = "```rust,no_run")]
 #![cfg_attr(not(all(feature = "snapshot", feature = "server", feature = "listen")), doc = "```rust,ignore")]
-//! use proto::common::tuning::{incoming, listen, tune_server};
+//! use proto::common::tuning::server;
 //! use proto::node::split_snapshot_service_server::{SplitSnapshotService, SplitSnapshotServiceServer};
 //! // The store's own consensus protocol, or any other service.
 //! use raft::raft_service_server::{RaftService, RaftServiceServer};
-//! use tonic::transport::Server;
 //!
 //! async fn serve(
 //!     snapshots: impl SplitSnapshotService,
 //!     raft: impl RaftService,
 //! ) -> Result<(), Box<dyn std::error::Error>> {
-//!     let listener = listen(([127, 0, 0, 1], 7101).into())?;
-//!     tune_server(Server::builder())
+//!     let (mut server, incoming) = server(([127, 0, 0, 1], 7101).into())?;
+//!     server
 //!         .add_service(SplitSnapshotServiceServer::new(snapshots))
 //!         .add_service(RaftServiceServer::new(raft))
-//!         .serve_with_incoming(incoming(listener))
+//!         .serve_with_incoming(incoming)
 //!         .await?;
 //!     Ok(())
 //! }

@@ -1,7 +1,7 @@
 //! Our services and a foreign one on one server and port, as in the README.
 #![cfg(all(feature = "snapshot", feature = "client", feature = "server", feature = "transport"))]
 
-use proto::common::tuning::{endpoint, tune_server};
+use proto::common::tuning::{endpoint, server};
 use proto::node::split_snapshot_service_client::SplitSnapshotServiceClient;
 use proto::node::split_snapshot_service_server::{SplitSnapshotService, SplitSnapshotServiceServer};
 use proto::node::{
@@ -12,10 +12,7 @@ use proto::node::{
 use raft::raft_service_client::RaftServiceClient;
 use raft::raft_service_server::{RaftService, RaftServiceServer};
 use raft::{RequestVoteRequest, RequestVoteResponse};
-use tokio::net::TcpListener;
 use tokio_stream::Empty;
-use tokio_stream::wrappers::TcpListenerStream;
-use tonic::transport::Server;
 use tonic::{Code, Request, Response, Status, Streaming};
 
 struct Voter;
@@ -81,14 +78,14 @@ impl SplitSnapshotService for OneTransfer {
 
 #[tokio::test]
 async fn both_services_answer_on_one_port() -> Result<(), Box<dyn std::error::Error>> {
-    let listener = TcpListener::bind("127.0.0.1:0").await?;
-    let address = listener.local_addr()?.to_string();
+    let (mut server, incoming) = server(([127, 0, 0, 1], 0).into())?;
+    let address = incoming.get_ref().local_addr()?.to_string();
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let server = tokio::spawn(
-        tune_server(Server::builder())
+        server
             .add_service(SplitSnapshotServiceServer::new(OneTransfer))
             .add_service(RaftServiceServer::new(Voter))
-            .serve_with_incoming_shutdown(TcpListenerStream::new(listener), async {
+            .serve_with_incoming_shutdown(incoming, async {
                 let _ = stopped.await;
             }),
     );
