@@ -314,6 +314,7 @@ impl<S: MigrationSource, D: Dial> Inner<S, D> {
             freeze_after: Instant::now(),
             freeze_backoff: freeze_backoff(),
             began: Instant::now(),
+            no_place: false,
         })
     }
 

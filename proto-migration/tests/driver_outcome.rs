@@ -10,11 +10,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use proto_common::error::Error;
+use proto_common::error::{CommonReason, Error};
 use proto_common::slots::{RECLAIM_STEP, SlotRange, slot_of};
 use proto_migration::Reason;
+use proto_migration::driver::dial_fn;
 use proto_migration::hold::HoldMode;
 use proto_migration::journal::Journal;
+use proto_migration::limits::Limits;
 use proto_migration::receiver::MigrationReceiver;
 use proto_migration::v1::{
     FreezeOutcome, MigrationDecision, MigrationGate, MigrationLimits, MigrationProgress, MigrationState,
@@ -22,7 +24,7 @@ use proto_migration::v1::{
 use support::frames::eventually;
 use support::memory_source::{Answer, Faults, MemorySource};
 use support::memory_target::{Fault, MemoryTarget};
-use support::pair::{Pair, driver, error_of, id, identity, manual};
+use support::pair::{Pair, driver, driver_within, error_of, id, identity, manual};
 use tokio::sync::Semaphore;
 
 #[tokio::test]
@@ -347,19 +349,43 @@ async fn a_target_without_a_free_place_is_waited_for() {
     pair.target_down().await;
     pair.target_limits.incoming_per_peer = 0;
     pair.target_up(2).await;
-    let timeout = Duration::from_millis(200);
+    // As over a network: a connection takes its time.
+    pair.source_down().await;
+    let reachable = Arc::clone(&pair.reachable);
+    let dial = dial_fn(move |_, _| {
+        let reachable = Arc::clone(&reachable);
+        async move {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            let service = reachable.lock().unwrap().clone();
+            service.ok_or_else(|| Error::new(CommonReason::Unavailable, "connection refused"))
+        }
+    });
+    let (client, stop) = driver_within(&pair.dir, &pair.source, dial, Limits::default()).await;
+    (pair.client, pair.stop_driver) = (client, Some(stop));
+
+    // Longer than a pause that a full target asks for, of a second, and shorter than three.
+    let timeout = Duration::from_millis(1500);
     let limits = MigrationLimits {
         accept_timeout_ms: Some(u64::try_from(timeout.as_millis()).unwrap()),
         ..MigrationLimits::default()
     };
+    let met = |progress: &MigrationProgress, reason: &str| {
+        let reasons = progress.incidents.iter().filter_map(|incident| incident.error.as_ref());
+        reasons.filter(|error| error.reason == reason).count()
+    };
     let began = Instant::now();
     pair.begin(|request| request.limits = Some(limits)).await.unwrap();
     let full = |progress: &MigrationProgress| {
-        let error = progress.progress.as_ref().and_then(|task| task.error.as_ref());
-        began.elapsed() > timeout * 5 && error.is_some_and(|error| error.reason == "TOO_MANY_MIGRATIONS")
+        let over = progress.state() != MigrationState::Pending;
+        over || (began.elapsed() > timeout * 2 && met(progress, "TOO_MANY_MIGRATIONS") >= 3)
     };
-    assert_eq!(pair.until("refused for longer than that", full).await.state(), MigrationState::Pending);
+    let refused = pair.until("refused for longer than that", full).await;
+    assert_eq!(refused.state(), MigrationState::Pending, "{refused:?}");
+    // A target that is away for a moment has all of the time to come back.
     pair.target_down().await;
+    let away = |progress: &MigrationProgress| met(progress, "UNAVAILABLE") > 0;
+    let away = pair.until("not reached", away).await;
+    assert_eq!(away.state(), MigrationState::Pending, "{away:?}");
     pair.target_limits.incoming_per_peer = 1;
     pair.target_up(2).await;
     pair.reaches(MigrationState::Completed).await;

@@ -76,8 +76,10 @@ pub(super) struct Task<S: MigrationSource, D: Dial> {
     /// No freeze before this.
     pub(super) freeze_after: Instant,
     pub(super) freeze_backoff: BackoffState,
-    /// When this process began to dial, for `accept_timeout_ms`.
+    /// When this process began to dial, or found the target there and full for the last time: for `accept_timeout_ms`.
     pub(super) began: Instant,
+    /// The target's last word, in PENDING, was that it has no free place.
+    pub(super) no_place: bool,
 }
 
 /// Longest pause between two questions for the outcome, while reads and writes are held for it.
@@ -430,7 +432,8 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
             }
         }
         // A target that has no place is there, and has one later.
-        let unanswered = state == MigrationState::Pending && reason != Some(Reason::TooManyMigrations);
+        self.no_place = state == MigrationState::Pending && reason == Some(Reason::TooManyMigrations);
+        let unanswered = state == MigrationState::Pending && !self.no_place;
         let done = match reason {
             // Where nothing was accepted, another migration has this ID there, and no operator can decide about it here. Nor can one about an end.
             Some(Reason::Superseded) if known && !state.is_final() => self.needs_operator(&error).await,
