@@ -15,13 +15,13 @@ use proto_common::slots::{RECLAIM_STEP, SlotRange, slot_of};
 use proto_migration::Reason;
 use proto_migration::driver::dial_fn;
 use proto_migration::hold::HoldMode;
-use proto_migration::journal::Journal;
+use proto_migration::journal::{Journal, SourceRecord};
 use proto_migration::limits::Limits;
 use proto_migration::receiver::MigrationReceiver;
 use proto_migration::v1::{
     FreezeOutcome, MigrationDecision, MigrationGate, MigrationLimits, MigrationProgress, MigrationState,
 };
-use support::frames::eventually;
+use support::frames::{PATIENCE, eventually};
 use support::memory_source::{Answer, Faults, MemorySource};
 use support::memory_target::{Fault, MemoryTarget};
 use support::pair::{Pair, driver, driver_within, error_of, id, identity, manual};
@@ -149,6 +149,64 @@ async fn a_target_that_lost_its_disk_while_committing_needs_an_operator() {
     assert_eq!(pair.resolve(discarded, |_| {}).await.unwrap().state(), MigrationState::Cancelled);
     let other = pair.resolve(MigrationDecision::Committed, |_| {}).await.unwrap_err();
     assert_eq!(other.reason(), "RESOLVE_REFUSED");
+}
+
+/// What the journal of the source holds of a migration. While the source is down.
+fn kept(pair: &Pair, id: &str) -> SourceRecord {
+    let (_, recovered) = Journal::open(pair.dir.path().join("source"), 10).unwrap();
+    let found = recovered.active.into_iter().find(|(other, _)| other.as_str() == id);
+    found.expect("a record").1
+}
+
+#[tokio::test]
+async fn slots_that_were_taken_back_are_free_after_a_crash_though_the_target_stays_away() {
+    let mut pair = Pair::committing(50).await;
+    pair.target_dies();
+    pair.source_down().await;
+    pair.source = pair.source.restarted();
+    pair.source_up().await;
+    pair.target = MemoryTarget::default();
+    pair.target_up(9).await;
+    let stuck = pair.reaches(MigrationState::NeedsOperator).await;
+    assert_eq!(stuck.gate(), MigrationGate::Closed);
+    *pair.reachable.lock().unwrap() = None;
+    pair.source_down().await;
+    // An operator took them back, and the process died before it saved that this was done.
+    let mut record = kept(&pair, "m1");
+    record.progress.as_mut().unwrap().resolved_reason = Some("the disk burnt".into());
+    (record.claim_epoch, record.untold) = (RECLAIM_STEP, true);
+    let (journal, _) = Journal::open(pair.dir.path().join("source"), 10).unwrap();
+    journal.save(&id(), SlotRange::FULL, &record).await.unwrap();
+    pair.source = pair.source.restarted();
+    pair.source_up().await;
+    pair.source_serves().await;
+
+    // Another migration of them begins, as soon as that is saved.
+    let began = Instant::now();
+    loop {
+        let elsewhere = pair.begin(|request| {
+            request.migration_id = "m2".into();
+            request.spec.as_mut().unwrap().target_node_id = "n3".into();
+        });
+        let Err(error) = elsewhere.await else { break };
+        assert_eq!(error.reason(), "RANGE_BUSY");
+        assert!(began.elapsed() < PATIENCE, "{error}");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    assert_eq!(pair.progress().await.state(), MigrationState::Cancelled);
+    pair.source_down().await;
+    let saved = kept(&pair, "m1").progress.unwrap();
+    assert_eq!((saved.state(), saved.gate()), (MigrationState::Cancelled, MigrationGate::Open));
+    assert_eq!((saved.slot_epoch, saved.decision()), (RECLAIM_STEP, MigrationDecision::Discarded));
+    // Both are gone on with.
+    pair.source = pair.source.restarted();
+    pair.source_up().await;
+    assert_eq!(pair.progress().await.state(), MigrationState::Cancelled);
+    let again = pair.begin(|request| {
+        request.migration_id = "m2".into();
+        request.spec.as_mut().unwrap().target_node_id = "n3".into();
+    });
+    assert_eq!(again.await.unwrap().state(), MigrationState::Pending);
 }
 
 #[tokio::test]

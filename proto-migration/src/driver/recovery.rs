@@ -227,6 +227,7 @@ impl<S: MigrationSource, D: Dial> Inner<S, D> {
             // An operator took the slots back, and the crash came before that was recorded.
             self.source.keep(&task.id, task.spec.slots, Some(claim)).await?;
             task.taken_back(claim);
+            // Saved by the task, which gives the range back then.
             task.change().enter(MigrationState::Cancelled);
             task.change().set_gate(MigrationGate::Open);
             task.open_gate();

@@ -104,6 +104,13 @@ pub(super) fn another_node(error: &Error) -> bool {
 impl<S: MigrationSource, D: Dial> Task<S, D> {
     /// Runs until the migration has ended and the target knows, or the node stops.
     pub(super) async fn run(mut self) {
+        if self.state().is_final() && self.range.is_some() {
+            // Ended by what an earlier process had begun. Others may move the slots once that is saved, whether the target is there or not.
+            if self.save().await.is_err() {
+                return;
+            }
+            self.range = None;
+        }
         loop {
             let ended = match self.state() {
                 _ if given_away(self.shown()) => self.give_away().await.and(Err(Halt::Changed)),
