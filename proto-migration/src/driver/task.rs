@@ -274,7 +274,14 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         let progress = self.change();
         progress.set_decision(MigrationDecision::Committed);
         progress.slot_epoch = handover.slot_epoch;
-        progress.task().error = None;
+        let all_is_there = progress.resolved_reason.is_none();
+        let task = progress.task();
+        task.error = None;
+        if all_is_there {
+            // An operator may give away what was copied in part.
+            (task.items_total, task.bytes_total) = (Some(task.items_done), Some(task.bytes_done));
+            task.total_is_estimate = false;
+        }
         self.nothing_is_left();
         self.record.untold = true;
         self.enter(MigrationState::Completed, MigrationGate::Moved).await
