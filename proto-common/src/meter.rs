@@ -98,10 +98,15 @@ impl Meter {
     }
 
     /// Sets `bytes_per_second` and `eta_ms` of `progress` from its `bytes_done` and `bytes_total`, after recording them.
+    ///
+    /// A total that is an estimate and was reached was too low: how much remains is not known then.
     pub fn measure(&mut self, now: Instant, progress: &mut v1::Progress) {
         self.record(now, progress.bytes_done);
         progress.bytes_per_second = self.rate(now);
-        let remaining = progress.bytes_total.map(|total| total.saturating_sub(progress.bytes_done));
+        let remaining = progress
+            .bytes_total
+            .map(|total| total.saturating_sub(progress.bytes_done))
+            .filter(|&remaining| remaining > 0 || !progress.total_is_estimate);
         progress.eta_ms = remaining.and_then(|remaining| self.eta(now, remaining)).map(millis);
     }
 
@@ -205,6 +210,24 @@ mod tests {
         progress.bytes_total = None;
         meter.measure(start + ms(2000), &mut progress);
         assert_eq!(progress.eta_ms, None);
+    }
+
+    #[test]
+    fn an_estimate_that_was_reached_says_nothing_of_what_remains() {
+        let (mut meter, start) = (Meter::default(), Instant::now());
+        let mut progress =
+            v1::Progress { bytes_total: Some(30 * MIB), total_is_estimate: true, ..Default::default() };
+        meter.measure(start, &mut progress);
+        progress.bytes_done = 20 * MIB;
+        meter.measure(start + ms(2000), &mut progress);
+        assert_eq!(progress.eta_ms, Some(1000));
+        // Totals are never lower than what is done.
+        (progress.bytes_done, progress.bytes_total) = (40 * MIB, Some(40 * MIB));
+        meter.measure(start + ms(4000), &mut progress);
+        assert_eq!((progress.bytes_per_second, progress.eta_ms), (Some(10 * MIB), None));
+        progress.total_is_estimate = false;
+        meter.measure(start + ms(4000), &mut progress);
+        assert_eq!(progress.eta_ms, Some(0));
     }
 
     proptest! {

@@ -24,7 +24,7 @@ use crate::v1::Direction;
 /// Bounds of a [`Registry`].
 #[derive(Debug, Clone)]
 pub struct RegistryLimits {
-    /// Tasks that run at the same time. Default 1024.
+    /// Tasks that run at the same time; those that an earlier process left may be more. Default 1024.
     pub active: usize,
     /// Finished tasks that are remembered; the oldest is forgotten first. Default 1000.
     pub finished: usize,
@@ -133,13 +133,31 @@ impl<T: Clone + Send + Sync + 'static> Registry<T> {
     ///
     /// `ALREADY_EXISTS` if one with that direction and ID is active, `LIMIT_EXCEEDED` (retryable) if too many are.
     pub fn insert(&self, direction: Direction, id: &str, value: T) -> Result<Tracker<T>, Error> {
+        self.insert_within(self.shared.limits.active, direction, id, value)
+    }
+
+    /// [`insert`](Self::insert) of a task that an earlier process left: it is there already, so it is let in beyond the limit, and counts.
+    ///
+    /// # Errors
+    ///
+    /// `ALREADY_EXISTS` if one with that direction and ID is active.
+    pub fn readopt(&self, direction: Direction, id: &str, value: T) -> Result<Tracker<T>, Error> {
+        self.insert_within(usize::MAX, direction, id, value)
+    }
+
+    fn insert_within(
+        &self,
+        limit: usize,
+        direction: Direction,
+        id: &str,
+        value: T,
+    ) -> Result<Tracker<T>, Error> {
         let mut tasks = self.shared.tasks();
         let key: Key = (direction, Arc::from(id));
         if let Some(Place::Active(_)) = tasks.by_key.get(&key) {
             let message = format!("{} is already {}", printable(id, 128), active_as(direction));
             return Err(Error::new(CommonReason::AlreadyExists, message));
         }
-        let limit = self.shared.limits.active;
         if tasks.active.len() >= limit {
             let message = format!("{limit} tasks run at this node already; try again when one has ended");
             return Err(limit_exceeded(message, limit as u64));

@@ -51,6 +51,20 @@ fn an_id_is_active_once_and_free_again_at_its_end() {
 }
 
 #[test]
+fn what_an_earlier_process_left_is_let_in_beyond_the_limit_and_counts() {
+    let registry = registry(RegistryLimits { active: 1, ..Default::default() });
+    let first = registry.readopt(Direction::In, "t1", 1).unwrap();
+    let second = registry.readopt(Direction::In, "t2", 2).unwrap();
+    assert_eq!(registry.readopt(Direction::In, "t2", 3).unwrap_err().reason(), "ALREADY_EXISTS");
+    assert_eq!(registry.active(None), 2);
+    drop(first);
+    let full = registry.insert(Direction::In, "t3", 4).unwrap_err();
+    assert_eq!((full.reason(), full.get("limit")), ("LIMIT_EXCEEDED", Some("1")));
+    drop(second);
+    assert!(registry.insert(Direction::In, "t3", 4).is_ok());
+}
+
+#[test]
 fn the_history_is_bounded_and_can_be_seeded() {
     let registry = registry(RegistryLimits { finished: 3, ..Default::default() });
     let running = registry.insert(Direction::In, "b", 20).unwrap();

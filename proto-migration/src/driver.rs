@@ -36,6 +36,7 @@ use proto_common::guard::{RangeGuard, RangeHold};
 use proto_common::ids::{MigrationId, NodeId};
 use proto_common::meter::Meter;
 use proto_common::rate::RateLimiter;
+use proto_common::registry::Tracker;
 use proto_common::retry::Backoff;
 use proto_common::v1::{Direction, NodeIdentity, Priority, Progress};
 use tokio::sync::{mpsc, oneshot};
@@ -286,16 +287,14 @@ impl<S: MigrationSource, D: Dial> Inner<S, D> {
         spec: MigrationSpec,
         limits: TaskLimits,
         record: SourceRecord,
-        hold: Option<Hold>,
-        range: Option<RangeHold>,
-    ) -> Result<Task<S, D>, Error> {
-        let progress = record.progress.clone().unwrap_or_default();
+        tracker: Tracker<MigrationProgress>,
+    ) -> Task<S, D> {
+        let slowed = record.progress.as_ref().map_or(0, |progress| progress.writers_slowed_ms);
         // The store counts those of its own process.
-        let slowed_before = progress.writers_slowed_ms.saturating_sub(self.source.writers_slowed_ms(&id));
-        let tracker = self.migrations.insert(progress)?;
+        let slowed_before = slowed.saturating_sub(self.source.writers_slowed_ms(&id));
         let (commands, asked) = mpsc::channel(COMMANDS);
         self.running().insert(id.clone(), Handle { spec: spec.clone(), commands });
-        Ok(Task {
+        Task {
             inner: Arc::clone(self),
             rate: RateLimiter::with_rate(limits.bytes_per_second),
             wished_rate: None,
@@ -307,14 +306,15 @@ impl<S: MigrationSource, D: Dial> Inner<S, D> {
             tracker,
             commands: asked,
             later: Vec::new(),
-            hold,
-            range,
+            hold: None,
+            range: None,
             meter: Meter::default(),
             backoff: Backoff::default().start(),
             freeze_after: Instant::now(),
             freeze_backoff: freeze_backoff(),
             began: Instant::now(),
-        })
+            no_place: false,
+        }
     }
 
     /// Asks a task that runs. `None` if it has ended, or ends before it looks.
@@ -428,10 +428,11 @@ impl<S: MigrationSource, D: Dial> Inner<S, D> {
         progress.enter(MigrationState::Pending);
         let record = SourceRecord { progress: Some(progress.clone()), fence, ..SourceRecord::default() };
         let saved = self.journal.save(&id, spec.slots, &record).await;
-        let mut task = match saved.and_then(|()| self.task(id.clone(), spec, limits, record, None, None)) {
-            Ok(task) => task,
+        let tracker = match saved.and_then(|()| self.migrations.insert(progress.clone())) {
+            Ok(tracker) => tracker,
             Err(error) => return Err(self.withdraw(id, range, error).await),
         };
+        let mut task = self.task(id.clone(), spec, limits, record, tracker);
         tracing::info!(migration_id = %id, slots = %task.spec.slots, target = %task.spec.target_node, "migration started");
         task.range = Some(range);
         self.tasks.spawn(task.run());

@@ -30,6 +30,8 @@ use crate::v1::MigrationProgress;
 const KIND: Kind = Kind { name: *b"NMJ", version: 1 };
 /// What the names of the files of migrations that run begin with.
 const ACTIVE: &str = "active/";
+/// The name of the file of those that ended.
+const HISTORY: &str = "history";
 /// Largest record. What a progress remembers is bounded far below it.
 const MAX_RECORD_BYTES: usize = 4 << 20;
 
@@ -123,25 +125,30 @@ impl Journal {
     ///
     /// # Errors
     ///
-    /// Those of the file system. A damaged file is none: it is reported in [`Recovered::damaged`].
+    /// Those of the file system, with the path. A damaged file is none, nor is a history that cannot be read: they are reported in
+    /// [`Recovered::damaged`].
     pub fn open(directory: impl AsRef<Path>, finished: usize) -> io::Result<(Self, Recovered)> {
         let directory = directory.as_ref();
         let active = directory.join("active");
-        create_dir_all(&active)?;
-        let history = History::new(directory.join("history"), finished);
+        create_dir_all(&active).map_err(at(&active))?;
+        let history = History::new(directory.join(HISTORY), finished);
         let mut recovered = Recovered::default();
-        let (records, cut) = history.load()?;
-        recovered.damaged.extend(cut.map(|cut| DamagedFile {
-            file: "history".to_owned(),
+        // No slots are in doubt without it, and what ends from now on is put into it once it can be read.
+        let (records, problem) = match history.load() {
+            Ok((records, cut)) => (records, cut.map(|cut| cut.to_string())),
+            Err(error) => (Vec::new(), Some(format!("cannot be read: {error}"))),
+        };
+        recovered.damaged.extend(problem.map(|problem| DamagedFile {
+            file: HISTORY.to_owned(),
             slots: Vec::new(),
-            problem: cut.to_string(),
+            problem,
             is_copy: false,
         }));
         recovered.finished =
             records.iter().filter_map(|record| MigrationProgress::decode(record.as_slice()).ok()).collect();
-        let mut names: Vec<_> = fs::read_dir(&active)?
-            .map(|entry| entry.map(|entry| entry.file_name()))
-            .collect::<io::Result<_>>()?;
+        let names = fs::read_dir(&active)
+            .and_then(|entries| entries.map(|entry| entry.map(|entry| entry.file_name())).collect());
+        let mut names: Vec<_> = names.map_err(at(&active))?;
         names.sort();
         let mut doubtful = Vec::new();
         for name in names {
@@ -212,13 +219,13 @@ impl Journal {
     ///
     /// # Errors
     ///
-    /// Those of the file system; of kind `NotFound` if no file of a migration is shown as `file`, `InvalidInput` if more than one is.
+    /// Those of the file system, with the path; of kind `NotFound` if no file of a migration is shown as `file`, `InvalidInput` if more than one is.
     pub fn set_aside(&self, file: &str) -> io::Result<PathBuf> {
         let Shared { directory, active, .. } = &*self.shared;
         // Looked for by what is shown of it: a name may hold what cannot be shown, and nothing but a name that is there is believed.
         let mut found = Vec::new();
-        for entry in fs::read_dir(active)? {
-            let name = entry?.file_name();
+        for entry in fs::read_dir(active).map_err(at(active))? {
+            let name = entry.map_err(at(active))?.file_name();
             if file_shown(&name) == file {
                 found.push(name);
             }
@@ -231,11 +238,11 @@ impl Journal {
             _ => return Err(io::Error::new(io::ErrorKind::InvalidInput, "more than one file is shown so")),
         };
         let dropped = directory.join("dropped");
-        create_dir_all(&dropped)?;
-        let kept_as = free_path(&dropped, name)?;
-        fs::rename(active.join(name), &kept_as)?;
-        sync_dir(&dropped)?;
-        sync_dir(active)?;
+        create_dir_all(&dropped).map_err(at(&dropped))?;
+        let kept_as = free_path(&dropped, name).map_err(at(&dropped))?;
+        fs::rename(active.join(name), &kept_as).map_err(at(&kept_as))?;
+        sync_dir(&dropped).map_err(at(&dropped))?;
+        sync_dir(active).map_err(at(active))?;
         Ok(kept_as)
     }
 
@@ -327,6 +334,11 @@ async fn blocking(
         Ok(done) => done.map_err(failed),
         Err(error) => Err(failed(io::Error::other(error))),
     }
+}
+
+/// An operator who reads of an error has to know where. Peers are told none of these.
+fn at(path: &Path) -> impl Fn(io::Error) -> io::Error {
+    move |error| io::Error::new(error.kind(), format!("{}: {error}", path.display()))
 }
 
 /// How a file in `active/` is called for people, whatever its name holds.
@@ -473,6 +485,53 @@ mod tests {
             );
             assert_eq!(fs::read(&path).unwrap(), content, "what is damaged stays for whoever looks");
         }
+    }
+
+    #[tokio::test]
+    async fn a_history_that_cannot_be_read_is_told_by_name_and_keeps_no_journal_shut() {
+        let dir = tempfile::tempdir().unwrap();
+        let (journal, _) = Journal::open(dir.path(), 10).unwrap();
+        journal.save(&id("m1"), slots(), &record("m1", 1)).await.unwrap();
+        let path = dir.path().join("history");
+        fs::remove_file(&path).unwrap();
+        fs::create_dir(&path).unwrap();
+        let (journal, recovered) = Journal::open(dir.path(), 10).unwrap();
+        assert_eq!(recovered.active, [(id("m1"), record("m1", 1))]);
+        assert_eq!(recovered.finished, []);
+        let [damaged] = recovered.damaged.as_slice() else { panic!("{recovered:?}") };
+        assert_eq!((damaged.file.as_str(), damaged.slots.as_slice()), ("history", &[][..]));
+        assert!(damaged.problem.starts_with("cannot be read: "), "{damaged:?}");
+        assert!(!damaged.is_of_a_migration());
+        // What ends waits for somebody to put that right, and is added then.
+        let failed = journal.finish(&id("m1"), slots(), &progress("m1", 1)).await.unwrap_err();
+        assert!(failed.is(Reason::StorageFailed), "{failed:?}");
+        fs::remove_dir(&path).unwrap();
+        journal.finish(&id("m1"), slots(), &progress("m1", 1)).await.unwrap();
+        let (_, recovered) = Journal::open(dir.path(), 10).unwrap();
+        assert_eq!((recovered.finished, recovered.damaged), (vec![progress("m1", 1)], vec![]));
+    }
+
+    #[test]
+    fn a_history_whose_damage_cannot_be_set_aside_is_told_by_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("history");
+        // A whole record of one byte, whose checksum is wrong.
+        let damaged = [[1, 0, 0, 0].as_slice(), &[7; 9]].concat();
+        fs::write(&path, &damaged).unwrap();
+        fs::create_dir(dir.path().join("history.damaged")).unwrap();
+        let (_, recovered) = Journal::open(dir.path(), 10).unwrap();
+        let [file] = recovered.damaged.as_slice() else { panic!("{recovered:?}") };
+        assert_eq!(file.file, "history");
+        assert_eq!(fs::read(&path).unwrap(), damaged, "it stays");
+    }
+
+    #[test]
+    fn what_keeps_a_journal_shut_is_told_with_its_path() {
+        let dir = tempfile::tempdir().unwrap();
+        let active = dir.path().join("active");
+        fs::write(&active, b"in the way").unwrap();
+        let error = Journal::open(dir.path(), 10).unwrap_err();
+        assert!(error.to_string().starts_with(active.to_str().unwrap()), "{error}");
     }
 
     #[tokio::test]

@@ -116,6 +116,12 @@ impl Migrations {
         let id = progress.migration_id.clone();
         self.registry.insert(progress.direction(), &id, progress)
     }
+
+    /// The same of one that an earlier process left: a full registry keeps no node from starting.
+    pub(crate) fn readopt(&self, progress: MigrationProgress) -> Result<Tracker<MigrationProgress>, Error> {
+        let id = progress.migration_id.clone();
+        self.registry.readopt(progress.direction(), &id, progress)
+    }
 }
 
 pub(crate) fn not_found(id: &MigrationId) -> Error {

@@ -287,11 +287,11 @@ impl<T: MigrationTarget> Inner<T> {
         })
     }
 
-    /// Shows a migration as active.
+    /// Shows a migration of an earlier process as active.
     fn track(&self, incoming: &mut Incoming) -> Result<(), Error> {
         let progress = &mut incoming.record.progress;
         progress.task().set_direction(Direction::In);
-        incoming.tracker = Some(self.migrations.insert(progress.clone())?);
+        incoming.tracker = Some(self.migrations.readopt(progress.clone())?);
         Ok(())
     }
 }

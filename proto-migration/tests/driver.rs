@@ -83,6 +83,27 @@ async fn a_digest_that_differs_fails_it_and_names_the_slot() {
 }
 
 #[tokio::test]
+async fn totals_are_what_there_was_however_wrong_the_estimate() {
+    for estimate in [(1000, 1 << 20), (10, 10)] {
+        let pair = Pair::start().await;
+        pair.fill(300).await;
+        pair.source.set_faults(Faults { estimate: Some(estimate), ..Faults::default() });
+        let started = pair.begin(manual).await.unwrap().progress.unwrap();
+        assert_eq!((started.items_total.zip(started.bytes_total)), Some(estimate));
+        let ready = pair.reaches(MigrationState::Ready).await.progress.unwrap();
+        assert_eq!((ready.items_done, ready.items_total), (300, Some(300)), "{ready:?}");
+        assert_eq!(ready.bytes_total, Some(ready.bytes_done), "{ready:?}");
+        assert!(ready.total_is_estimate, "clients write on");
+        pair.source.write(b"another", Some(b"1")).await;
+        pair.until("it counts", |progress| progress.progress.as_ref().unwrap().items_done == 301).await;
+        pair.complete(None).await.unwrap();
+        let done = pair.reaches(MigrationState::Completed).await.progress.unwrap();
+        assert_eq!((done.items_done, done.items_total), (301, Some(301)), "{done:?}");
+        assert_eq!((done.bytes_total, done.total_is_estimate), (Some(done.bytes_done), false), "{done:?}");
+    }
+}
+
+#[tokio::test]
 async fn a_lost_log_starts_the_copy_again_and_says_so() {
     let pair = Pair::start().await;
     pair.fill(300).await;

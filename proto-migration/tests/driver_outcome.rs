@@ -10,19 +10,21 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use proto_common::error::Error;
+use proto_common::error::{CommonReason, Error};
 use proto_common::slots::{RECLAIM_STEP, SlotRange, slot_of};
 use proto_migration::Reason;
+use proto_migration::driver::dial_fn;
 use proto_migration::hold::HoldMode;
-use proto_migration::journal::Journal;
+use proto_migration::journal::{Journal, SourceRecord};
+use proto_migration::limits::Limits;
 use proto_migration::receiver::MigrationReceiver;
 use proto_migration::v1::{
     FreezeOutcome, MigrationDecision, MigrationGate, MigrationLimits, MigrationProgress, MigrationState,
 };
-use support::frames::eventually;
+use support::frames::{PATIENCE, eventually};
 use support::memory_source::{Answer, Faults, MemorySource};
 use support::memory_target::{Fault, MemoryTarget};
-use support::pair::{Pair, driver, error_of, id, identity, manual};
+use support::pair::{Pair, driver, driver_within, error_of, id, identity, manual};
 use tokio::sync::Semaphore;
 
 #[tokio::test]
@@ -147,6 +149,64 @@ async fn a_target_that_lost_its_disk_while_committing_needs_an_operator() {
     assert_eq!(pair.resolve(discarded, |_| {}).await.unwrap().state(), MigrationState::Cancelled);
     let other = pair.resolve(MigrationDecision::Committed, |_| {}).await.unwrap_err();
     assert_eq!(other.reason(), "RESOLVE_REFUSED");
+}
+
+/// What the journal of the source holds of a migration. While the source is down.
+fn kept(pair: &Pair, id: &str) -> SourceRecord {
+    let (_, recovered) = Journal::open(pair.dir.path().join("source"), 10).unwrap();
+    let found = recovered.active.into_iter().find(|(other, _)| other.as_str() == id);
+    found.expect("a record").1
+}
+
+#[tokio::test]
+async fn slots_that_were_taken_back_are_free_after_a_crash_though_the_target_stays_away() {
+    let mut pair = Pair::committing(50).await;
+    pair.target_dies();
+    pair.source_down().await;
+    pair.source = pair.source.restarted();
+    pair.source_up().await;
+    pair.target = MemoryTarget::default();
+    pair.target_up(9).await;
+    let stuck = pair.reaches(MigrationState::NeedsOperator).await;
+    assert_eq!(stuck.gate(), MigrationGate::Closed);
+    *pair.reachable.lock().unwrap() = None;
+    pair.source_down().await;
+    // An operator took them back, and the process died before it saved that this was done.
+    let mut record = kept(&pair, "m1");
+    record.progress.as_mut().unwrap().resolved_reason = Some("the disk burnt".into());
+    (record.claim_epoch, record.untold) = (RECLAIM_STEP, true);
+    let (journal, _) = Journal::open(pair.dir.path().join("source"), 10).unwrap();
+    journal.save(&id(), SlotRange::FULL, &record).await.unwrap();
+    pair.source = pair.source.restarted();
+    pair.source_up().await;
+    pair.source_serves().await;
+
+    // Another migration of them begins, as soon as that is saved.
+    let began = Instant::now();
+    loop {
+        let elsewhere = pair.begin(|request| {
+            request.migration_id = "m2".into();
+            request.spec.as_mut().unwrap().target_node_id = "n3".into();
+        });
+        let Err(error) = elsewhere.await else { break };
+        assert_eq!(error.reason(), "RANGE_BUSY");
+        assert!(began.elapsed() < PATIENCE, "{error}");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    assert_eq!(pair.progress().await.state(), MigrationState::Cancelled);
+    pair.source_down().await;
+    let saved = kept(&pair, "m1").progress.unwrap();
+    assert_eq!((saved.state(), saved.gate()), (MigrationState::Cancelled, MigrationGate::Open));
+    assert_eq!((saved.slot_epoch, saved.decision()), (RECLAIM_STEP, MigrationDecision::Discarded));
+    // Both are gone on with.
+    pair.source = pair.source.restarted();
+    pair.source_up().await;
+    assert_eq!(pair.progress().await.state(), MigrationState::Cancelled);
+    let again = pair.begin(|request| {
+        request.migration_id = "m2".into();
+        request.spec.as_mut().unwrap().target_node_id = "n3".into();
+    });
+    assert_eq!(again.await.unwrap().state(), MigrationState::Pending);
 }
 
 #[tokio::test]
@@ -347,19 +407,43 @@ async fn a_target_without_a_free_place_is_waited_for() {
     pair.target_down().await;
     pair.target_limits.incoming_per_peer = 0;
     pair.target_up(2).await;
-    let timeout = Duration::from_millis(200);
+    // As over a network: a connection takes its time.
+    pair.source_down().await;
+    let reachable = Arc::clone(&pair.reachable);
+    let dial = dial_fn(move |_, _| {
+        let reachable = Arc::clone(&reachable);
+        async move {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            let service = reachable.lock().unwrap().clone();
+            service.ok_or_else(|| Error::new(CommonReason::Unavailable, "connection refused"))
+        }
+    });
+    let (client, stop) = driver_within(&pair.dir, &pair.source, dial, Limits::default()).await;
+    (pair.client, pair.stop_driver) = (client, Some(stop));
+
+    // Longer than a pause that a full target asks for, of a second, and shorter than three.
+    let timeout = Duration::from_millis(1500);
     let limits = MigrationLimits {
         accept_timeout_ms: Some(u64::try_from(timeout.as_millis()).unwrap()),
         ..MigrationLimits::default()
     };
+    let met = |progress: &MigrationProgress, reason: &str| {
+        let reasons = progress.incidents.iter().filter_map(|incident| incident.error.as_ref());
+        reasons.filter(|error| error.reason == reason).count()
+    };
     let began = Instant::now();
     pair.begin(|request| request.limits = Some(limits)).await.unwrap();
     let full = |progress: &MigrationProgress| {
-        let error = progress.progress.as_ref().and_then(|task| task.error.as_ref());
-        began.elapsed() > timeout * 5 && error.is_some_and(|error| error.reason == "TOO_MANY_MIGRATIONS")
+        let over = progress.state() != MigrationState::Pending;
+        over || (began.elapsed() > timeout * 2 && met(progress, "TOO_MANY_MIGRATIONS") >= 3)
     };
-    assert_eq!(pair.until("refused for longer than that", full).await.state(), MigrationState::Pending);
+    let refused = pair.until("refused for longer than that", full).await;
+    assert_eq!(refused.state(), MigrationState::Pending, "{refused:?}");
+    // A target that is away for a moment has all of the time to come back.
     pair.target_down().await;
+    let away = |progress: &MigrationProgress| met(progress, "UNAVAILABLE") > 0;
+    let away = pair.until("not reached", away).await;
+    assert_eq!(away.state(), MigrationState::Pending, "{away:?}");
     pair.target_limits.incoming_per_peer = 1;
     pair.target_up(2).await;
     pair.reaches(MigrationState::Completed).await;

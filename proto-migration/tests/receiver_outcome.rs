@@ -13,7 +13,10 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use proto_common::error::Error;
+use proto_common::guard::RangeGuard;
 use proto_common::ids::MigrationId;
+use proto_common::slots::SlotRange;
+use proto_common::v1::Direction;
 use proto_migration::Reason;
 use proto_migration::decisions::{Decision, Decisions};
 use proto_migration::limits::Limits;
@@ -268,6 +271,62 @@ async fn a_record_that_cannot_be_read_is_left_alone() {
     assert_eq!(other.reason(), "SLOTS_QUARANTINED");
     assert!(other.get("holder").is_some_and(|holder| holder.contains("m1")), "{other:?}");
     assert_eq!(node.target.disk().records[&id], Bytes::from_static(b"\xff"));
+}
+
+/// As many migrations as a node shows at once, of a slot each, and one more.
+fn one_of_many(number: u16) -> Header {
+    let mut header = Header { migration_id: format!("m{number}"), ..header(1) };
+    header.spec.as_mut().unwrap().slots = Some(SlotRange::new(number, number + 1).unwrap().into());
+    header
+}
+
+#[tokio::test]
+async fn what_cannot_be_shown_is_not_begun_and_what_was_begun_keeps_no_node_from_starting() {
+    const SHOWN: u16 = 1024;
+    let mut limits = Limits::default();
+    (limits.incoming, limits.incoming_per_peer) = (2000, 2000);
+    let node = Node::with(|builder| builder.limits(limits)).await;
+    for number in 0..SHOWN {
+        drop(node.accept(one_of_many(number)).await);
+    }
+    assert_eq!(node.refused(one_of_many(SHOWN)).await.reason(), "LIMIT_EXCEEDED");
+    assert_eq!(node.target.disk().records.len(), usize::from(SHOWN));
+    assert_eq!(node.target.calls("begin"), usize::from(SHOWN));
+
+    // One more than that, as a node of an earlier version may have left it.
+    let id = MigrationId::new(format!("m{SHOWN}")).unwrap();
+    let elsewhere = Node::start().await;
+    drop(elsewhere.accept(one_of_many(SHOWN)).await);
+    {
+        let (mut disk, mut other) = (node.target.disk(), elsewhere.target.disk());
+        disk.records.insert(id.clone(), other.records.remove(&id).unwrap());
+        disk.staged.insert(id.clone(), other.staged.remove(&id).unwrap());
+        disk.slots.insert(id.clone(), other.slots[&id]);
+    }
+    let guard = RangeGuard::new();
+    let shared = guard.clone();
+    let node = Node::over(node.target.crash(), node.dir, |builder| builder.guard(shared)).await;
+    let migrations = node.receiver.migrations();
+    assert_eq!(migrations.active(Some(Direction::In)).len(), usize::from(SHOWN) + 1);
+    assert_eq!(migrations.get(None, &id).unwrap().state(), MigrationState::Receiving);
+    let busy = guard.try_acquire(SlotRange::new(SHOWN, SHOWN + 1).unwrap(), "transfer t1").unwrap_err();
+    assert!(busy.get("holder").is_some_and(|holder| holder.contains(id.as_str())), "{busy:?}");
+    let (_, accepted) = node.accept(Header { attempt: 2, ..one_of_many(SHOWN) }).await;
+    assert!(accepted.known);
+}
+
+#[tokio::test]
+async fn a_migration_that_could_not_begin_is_over() {
+    let node = Node::start().await;
+    node.target.fault("begin", Fault::Fail(Reason::StorageFailed.error("the disk is full")));
+    assert_eq!(node.refused(header(1)).await.reason(), "STORAGE_FAILED");
+    let failed = node.progress();
+    assert_eq!(failed.state(), MigrationState::Failed);
+    assert_eq!(failed.progress.unwrap().error.unwrap().reason, "STORAGE_FAILED");
+    assert!(node.target.disk().records.is_empty());
+    let (_, accepted) = node.accept(header(2)).await;
+    assert!(!accepted.known);
+    assert_eq!(node.progress().state(), MigrationState::Receiving);
 }
 
 #[tokio::test]

@@ -30,6 +30,10 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         self.change().connected = false;
         let before = self.shown().attempt;
         let attempt = before.checked_add(1).ok_or_else(no_attempt_left)?;
+        if std::mem::take(&mut self.no_place) {
+            // It was there. From now on and not from that answer: a pause that is longer than the timeout may lie between.
+            self.began = Instant::now();
+        }
         // A node that swallows what is sent must not keep a migration pending for longer than the caller said.
         let patience = match self.state() {
             MigrationState::Pending => self.limits.accept_timeout.saturating_sub(self.began.elapsed()),

@@ -217,7 +217,9 @@ impl<S: MigrationSource, D: Dial> Inner<S, D> {
             || given_away(progress);
         let hold = if closed { Some(self.source.hold(spec.slots, HoldMode::All).await?) } else { None };
         let claim = record.claim_epoch;
-        let mut task = self.task(id, spec, limits, record, hold, range)?;
+        let tracker = self.migrations.readopt(progress.clone())?;
+        let mut task = self.task(id, spec, limits, record, tracker);
+        (task.hold, task.range) = (hold, range);
         let taking_back = claim > 0 && state != MigrationState::Cancelled;
         // Where clients are held still, it lasts.
         if !closed && !taking_back {
@@ -227,6 +229,7 @@ impl<S: MigrationSource, D: Dial> Inner<S, D> {
             // An operator took the slots back, and the crash came before that was recorded.
             self.source.keep(&task.id, task.spec.slots, Some(claim)).await?;
             task.taken_back(claim);
+            // Saved by the task, which gives the range back then.
             task.change().enter(MigrationState::Cancelled);
             task.change().set_gate(MigrationGate::Open);
             task.open_gate();

@@ -76,8 +76,10 @@ pub(super) struct Task<S: MigrationSource, D: Dial> {
     /// No freeze before this.
     pub(super) freeze_after: Instant,
     pub(super) freeze_backoff: BackoffState,
-    /// When this process began to dial, for `accept_timeout_ms`.
+    /// When this process began to dial, or found the target there and full for the last time: for `accept_timeout_ms`.
     pub(super) began: Instant,
+    /// The target's last word, in PENDING, was that it has no free place.
+    pub(super) no_place: bool,
 }
 
 /// Longest pause between two questions for the outcome, while reads and writes are held for it.
@@ -102,6 +104,13 @@ pub(super) fn another_node(error: &Error) -> bool {
 impl<S: MigrationSource, D: Dial> Task<S, D> {
     /// Runs until the migration has ended and the target knows, or the node stops.
     pub(super) async fn run(mut self) {
+        if self.state().is_final() && self.range.is_some() {
+            // Ended by what an earlier process had begun. Others may move the slots once that is saved, whether the target is there or not.
+            if self.save().await.is_err() {
+                return;
+            }
+            self.range = None;
+        }
         loop {
             let ended = match self.state() {
                 _ if given_away(self.shown()) => self.give_away().await.and(Err(Halt::Changed)),
@@ -265,7 +274,14 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         let progress = self.change();
         progress.set_decision(MigrationDecision::Committed);
         progress.slot_epoch = handover.slot_epoch;
-        progress.task().error = None;
+        let all_is_there = progress.resolved_reason.is_none();
+        let task = progress.task();
+        task.error = None;
+        if all_is_there {
+            // An operator may give away what was copied in part.
+            (task.items_total, task.bytes_total) = (Some(task.items_done), Some(task.bytes_done));
+            task.total_is_estimate = false;
+        }
         self.nothing_is_left();
         self.record.untold = true;
         self.enter(MigrationState::Completed, MigrationGate::Moved).await
@@ -430,7 +446,8 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
             }
         }
         // A target that has no place is there, and has one later.
-        let unanswered = state == MigrationState::Pending && reason != Some(Reason::TooManyMigrations);
+        self.no_place = state == MigrationState::Pending && reason == Some(Reason::TooManyMigrations);
+        let unanswered = state == MigrationState::Pending && !self.no_place;
         let done = match reason {
             // Where nothing was accepted, another migration has this ID there, and no operator can decide about it here. Nor can one about an end.
             Some(Reason::Superseded) if known && !state.is_final() => self.needs_operator(&error).await,

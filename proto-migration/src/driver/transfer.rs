@@ -275,12 +275,14 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
             (task.items_done, task.bytes_done) = (ack.staged_keys, ack.staged_bytes);
         }
         task.throttled_ms = before.throttled_ms + sent.throttled_ms;
-        // Estimates are never lower than what is there.
-        task.items_total = task.items_total.map(|total| total.max(task.items_done));
-        task.bytes_total = task.bytes_total.map(|total| total.max(task.bytes_done));
         if copying {
+            // Estimates are never lower than what is there.
+            task.items_total = task.items_total.map(|total| total.max(task.items_done));
+            task.bytes_total = task.bytes_total.map(|total| total.max(task.bytes_done));
             self.meter.measure(now.into_std(), task);
         } else {
+            // All is there. It changes with what clients write, up to the end.
+            (task.items_total, task.bytes_total) = (Some(task.items_done), Some(task.bytes_done));
             (task.bytes_per_second, task.eta_ms) = (None, None);
         }
     }

@@ -17,6 +17,7 @@ use super::recovery::damaged;
 use super::session::Answers;
 use crate::Reason;
 use crate::failpoint::reached;
+use crate::progress::kept;
 use crate::service::shutting_down;
 use crate::spec::MigrationSpec;
 use crate::target::{MigrationTarget, Offer, Staged};
@@ -222,14 +223,20 @@ impl<T: MigrationTarget> Inner<T> {
         record.enter(MigrationState::Receiving);
         self.introduce(&mut record, header);
         begin_copy(&mut record, header);
+        // First: what began without being shown would be nobody's until the next start.
+        let tracker = self.migrations.insert(record.progress.clone())?;
         let mut incoming = Incoming::new(record.clone(), Staged::default());
         let begun = self.begin(slot, &mut incoming, record).await;
         if let Err(error) = &begun
             && !incoming.doubt
         {
+            tracker.finish(|shown| {
+                shown.task().error = Some(kept(error));
+                shown.enter(MigrationState::Failed);
+            });
             return Err(error.clone());
         }
-        incoming.tracker = Some(self.migrations.insert(incoming.record.progress.clone())?);
+        incoming.tracker = Some(tracker);
         (incoming.place, incoming.range) = (Some(place), Some(range));
         if let Err(error) = begun {
             // It may have begun after all.

@@ -69,6 +69,8 @@ pub struct Faults {
     pub slow_reads: Duration,
     /// Whoever is admitted waits for a permit, with what the store says decided.
     pub slow_admit: Option<Arc<Semaphore>>,
+    /// So many keys and bytes are estimated, whatever there is.
+    pub estimate: Option<(u64, u64)>,
     /// Nothing is given up.
     pub full_disk: bool,
     /// The store panics when it is told who owns the slots now, and counts that.
@@ -307,8 +309,11 @@ impl MigrationSource for MemorySource {
                 fence.check(state.fence, &spec.source_shard)?;
             }
             let rows = state.rows.keys().filter(|key| spec.slots.contains(slot_of(key)));
-            let estimated_keys = Some(rows.count() as u64);
-            let terms = SourceTerms { slot_epoch: state.epoch, estimated_keys, estimated_bytes: None };
+            let (estimated_keys, estimated_bytes) = match state.faults.estimate {
+                Some((keys, bytes)) => (Some(keys), Some(bytes)),
+                None => (Some(rows.count() as u64), None),
+            };
+            let terms = SourceTerms { slot_epoch: state.epoch, estimated_keys, estimated_bytes };
             (terms, state.faults.slow_admit.clone())
         };
         if let Some(gate) = gate {
