@@ -73,7 +73,7 @@ pub struct FileStoreOptions {
     /// more is refused when it begins ([`StoreError::TooManyInstalled`]), so those that are staged then may still come on top. Default: 16384, which take
     /// 256 MiB beside their manifests and files.
     pub installed_per_peer: usize,
-    /// Memory for what is known of installed files so that they can be reused, in bytes, by estimate: about 360 for each. Where it is full, files of the
+    /// Memory for what is known of installed files so that they can be reused, in bytes, by estimate: about 360 for each, and 768 for each snapshot. Where it is full, files of the
     /// oldest snapshots of the node that has most of it are sent again rather than reused. Default: 256 MiB, as much as 700,000 files take.
     pub reuse_index_bytes: u64,
     /// Whether bytes of installed files may be copied instead of sent again. The store's owner then declares that it does not

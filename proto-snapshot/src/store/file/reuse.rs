@@ -43,25 +43,27 @@ impl Inner {
         }
         let _dir = self.dir()?;
         let index = &self.shared.index;
-        for source in index.with_digest(&digest) {
+        let mut last = None;
+        while let Some(source) = index.with_digest(&digest, last.as_ref()) {
             match self.copy_any(number, &source.path(), size)? {
                 Copy::None => {}
-                Copy::Failed => index.correct(source, &digest, None),
+                Copy::Failed => index.correct(&source, &digest, None),
                 Copy::Done(copied) if copied.blake3 == digest => {
                     self.move_in(number, size)?;
                     return Ok(Some(copied.crc));
                 }
                 Copy::Done(copied) => {
                     self.discard_copy(number);
-                    index.correct(source, &digest, Some(copied.blake3));
+                    index.correct(&source, &digest, Some(copied.blake3));
                 }
             }
+            last = Some(source);
         }
         let mut unknown = index.take_unknown(&file.name, size).into_iter();
         while let Some(source) = unknown.next() {
             // The bytes are read to learn the digest; if it is the right one, the file is there with that.
             let Copy::Done(found) = self.copy_any(number, &source.path(), size)? else { continue };
-            index.learn(source, found.blake3);
+            index.learn(&source, found.blake3);
             if found.blake3 == digest {
                 unknown.for_each(|rest| index.put_back(&rest));
                 self.move_in(number, size)?;
