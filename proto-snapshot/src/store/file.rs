@@ -44,11 +44,11 @@ use index::Index;
 use layout::{Area, Layout};
 use record::{Kind, PlanRecord, Shard, ShardRecord};
 use runs::Durable;
-use space::Space;
+use space::{Amount, Space};
 pub use staging::FileStaging;
 use staging::Parts;
 use trash::Trash;
-use write::{FileSpace, dirs_on_disk};
+use write::{FileSpace, needed};
 
 /// Settings of a [`FileSnapshotStore`].
 #[derive(Debug, Clone)]
@@ -59,11 +59,16 @@ pub struct FileStoreOptions {
     /// Bytes of the file system that are never promised to a transfer, so that the node's other files find room.
     /// Default: 64 MiB.
     pub min_free_bytes: u64,
-    /// Bytes of snapshots, staged and installed, that the store may hold. Default: what the file system has.
+    /// Files and directories of the file system that are never promised to a transfer, for the same reason: many file systems have a number of them that
+    /// is settled when they are made, and small files use that up before the bytes. Where there is no such number (Btrfs), nothing is counted. Default: 4096, as many
+    /// as ext4 has for 64 MiB.
+    pub min_free_files: u64,
+    /// Bytes of the disk that the snapshots of the store may take, staged and installed: each file whole blocks of 4 KiB, and one at least, each directory one.
+    /// Default: what the file system has.
     pub capacity_bytes: Option<u64>,
-    /// What the transfers from one source node that are staged may take, announced or there: so much of the room that there would be without them,
-    /// in percent, 1 to 100; other numbers count as the nearest of these. Default 75, so that whatever a node announces, others find a quarter of the
-    /// room. The price: one snapshot that needs more than that is refused ([`StoreError::NoShare`]), also on a disk that nobody else wants; with
+    /// What the transfers from one source node that are staged may take, announced or there: so much of the room that there would be without them, in bytes and
+    /// in files, in percent, 1 to 100; other numbers count as the nearest of these. Default 75, so that whatever a node announces, others find a quarter of the
+    /// room. The price: one snapshot that needs more than that is refused ([`StoreError::NoShare`], [`StoreError::NoShareOfFiles`]), also on a disk that nobody else wants; with
     /// 100 it is taken, and one node can take all. What is installed counts for nobody.
     pub percent_per_peer: u8,
     /// Shards that the transfers from one source node may have named with a fence while nothing of them is installed: each is remembered for
@@ -96,6 +101,7 @@ impl Default for FileStoreOptions {
         Self {
             history_limit: 1000,
             min_free_bytes: 64 << 20,
+            min_free_files: 4096,
             capacity_bytes: None,
             percent_per_peer: 75,
             shards_per_peer: 4096,
@@ -207,8 +213,9 @@ impl FileSnapshotStore {
         for dir in layout.directories() {
             install::make_dir(&dir).map_err(failed)?;
         }
+        let min_free = Amount { bytes: options.min_free_bytes, files: options.min_free_files };
         let shared = Shared {
-            space: Space::new(dir, options.min_free_bytes, options.capacity_bytes, options.percent_per_peer),
+            space: Space::new(dir, min_free, options.capacity_bytes, options.percent_per_peer),
             handles: Handles::new(options.max_open_files),
             index: Index::new(options.reuse_index_bytes),
             history: History::new(layout.history(), options.history_limit),
@@ -324,7 +331,7 @@ impl SnapshotStore for FileSnapshotStore {
         let (shared, plan) = (Arc::clone(&self.shared), plan.clone());
         blocking("make a staging area", move || {
             let result = shared.stage(plan);
-            result.map_err(|error| shared.space.explain(error, 0))
+            result.map_err(|error| shared.space.explain(error, Amount::default()))
         })
         .await
         .map(Arc::new)
@@ -357,10 +364,9 @@ impl Shared {
             return Err(StoreError::TooManyInstalled { peer: peer.clone(), limit });
         }
         let space: Vec<FileSpace> = plan.manifest.files().iter().map(FileSpace::new).collect();
-        let sizes = plan.manifest.files().iter().filter_map(|file| file.size);
-        let bytes = sizes.fold(0, u64::saturating_add);
-        let on_disk = FileSpace::sum(&space).saturating_add(dirs_on_disk(plan.manifest.directories().count));
-        let reservation = self.space.reserve(&plan.spec.source_node, bytes, on_disk)?;
+        let sizes = plan.manifest.files().iter().map(|file| file.size.unwrap_or(0));
+        let amount = needed(sizes, plan.manifest.directories().count);
+        let reservation = self.space.reserve(&plan.spec.source_node, amount)?;
         // Only one of two calls for an ID goes on.
         if !lock(&self.live).insert(id.clone()) {
             return Err(StoreError::invalid(ACTION, "there is one of this ID"));

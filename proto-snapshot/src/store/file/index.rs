@@ -11,6 +11,7 @@ use proto_common::path::FileName;
 use crate::spec::{FileTotal, Manifest, TransferPlan};
 
 use super::lock;
+use super::write::needed;
 
 type Key = (ShardId, TransferId);
 
@@ -70,6 +71,7 @@ struct Maps {
 /// One installed snapshot.
 #[derive(Debug)]
 struct Counted {
+    /// What it takes of the disk.
     bytes: u64,
     /// `None` where its files could not be found from the start.
     number: Option<u64>,
@@ -200,7 +202,8 @@ impl Index {
         Self { limit, maps: Mutex::default() }
     }
 
-    /// Adds the snapshot in `dir`; with `files`, they can be found, as far as there is room for that. `None` if it is there already, else its bytes.
+    /// Adds the snapshot in `dir`; with `files`, they can be found, as far as there is room for that. `None` if it is there already, else
+    /// what it takes of the disk, in bytes.
     pub(super) fn add(
         &self,
         plan: &TransferPlan,
@@ -213,7 +216,8 @@ impl Index {
         if maps.snapshots.contains_key(&key) {
             return None;
         }
-        let bytes = totals.iter().fold(0_u64, |sum, total| sum.saturating_add(total.size));
+        let dirs = plan.manifest.directories().count;
+        let bytes = needed(totals.iter().map(|total| total.size), dirs).bytes;
         let memory = plan.manifest.file_count().saturating_mul(FILE_BYTES);
         let memory = memory.saturating_add(plan.manifest.name_bytes()).saturating_add(SNAPSHOT_BYTES);
         let mut number = None;
@@ -249,7 +253,7 @@ impl Index {
         Some(bytes)
     }
 
-    /// Forgets a snapshot; returns its bytes if it was there.
+    /// Forgets a snapshot; returns what it takes of the disk if it was there.
     pub(super) fn remove(&self, shard: &ShardId, id: &TransferId) -> Option<u64> {
         let key = (shard.clone(), id.clone());
         let mut maps = lock(&self.maps);
@@ -375,7 +379,7 @@ mod tests {
         check(&index);
         assert_eq!(touched(&index), 0, "there is room");
         for (small, _) in &small {
-            assert_eq!(index.remove(&small.spec.target_shard, &small.spec.transfer_id), Some(1));
+            assert_eq!(index.remove(&small.spec.target_shard, &small.spec.transfer_id), Some(4096));
         }
         assert_eq!(touched(&index), 2000, "one snapshot and one file each");
         check(&index);

@@ -16,6 +16,7 @@ use crate::store::{PlacedSnapshot, StoreError};
 
 use super::layout::MANIFEST_SUFFIX;
 use super::record::{self, Kind, SealedRecord, Shard};
+use super::space::Amount;
 use super::staging::{Gate, Inner};
 use super::{Shared, exists, lock, uncount};
 
@@ -53,7 +54,7 @@ impl Inner {
             .map_err(|error| StoreError::io("seal a snapshot", error))?;
         *lock(&self.totals) = Some(totals.into());
         self.shared.handles.forget_area(self.serial);
-        self.reservation.consume(u64::MAX);
+        self.reservation.consume(Amount::ALL);
         *gate = Gate::Sealed;
         Ok(())
     }

@@ -19,8 +19,9 @@ use super::install::names;
 use super::layout::{Area, MANIFEST_SUFFIX};
 use super::record::{self, ClaimRecord, Kind, PlanRecord, SealedRecord};
 use super::runs::Durable;
+use super::space::Amount;
 use super::staging::{FileStaging, Parts, read_records};
-use super::write::{FileSpace, dirs_on_disk, on_disk};
+use super::write::{FileSpace, dirs_on_disk, needed};
 use super::{Shared, exists, lock, unix_ms};
 
 /// Damaged staging areas that are kept for a look at them, without their files.
@@ -174,16 +175,14 @@ impl Shared {
         let current = self
             .read_shard(&plan.spec.target_shard)
             .is_ok_and(|shard| shard.state.current.as_ref() == Some(id) || shard.previous.contains(id));
-        let (bytes, on_disk, outstanding) = match (current, placed) {
-            (true, _) => (0, 0, 0),
-            (false, placed) => {
-                let (bytes, on_disk, outstanding) = found.promised(&plan);
-                (bytes, on_disk, if placed { 0 } else { outstanding })
-            }
+        let (promised, outstanding) = match (current, placed) {
+            (true, _) => Default::default(),
+            (false, true) => (found.promised(&plan).0, Amount::default()),
+            (false, false) => found.promised(&plan),
         };
         let parts = Parts {
             last_activity: modified_unix_ms(&area.records()),
-            reservation: self.space.adopt(&plan.spec.source_node, bytes, on_disk, outstanding),
+            reservation: self.space.adopt(&plan.spec.source_node, promised, outstanding),
             space: found.space,
             dirs: found.dirs,
             plan,
@@ -400,19 +399,20 @@ impl Found {
         dropped
     }
 
-    /// Bytes of content that are promised, those of the disk that they take, and of these the ones that are still to be written.
-    fn promised(&self, plan: &TransferPlan) -> (u64, u64, u64) {
+    /// What is promised, and what of it is still to be written.
+    fn promised(&self, plan: &TransferPlan) -> (Amount, Amount) {
         let dirs = plan.manifest.directories().count;
         // The tree is one of those found, if there are any, and none of the promised.
         let made = (self.dirs.len() as u64).saturating_sub(1);
-        let outstanding = FileSpace::sum(&self.space).saturating_add(dirs_on_disk(dirs.saturating_sub(made)));
-        let (mut bytes, mut all) = (0_u64, dirs_on_disk(dirs));
-        for (file, space) in plan.manifest.files().iter().zip(&self.space) {
-            let size = file.size.unwrap_or(space.granted());
-            bytes = bytes.saturating_add(size);
-            all = all.saturating_add(on_disk(size));
-        }
-        (bytes, all.max(outstanding), outstanding)
+        let dirs_left = dirs.saturating_sub(made);
+        let files_left = self.sizes.iter().filter(|size| size.is_none()).count() as u64;
+        let outstanding = Amount {
+            bytes: FileSpace::sum(&self.space).saturating_add(dirs_on_disk(dirs_left)),
+            files: files_left.saturating_add(dirs_left),
+        };
+        let sizes = plan.manifest.files().iter().zip(&self.space);
+        let sizes = sizes.map(|(file, space)| file.size.unwrap_or(space.granted()));
+        (needed(sizes, dirs).max(outstanding), outstanding)
     }
 }
 

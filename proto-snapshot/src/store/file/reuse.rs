@@ -14,6 +14,8 @@ use proto_common::checksum::Crc64Hasher;
 use crate::extent::Extent;
 use crate::store::StoreError;
 
+use super::exists;
+use super::space::Amount;
 use super::staging::Inner;
 use super::write::READ_LEN;
 
@@ -111,16 +113,18 @@ impl Inner {
         let mut state = self.lock_state();
         let parent = path.parent().unwrap_or(&self.area.tree);
         self.make_dirs(&mut state, parent)?;
-        std::fs::rename(self.copy_path(number), &path)
-            .map_err(|error| StoreError::io("move a copied file", error))?;
+        let failed = |error| StoreError::io("move a copied file", error);
+        // What an earlier process wrote and never recorded may be there, and is no part of the promise any more.
+        let new = !self.inherited || !exists(&path).map_err(failed)?;
+        std::fs::rename(self.copy_path(number), &path).map_err(failed)?;
         // Whoever has the replaced file open would write to nowhere.
         self.shared.handles.forget(self.serial, number);
         state.dirty_dirs.insert(parent.to_owned());
         state.dirty.add(Extent { file: number, offset: 0, len: size });
         state.lost.retain(|lost| lost.file != number);
-        let remaining = state.space_of(number).map_or(0, |space| space.settle());
+        let bytes = state.space_of(number).map_or(0, |space| space.settle());
         drop(state);
-        self.reservation.consume(remaining);
+        self.reservation.consume(Amount { bytes, files: u64::from(new) });
         Ok(())
     }
 }
