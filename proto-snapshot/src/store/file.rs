@@ -160,6 +160,8 @@ pub(crate) struct Shared {
     live: Mutex<HashSet<TransferId>>,
     /// Those of them whose staging area could not be read or removed: its name, and why.
     blocked: Mutex<HashMap<TransferId, (String, String)>>,
+    /// What was found to be damaged and repaired before anything was read; `recover` tells.
+    repaired: Mutex<Option<String>>,
     serials: AtomicU64,
     /// Shards whose record is known to be durable as it is.
     settled: Mutex<HashSet<ShardId>>,
@@ -194,7 +196,8 @@ impl FileSnapshotStore {
     /// # Errors
     ///
     /// [`StoreError::Io`] of kind `WouldBlock` when, after two seconds of waiting, another process, or another store of this one, uses it;
-    /// [`StoreError::Damaged`] when it was made by a version that this one does not know.
+    /// [`StoreError::Damaged`] when it was made by a version that this one does not know. A file `FORMAT` that names no version is written anew;
+    /// [`recover`](SnapshotStore::recover) tells.
     pub fn open(dir: impl Into<PathBuf>, options: FileStoreOptions) -> Result<Self, StoreError> {
         let failed = |error| StoreError::io("open a store", error);
         let dir = dir.into();
@@ -202,16 +205,16 @@ impl FileSnapshotStore {
         let dir = dir.canonicalize().map_err(failed)?;
         let layout = Layout::new(dir.clone());
         let lock = File::options().read(true).write(true).create(true).truncate(false).open(layout.lock());
-        let lock = lock.map_err(failed)?;
+        let lock = lock.map_err(|error| failed(recover::at("LOCK", &error)))?;
         lock_soon(&lock).map_err(|error| match error {
             TryLockError::WouldBlock => {
                 StoreError::io("lock a store that is in use", io::ErrorKind::WouldBlock.into())
             }
             TryLockError::Error(error) => failed(error),
         })?;
-        recover::check_format(&layout.format())?;
+        let repaired = recover::check_format(&layout.format())?;
         for dir in layout.directories() {
-            install::make_dir(&dir).map_err(failed)?;
+            install::make_dir(&dir).map_err(|error| failed(recover::at(&layout.shown(&dir), &error)))?;
         }
         let min_free = Amount { bytes: options.min_free_bytes, files: options.min_free_files };
         let shared = Shared {
@@ -222,6 +225,7 @@ impl FileSnapshotStore {
             trash: Trash::new(layout.trash()),
             live: Mutex::default(),
             blocked: Mutex::default(),
+            repaired: Mutex::new(repaired),
             serials: AtomicU64::new(0),
             settled: Mutex::default(),
             named: Mutex::default(),

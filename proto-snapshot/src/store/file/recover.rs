@@ -1,8 +1,8 @@
 //! What an earlier process left: read with suspicion. Damage to one file costs what that file says and nothing else.
 
 use std::collections::HashSet;
-use std::fs;
-use std::io;
+use std::fs::{self, File};
+use std::io::{self, Read as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -49,13 +49,13 @@ fn failed(error: io::Error) -> StoreError {
 
 impl Shared {
     pub(super) fn recover(self: &Arc<Self>) -> Result<Recovered<FileStaging>, StoreError> {
-        let mut damage = Vec::new();
+        let mut damage = lock(&self.repaired).take().into_iter().collect::<Vec<_>>();
         let mut staged = Vec::new();
         let root = self.layout.staging_root();
         let mut half = Vec::new();
         // What is found here may be there in memory only: the process that made it may have been killed before it synced that.
-        sync_dir(&root).map_err(failed)?;
-        for name in names(&root).map_err(failed)? {
+        sync_dir(&root).map_err(|error| self.failed_at(&root, &error))?;
+        for name in self.names_in(&root)? {
             if let Some(id) = name.strip_prefix(".new.").or_else(|| name.strip_prefix(".gone.")) {
                 half.push((id.to_owned(), name));
                 continue;
@@ -86,14 +86,14 @@ impl Shared {
                 damage.push(self.block(&id, &name, &error));
             }
         }
-        for name in names(&self.layout.shards_root()).map_err(failed)? {
+        for name in self.names_in(&self.layout.shards_root())? {
             if let Ok(shard) = ShardId::new(&name)
                 && let Err(error) = self.recover_shard(&shard, &mut damage)
             {
                 damage.push(format!("shards/{shard} cannot be used: {}", described(&error)));
             }
         }
-        for name in names(&self.layout.installed_root()).map_err(failed)? {
+        for name in self.names_in(&self.layout.installed_root())? {
             if let Ok(shard) = ShardId::new(&name)
                 && let Err(error) = self.report_unclaimed(&shard, &mut damage)
             {
@@ -106,6 +106,15 @@ impl Shared {
         });
         damage.extend(cut.map(|cut| format!("history: {cut}")));
         Ok(Recovered { staged, finished, damage })
+    }
+
+    fn names_in(&self, dir: &Path) -> Result<Vec<String>, StoreError> {
+        names(dir).map_err(|error| self.failed_at(dir, &error))
+    }
+
+    /// What nothing goes on without, so the log has to say where it is.
+    fn failed_at(&self, path: &Path, error: &io::Error) -> StoreError {
+        failed(at(&self.layout.shown(path), error))
     }
 
     /// Removes what was half made, or half removed with all that belongs to it.
@@ -435,18 +444,47 @@ fn modified_unix_ms(path: &Path) -> u64 {
     since.map_or_else(unix_ms, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
 }
 
-/// Says which layout the directory has, or makes sure that it is ours.
-pub(super) fn check_format(path: &Path) -> Result<(), StoreError> {
-    const FORMAT: &[u8] = b"node snapshot store 1\n";
-    match fs::read(path) {
-        Ok(found) if found == FORMAT => Ok(()),
-        Ok(_) => Err(StoreError::Damaged {
-            file: "FORMAT".to_owned(),
-            what: "does not name a layout that this version knows".to_owned(),
-        }),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            write_atomic(path, FORMAT).map_err(|error| StoreError::io("make a store", error))
+/// `error`, with the path that it is about below the store's directory: for the log, peers get the kind of an error alone.
+pub(super) fn at(path: &str, error: &io::Error) -> io::Error {
+    io::Error::new(error.kind(), format!("{path}: {error}"))
+}
+
+/// Says which layout the directory has, or makes sure that it is ours. Returns what to say about the file if it was damaged; it is whole again then.
+///
+/// # Errors
+///
+/// [`StoreError::Damaged`] if it names another version. A flipped bit can make another digit of ours, too: nobody can tell that from a store that is not to
+/// be touched.
+pub(super) fn check_format(path: &Path) -> Result<Option<String>, StoreError> {
+    const NAME: &[u8] = b"node snapshot store ";
+    const VERSION: &[u8] = b"1";
+    const END: &[u8] = b"\n";
+    /// More than any version has written.
+    const MAX_LEN: u64 = 64;
+    let write = |action| {
+        write_atomic(path, &[NAME, VERSION, END].concat())
+            .map_err(|error| StoreError::io(action, at("FORMAT", &error)))
+    };
+    let mut found = Vec::new();
+    match File::open(path).and_then(|file| file.take(MAX_LEN).read_to_end(&mut found)) {
+        Ok(_) => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return write("make a store").map(|()| None),
+        Err(error) => return Err(StoreError::io("open a store", at("FORMAT", &error))),
+    }
+    let version = found.strip_prefix(NAME).unwrap_or_default();
+    let digits = version.iter().take_while(|byte| byte.is_ascii_digit()).count();
+    match version.split_at(digits) {
+        (VERSION, END) => Ok(None),
+        ([], _) | (VERSION, _) => {
+            write("repair a store")?;
+            Ok(Some("FORMAT did not say what a store writes there; it was written anew".to_owned()))
         }
-        Err(error) => Err(StoreError::io("open a store", error)),
+        (other, _) => Err(StoreError::Damaged {
+            file: "FORMAT".to_owned(),
+            what: format!(
+                "names layout {}, which this version does not know",
+                String::from_utf8_lossy(other)
+            ),
+        }),
     }
 }

@@ -285,6 +285,67 @@ async fn a_store_of_another_layout_is_refused() {
     assert!(matches!(error, StoreError::Damaged { .. }), "{error:?}");
 }
 
+#[tokio::test]
+async fn a_damaged_format_is_told_and_written_anew() {
+    let dir = populated().await;
+    let path = dir.path().join("FORMAT");
+    let right = fs::read(&path).unwrap();
+    let mut variants: Vec<Vec<u8>> = (0..right.len()).map(|len| right[..len].to_vec()).collect();
+    variants.extend([vec![0; right.len()], [&right[..], b"x"].concat(), vec![b'1'; 1 << 20]]);
+    for bit in 0..right.len() * 8 {
+        let mut flipped = right.clone();
+        flipped[bit / 8] ^= 1 << (bit % 8);
+        variants.push(flipped);
+    }
+    let whole = look(dir.path()).await.unwrap();
+    let mut others = 0;
+    for bytes in variants {
+        let shown = String::from_utf8_lossy(&bytes).chars().take(40).collect::<String>();
+        fs::write(&path, &bytes).unwrap();
+        let version = bytes.strip_prefix(b"node snapshot store ").and_then(|rest| rest.first());
+        if version.is_some_and(|digit| digit.is_ascii_digit() && *digit != b'1') {
+            // What a flip has made of our digit is another version as any other is.
+            others += 1;
+            let error = look(dir.path()).await.unwrap_err();
+            assert!(
+                matches!(&error, StoreError::Damaged { file, .. } if file == "FORMAT"),
+                "{shown:?}: {error:?}"
+            );
+            assert_eq!(fs::read(&path).unwrap(), bytes, "it was left as it is");
+            continue;
+        }
+        let seen = look(dir.path()).await.unwrap_or_else(|error| panic!("{shown:?}: {error:?}"));
+        let [damage] = &seen.damage[..] else { panic!("{shown:?}: {:?}", seen.damage) };
+        assert!(damage.contains("FORMAT"), "{shown:?}: {damage}");
+        assert_eq!(fs::read(&path).unwrap(), right, "{shown:?}");
+        assert_eq!(look(dir.path()).await.unwrap(), whole, "{shown:?}");
+    }
+    assert_eq!(others, 4, "0, 3, 5 and 9");
+}
+
+/// What a store cannot do without is named when it cannot be read: without that, nobody knows what to repair.
+#[tokio::test]
+async fn a_start_that_fails_names_what_could_not_be_read() {
+    for name in ["staging", "shards", "installed"] {
+        let dir = tempfile::tempdir_in(fast_dir()).unwrap();
+        drop(open(dir.path()).await);
+        fs::remove_dir(dir.path().join(name)).unwrap();
+        fs::write(dir.path().join(name), "").unwrap();
+        let error = look(dir.path()).await.unwrap_err();
+        let StoreError::Io { source, .. } = &error else { panic!("{error:?}") };
+        assert!(source.to_string().starts_with(&format!("{name}: ")), "{source}");
+        let told = proto_common::error::Error::from(error);
+        assert!(!told.message().contains(name), "peers are told no paths: {told:?}");
+    }
+    let dir = tempfile::tempdir_in(fast_dir()).unwrap();
+    fs::create_dir(dir.path().join("FORMAT")).unwrap();
+    let error = look(dir.path()).await.unwrap_err();
+    assert!(
+        matches!(&error, StoreError::Io { source, .. } if source.to_string().starts_with("FORMAT: ")),
+        "{error:?}"
+    );
+}
+
 /// What a disk that cannot read one sector does to a start: everything else works.
 #[tokio::test]
 async fn what_cannot_be_read_or_removed_is_reported_and_blocks_its_id_only() {
