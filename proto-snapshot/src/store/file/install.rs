@@ -50,7 +50,7 @@ impl Inner {
         if !self.lock_state().lost.is_empty() {
             return Err(StoreError::invalid("seal a snapshot", "bytes may be lost since a sync failed"));
         }
-        record::write_totals(&self.area.sealed(), totals)
+        record::write_totals(&self.area.sealed(), &self.plan.spec.transfer_id, totals)
             .map_err(|error| StoreError::io("seal a snapshot", error))?;
         *lock(&self.totals) = Some(totals.into());
         self.shared.handles.forget_area(self.serial);
@@ -229,7 +229,7 @@ impl Inner {
         let path = self.area.sealed();
         let sealed: Option<SealedRecord> = record::read(&self.shared.layout, &path, Kind::Sealed)?;
         let totals = sealed
-            .map(|sealed| sealed.totals())
+            .and_then(|sealed| sealed.totals(&self.plan.spec.transfer_id))
             .filter(|totals| totals.len() == self.plan.manifest.files().len());
         totals.map(Arc::from).ok_or_else(|| self.damaged(&path, "does not match the manifest"))
     }

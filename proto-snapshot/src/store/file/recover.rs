@@ -159,8 +159,8 @@ impl Shared {
         let claim: Option<ClaimRecord> = record::read(&self.layout, &area.claim(), Kind::Claim)?;
         let claim = match claim {
             None => Claim { attempt: 0, session: [0; 16] },
-            Some(claim) => claim.claim().ok_or_else(|| {
-                Unusable::Damaged(format!("{} has a session of a wrong length", shown(&area.claim())))
+            Some(claim) => claim.claim(id).ok_or_else(|| {
+                Unusable::Damaged(format!("{} is of another transfer", shown(&area.claim())))
             })?,
         };
         let target = self.layout.installed(&plan.spec.target_shard, id);
@@ -220,14 +220,15 @@ impl Shared {
         let problem = match record::read::<SealedRecord>(&self.layout, &path, Kind::Sealed) {
             Ok(None) => None,
             Ok(Some(sealed)) => {
-                let totals = sealed.totals();
-                let complete = totals.len() == plan.manifest.files().len()
-                    && (placed
-                        || totals.iter().zip(&found.sizes).all(|(total, size)| *size == Some(total.size)));
+                let complete = sealed.totals(&plan.spec.transfer_id).is_some_and(|totals| {
+                    let mut files = totals.iter().zip(&found.sizes);
+                    totals.len() == plan.manifest.files().len()
+                        && (placed || files.all(|(total, size)| *size == Some(total.size)))
+                });
                 if complete {
                     return Ok(StagingState::Sealed);
                 }
-                Some(format!("{shown} does not match the files"))
+                Some(format!("{shown} does not match the files, or is of another transfer"))
             }
             Err(StoreError::Damaged { what, .. }) => Some(format!("{shown} {what}")),
             Err(error) => return Err(Unusable::Failed(error)),

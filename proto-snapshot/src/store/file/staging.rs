@@ -210,7 +210,8 @@ impl Staging for FileStaging {
             let _open = inner.alive()?;
             // Held while writing: of two claims, the file keeps the one that memory keeps. Who only asks does not wait for the disk.
             let _one = lock(&inner.claim_file);
-            record::write(&inner.area.claim(), Kind::Claim, &ClaimRecord::from(claim))
+            let record = ClaimRecord::new(&inner.plan.spec.transfer_id, claim);
+            record::write(&inner.area.claim(), Kind::Claim, &record)
                 .map_err(|error| StoreError::io("persist a claim", error))?;
             *lock(&inner.claim) = claim;
             Ok(())

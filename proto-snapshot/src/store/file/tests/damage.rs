@@ -211,6 +211,47 @@ async fn a_shard_whose_record_is_damaged_is_refused_and_loses_nothing() {
     install(&staging, &files()).await;
 }
 
+/// As after a repair by hand, or by a file system that mixed them up.
+#[tokio::test]
+async fn claims_and_seals_of_other_transfers_are_not_believed() {
+    for name in ["claim", "sealed"] {
+        let dir = tempfile::tempdir_in(fast_dir()).unwrap();
+        let (store, _) = open(dir.path()).await;
+        // Of the same sizes, so that nothing but the ID tells the seals apart; an empty snapshot has no totals either.
+        let contents = [
+            vec![("f".to_owned(), content(1, 500))],
+            vec![("f".to_owned(), content(2, 500))],
+            vec![],
+            vec![],
+        ];
+        for (number, files) in (1..).zip(&contents) {
+            let staging = store.stage(&plan(&format!("t{number}"), 2, files)).await.unwrap();
+            staging.set_claim(Claim { attempt: number, session: [7; 16] }).await.unwrap();
+            fill(&staging, files).await;
+            staging.seal(&totals(files)).await.unwrap();
+        }
+        drop(store);
+        let path = |id: &str| dir.path().join("staging").join(id).join(name);
+        for (one, other) in [("t1", "t2"), ("t3", "t4")] {
+            let between = dir.path().join("between");
+            fs::rename(path(one), &between).unwrap();
+            fs::rename(path(other), path(one)).unwrap();
+            fs::rename(&between, path(other)).unwrap();
+        }
+        let (_store, recovered) = open(dir.path()).await;
+        for id in ["t1", "t2", "t3", "t4"] {
+            let file = format!("staging/{id}/{name}");
+            assert!(recovered.damage.iter().any(|damage| damage.contains(&file)), "{:?}", recovered.damage);
+            let staged =
+                recovered.staged.iter().find(|staging| staging.plan().spec.transfer_id.as_str() == id);
+            // Without a seal, the sender is asked for it again; without a claim, for all.
+            let state = staged.map(|staged| staged.state());
+            assert_eq!(state, (name == "sealed").then_some(StagingState::Open), "{id}");
+        }
+        assert_eq!(recovered.damage.len(), 4, "{:?}", recovered.damage);
+    }
+}
+
 #[tokio::test]
 async fn records_of_bytes_that_are_gone_are_dropped() {
     let dir = populated().await;
