@@ -2,7 +2,6 @@
 //! their steps is repaired by doing all of them again.
 
 use std::collections::HashSet;
-use std::fs::OpenOptions;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -18,6 +17,7 @@ use super::layout::MANIFEST_SUFFIX;
 use super::record::{self, Kind, SealedRecord, Shard};
 use super::space::Amount;
 use super::staging::{Gate, Inner};
+use super::write::no_link;
 use super::{Shared, exists, lock, uncount};
 
 impl Inner {
@@ -79,7 +79,7 @@ impl Inner {
         }
         if len > total.size {
             // Written before a crash and never recorded: not part of what was agreed on.
-            let file = OpenOptions::new().write(true).open(&path);
+            let file = no_link().write(true).open(&path);
             file.and_then(|file| file.set_len(total.size))
                 .map_err(|error| StoreError::io("seal a snapshot", error))?;
             self.lock_state().dirty.add(Extent { file: number, offset: 0, len: 0 });

@@ -21,7 +21,7 @@ use super::record::{self, ClaimRecord, Kind, PlanRecord, SealedRecord};
 use super::runs::Durable;
 use super::space::Amount;
 use super::staging::{FileStaging, Parts, read_records};
-use super::write::{FileSpace, dirs_on_disk, needed};
+use super::write::{FileSpace, dirs_on_disk, needed, no_link_at};
 use super::{Shared, exists, lock, unix_ms};
 
 /// Damaged staging areas that are kept for a look at them, without their files.
@@ -120,6 +120,7 @@ impl Shared {
     /// Removes what was half made, or half removed with all that belongs to it.
     fn finish_removal(&self, name: &str) -> Result<(), StoreError> {
         let dir = self.layout.staging_root().join(name);
+        no_link_at(&dir).map_err(failed)?;
         // Files of the store's layout, so those of a snapshot cannot be mistaken for it. Once it is deleted, the rest was.
         let meta = record::read::<PlanRecord>(&self.layout, &Area::new(dir.clone()).meta(), Kind::Meta);
         if name.starts_with(".gone.")
@@ -151,6 +152,12 @@ impl Shared {
     ) -> Result<FileStaging, Unusable> {
         let area = Area::new(self.layout.staging(id));
         let shown = |path: &Path| self.layout.shown(path);
+        // What is found to be damaged is deleted, and the log of records is cut: never where a link leads.
+        no_link_at(&area.dir).map_err(failed)?;
+        if is_link(&area.records()).map_err(failed)? {
+            let error = io::Error::other(format!("{} is a link", shown(&area.records())));
+            return Err(Unusable::Failed(failed(error)));
+        }
         let meta: Option<PlanRecord> = record::read(&self.layout, &area.meta(), Kind::Meta)?;
         let plan = meta.and_then(PlanRecord::decode_plan).map(|(plan, _)| plan);
         let plan = plan.filter(|plan| plan.spec.transfer_id == *id);
@@ -248,6 +255,7 @@ impl Shared {
     /// Sets the records of a staging area aside and deletes its files, which are nothing without them.
     fn quarantine(&self, id: &TransferId) -> io::Result<()> {
         let area = Area::new(self.layout.staging(id));
+        no_link_at(&area.dir)?;
         self.trash.take(&area.tree)?;
         self.trash.take(&area.reuse())?;
         let dir = self.layout.quarantine();
@@ -423,6 +431,14 @@ impl Found {
         let sizes = plan.manifest.files().iter().zip(&self.space);
         let sizes = sizes.map(|(file, space)| file.size.unwrap_or(space.granted()));
         (needed(sizes, dirs).max(outstanding), outstanding)
+    }
+}
+
+fn is_link(path: &Path) -> io::Result<bool> {
+    match fs::symlink_metadata(path) {
+        Ok(found) => Ok(found.is_symlink()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
     }
 }
 

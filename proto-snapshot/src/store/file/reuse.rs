@@ -5,7 +5,7 @@
 //! its checksums; elsewhere it is a loop of reads and writes rather than `copy_file_range`, because every byte has to be
 //! seen for the checksums anyhow.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Read as _, Write as _};
 use std::path::{Path, PathBuf};
 
@@ -17,7 +17,7 @@ use crate::store::StoreError;
 use super::exists;
 use super::space::Amount;
 use super::staging::Inner;
-use super::write::READ_LEN;
+use super::write::{READ_LEN, no_link, no_link_at};
 
 struct Copied {
     len: u64,
@@ -85,8 +85,8 @@ impl Inner {
         let failed = |error| StoreError::io("copy an installed file", error);
         let dir = self.area.reuse();
         match std::fs::create_dir(&dir) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(failed(error)),
-            _ => {}
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => no_link_at(&dir).map_err(failed)?,
+            made => made.map_err(failed)?,
         }
         let path = self.copy_path(number);
         match copy(&mut from, &path, size) {
@@ -131,7 +131,7 @@ impl Inner {
 
 /// Copies `from` to a new file at `path`, at most `size` bytes. `None` if `from` cannot be read.
 fn copy(from: &mut File, path: &Path, size: u64) -> io::Result<Option<Copied>> {
-    let mut to = OpenOptions::new().read(true).write(true).create(true).truncate(true).open(path)?;
+    let mut to = no_link().read(true).write(true).create(true).truncate(true).open(path)?;
     let cloned = clone(&to, from);
     let mut blake3 = blake3::Hasher::new();
     let mut crc = Crc64Hasher::new();

@@ -81,7 +81,7 @@ impl Inner {
     fn open_dir(&self, below: &str) -> Result<OwnedFd, StoreError> {
         let path = self.area.tree.join(below);
         self.make_dirs(&mut self.lock_state(), &path)?;
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         rustix::fs::open(&path, flags, Mode::empty())
             .map_err(|error| StoreError::io("open a directory", io::Error::from(error)))
     }

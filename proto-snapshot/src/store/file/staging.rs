@@ -19,7 +19,7 @@ use super::record::{self, ClaimRecord, Kind, decode_extents, encode_extents};
 use super::runs::Durable;
 use super::space::Reservation;
 use super::sync::Dirty;
-use super::write::FileSpace;
+use super::write::{FileSpace, no_link};
 use super::{Shared, blocking, lock, unix_ms};
 
 /// The staging area of a [`FileSnapshotStore`](super::FileSnapshotStore).
@@ -405,8 +405,10 @@ impl Inner {
         if let Some(dir) = &*dir {
             return Ok(Arc::clone(dir));
         }
-        let opened =
-            File::open(&self.area.dir).map_err(|error| StoreError::io("open a staging area", error))?;
+        let opened = no_link()
+            .read(true)
+            .open(&self.area.dir)
+            .map_err(|error| StoreError::io("open a staging area", error))?;
         Ok(Arc::clone(dir.insert(Arc::new(opened))))
     }
 

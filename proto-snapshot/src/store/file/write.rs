@@ -3,12 +3,13 @@
 use std::collections::HashSet;
 use std::fs::{File, OpenOptions};
 use std::io::{self, IoSlice};
-use std::os::unix::fs::FileExt as _;
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use proto_common::bulk::Payload;
 use proto_common::checksum::Crc64Hasher;
+use rustix::fs::OFlags;
 
 use crate::extent::Extent;
 use crate::memory::in_memory;
@@ -176,7 +177,7 @@ impl Inner {
             None => {
                 // Whoever made it may not have come to marking its directory.
                 mark(&mut state.dirty_dirs, path.parent().unwrap_or(&self.area.tree));
-                let opened = OpenOptions::new().read(true).write(true).open(&path);
+                let opened = no_link().read(true).write(true).open(&path);
                 opened.map_err(|error| StoreError::io("open a staged file", error))?
             }
         };
@@ -213,7 +214,9 @@ impl Inner {
             // The tree itself is part of no promise.
             Ok(()) if dir == self.area.tree => {}
             Ok(()) => self.reservation.consume(Amount { bytes: dirs_on_disk(1), files: 1 }),
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                no_link_at(dir).map_err(|error| StoreError::io("make a directory", error))?;
+            }
             Err(error) => return Err(StoreError::io("make a directory", error)),
         }
         // Marked before anything can be put into it. The area itself holds the tree.
@@ -247,7 +250,7 @@ impl Inner {
         let path = self.path(extent.file)?;
         let handle = match self.shared.handles.get(self.serial, extent.file) {
             Some(handle) => handle,
-            None => match File::open(&path) {
+            None => match no_link().read(true).open(&path) {
                 Ok(handle) => Arc::new(handle),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {
                     return Err(self.damaged(&path, "is missing"));
@@ -297,6 +300,22 @@ impl FileSpace {
         self.remaining -= used;
         used
     }
+}
+
+/// How a file of the store's own is opened that is there: nothing that a link in its place leads to is. Links in the place of directories are found by
+/// [`no_link_at`].
+pub(super) fn no_link() -> OpenOptions {
+    let mut options = OpenOptions::new();
+    options.custom_flags(OFlags::NOFOLLOW.bits().cast_signed());
+    options
+}
+
+/// Refuses what lies at `dir` unless it is a directory itself: through a link, the store would write and delete wherever that leads.
+pub(super) fn no_link_at(dir: &Path) -> io::Result<()> {
+    if std::fs::symlink_metadata(dir)?.is_dir() {
+        return Ok(());
+    }
+    Err(io::Error::other("something else than a directory lies in the place of one, perhaps a link"))
 }
 
 fn mark(dirs: &mut HashSet<PathBuf>, dir: &Path) {

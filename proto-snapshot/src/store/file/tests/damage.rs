@@ -484,6 +484,106 @@ async fn nothing_is_written_through_a_link_that_lies_in_the_place_of_a_file_or_d
     }
 }
 
+/// Nothing is deleted through a link either: what is damaged is, so one in the place of a staging area would do for whatever it leads to.
+#[tokio::test]
+async fn nothing_is_deleted_through_a_link_that_lies_in_the_place_of_a_staging_area() {
+    use std::os::unix::fs::symlink;
+    for (name, damaged) in [("x", true), ("x", false), (".gone.x", false), (".new.x", true)] {
+        let dir = tempfile::tempdir_in(fast_dir()).unwrap();
+        let outside = tempfile::tempdir_in(fast_dir()).unwrap();
+        let (store, _) = open(dir.path()).await;
+        let staging = store.stage(&plan("x", 2, &files())).await.unwrap();
+        let (one, record) = chunk(&files(), 0, 0, 2000);
+        staging.write(vec![one]).await.unwrap();
+        staging.sync(vec![record]).await.unwrap();
+        drop((staging, store));
+        copy_tree(&dir.path().join("staging/x"), outside.path());
+        fs::remove_dir_all(dir.path().join("staging/x")).unwrap();
+        fs::create_dir_all(outside.path().join("reuse")).unwrap();
+        fs::write(outside.path().join("tree/precious"), b"precious").unwrap();
+        fs::write(outside.path().join("reuse/precious"), b"precious").unwrap();
+        if damaged {
+            fs::remove_file(outside.path().join("meta")).unwrap();
+        }
+        let link = dir.path().join("staging").join(name);
+        symlink(outside.path(), &link).unwrap();
+        let before = tree(outside.path());
+        let (store, recovered) = open(dir.path()).await;
+        assert!(recovered.staged.is_empty());
+        let told = format!("staging/{name} cannot be used");
+        assert!(recovered.damage.iter().any(|what| what.contains(&told)), "{:?}", recovered.damage);
+        assert!(matches!(store.stage(&plan("x", 2, &files())).await, Err(StoreError::Damaged { .. })));
+        assert_eq!(tree(outside.path()), before, "{name}");
+        assert!(fs::symlink_metadata(&link).unwrap().is_symlink(), "it was left as it is");
+    }
+}
+
+/// The log of records is cut where it is damaged.
+#[tokio::test]
+async fn a_link_in_the_place_of_the_records_is_not_followed() {
+    let dir = populated().await;
+    let outside = tempfile::NamedTempFile::new_in(fast_dir()).unwrap();
+    fs::write(outside.path(), b"precious").unwrap();
+    let records = dir.path().join("staging/open/records");
+    fs::remove_file(&records).unwrap();
+    std::os::unix::fs::symlink(outside.path(), &records).unwrap();
+    let (_store, recovered) = open(dir.path()).await;
+    let told =
+        |what: &String| what.contains("staging/open cannot be used") && what.contains("staging/open/records");
+    assert!(recovered.damage.iter().any(told), "{:?}", recovered.damage);
+    assert_eq!(recovered.staged.len(), 1, "the other one");
+    assert_eq!(fs::read(outside.path()).unwrap(), b"precious");
+}
+
+/// As above, but the links come while the store is in use.
+#[tokio::test]
+async fn links_that_appear_while_a_transfer_runs_are_not_followed() {
+    use std::os::unix::fs::symlink;
+    let dir = tempfile::tempdir_in(fast_dir()).unwrap();
+    let outside = tempfile::tempdir_in(fast_dir()).unwrap();
+    for name in ["b", "0", "1", "2"] {
+        fs::write(outside.path().join(name), b"precious").unwrap();
+    }
+    let before = tree(outside.path());
+    let (store, _) = open(dir.path()).await;
+    let files: Files = vec![
+        ("a/b".to_owned(), content(1, 5000)),
+        ("c".to_owned(), content(2, 3000)),
+        ("empty".to_owned(), Vec::new()),
+    ];
+    let base = store.stage(&plan_with_digests("base", 1, &files)).await.unwrap();
+    fill(&base, &files).await;
+    install(&base, &files).await;
+    let staging = store.stage(&plan_with_digests("t", 2, &files)).await.unwrap();
+    let area = dir.path().join("staging/t");
+    fs::create_dir(area.join("tree")).unwrap();
+    symlink(outside.path(), area.join("tree/a")).unwrap();
+    symlink(outside.path().join("b"), area.join("tree/c")).unwrap();
+    symlink(outside.path().join("b"), area.join("tree/empty")).unwrap();
+    symlink(outside.path(), area.join("reuse")).unwrap();
+    // In the place of a directory, and of a file; of what comes whole, and in part; of a copy.
+    for (file, len) in [(0, 5000), (0, 2000), (1, 3000), (1, 2000)] {
+        let error = staging.write(vec![chunk(&files, file, 0, len).0]).await.unwrap_err();
+        assert!(matches!(error, StoreError::Io { .. }), "{error:?}");
+        assert_eq!(tree(outside.path()), before, "{file}, {len}");
+    }
+    staging.checksum(crate::extent::Extent { file: 1, offset: 0, len: 8 }).await.unwrap_err();
+    for file in [0, 1] {
+        staging.reuse(file).await.unwrap_err();
+        assert_eq!(tree(outside.path()), before, "{file}");
+    }
+    // A file that is too long is cut when it is sealed.
+    fs::remove_file(area.join("tree/a")).unwrap();
+    fs::remove_file(area.join("tree/c")).unwrap();
+    fill(&staging, &files).await;
+    staging.seal(&totals(&files)).await.unwrap_err();
+    assert_eq!(tree(outside.path()), before);
+    fs::remove_file(area.join("tree/empty")).unwrap();
+    install(&staging, &files).await;
+    assert_eq!(current(&store).await.unwrap().1, as_tree(&files));
+    assert_eq!(tree(outside.path()), before);
+}
+
 #[cfg(target_os = "linux")]
 #[tokio::test]
 async fn a_record_that_is_no_file_keeps_nobody_waiting() {
