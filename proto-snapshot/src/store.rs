@@ -102,8 +102,8 @@ pub enum StoreError {
         /// What is wrong with it.
         what: String,
     },
-    /// What is recorded of a shard is not what was written: which snapshot of it is current, nobody knows. No snapshot of it is taken until the record is
-    /// repaired or removed.
+    /// What is recorded of a shard is not what was written, or gone: which snapshot of it is current, nobody knows. No snapshot of it is taken until the record is
+    /// repaired, or all that is recorded of the shard is removed.
     #[error("{file} is damaged: it {what}; nothing else tells of shard {shard}")]
     ShardDamaged {
         /// The shard.

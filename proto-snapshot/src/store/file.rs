@@ -41,7 +41,7 @@ use crate::spec::{FileTotal, TransferPlan};
 use super::{Claim, PlacedSnapshot, Recovered, ShardState, SnapshotStore, StagingState, StoreError};
 use handles::Handles;
 use index::Index;
-use layout::{Area, Layout};
+use layout::{Area, Layout, MANIFEST_SUFFIX};
 use record::{Kind, PlanRecord, Shard, ShardRecord};
 use runs::Durable;
 use space::{Amount, Space};
@@ -445,13 +445,31 @@ impl Shared {
         let damaged = |file, what| StoreError::ShardDamaged { shard: shard.clone(), file, what };
         let found = record::read::<ShardRecord>(&self.layout, &path, Kind::Shard);
         match found {
-            Ok(None) => Ok(Shard::default()),
+            Ok(None) => match self.unclaimed(shard)?.next() {
+                None => Ok(Shard::default()),
+                // As a new shard it would take an older snapshot, and a lower fence.
+                Some(id) => {
+                    let beside = self.layout.shown(&self.layout.manifest(shard, &id));
+                    let what = format!("is missing, although {beside} tells that a snapshot is installed");
+                    Err(damaged(self.layout.shown(&path), what))
+                }
+            },
             Ok(Some(found)) => found.shard(shard.as_str()).ok_or_else(|| {
                 damaged(self.layout.shown(&path), "is the record of another shard".to_owned())
             }),
             Err(StoreError::Damaged { file, what }) => Err(damaged(file, what)),
             Err(error) => Err(error),
         }
+    }
+
+    /// Transfers to `shard` that ended after they were put in place, by their manifests. Without a `CURRENT` there can be none: they become current, or nothing of
+    /// them is left.
+    fn unclaimed(&self, shard: &ShardId) -> Result<impl Iterator<Item = TransferId>, StoreError> {
+        let names = install::names(&self.layout.shard(shard))
+            .map_err(|error| StoreError::io("read the record of a shard", error))?;
+        let ids =
+            names.into_iter().filter_map(|name| TransferId::new(name.strip_suffix(MANIFEST_SUFFIX)?).ok());
+        Ok(ids.filter(|id| !lock(&self.live).contains(id)))
     }
 
     /// The caller holds the shard's lock.

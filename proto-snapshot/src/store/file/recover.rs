@@ -53,6 +53,8 @@ impl Shared {
         let mut staged = Vec::new();
         let root = self.layout.staging_root();
         let mut half = Vec::new();
+        // Those that end here: what is left of them tells nothing of their shards.
+        let mut ended = HashSet::new();
         // What is found here may be there in memory only: the process that made it may have been killed before it synced that.
         sync_dir(&root).map_err(|error| self.failed_at(&root, &error))?;
         for name in self.names_in(&root)? {
@@ -72,7 +74,10 @@ impl Shared {
                 // The disk may answer tomorrow, so it is not thrown away.
                 Err(Unusable::Failed(error)) => damage.push(self.block(&name, &name, &error)),
                 Err(Unusable::Damaged(what)) => match self.quarantine(&id) {
-                    Ok(()) => damage.push(format!("staging/{id} was set aside: {what}")),
+                    Ok(()) => {
+                        damage.push(format!("staging/{id} was set aside: {what}"));
+                        ended.insert(id);
+                    }
                     Err(error) => {
                         damage.push(format!("staging/{id}: {what}"));
                         damage.push(self.block(&name, &name, &failed(error)));
@@ -80,15 +85,25 @@ impl Shared {
                 },
             }
         }
-        // Now that all are known whose files must stay.
+        // Now that all are known whose files must stay. Until they are removed, those that were placed and never current are under way.
+        let is_removed = |(id, name): &(String, String)| {
+            let id = TransferId::new(id).ok().filter(|_| name.starts_with(".gone."))?;
+            lock(&self.live).insert(id.clone()).then_some(id)
+        };
+        let removed: HashSet<TransferId> = half.iter().filter_map(is_removed).collect();
         for (id, name) in half {
-            if let Err(error) = self.finish_removal(&name) {
+            if let Err(error) = self.finish_removal(&name, &removed) {
                 damage.push(self.block(&id, &name, &error));
+            } else if let Ok(id) = TransferId::new(&id)
+                && removed.contains(&id)
+            {
+                lock(&self.live).remove(&id);
+                ended.insert(id);
             }
         }
         for name in self.names_in(&self.layout.shards_root())? {
             if let Ok(shard) = ShardId::new(&name)
-                && let Err(error) = self.recover_shard(&shard, &mut damage)
+                && let Err(error) = self.recover_shard(&shard, &ended, &mut damage)
             {
                 damage.push(format!("shards/{shard} cannot be used: {}", described(&error)));
             }
@@ -118,14 +133,14 @@ impl Shared {
     }
 
     /// Removes what was half made, or half removed with all that belongs to it.
-    fn finish_removal(&self, name: &str) -> Result<(), StoreError> {
+    fn finish_removal(&self, name: &str, removed: &HashSet<TransferId>) -> Result<(), StoreError> {
         let dir = self.layout.staging_root().join(name);
         no_link_at(&dir).map_err(failed)?;
         // Files of the store's layout, so those of a snapshot cannot be mistaken for it. Once it is deleted, the rest was.
         let meta = record::read::<PlanRecord>(&self.layout, &Area::new(dir.clone()).meta(), Kind::Meta);
         if name.starts_with(".gone.")
             && let Some((plan, _)) = meta.ok().flatten().and_then(PlanRecord::decode_plan)
-            && !lock(&self.live).contains(&plan.spec.transfer_id)
+            && removed.contains(&plan.spec.transfer_id)
         {
             self.discard(&plan.spec.target_shard, &plan.spec.transfer_id)?;
         }
@@ -277,13 +292,25 @@ impl Shared {
     }
 
     /// Indexes what is installed, and moves away what an interrupted removal left.
-    fn recover_shard(&self, shard: &ShardId, damage: &mut Vec<String>) -> Result<(), StoreError> {
+    fn recover_shard(
+        &self,
+        shard: &ShardId,
+        ended: &HashSet<TransferId>,
+        damage: &mut Vec<String>,
+    ) -> Result<(), StoreError> {
         let _shard = lock(self.shard_lock(shard));
+        if !exists(&self.layout.current(shard)).map_err(failed)? {
+            // A first transfer that was placed, and whose staging area was damaged then: nothing of the shard was lost.
+            for id in self.unclaimed(shard)?.filter(|id| ended.contains(id)) {
+                fs::remove_file(self.layout.manifest(shard, &id)).map_err(failed)?;
+                sync_dir(self.layout.shard(shard)).map_err(failed)?;
+            }
+        }
         let mut known = match self.read_shard(shard) {
             Ok(known) => known,
             Err(error @ StoreError::ShardDamaged { .. }) => {
                 damage.push(format!(
-                    "{error}; transfers to shard {shard} are refused until it is repaired or removed"
+                    "{error}; transfers to shard {shard} are refused until it is repaired, or all of shards/{shard} is removed"
                 ));
                 return Ok(());
             }

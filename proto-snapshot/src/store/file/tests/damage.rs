@@ -211,6 +211,91 @@ async fn a_shard_whose_record_is_damaged_is_refused_and_loses_nothing() {
     install(&staging, &files()).await;
 }
 
+/// Without it the shard would be a new one, which takes older snapshots and lower fences.
+#[tokio::test]
+async fn a_shard_whose_record_is_gone_is_refused_and_loses_nothing() {
+    let dir = populated().await;
+    let at = |path: &str| dir.path().join(path);
+    let record = fs::read(at("shards/shard-1/CURRENT")).unwrap();
+    fs::remove_file(at("shards/shard-1/CURRENT")).unwrap();
+    let mut other = plan("other", 1, &files());
+    other.spec.target_shard = proto_common::ids::ShardId::new("shard-2").unwrap();
+    for _ in 0..2 {
+        let (store, recovered) = open(dir.path()).await;
+        let told = |what: &String| {
+            what.contains("shards/shard-1/CURRENT")
+                && what.contains("is missing")
+                && what.contains("done.manifest")
+        };
+        assert!(recovered.damage.iter().any(told), "{:?}", recovered.damage);
+        let refused = |error: StoreError| {
+            assert!(
+                matches!(&error, StoreError::ShardDamaged { shard: of, file, .. } if *of == shard() && file == "shards/shard-1/CURRENT"),
+                "{error:?}"
+            );
+        };
+        refused(store.shard(&shard()).await.unwrap_err());
+        refused(store.raise_fence(&shard(), Fence { epoch: 1, term: 1 }, &source()).await.unwrap_err());
+        refused(store.stage(&plan("new", 1, &files())).await.unwrap_err());
+        let staged = |id: &str| {
+            let found =
+                recovered.staged.iter().find(|staging| staging.plan().spec.transfer_id.as_str() == id);
+            std::sync::Arc::clone(found.unwrap())
+        };
+        refused(staged("sealed").place().await.unwrap_err());
+        assert_eq!(tree(&at("installed/shard-1/done")), as_tree(&files()));
+        // Others go on.
+        let staging = store.stage(&other).await.unwrap();
+        fill(&staging, &files()).await;
+        install(&staging, &files()).await;
+        other.spec.transfer_id = proto_common::ids::TransferId::new("another").unwrap();
+        other.spec.point.index += 1;
+    }
+    // Repaired, all is as it was.
+    fs::write(at("shards/shard-1/CURRENT"), record).unwrap();
+    let seen = look(dir.path()).await.unwrap();
+    assert_eq!((seen.damage, seen.current), (Vec::new(), true));
+    // Removed, the shard is new.
+    fs::remove_dir_all(at("shards/shard-1")).unwrap();
+    let (store, _) = open(dir.path()).await;
+    assert_eq!(store.shard(&shard()).await.unwrap(), crate::store::ShardState::default());
+}
+
+/// A first snapshot has no record before it is current: damage to its staging area costs that alone, and a crash in between nothing.
+#[tokio::test]
+async fn a_first_snapshot_that_was_placed_only_is_no_lost_record() {
+    for damaged in [false, true] {
+        let dir = tempfile::tempdir_in(fast_dir()).unwrap();
+        let (store, _) = open(dir.path()).await;
+        let staging = store.stage(&plan("first", 1, &files())).await.unwrap();
+        fill(&staging, &files()).await;
+        staging.seal(&totals(&files())).await.unwrap();
+        staging.place().await.unwrap();
+        assert_eq!(store.raise_fence(&shard(), Fence::default(), &source()).await.unwrap(), Fence::default());
+        drop((staging, store));
+        assert!(dir.path().join("shards/shard-1/first.manifest").exists());
+        if damaged {
+            fs::write(dir.path().join("staging/first/meta"), "x").unwrap();
+        }
+        let (store, recovered) = open(dir.path()).await;
+        let told = recovered.damage.join("; ");
+        assert_eq!(damaged, told.contains("staging/first was set aside"), "{told}");
+        assert!(!told.contains("CURRENT"), "{told}");
+        let staging = match recovered.staged.first() {
+            Some(staging) => std::sync::Arc::clone(staging),
+            None => {
+                let staging = store.stage(&plan("first", 1, &files())).await.unwrap();
+                fill(&staging, &files()).await;
+                staging
+            }
+        };
+        install(&staging, &files()).await;
+        assert_eq!(current(&store).await.unwrap().1, as_tree(&files()));
+        drop((staging, recovered, store));
+        assert_eq!(look(dir.path()).await.unwrap().damage, Vec::<String>::new());
+    }
+}
+
 /// As after a repair by hand, or by a file system that mixed them up.
 #[tokio::test]
 async fn claims_and_seals_of_other_transfers_are_not_believed() {
