@@ -109,8 +109,8 @@ impl Default for Limits {
 /// transfer, a chunk and 16 KiB around it. What is larger is refused with `CHUNK_TOO_LARGE` before it is read.
 pub const MAX_MESSAGE_BYTES: usize = 4 << 20;
 
-/// Largest message with a page of the manifest or of the end that a receiver takes, in bytes: an honest page, of [`PAGE_BYTES`], and a third more. A file of a
-/// page is 2 bytes at least, and 72 in memory.
+/// Largest message with a page of the manifest or of the end that a receiver takes, and largest answer that a sender takes, in bytes: an honest page, of [`PAGE_BYTES`],
+/// and a third more. A file of a page is 2 bytes at least, and 72 in memory; a missing extent is 2, and 40.
 pub const MAX_PAGE_BYTES: usize = 1 << 20;
 
 /// Largest answer that a client has to take, in bytes, of a question or with a page of [`LIST_PAGE`] transfers; with [`SMALL_LIST_PAGE`] also where the errors of all of them

@@ -51,6 +51,27 @@ pub enum StoreError {
         /// Bytes that are left of its share.
         available_bytes: u64,
     },
+    /// The disk has bytes, but no more files and directories: its file system has a number of them that small files used up. The transfer can go on once some are
+    /// deleted.
+    #[error("no room for {needed_files} files and directories, {available_files} are available")]
+    NoFiles {
+        /// Files and directories that are needed.
+        needed_files: u64,
+        /// Files and directories that are available.
+        available_files: u64,
+    },
+    /// There are files and directories left, but the transfers of that node have their share of them. The transfer can go on once others of the node have ended.
+    #[error(
+        "no room for {needed_files} files and directories in the share of node {peer}, which has {available_files} left"
+    )]
+    NoShareOfFiles {
+        /// The node that the snapshot comes from.
+        peer: NodeId,
+        /// Files and directories that are needed.
+        needed_files: u64,
+        /// Files and directories that are left of its share.
+        available_files: u64,
+    },
     /// The transfers from a node have named as many shards as it may have remembered of which nothing is installed.
     #[error("node {peer} has named {limit} shards of which nothing is installed")]
     TooManyShards {
@@ -81,8 +102,8 @@ pub enum StoreError {
         /// What is wrong with it.
         what: String,
     },
-    /// What is recorded of a shard is not what was written: which snapshot of it is current, nobody knows. No snapshot of it is taken until the record is
-    /// repaired or removed.
+    /// What is recorded of a shard is not what was written, or gone: which snapshot of it is current, nobody knows. No snapshot of it is taken until the record is
+    /// repaired, or all that is recorded of the shard is removed.
     #[error("{file} is damaged: it {what}; nothing else tells of shard {shard}")]
     ShardDamaged {
         /// The shard.
@@ -109,7 +130,10 @@ impl StoreError {
     #[must_use]
     pub fn is_retryable(&self) -> bool {
         match self {
-            Self::NoSpace { .. } | Self::NoShare { .. } => true,
+            Self::NoSpace { .. }
+            | Self::NoShare { .. }
+            | Self::NoFiles { .. }
+            | Self::NoShareOfFiles { .. } => true,
             Self::Io { source, .. } => source.kind() != std::io::ErrorKind::InvalidInput,
             Self::Stale { .. }
             | Self::Damaged { .. }
@@ -219,7 +243,7 @@ pub trait SnapshotStore: Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// [`StoreError::NoSpace`], [`StoreError::NoShare`] or [`StoreError::TooManyInstalled`] before anything is kept; [`StoreError::Damaged`] if there is one that could not be recovered.
+    /// [`StoreError::NoSpace`], [`StoreError::NoShare`], [`StoreError::NoFiles`], [`StoreError::NoShareOfFiles`] or [`StoreError::TooManyInstalled`] before anything is kept; [`StoreError::Damaged`] if there is one that could not be recovered.
     fn stage(
         &self,
         plan: &TransferPlan,
@@ -348,6 +372,21 @@ impl From<StoreError> for Error {
                 ))
                 .metadata("needed_bytes", needed_bytes.to_string())
                 .metadata("available_bytes", available_bytes.to_string())
+                .metadata("peer", peer.as_str())
+                .retry_after(retry),
+            StoreError::NoFiles { needed_files, available_files } => Reason::InsufficientDisk
+                .error(format!(
+                    "the receiver's file system has {available_files} files and directories (inodes) left for a snapshot that needs {needed_files}; delete some there, the transfer resumes by itself"
+                ))
+                .metadata("needed_files", needed_files.to_string())
+                .metadata("available_files", available_files.to_string())
+                .retry_after(retry),
+            StoreError::NoShareOfFiles { peer, needed_files, available_files } => Reason::InsufficientDisk
+                .error(format!(
+                    "node {peer} has {available_files} files and directories (inodes) left of its share of the receiver's file system, the snapshot needs {needed_files}; it resumes by itself once others of the node have ended, or there are more left"
+                ))
+                .metadata("needed_files", needed_files.to_string())
+                .metadata("available_files", available_files.to_string())
                 .metadata("peer", peer.as_str())
                 .retry_after(retry),
             StoreError::TooManyShards { peer, limit } => Reason::TooManyShards

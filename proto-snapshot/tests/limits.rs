@@ -608,6 +608,19 @@ async fn min_free_bytes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn min_free_files() {
+    let dir = tempfile::tempdir().unwrap();
+    if rustix::fs::statvfs(dir.path()).unwrap().f_files == 0 {
+        return eprintln!("SKIPPED: this file system makes as many files as there is room for");
+    }
+    let facts: &[_] = &[("needed_files", Some("1")), ("available_files", Some("0")), ("needed_bytes", None)];
+    let full = Refusal { facts, ..NO_DISK };
+    let mut case = Case { ongoing: false, ..Case::of_all(|_| {}) };
+    case.disk.min_free_files = u64::MAX / 2;
+    case.check(async |bench| Abuse::default().refused(bench.refuses(begun("x1", |_| {})).await, full)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn percent_per_peer() {
     let full = Refusal { facts: &[("needed_bytes", Some("2097152")), ("peer", Some(OFFENDER))], ..NO_DISK };
     let mut case = Case::new(|_| {});

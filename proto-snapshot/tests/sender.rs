@@ -17,11 +17,13 @@ use std::time::Duration;
 
 use futures::FutureExt as _;
 use peer::*;
+use prost::Message as _;
 use proto_common::connect::connect_fn;
-use proto_common::error::Error;
+use proto_common::error::{Code, Error};
 use proto_common::ids::NodeId;
 use proto_common::v1::{Direction, NodeIdentity};
 use proto_snapshot::Reason;
+use proto_snapshot::limits::MAX_PAGE_BYTES;
 use proto_snapshot::sender::{SenderOptions, SnapshotSender};
 use proto_snapshot::transfers::Transfers;
 use proto_snapshot::v1::split_snapshot_service_server::SplitSnapshotServiceServer;
@@ -270,6 +272,35 @@ async fn pages_without_end_are_not_read_for_ever() {
         assert_eq!(error.violations()[0].field, "accepted.missing");
         assert!(pages.load(Ordering::SeqCst) < 60);
     }
+}
+
+/// An empty entry of a page takes twenty times as much memory as bytes.
+#[tokio::test(start_paused = true)]
+async fn an_answer_that_is_larger_than_an_honest_page_is_not_read() {
+    let answer = |bytes: usize| {
+        let with = |padding: usize| {
+            let supported_features = vec!["x".repeat(padding)];
+            Answer::Accepted(Accepted { supported_features, ..terms(vec![extent(0, 0, 100)]) })
+        };
+        let len = |frame| TransferSplitSnapshotResponse { frame: Some(frame) }.encoded_len();
+        // The lengths of what is around it take as many bytes then.
+        with(bytes - (len(with(bytes)) - bytes))
+    };
+    let sent_with = async |bytes: usize| {
+        let peer = Peer::new(move |mut call| async move {
+            call.header().await;
+            call.say(answer(bytes)).await;
+            let (_, end) = call.take(8 * MIB).await;
+            call.say(installed(&end)).await;
+        });
+        (ends(peer.send(Zeros::new([100])).join()).await, peer.streams())
+    };
+    let (largest, _) = sent_with(MAX_PAGE_BYTES).await;
+    largest.unwrap();
+    let (larger, streams) = sent_with(MAX_PAGE_BYTES + 1).await;
+    let error = larger.unwrap_err();
+    assert_eq!((error.code(), streams), (Code::OutOfRange, 1), "{error:?}");
+    assert!(!error.is_retryable(), "{error:?}");
 }
 
 #[tokio::test(start_paused = true)]

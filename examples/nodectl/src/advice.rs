@@ -72,19 +72,19 @@ fn snapshot<'a>(reason: Reason, fact: &impl Fn(&str) -> &'a str, address: &str) 
         Reason::RangeBusy | Reason::TooManyTransfers => {
             format!("see what moves there with: nodectl transfers --at {address} --active")
         }
-        Reason::InsufficientDisk if fact("peer") != "?" => format!(
-            "it needs {} bytes, and snapshots from {} have {} left of their share: see what else comes from it with \
-             nodectl transfers --at {address} --active, make room on the node, or raise its --disk-percent-per-peer",
-            fact("needed_bytes"),
-            fact("peer"),
-            fact("available_bytes")
-        ),
         Reason::InsufficientDisk => {
-            format!(
-                "it needs {} bytes and has {}: make room on the node",
-                fact("needed_bytes"),
-                fact("available_bytes")
-            )
+            // Bytes, or files and directories where the file system has no more of these.
+            let (needed, left) = match fact("needed_files") {
+                "?" => (format!("{} bytes", fact("needed_bytes")), fact("available_bytes")),
+                files => (format!("{files} files and directories"), fact("available_files")),
+            };
+            match fact("peer") {
+                "?" => format!("it needs {needed} and has {left}: make room on the node"),
+                peer => format!(
+                    "it needs {needed}, and snapshots from {peer} have {left} left of their share: see what else comes from it with \
+                     nodectl transfers --at {address} --active, make room on the node, or raise its --disk-percent-per-peer"
+                ),
+            }
         }
         Reason::TooManyShards => format!(
             "the node keeps {} such shards for {} and no more: choose one of these with --target-shard or, where it is fences that it remembers, leave out --epoch to send without one",

@@ -12,7 +12,7 @@ use tonic::Streaming;
 
 use super::missing::{Missing, Span};
 use super::patience::Quiet;
-use crate::limits::{MAX_MESSAGE_BYTES, PAGE_BYTES};
+use crate::limits::{MAX_MESSAGE_BYTES, MAX_PAGE_BYTES, PAGE_BYTES};
 use crate::reason::Reason;
 use crate::spec::Manifest;
 use crate::v1::split_snapshot_service_client::SplitSnapshotServiceClient;
@@ -30,7 +30,7 @@ const MAX_IDLE: Duration = Duration::from_secs(60 * 60);
 
 pub(super) fn client<T: GrpcChannel>(channel: T) -> SplitSnapshotServiceClient<T> {
     SplitSnapshotServiceClient::new(channel)
-        .max_decoding_message_size(MAX_MESSAGE_BYTES)
+        .max_decoding_message_size(MAX_PAGE_BYTES)
         .max_encoding_message_size(MAX_MESSAGE_BYTES)
 }
 

@@ -41,14 +41,14 @@ use crate::spec::{FileTotal, TransferPlan};
 use super::{Claim, PlacedSnapshot, Recovered, ShardState, SnapshotStore, StagingState, StoreError};
 use handles::Handles;
 use index::Index;
-use layout::{Area, Layout};
+use layout::{Area, Layout, MANIFEST_SUFFIX};
 use record::{Kind, PlanRecord, Shard, ShardRecord};
 use runs::Durable;
-use space::Space;
+use space::{Amount, Space};
 pub use staging::FileStaging;
 use staging::Parts;
 use trash::Trash;
-use write::{FileSpace, dirs_on_disk};
+use write::{FileSpace, needed};
 
 /// Settings of a [`FileSnapshotStore`].
 #[derive(Debug, Clone)]
@@ -59,11 +59,16 @@ pub struct FileStoreOptions {
     /// Bytes of the file system that are never promised to a transfer, so that the node's other files find room.
     /// Default: 64 MiB.
     pub min_free_bytes: u64,
-    /// Bytes of snapshots, staged and installed, that the store may hold. Default: what the file system has.
+    /// Files and directories of the file system that are never promised to a transfer, for the same reason: many file systems have a number of them that
+    /// is settled when they are made, and small files use that up before the bytes. Where there is no such number (Btrfs), nothing is counted. Default: 4096, as many
+    /// as ext4 has for 64 MiB.
+    pub min_free_files: u64,
+    /// Bytes of the disk that the snapshots of the store may take, staged and installed: each file whole blocks of 4 KiB, and one at least, each directory one.
+    /// Default: what the file system has.
     pub capacity_bytes: Option<u64>,
-    /// What the transfers from one source node that are staged may take, announced or there: so much of the room that there would be without them,
-    /// in percent, 1 to 100; other numbers count as the nearest of these. Default 75, so that whatever a node announces, others find a quarter of the
-    /// room. The price: one snapshot that needs more than that is refused ([`StoreError::NoShare`]), also on a disk that nobody else wants; with
+    /// What the transfers from one source node that are staged may take, announced or there: so much of the room that there would be without them, in bytes and
+    /// in files, in percent, 1 to 100; other numbers count as the nearest of these. Default 75, so that whatever a node announces, others find a quarter of the
+    /// room. The price: one snapshot that needs more than that is refused ([`StoreError::NoShare`], [`StoreError::NoShareOfFiles`]), also on a disk that nobody else wants; with
     /// 100 it is taken, and one node can take all. What is installed counts for nobody.
     pub percent_per_peer: u8,
     /// Shards that the transfers from one source node may have named with a fence while nothing of them is installed: each is remembered for
@@ -73,7 +78,7 @@ pub struct FileStoreOptions {
     /// more is refused when it begins ([`StoreError::TooManyInstalled`]), so those that are staged then may still come on top. Default: 16384, which take
     /// 256 MiB beside their manifests and files.
     pub installed_per_peer: usize,
-    /// Memory for what is known of installed files so that they can be reused, in bytes, by estimate: about 360 for each. Where it is full, files of the
+    /// Memory for what is known of installed files so that they can be reused, in bytes, by estimate: about 360 for each, and 768 for each snapshot. Where it is full, files of the
     /// oldest snapshots of the node that has most of it are sent again rather than reused. Default: 256 MiB, as much as 700,000 files take.
     pub reuse_index_bytes: u64,
     /// Whether bytes of installed files may be copied instead of sent again. The store's owner then declares that it does not
@@ -96,6 +101,7 @@ impl Default for FileStoreOptions {
         Self {
             history_limit: 1000,
             min_free_bytes: 64 << 20,
+            min_free_files: 4096,
             capacity_bytes: None,
             percent_per_peer: 75,
             shards_per_peer: 4096,
@@ -154,6 +160,8 @@ pub(crate) struct Shared {
     live: Mutex<HashSet<TransferId>>,
     /// Those of them whose staging area could not be read or removed: its name, and why.
     blocked: Mutex<HashMap<TransferId, (String, String)>>,
+    /// What was found to be damaged and repaired before anything was read; `recover` tells.
+    repaired: Mutex<Option<String>>,
     serials: AtomicU64,
     /// Shards whose record is known to be durable as it is.
     settled: Mutex<HashSet<ShardId>>,
@@ -188,7 +196,8 @@ impl FileSnapshotStore {
     /// # Errors
     ///
     /// [`StoreError::Io`] of kind `WouldBlock` when, after two seconds of waiting, another process, or another store of this one, uses it;
-    /// [`StoreError::Damaged`] when it was made by a version that this one does not know.
+    /// [`StoreError::Damaged`] when it was made by a version that this one does not know. A file `FORMAT` that names no version is written anew;
+    /// [`recover`](SnapshotStore::recover) tells.
     pub fn open(dir: impl Into<PathBuf>, options: FileStoreOptions) -> Result<Self, StoreError> {
         let failed = |error| StoreError::io("open a store", error);
         let dir = dir.into();
@@ -196,25 +205,27 @@ impl FileSnapshotStore {
         let dir = dir.canonicalize().map_err(failed)?;
         let layout = Layout::new(dir.clone());
         let lock = File::options().read(true).write(true).create(true).truncate(false).open(layout.lock());
-        let lock = lock.map_err(failed)?;
+        let lock = lock.map_err(|error| failed(recover::at("LOCK", &error)))?;
         lock_soon(&lock).map_err(|error| match error {
             TryLockError::WouldBlock => {
                 StoreError::io("lock a store that is in use", io::ErrorKind::WouldBlock.into())
             }
             TryLockError::Error(error) => failed(error),
         })?;
-        recover::check_format(&layout.format())?;
+        let repaired = recover::check_format(&layout.format())?;
         for dir in layout.directories() {
-            install::make_dir(&dir).map_err(failed)?;
+            install::make_dir(&dir).map_err(|error| failed(recover::at(&layout.shown(&dir), &error)))?;
         }
+        let min_free = Amount { bytes: options.min_free_bytes, files: options.min_free_files };
         let shared = Shared {
-            space: Space::new(dir, options.min_free_bytes, options.capacity_bytes, options.percent_per_peer),
+            space: Space::new(dir, min_free, options.capacity_bytes, options.percent_per_peer),
             handles: Handles::new(options.max_open_files),
             index: Index::new(options.reuse_index_bytes),
             history: History::new(layout.history(), options.history_limit),
             trash: Trash::new(layout.trash()),
             live: Mutex::default(),
             blocked: Mutex::default(),
+            repaired: Mutex::new(repaired),
             serials: AtomicU64::new(0),
             settled: Mutex::default(),
             named: Mutex::default(),
@@ -324,7 +335,7 @@ impl SnapshotStore for FileSnapshotStore {
         let (shared, plan) = (Arc::clone(&self.shared), plan.clone());
         blocking("make a staging area", move || {
             let result = shared.stage(plan);
-            result.map_err(|error| shared.space.explain(error, 0))
+            result.map_err(|error| shared.space.explain(error, Amount::default()))
         })
         .await
         .map(Arc::new)
@@ -357,10 +368,9 @@ impl Shared {
             return Err(StoreError::TooManyInstalled { peer: peer.clone(), limit });
         }
         let space: Vec<FileSpace> = plan.manifest.files().iter().map(FileSpace::new).collect();
-        let sizes = plan.manifest.files().iter().filter_map(|file| file.size);
-        let bytes = sizes.fold(0, u64::saturating_add);
-        let on_disk = FileSpace::sum(&space).saturating_add(dirs_on_disk(plan.manifest.directories().count));
-        let reservation = self.space.reserve(&plan.spec.source_node, bytes, on_disk)?;
+        let sizes = plan.manifest.files().iter().map(|file| file.size.unwrap_or(0));
+        let amount = needed(sizes, plan.manifest.directories().count);
+        let reservation = self.space.reserve(&plan.spec.source_node, amount)?;
         // Only one of two calls for an ID goes on.
         if !lock(&self.live).insert(id.clone()) {
             return Err(StoreError::invalid(ACTION, "there is one of this ID"));
@@ -435,13 +445,31 @@ impl Shared {
         let damaged = |file, what| StoreError::ShardDamaged { shard: shard.clone(), file, what };
         let found = record::read::<ShardRecord>(&self.layout, &path, Kind::Shard);
         match found {
-            Ok(None) => Ok(Shard::default()),
+            Ok(None) => match self.unclaimed(shard)?.next() {
+                None => Ok(Shard::default()),
+                // As a new shard it would take an older snapshot, and a lower fence.
+                Some(id) => {
+                    let beside = self.layout.shown(&self.layout.manifest(shard, &id));
+                    let what = format!("is missing, although {beside} tells that a snapshot is installed");
+                    Err(damaged(self.layout.shown(&path), what))
+                }
+            },
             Ok(Some(found)) => found.shard(shard.as_str()).ok_or_else(|| {
                 damaged(self.layout.shown(&path), "is the record of another shard".to_owned())
             }),
             Err(StoreError::Damaged { file, what }) => Err(damaged(file, what)),
             Err(error) => Err(error),
         }
+    }
+
+    /// Transfers to `shard` that ended after they were put in place, by their manifests. Without a `CURRENT` there can be none: they become current, or nothing of
+    /// them is left.
+    fn unclaimed(&self, shard: &ShardId) -> Result<impl Iterator<Item = TransferId>, StoreError> {
+        let names = install::names(&self.layout.shard(shard))
+            .map_err(|error| StoreError::io("read the record of a shard", error))?;
+        let ids =
+            names.into_iter().filter_map(|name| TransferId::new(name.strip_suffix(MANIFEST_SUFFIX)?).ok());
+        Ok(ids.filter(|id| !lock(&self.live).contains(id)))
     }
 
     /// The caller holds the shard's lock.

@@ -1,6 +1,7 @@
 //! What is installed, by content: where to find bytes that do not have to be sent.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::ops::Bound;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
@@ -10,11 +11,19 @@ use proto_common::path::FileName;
 use crate::spec::{FileTotal, Manifest, TransferPlan};
 
 use super::lock;
+use super::write::needed;
 
 type Key = (ShardId, TransferId);
 
-/// Memory that the index takes for one file beside its name, by estimate: its line of the manifest, and its place by digest once that is known.
+/// What a file is found by: its digest, the number of its snapshot, and its own in the manifest.
+type Entry = ([u8; 32], u64, u32);
+
+/// Memory that the index takes for one file beside its name, by estimate: its line of the manifest, its place by digest once that is known, and the digest that
+/// was found where it is another one than the manifest has.
 const FILE_BYTES: u64 = 320;
+
+/// Memory that it takes for one snapshot beside its files, by estimate.
+const SNAPSHOT_BYTES: u64 = 768;
 
 /// An installed file.
 #[derive(Debug, Clone)]
@@ -26,7 +35,8 @@ pub(super) struct Installed {
 
 #[derive(Debug)]
 struct Snapshot {
-    key: Key,
+    /// Rises from snapshot to snapshot.
+    number: u64,
     dir: PathBuf,
     manifest: Manifest,
 }
@@ -38,22 +48,33 @@ pub(super) struct Index {
     maps: Mutex<Maps>,
 }
 
+/// Whoever leaves is found by what it has itself: nothing here looks at the snapshots or files of others for that, of which there may be very many.
 #[derive(Debug, Default)]
 struct Maps {
     snapshots: HashMap<Key, Counted>,
-    by_digest: HashMap<[u8; 32], Vec<Installed>>,
+    /// Those whose files can be found, by number.
+    found: HashMap<u64, Found>,
+    by_digest: BTreeSet<Entry>,
+    /// Nodes from which something can be found.
+    sources: HashMap<NodeId, OfSource>,
+    /// The same by the memory that it takes.
+    by_memory: BTreeSet<(u64, NodeId)>,
     /// Of all snapshots whose files can be found.
     memory: u64,
     /// Snapshots that were added so far.
     added: u64,
+    /// Entries and snapshots that were looked at to leave some out.
+    #[cfg(test)]
+    touched: u64,
 }
 
 /// One installed snapshot.
 #[derive(Debug)]
 struct Counted {
+    /// What it takes of the disk.
     bytes: u64,
-    /// `None` where its files cannot be found.
-    found: Option<Found>,
+    /// `None` where its files could not be found from the start.
+    number: Option<u64>,
 }
 
 /// What it takes that the files of a snapshot can be found.
@@ -61,9 +82,18 @@ struct Counted {
 struct Found {
     source: NodeId,
     memory: u64,
-    /// Rises from snapshot to snapshot.
-    number: u64,
+    snapshot: Arc<Snapshot>,
+    /// Digests that were found out here, by file: beside those of the manifest, the only ones that lead to its files.
+    learned: BTreeMap<u32, [u8; 32]>,
     unknown: Option<Unknown>,
+}
+
+/// What can be found of one node.
+#[derive(Debug, Default)]
+struct OfSource {
+    memory: u64,
+    /// Its snapshots, the oldest first.
+    numbers: BTreeSet<u64>,
 }
 
 /// The files of a snapshot whose digest nobody has asked for yet. There may be very many of them, so they are no entries of a map.
@@ -97,46 +127,72 @@ impl Installed {
 }
 
 impl Maps {
-    fn found(&mut self, key: &Key) -> Option<&mut Found> {
-        self.snapshots.get_mut(key)?.found.as_mut()
+    /// Makes `found` a part of what can be found.
+    fn put(&mut self, found: Found) {
+        let (source, number) = (found.source.clone(), found.snapshot.number);
+        self.memory = self.memory.saturating_add(found.memory);
+        self.count(&source, |of| {
+            of.memory = of.memory.saturating_add(found.memory);
+            of.numbers.insert(number);
+        });
+        self.found.insert(number, found);
     }
 
-    /// Whether files of that snapshot can be found.
-    fn finds(&self, key: &Key) -> bool {
-        self.snapshots.get(key).is_some_and(|counted| counted.found.is_some())
+    /// Changes what is counted of `source`.
+    fn count(&mut self, source: &NodeId, change: impl FnOnce(&mut OfSource)) {
+        let of = self.sources.entry(source.clone()).or_default();
+        self.by_memory.remove(&(of.memory, source.clone()));
+        change(of);
+        if of.numbers.is_empty() {
+            self.sources.remove(source);
+        } else {
+            self.by_memory.insert((of.memory, source.clone()));
+        }
     }
 
     /// Leaves out the snapshots of whoever has most here, the oldest first, until the rest fits: what one node has installed
     /// does not drive out that of others.
     fn fit(&mut self, limit: u64) {
         while self.memory > limit {
-            let mut by_source: HashMap<&NodeId, (u64, u64, &Key)> = HashMap::new();
-            for (key, counted) in &self.snapshots {
-                let Some(found) = &counted.found else { continue };
-                let of = by_source.entry(&found.source).or_insert((0, found.number, key));
-                of.0 = of.0.saturating_add(found.memory);
-                if found.number < of.1 {
-                    (of.1, of.2) = (found.number, key);
-                }
-            }
-            let Some((.., oldest)) = by_source.into_values().max_by_key(|(memory, ..)| *memory) else {
-                return;
-            };
-            let oldest = oldest.clone();
-            self.leave_out(&oldest);
+            let most = self.by_memory.last().and_then(|(_, source)| self.sources.get(source));
+            let Some(oldest) = most.and_then(|of| of.numbers.first().copied()) else { return };
+            self.leave_out(oldest);
         }
     }
 
     /// Its files can be found no more.
-    fn leave_out(&mut self, key: &Key) {
-        let Some(found) = self.snapshots.get_mut(key).and_then(|counted| counted.found.take()) else {
+    fn leave_out(&mut self, number: u64) {
+        let Some(Found { source, memory, snapshot, learned, unknown: _ }) = self.found.remove(&number) else {
             return;
         };
-        self.memory = self.memory.saturating_sub(found.memory);
-        self.by_digest.retain(|_, files| {
-            files.retain(|file| file.snapshot.key != *key);
-            !files.is_empty()
+        self.memory = self.memory.saturating_sub(memory);
+        self.count(&source, |of| {
+            of.memory = of.memory.saturating_sub(memory);
+            of.numbers.remove(&number);
         });
+        let claimed = snapshot.manifest.numbered();
+        let claimed = claimed.filter_map(|(file, line)| Some((file, *line.blake3.as_deref()?)));
+        for (file, digest) in claimed.chain(learned) {
+            self.by_digest.remove(&(digest, number, file));
+            #[cfg(test)]
+            {
+                self.touched += 1;
+            }
+        }
+        #[cfg(test)]
+        {
+            self.touched += 1;
+        }
+    }
+
+    /// `file` has this digest, whatever was found out of it before.
+    fn learn(&mut self, file: &Installed, digest: [u8; 32]) {
+        let (number, file) = (file.snapshot.number, file.file);
+        let Some(found) = self.found.get_mut(&number) else { return };
+        if let Some(before) = found.learned.insert(file, digest) {
+            self.by_digest.remove(&(before, number, file));
+        }
+        self.by_digest.insert((digest, number, file));
     }
 }
 
@@ -146,7 +202,8 @@ impl Index {
         Self { limit, maps: Mutex::default() }
     }
 
-    /// Adds the snapshot in `dir`; with `files`, they can be found, as far as there is room for that. `None` if it is there already, else its bytes.
+    /// Adds the snapshot in `dir`; with `files`, they can be found, as far as there is room for that. `None` if it is there already, else
+    /// what it takes of the disk, in bytes.
     pub(super) fn add(
         &self,
         plan: &TransferPlan,
@@ -159,62 +216,72 @@ impl Index {
         if maps.snapshots.contains_key(&key) {
             return None;
         }
-        let bytes = totals.iter().fold(0_u64, |sum, total| sum.saturating_add(total.size));
+        let dirs = plan.manifest.directories().count;
+        let bytes = needed(totals.iter().map(|total| total.size), dirs).bytes;
         let memory = plan.manifest.file_count().saturating_mul(FILE_BYTES);
-        let memory = memory.saturating_add(plan.manifest.name_bytes());
-        let mut found = None;
+        let memory = memory.saturating_add(plan.manifest.name_bytes()).saturating_add(SNAPSHOT_BYTES);
+        let mut number = None;
         if files && memory <= self.limit {
-            let manifest = plan.manifest.clone();
-            let snapshot = Arc::new(Snapshot { key: key.clone(), dir, manifest });
+            maps.added += 1;
+            number = Some(maps.added);
+            let snapshot = Snapshot { number: maps.added, dir, manifest: plan.manifest.clone() };
+            let snapshot = Arc::new(snapshot);
             let (mut sorted, mut sizes) = (Vec::new(), HashMap::new());
-            for ((number, file), total) in plan.manifest.numbered().zip(totals) {
-                match file.blake3.as_deref().copied() {
+            for ((file, line), total) in plan.manifest.numbered().zip(totals) {
+                match line.blake3.as_deref() {
                     _ if total.size == 0 => {}
                     Some(digest) => {
-                        let installed = Installed { snapshot: Arc::clone(&snapshot), file: number };
-                        maps.by_digest.entry(digest).or_default().push(installed);
+                        maps.by_digest.insert((*digest, snapshot.number, file));
                     }
                     None => {
-                        sorted.push(number);
-                        if file.size.is_none() {
-                            sizes.insert(number, total.size);
+                        sorted.push(file);
+                        if line.size.is_none() {
+                            sizes.insert(file, total.size);
                         }
                     }
                 }
             }
             sorted.sort_unstable_by_key(|file| plan.manifest.get(*file).map(|file| &file.name));
             sorted.shrink_to_fit();
-            let taken = HashSet::new();
-            let unknown = (!sorted.is_empty()).then_some(Unknown { snapshot, sorted, sizes, taken });
-            maps.added += 1;
-            maps.memory = maps.memory.saturating_add(memory);
-            found =
-                Some(Found { source: plan.spec.source_node.clone(), memory, number: maps.added, unknown });
+            let unknown = Unknown { snapshot: Arc::clone(&snapshot), sorted, sizes, taken: HashSet::new() };
+            let unknown = (!unknown.sorted.is_empty()).then_some(unknown);
+            let (source, learned) = (plan.spec.source_node.clone(), BTreeMap::new());
+            maps.put(Found { source, memory, snapshot, learned, unknown });
         }
-        maps.snapshots.insert(key, Counted { bytes, found });
+        maps.snapshots.insert(key, Counted { bytes, number });
         maps.fit(self.limit);
         Some(bytes)
     }
 
-    /// Forgets a snapshot; returns its bytes if it was there.
+    /// Forgets a snapshot; returns what it takes of the disk if it was there.
     pub(super) fn remove(&self, shard: &ShardId, id: &TransferId) -> Option<u64> {
         let key = (shard.clone(), id.clone());
         let mut maps = lock(&self.maps);
-        maps.leave_out(&key);
-        maps.snapshots.remove(&key).map(|counted| counted.bytes)
+        let Counted { bytes, number } = maps.snapshots.remove(&key)?;
+        if let Some(number) = number {
+            maps.leave_out(number);
+        }
+        Some(bytes)
     }
 
-    /// Files whose content had this digest when they were installed.
-    pub(super) fn with_digest(&self, digest: &[u8; 32]) -> Vec<Installed> {
-        lock(&self.maps).by_digest.get(digest).cloned().unwrap_or_default()
+    /// A file whose content had this digest when it was installed: the next one after `last`. One at a time, since very many may have it.
+    pub(super) fn with_digest(&self, digest: &[u8; 32], last: Option<&Installed>) -> Option<Installed> {
+        let maps = lock(&self.maps);
+        let from = match last {
+            None => Bound::Included((*digest, 0, 0)),
+            Some(Installed { snapshot, file }) => Bound::Excluded((*digest, snapshot.number, *file)),
+        };
+        let (_, number, file) =
+            maps.by_digest.range((from, Bound::Included((*digest, u64::MAX, u32::MAX)))).next()?;
+        let found = maps.found.get(number)?;
+        Some(Installed { snapshot: Arc::clone(&found.snapshot), file: *file })
     }
 
     /// Takes out the files of this name and size whose digest is not known: who asks computes it and says it with
     /// [`learn`](Self::learn).
     pub(super) fn take_unknown(&self, name: &FileName, size: u64) -> Vec<Installed> {
         let mut maps = lock(&self.maps);
-        let found = maps.snapshots.values_mut().filter_map(|counted| counted.found.as_mut());
-        let unknown = found.filter_map(|found| found.unknown.as_mut());
+        let unknown = maps.found.values_mut().filter_map(|found| found.unknown.as_mut());
         let found = unknown.filter_map(|unknown| {
             let file = unknown.find(name, size)?;
             unknown.taken.insert(file);
@@ -224,37 +291,151 @@ impl Index {
     }
 
     /// `file` has this digest.
-    pub(super) fn learn(&self, file: Installed, digest: [u8; 32]) {
-        let mut maps = lock(&self.maps);
-        if maps.finds(&file.snapshot.key) {
-            maps.by_digest.entry(digest).or_default().push(file);
-        }
+    pub(super) fn learn(&self, file: &Installed, digest: [u8; 32]) {
+        lock(&self.maps).learn(file, digest);
     }
 
     /// `file` does not have the digest `claimed`, whatever its sender said or somebody has made of it since: nobody has to read it
     /// for that again. `found` is what it has, if it could be read.
-    pub(super) fn correct(&self, file: Installed, claimed: &[u8; 32], found: Option<[u8; 32]>) {
-        let same =
-            |other: &Installed| other.file == file.file && Arc::ptr_eq(&other.snapshot, &file.snapshot);
+    pub(super) fn correct(&self, file: &Installed, claimed: &[u8; 32], found: Option<[u8; 32]>) {
         let mut maps = lock(&self.maps);
-        if let Some(files) = maps.by_digest.get_mut(claimed) {
-            files.retain(|other| !same(other));
-            if files.is_empty() {
-                maps.by_digest.remove(claimed);
-            }
-        }
-        drop(maps);
+        maps.by_digest.remove(&(*claimed, file.snapshot.number, file.file));
         if let Some(digest) = found {
-            self.learn(file, digest);
+            maps.learn(file, digest);
         }
     }
 
     /// `file` was taken out, but not looked at.
     pub(super) fn put_back(&self, file: &Installed) {
         let mut maps = lock(&self.maps);
-        let found = maps.found(&file.snapshot.key);
+        let found = maps.found.get_mut(&file.snapshot.number);
         if let Some(unknown) = found.and_then(|found| found.unknown.as_mut()) {
             unknown.taken.remove(&file.file);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::support::spec;
+    use super::*;
+    use crate::spec::ManifestFile;
+
+    fn plan(
+        id: &str,
+        source: &str,
+        digests: impl Iterator<Item = Option<u64>>,
+    ) -> (TransferPlan, Vec<FileTotal>) {
+        let digest = |digest: u64| {
+            let mut bytes = [0; 32];
+            bytes[..8].copy_from_slice(&digest.to_be_bytes());
+            Box::new(bytes)
+        };
+        let files = digests.enumerate().map(|(number, known)| ManifestFile {
+            name: FileName::new(&number.to_string()).unwrap(),
+            size: Some(1),
+            blake3: known.map(digest),
+        });
+        let manifest = Manifest::new(files.collect()).unwrap();
+        let totals = vec![FileTotal { size: 1, crc: 0 }; manifest.files().len()];
+        let mut spec = spec(id, 1);
+        spec.source_node = NodeId::new(source).unwrap();
+        (TransferPlan { spec, manifest }, totals)
+    }
+
+    fn add(index: &Index, (plan, totals): &(TransferPlan, Vec<FileTotal>)) {
+        index.add(plan, totals, PathBuf::new(), true).unwrap();
+    }
+
+    fn touched(index: &Index) -> u64 {
+        std::mem::take(&mut lock(&index.maps).touched)
+    }
+
+    /// Everything that leads to the files of snapshots belongs to one that can be found, and the sums are right.
+    fn check(index: &Index) {
+        let maps = lock(&index.maps);
+        assert!(maps.by_digest.iter().all(|(_, number, _)| maps.found.contains_key(number)));
+        assert_eq!(maps.memory, maps.found.values().map(|found| found.memory).sum::<u64>());
+        assert_eq!(maps.memory, maps.sources.values().map(|of| of.memory).sum::<u64>());
+        let by_memory = maps.sources.iter().map(|(source, of)| (of.memory, source.clone()));
+        assert_eq!(maps.by_memory, by_memory.collect::<BTreeSet<_>>());
+        let numbers: BTreeSet<u64> =
+            maps.sources.values().flat_map(|of| of.numbers.iter().copied()).collect();
+        assert_eq!(numbers, maps.found.keys().copied().collect::<BTreeSet<_>>());
+    }
+
+    /// Of 200,000 files, half of which have one content, as those of the snapshots that leave have.
+    #[test]
+    fn who_leaves_costs_what_it_has_itself() {
+        let index = Index::new(u64::MAX);
+        let half = 100_000;
+        add(
+            &index,
+            &plan("large", "n1", (0..2 * half).map(|number| Some(if number < half { 0 } else { number }))),
+        );
+        let small: Vec<_> =
+            (0..1000).map(|n| plan(&format!("small-{n}"), "n2", [Some(0)].into_iter())).collect();
+        small.iter().for_each(|small| add(&index, small));
+        check(&index);
+        assert_eq!(touched(&index), 0, "there is room");
+        for (small, _) in &small {
+            assert_eq!(index.remove(&small.spec.target_shard, &small.spec.transfer_id), Some(4096));
+        }
+        assert_eq!(touched(&index), 2000, "one snapshot and one file each");
+        check(&index);
+        assert_eq!(lock(&index.maps).by_digest.len() as u64, 2 * half);
+    }
+
+    /// One snapshot of many files drives out thousands of small ones at once.
+    #[test]
+    fn who_is_driven_out_costs_what_it_has_itself() {
+        const FILES: u64 = 200_000;
+        const SMALL: u64 = 3000;
+        let large = plan("large", "n1", (0..FILES).map(Some));
+        let each = FILE_BYTES + 1 + SNAPSHOT_BYTES;
+        let room = FILES * FILE_BYTES + large.0.manifest.name_bytes() + SNAPSHOT_BYTES;
+        // Beside it, there is room for the one that another node has, and one more.
+        let index = Index::new(room + 2 * each);
+        let small = |n: u64, source: &str| plan(&format!("small-{n}"), source, [Some(n)].into_iter());
+        add(&index, &small(0, "n2"));
+        (1..=SMALL).for_each(|n| add(&index, &small(n, "n1")));
+        assert_eq!(touched(&index), 0, "there is room");
+        add(&index, &large);
+        assert_eq!(touched(&index), 2 * (SMALL - 1), "one snapshot and one file each, but for the latest");
+        check(&index);
+        let kept: Vec<u64> = lock(&index.maps).sources.values().map(|of| of.numbers.len() as u64).collect();
+        assert_eq!((kept.iter().sum::<u64>(), kept.iter().min()), (3, Some(&1)));
+        // The large one leaves in one piece: it is the next of who has most.
+        add(&index, &small(SMALL + 1, "n1"));
+        assert_eq!(touched(&index), 2, "the latest of the small ones before that");
+        add(&index, &small(SMALL + 2, "n2"));
+        assert_eq!(touched(&index), FILES + 1);
+        check(&index);
+    }
+
+    /// What was found out of a file leaves with it, and a file has one digest that was found at a time.
+    #[test]
+    fn digests_that_were_found_leave_with_the_file() {
+        let index = Index::new(u64::MAX);
+        let digest = |first: u8| [first; 32];
+        let (plan, totals) = plan("a", "n1", [None, Some(7)].into_iter());
+        index.add(&plan, &totals, PathBuf::new(), true).unwrap();
+        let name = &plan.manifest.files()[0].name;
+        let [file] = &index.take_unknown(name, 1)[..] else { panic!("it is there") };
+        index.learn(file, digest(1));
+        let claimed = *plan.manifest.files()[1].blake3.as_deref().unwrap();
+        let other = index.with_digest(&claimed, None).unwrap();
+        index.correct(&other, &claimed, Some(digest(2)));
+        // It was changed meanwhile, and two have read it.
+        index.correct(&other, &claimed, Some(digest(3)));
+        assert!(index.with_digest(&claimed, None).is_none() && index.with_digest(&digest(2), None).is_none());
+        let found = index.with_digest(&digest(3), None).unwrap();
+        assert_eq!(found.file, 1);
+        assert!(index.with_digest(&digest(3), Some(&found)).is_none());
+        index.remove(&plan.spec.target_shard, &plan.spec.transfer_id).unwrap();
+        check(&index);
+        // Somebody was about to read it.
+        index.learn(file, digest(4));
+        assert!(lock(&index.maps).by_digest.is_empty());
     }
 }

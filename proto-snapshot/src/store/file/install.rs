@@ -2,7 +2,6 @@
 //! their steps is repaired by doing all of them again.
 
 use std::collections::HashSet;
-use std::fs::OpenOptions;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -16,7 +15,9 @@ use crate::store::{PlacedSnapshot, StoreError};
 
 use super::layout::MANIFEST_SUFFIX;
 use super::record::{self, Kind, SealedRecord, Shard};
+use super::space::Amount;
 use super::staging::{Gate, Inner};
+use super::write::no_link;
 use super::{Shared, exists, lock, uncount};
 
 impl Inner {
@@ -49,11 +50,11 @@ impl Inner {
         if !self.lock_state().lost.is_empty() {
             return Err(StoreError::invalid("seal a snapshot", "bytes may be lost since a sync failed"));
         }
-        record::write_totals(&self.area.sealed(), totals)
+        record::write_totals(&self.area.sealed(), &self.plan.spec.transfer_id, totals)
             .map_err(|error| StoreError::io("seal a snapshot", error))?;
         *lock(&self.totals) = Some(totals.into());
         self.shared.handles.forget_area(self.serial);
-        self.reservation.consume(u64::MAX);
+        self.reservation.consume(Amount::ALL);
         *gate = Gate::Sealed;
         Ok(())
     }
@@ -78,7 +79,7 @@ impl Inner {
         }
         if len > total.size {
             // Written before a crash and never recorded: not part of what was agreed on.
-            let file = OpenOptions::new().write(true).open(&path);
+            let file = no_link().write(true).open(&path);
             file.and_then(|file| file.set_len(total.size))
                 .map_err(|error| StoreError::io("seal a snapshot", error))?;
             self.lock_state().dirty.add(Extent { file: number, offset: 0, len: 0 });
@@ -228,7 +229,7 @@ impl Inner {
         let path = self.area.sealed();
         let sealed: Option<SealedRecord> = record::read(&self.shared.layout, &path, Kind::Sealed)?;
         let totals = sealed
-            .map(|sealed| sealed.totals())
+            .and_then(|sealed| sealed.totals(&self.plan.spec.transfer_id))
             .filter(|totals| totals.len() == self.plan.manifest.files().len());
         totals.map(Arc::from).ok_or_else(|| self.damaged(&path, "does not match the manifest"))
     }
@@ -294,6 +295,10 @@ impl Shared {
         }
         if moved && exists(&dir).map_err(failed)? {
             sync_dir(dir).map_err(failed)?;
+        }
+        if moved && known.state.current.is_none() {
+            // A manifest that is back after a power cut would tell of a lost record.
+            sync_dir(self.layout.shard(shard)).map_err(failed)?;
         }
         Ok(())
     }

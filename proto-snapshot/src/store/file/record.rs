@@ -57,12 +57,18 @@ pub(super) struct ClaimRecord {
     attempt: u64,
     #[prost(bytes = "vec", tag = "2")]
     session: Vec<u8>,
+    /// So that the file of another staging area is found out.
+    #[prost(string, tag = "3")]
+    transfer_id: String,
 }
 
 #[derive(Clone, PartialEq, Message)]
 pub(super) struct SealedRecord {
     #[prost(message, repeated, tag = "1")]
     totals: Vec<request::FileTotal>,
+    /// As in a claim.
+    #[prost(string, tag = "2")]
+    transfer_id: String,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -153,12 +159,14 @@ pub(super) fn write_plan(
 }
 
 /// Writes a [`SealedRecord`].
-pub(super) fn write_totals(path: &Path, totals: &[FileTotal]) -> io::Result<()> {
-    let mut content = Vec::with_capacity(HEADER_LEN + totals.len() * TOTAL_ROOM);
+pub(super) fn write_totals(path: &Path, id: &TransferId, totals: &[FileTotal]) -> io::Result<()> {
+    let id = id.to_string();
+    let mut content = Vec::with_capacity(HEADER_LEN + TOTAL_ROOM + id.len() + totals.len() * TOTAL_ROOM);
     content.resize(HEADER_LEN, 0);
     for total in to_wire(totals) {
         encoding::message::encode(1, &total, &mut content);
     }
+    encoding::string::encode(2, &id, &mut content);
     write_encoded(path, Kind::Sealed, content)
 }
 
@@ -251,8 +259,9 @@ impl PlanRecord {
 }
 
 impl SealedRecord {
-    pub(super) fn totals(&self) -> Vec<FileTotal> {
-        from_wire(&self.totals)
+    /// `None` if they are of another transfer than `id`.
+    pub(super) fn totals(&self, id: &TransferId) -> Option<Vec<FileTotal>> {
+        (self.transfer_id == id.as_str()).then(|| from_wire(&self.totals))
     }
 }
 
@@ -268,14 +277,16 @@ fn from_wire(totals: &[request::FileTotal]) -> Vec<FileTotal> {
     totals.iter().map(|total| FileTotal { size: total.size, crc: total.crc64nvme }).collect()
 }
 
-impl From<Claim> for ClaimRecord {
-    fn from(Claim { attempt, session }: Claim) -> Self {
-        Self { attempt, session: session.to_vec() }
-    }
-}
-
 impl ClaimRecord {
-    pub(super) fn claim(&self) -> Option<Claim> {
+    pub(super) fn new(id: &TransferId, Claim { attempt, session }: Claim) -> Self {
+        Self { attempt, session: session.to_vec(), transfer_id: id.to_string() }
+    }
+
+    /// `None` if it is of another transfer than `id`, or not what this version would have written.
+    pub(super) fn claim(&self, id: &TransferId) -> Option<Claim> {
+        if self.transfer_id != id.as_str() {
+            return None;
+        }
         Some(Claim { attempt: self.attempt, session: self.session.as_slice().try_into().ok()? })
     }
 }

@@ -1,8 +1,8 @@
 //! What an earlier process left: read with suspicion. Damage to one file costs what that file says and nothing else.
 
 use std::collections::HashSet;
-use std::fs;
-use std::io;
+use std::fs::{self, File};
+use std::io::{self, Read as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -19,8 +19,9 @@ use super::install::names;
 use super::layout::{Area, MANIFEST_SUFFIX};
 use super::record::{self, ClaimRecord, Kind, PlanRecord, SealedRecord};
 use super::runs::Durable;
+use super::space::Amount;
 use super::staging::{FileStaging, Parts, read_records};
-use super::write::{FileSpace, dirs_on_disk, on_disk};
+use super::write::{FileSpace, dirs_on_disk, needed, no_link_at};
 use super::{Shared, exists, lock, unix_ms};
 
 /// Damaged staging areas that are kept for a look at them, without their files.
@@ -48,13 +49,15 @@ fn failed(error: io::Error) -> StoreError {
 
 impl Shared {
     pub(super) fn recover(self: &Arc<Self>) -> Result<Recovered<FileStaging>, StoreError> {
-        let mut damage = Vec::new();
+        let mut damage = lock(&self.repaired).take().into_iter().collect::<Vec<_>>();
         let mut staged = Vec::new();
         let root = self.layout.staging_root();
         let mut half = Vec::new();
+        // Those that end here: what is left of them tells nothing of their shards.
+        let mut ended = HashSet::new();
         // What is found here may be there in memory only: the process that made it may have been killed before it synced that.
-        sync_dir(&root).map_err(failed)?;
-        for name in names(&root).map_err(failed)? {
+        sync_dir(&root).map_err(|error| self.failed_at(&root, &error))?;
+        for name in self.names_in(&root)? {
             if let Some(id) = name.strip_prefix(".new.").or_else(|| name.strip_prefix(".gone.")) {
                 half.push((id.to_owned(), name));
                 continue;
@@ -71,7 +74,10 @@ impl Shared {
                 // The disk may answer tomorrow, so it is not thrown away.
                 Err(Unusable::Failed(error)) => damage.push(self.block(&name, &name, &error)),
                 Err(Unusable::Damaged(what)) => match self.quarantine(&id) {
-                    Ok(()) => damage.push(format!("staging/{id} was set aside: {what}")),
+                    Ok(()) => {
+                        damage.push(format!("staging/{id} was set aside: {what}"));
+                        ended.insert(id);
+                    }
                     Err(error) => {
                         damage.push(format!("staging/{id}: {what}"));
                         damage.push(self.block(&name, &name, &failed(error)));
@@ -79,20 +85,30 @@ impl Shared {
                 },
             }
         }
-        // Now that all are known whose files must stay.
+        // Now that all are known whose files must stay. Until they are removed, those that were placed and never current are under way.
+        let is_removed = |(id, name): &(String, String)| {
+            let id = TransferId::new(id).ok().filter(|_| name.starts_with(".gone."))?;
+            lock(&self.live).insert(id.clone()).then_some(id)
+        };
+        let removed: HashSet<TransferId> = half.iter().filter_map(is_removed).collect();
         for (id, name) in half {
-            if let Err(error) = self.finish_removal(&name) {
+            if let Err(error) = self.finish_removal(&name, &removed) {
                 damage.push(self.block(&id, &name, &error));
+            } else if let Ok(id) = TransferId::new(&id)
+                && removed.contains(&id)
+            {
+                lock(&self.live).remove(&id);
+                ended.insert(id);
             }
         }
-        for name in names(&self.layout.shards_root()).map_err(failed)? {
+        for name in self.names_in(&self.layout.shards_root())? {
             if let Ok(shard) = ShardId::new(&name)
-                && let Err(error) = self.recover_shard(&shard, &mut damage)
+                && let Err(error) = self.recover_shard(&shard, &ended, &mut damage)
             {
                 damage.push(format!("shards/{shard} cannot be used: {}", described(&error)));
             }
         }
-        for name in names(&self.layout.installed_root()).map_err(failed)? {
+        for name in self.names_in(&self.layout.installed_root())? {
             if let Ok(shard) = ShardId::new(&name)
                 && let Err(error) = self.report_unclaimed(&shard, &mut damage)
             {
@@ -107,14 +123,24 @@ impl Shared {
         Ok(Recovered { staged, finished, damage })
     }
 
+    fn names_in(&self, dir: &Path) -> Result<Vec<String>, StoreError> {
+        names(dir).map_err(|error| self.failed_at(dir, &error))
+    }
+
+    /// What nothing goes on without, so the log has to say where it is.
+    fn failed_at(&self, path: &Path, error: &io::Error) -> StoreError {
+        failed(at(&self.layout.shown(path), error))
+    }
+
     /// Removes what was half made, or half removed with all that belongs to it.
-    fn finish_removal(&self, name: &str) -> Result<(), StoreError> {
+    fn finish_removal(&self, name: &str, removed: &HashSet<TransferId>) -> Result<(), StoreError> {
         let dir = self.layout.staging_root().join(name);
+        no_link_at(&dir).map_err(failed)?;
         // Files of the store's layout, so those of a snapshot cannot be mistaken for it. Once it is deleted, the rest was.
         let meta = record::read::<PlanRecord>(&self.layout, &Area::new(dir.clone()).meta(), Kind::Meta);
         if name.starts_with(".gone.")
             && let Some((plan, _)) = meta.ok().flatten().and_then(PlanRecord::decode_plan)
-            && !lock(&self.live).contains(&plan.spec.transfer_id)
+            && removed.contains(&plan.spec.transfer_id)
         {
             self.discard(&plan.spec.target_shard, &plan.spec.transfer_id)?;
         }
@@ -141,6 +167,12 @@ impl Shared {
     ) -> Result<FileStaging, Unusable> {
         let area = Area::new(self.layout.staging(id));
         let shown = |path: &Path| self.layout.shown(path);
+        // What is found to be damaged is deleted, and the log of records is cut: never where a link leads.
+        no_link_at(&area.dir).map_err(failed)?;
+        if is_link(&area.records()).map_err(failed)? {
+            let error = io::Error::other(format!("{} is a link", shown(&area.records())));
+            return Err(Unusable::Failed(failed(error)));
+        }
         let meta: Option<PlanRecord> = record::read(&self.layout, &area.meta(), Kind::Meta)?;
         let plan = meta.and_then(PlanRecord::decode_plan).map(|(plan, _)| plan);
         let plan = plan.filter(|plan| plan.spec.transfer_id == *id);
@@ -149,8 +181,8 @@ impl Shared {
         let claim: Option<ClaimRecord> = record::read(&self.layout, &area.claim(), Kind::Claim)?;
         let claim = match claim {
             None => Claim { attempt: 0, session: [0; 16] },
-            Some(claim) => claim.claim().ok_or_else(|| {
-                Unusable::Damaged(format!("{} has a session of a wrong length", shown(&area.claim())))
+            Some(claim) => claim.claim(id).ok_or_else(|| {
+                Unusable::Damaged(format!("{} is of another transfer", shown(&area.claim())))
             })?,
         };
         let target = self.layout.installed(&plan.spec.target_shard, id);
@@ -174,16 +206,14 @@ impl Shared {
         let current = self
             .read_shard(&plan.spec.target_shard)
             .is_ok_and(|shard| shard.state.current.as_ref() == Some(id) || shard.previous.contains(id));
-        let (bytes, on_disk, outstanding) = match (current, placed) {
-            (true, _) => (0, 0, 0),
-            (false, placed) => {
-                let (bytes, on_disk, outstanding) = found.promised(&plan);
-                (bytes, on_disk, if placed { 0 } else { outstanding })
-            }
+        let (promised, outstanding) = match (current, placed) {
+            (true, _) => Default::default(),
+            (false, true) => (found.promised(&plan).0, Amount::default()),
+            (false, false) => found.promised(&plan),
         };
         let parts = Parts {
             last_activity: modified_unix_ms(&area.records()),
-            reservation: self.space.adopt(&plan.spec.source_node, bytes, on_disk, outstanding),
+            reservation: self.space.adopt(&plan.spec.source_node, promised, outstanding),
             space: found.space,
             dirs: found.dirs,
             plan,
@@ -212,14 +242,15 @@ impl Shared {
         let problem = match record::read::<SealedRecord>(&self.layout, &path, Kind::Sealed) {
             Ok(None) => None,
             Ok(Some(sealed)) => {
-                let totals = sealed.totals();
-                let complete = totals.len() == plan.manifest.files().len()
-                    && (placed
-                        || totals.iter().zip(&found.sizes).all(|(total, size)| *size == Some(total.size)));
+                let complete = sealed.totals(&plan.spec.transfer_id).is_some_and(|totals| {
+                    let mut files = totals.iter().zip(&found.sizes);
+                    totals.len() == plan.manifest.files().len()
+                        && (placed || files.all(|(total, size)| *size == Some(total.size)))
+                });
                 if complete {
                     return Ok(StagingState::Sealed);
                 }
-                Some(format!("{shown} does not match the files"))
+                Some(format!("{shown} does not match the files, or is of another transfer"))
             }
             Err(StoreError::Damaged { what, .. }) => Some(format!("{shown} {what}")),
             Err(error) => return Err(Unusable::Failed(error)),
@@ -239,6 +270,7 @@ impl Shared {
     /// Sets the records of a staging area aside and deletes its files, which are nothing without them.
     fn quarantine(&self, id: &TransferId) -> io::Result<()> {
         let area = Area::new(self.layout.staging(id));
+        no_link_at(&area.dir)?;
         self.trash.take(&area.tree)?;
         self.trash.take(&area.reuse())?;
         let dir = self.layout.quarantine();
@@ -260,13 +292,25 @@ impl Shared {
     }
 
     /// Indexes what is installed, and moves away what an interrupted removal left.
-    fn recover_shard(&self, shard: &ShardId, damage: &mut Vec<String>) -> Result<(), StoreError> {
+    fn recover_shard(
+        &self,
+        shard: &ShardId,
+        ended: &HashSet<TransferId>,
+        damage: &mut Vec<String>,
+    ) -> Result<(), StoreError> {
         let _shard = lock(self.shard_lock(shard));
+        if !exists(&self.layout.current(shard)).map_err(failed)? {
+            // A first transfer that was placed, and whose staging area was damaged then: nothing of the shard was lost.
+            for id in self.unclaimed(shard)?.filter(|id| ended.contains(id)) {
+                fs::remove_file(self.layout.manifest(shard, &id)).map_err(failed)?;
+                sync_dir(self.layout.shard(shard)).map_err(failed)?;
+            }
+        }
         let mut known = match self.read_shard(shard) {
             Ok(known) => known,
             Err(error @ StoreError::ShardDamaged { .. }) => {
                 damage.push(format!(
-                    "{error}; transfers to shard {shard} are refused until it is repaired or removed"
+                    "{error}; transfers to shard {shard} are refused until it is repaired, or all of shards/{shard} is removed"
                 ));
                 return Ok(());
             }
@@ -400,19 +444,28 @@ impl Found {
         dropped
     }
 
-    /// Bytes of content that are promised, those of the disk that they take, and of these the ones that are still to be written.
-    fn promised(&self, plan: &TransferPlan) -> (u64, u64, u64) {
+    /// What is promised, and what of it is still to be written.
+    fn promised(&self, plan: &TransferPlan) -> (Amount, Amount) {
         let dirs = plan.manifest.directories().count;
         // The tree is one of those found, if there are any, and none of the promised.
         let made = (self.dirs.len() as u64).saturating_sub(1);
-        let outstanding = FileSpace::sum(&self.space).saturating_add(dirs_on_disk(dirs.saturating_sub(made)));
-        let (mut bytes, mut all) = (0_u64, dirs_on_disk(dirs));
-        for (file, space) in plan.manifest.files().iter().zip(&self.space) {
-            let size = file.size.unwrap_or(space.granted());
-            bytes = bytes.saturating_add(size);
-            all = all.saturating_add(on_disk(size));
-        }
-        (bytes, all.max(outstanding), outstanding)
+        let dirs_left = dirs.saturating_sub(made);
+        let files_left = self.sizes.iter().filter(|size| size.is_none()).count() as u64;
+        let outstanding = Amount {
+            bytes: FileSpace::sum(&self.space).saturating_add(dirs_on_disk(dirs_left)),
+            files: files_left.saturating_add(dirs_left),
+        };
+        let sizes = plan.manifest.files().iter().zip(&self.space);
+        let sizes = sizes.map(|(file, space)| file.size.unwrap_or(space.granted()));
+        (needed(sizes, dirs).max(outstanding), outstanding)
+    }
+}
+
+fn is_link(path: &Path) -> io::Result<bool> {
+    match fs::symlink_metadata(path) {
+        Ok(found) => Ok(found.is_symlink()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
     }
 }
 
@@ -435,18 +488,47 @@ fn modified_unix_ms(path: &Path) -> u64 {
     since.map_or_else(unix_ms, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
 }
 
-/// Says which layout the directory has, or makes sure that it is ours.
-pub(super) fn check_format(path: &Path) -> Result<(), StoreError> {
-    const FORMAT: &[u8] = b"node snapshot store 1\n";
-    match fs::read(path) {
-        Ok(found) if found == FORMAT => Ok(()),
-        Ok(_) => Err(StoreError::Damaged {
-            file: "FORMAT".to_owned(),
-            what: "does not name a layout that this version knows".to_owned(),
-        }),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            write_atomic(path, FORMAT).map_err(|error| StoreError::io("make a store", error))
+/// `error`, with the path that it is about below the store's directory: for the log, peers get the kind of an error alone.
+pub(super) fn at(path: &str, error: &io::Error) -> io::Error {
+    io::Error::new(error.kind(), format!("{path}: {error}"))
+}
+
+/// Says which layout the directory has, or makes sure that it is ours. Returns what to say about the file if it was damaged; it is whole again then.
+///
+/// # Errors
+///
+/// [`StoreError::Damaged`] if it names another version. A flipped bit can make another digit of ours, too: nobody can tell that from a store that is not to
+/// be touched.
+pub(super) fn check_format(path: &Path) -> Result<Option<String>, StoreError> {
+    const NAME: &[u8] = b"node snapshot store ";
+    const VERSION: &[u8] = b"1";
+    const END: &[u8] = b"\n";
+    /// More than any version has written.
+    const MAX_LEN: u64 = 64;
+    let write = |action| {
+        write_atomic(path, &[NAME, VERSION, END].concat())
+            .map_err(|error| StoreError::io(action, at("FORMAT", &error)))
+    };
+    let mut found = Vec::new();
+    match File::open(path).and_then(|file| file.take(MAX_LEN).read_to_end(&mut found)) {
+        Ok(_) => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return write("make a store").map(|()| None),
+        Err(error) => return Err(StoreError::io("open a store", at("FORMAT", &error))),
+    }
+    let version = found.strip_prefix(NAME).unwrap_or_default();
+    let digits = version.iter().take_while(|byte| byte.is_ascii_digit()).count();
+    match version.split_at(digits) {
+        (VERSION, END) => Ok(None),
+        ([], _) | (VERSION, _) => {
+            write("repair a store")?;
+            Ok(Some("FORMAT did not say what a store writes there; it was written anew".to_owned()))
         }
-        Err(error) => Err(StoreError::io("open a store", error)),
+        (other, _) => Err(StoreError::Damaged {
+            file: "FORMAT".to_owned(),
+            what: format!(
+                "names layout {}, which this version does not know",
+                String::from_utf8_lossy(other)
+            ),
+        }),
     }
 }

@@ -5,7 +5,7 @@
 //! its checksums; elsewhere it is a loop of reads and writes rather than `copy_file_range`, because every byte has to be
 //! seen for the checksums anyhow.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Read as _, Write as _};
 use std::path::{Path, PathBuf};
 
@@ -14,8 +14,10 @@ use proto_common::checksum::Crc64Hasher;
 use crate::extent::Extent;
 use crate::store::StoreError;
 
+use super::exists;
+use super::space::Amount;
 use super::staging::Inner;
-use super::write::READ_LEN;
+use super::write::{READ_LEN, no_link, no_link_at};
 
 struct Copied {
     len: u64,
@@ -43,25 +45,27 @@ impl Inner {
         }
         let _dir = self.dir()?;
         let index = &self.shared.index;
-        for source in index.with_digest(&digest) {
+        let mut last = None;
+        while let Some(source) = index.with_digest(&digest, last.as_ref()) {
             match self.copy_any(number, &source.path(), size)? {
                 Copy::None => {}
-                Copy::Failed => index.correct(source, &digest, None),
+                Copy::Failed => index.correct(&source, &digest, None),
                 Copy::Done(copied) if copied.blake3 == digest => {
                     self.move_in(number, size)?;
                     return Ok(Some(copied.crc));
                 }
                 Copy::Done(copied) => {
                     self.discard_copy(number);
-                    index.correct(source, &digest, Some(copied.blake3));
+                    index.correct(&source, &digest, Some(copied.blake3));
                 }
             }
+            last = Some(source);
         }
         let mut unknown = index.take_unknown(&file.name, size).into_iter();
         while let Some(source) = unknown.next() {
             // The bytes are read to learn the digest; if it is the right one, the file is there with that.
             let Copy::Done(found) = self.copy_any(number, &source.path(), size)? else { continue };
-            index.learn(source, found.blake3);
+            index.learn(&source, found.blake3);
             if found.blake3 == digest {
                 unknown.for_each(|rest| index.put_back(&rest));
                 self.move_in(number, size)?;
@@ -81,8 +85,8 @@ impl Inner {
         let failed = |error| StoreError::io("copy an installed file", error);
         let dir = self.area.reuse();
         match std::fs::create_dir(&dir) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(failed(error)),
-            _ => {}
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => no_link_at(&dir).map_err(failed)?,
+            made => made.map_err(failed)?,
         }
         let path = self.copy_path(number);
         match copy(&mut from, &path, size) {
@@ -109,23 +113,25 @@ impl Inner {
         let mut state = self.lock_state();
         let parent = path.parent().unwrap_or(&self.area.tree);
         self.make_dirs(&mut state, parent)?;
-        std::fs::rename(self.copy_path(number), &path)
-            .map_err(|error| StoreError::io("move a copied file", error))?;
+        let failed = |error| StoreError::io("move a copied file", error);
+        // What an earlier process wrote and never recorded may be there, and is no part of the promise any more.
+        let new = !self.inherited || !exists(&path).map_err(failed)?;
+        std::fs::rename(self.copy_path(number), &path).map_err(failed)?;
         // Whoever has the replaced file open would write to nowhere.
         self.shared.handles.forget(self.serial, number);
         state.dirty_dirs.insert(parent.to_owned());
         state.dirty.add(Extent { file: number, offset: 0, len: size });
         state.lost.retain(|lost| lost.file != number);
-        let remaining = state.space_of(number).map_or(0, |space| space.settle());
+        let bytes = state.space_of(number).map_or(0, |space| space.settle());
         drop(state);
-        self.reservation.consume(remaining);
+        self.reservation.consume(Amount { bytes, files: u64::from(new) });
         Ok(())
     }
 }
 
 /// Copies `from` to a new file at `path`, at most `size` bytes. `None` if `from` cannot be read.
 fn copy(from: &mut File, path: &Path, size: u64) -> io::Result<Option<Copied>> {
-    let mut to = OpenOptions::new().read(true).write(true).create(true).truncate(true).open(path)?;
+    let mut to = no_link().read(true).write(true).create(true).truncate(true).open(path)?;
     let cloned = clone(&to, from);
     let mut blake3 = blake3::Hasher::new();
     let mut crc = Crc64Hasher::new();

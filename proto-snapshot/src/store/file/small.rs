@@ -11,6 +11,7 @@ use rustix::io::Errno;
 use crate::extent::Extent;
 use crate::store::{StagedChunk, StoreError};
 
+use super::space::Amount;
 use super::staging::Inner;
 use super::write::{PREALLOCATE_FROM, write_all_at};
 
@@ -65,10 +66,10 @@ impl<'a> Maker<'a> {
             let path = self.inner.area.tree.join(dir);
             state.dirty_dirs.insert(path);
         }
-        let mut consumed = 0_u64;
+        let mut consumed = Amount { bytes: 0, files: self.made.len() as u64 };
         for extent in self.made {
             state.dirty.add(extent);
-            consumed += state.space_of(extent.file).map_or(0, |space| space.settle());
+            consumed.bytes += state.space_of(extent.file).map_or(0, |space| space.settle());
         }
         drop(state);
         self.inner.reservation.consume(consumed);
@@ -80,7 +81,7 @@ impl Inner {
     fn open_dir(&self, below: &str) -> Result<OwnedFd, StoreError> {
         let path = self.area.tree.join(below);
         self.make_dirs(&mut self.lock_state(), &path)?;
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         rustix::fs::open(&path, flags, Mode::empty())
             .map_err(|error| StoreError::io("open a directory", io::Error::from(error)))
     }

@@ -19,7 +19,7 @@ use super::record::{self, ClaimRecord, Kind, decode_extents, encode_extents};
 use super::runs::Durable;
 use super::space::Reservation;
 use super::sync::Dirty;
-use super::write::FileSpace;
+use super::write::{FileSpace, no_link};
 use super::{Shared, blocking, lock, unix_ms};
 
 /// The staging area of a [`FileSnapshotStore`](super::FileSnapshotStore).
@@ -210,7 +210,8 @@ impl Staging for FileStaging {
             let _open = inner.alive()?;
             // Held while writing: of two claims, the file keeps the one that memory keeps. Who only asks does not wait for the disk.
             let _one = lock(&inner.claim_file);
-            record::write(&inner.area.claim(), Kind::Claim, &ClaimRecord::from(claim))
+            let record = ClaimRecord::new(&inner.plan.spec.transfer_id, claim);
+            record::write(&inner.area.claim(), Kind::Claim, &record)
                 .map_err(|error| StoreError::io("persist a claim", error))?;
             *lock(&inner.claim) = claim;
             Ok(())
@@ -404,8 +405,10 @@ impl Inner {
         if let Some(dir) = &*dir {
             return Ok(Arc::clone(dir));
         }
-        let opened =
-            File::open(&self.area.dir).map_err(|error| StoreError::io("open a staging area", error))?;
+        let opened = no_link()
+            .read(true)
+            .open(&self.area.dir)
+            .map_err(|error| StoreError::io("open a staging area", error))?;
         Ok(Arc::clone(dir.insert(Arc::new(opened))))
     }
 

@@ -10,7 +10,7 @@ mod power;
 mod random;
 mod reuse;
 mod space;
-mod support;
+pub(super) mod support;
 mod syscalls;
 mod tree;
 

@@ -3,12 +3,13 @@
 use std::collections::HashSet;
 use std::fs::{File, OpenOptions};
 use std::io::{self, IoSlice};
-use std::os::unix::fs::FileExt as _;
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use proto_common::bulk::Payload;
 use proto_common::checksum::Crc64Hasher;
+use rustix::fs::OFlags;
 
 use crate::extent::Extent;
 use crate::memory::in_memory;
@@ -16,6 +17,7 @@ use crate::spec::ManifestFile;
 use crate::store::{StagedChunk, StoreError};
 
 use super::small::Maker;
+use super::space::Amount;
 use super::staging::{Inner, State};
 use super::sync::dont_need;
 
@@ -49,7 +51,8 @@ pub(super) struct FileSpace {
 impl FileSpace {
     /// Of a file of which nothing is on the disk. One of unknown size may turn out to be empty, and take as much as an empty one.
     pub(super) fn new(file: &ManifestFile) -> Self {
-        Self { remaining: on_disk(file.size.unwrap_or(0)), ..Self::default() }
+        let remaining = on_disk(file.size.unwrap_or(0));
+        Self { remaining, granted: if file.size.is_none() { remaining } else { 0 }, written: 0 }
     }
 
     /// Of a file of which `content` bytes are there, in `blocks` bytes of the disk.
@@ -57,11 +60,14 @@ impl FileSpace {
         match file.size {
             Some(0) => Self::default(),
             Some(size) => Self { remaining: on_disk(size).saturating_sub(blocks), ..Self::default() },
-            None => Self { granted: content, ..Self::default() },
+            None => {
+                let granted = on_disk(content);
+                Self { remaining: granted.saturating_sub(blocks), granted, written: 0 }
+            }
         }
     }
 
-    /// What is promised to all of them.
+    /// Bytes that are promised to all of them.
     pub(super) fn sum(files: &[Self]) -> u64 {
         files.iter().map(|space| space.remaining).fold(0, u64::saturating_add)
     }
@@ -80,6 +86,12 @@ impl FileSpace {
 /// many would be for free.
 pub(super) fn on_disk(size: u64) -> u64 {
     size.div_ceil(BLOCK).max(1).saturating_mul(BLOCK)
+}
+
+/// What a snapshot takes that has files of these sizes in `dirs` directories.
+pub(super) fn needed(sizes: impl Iterator<Item = u64>, dirs: u64) -> Amount {
+    let files = sizes.map(|size| Amount { bytes: on_disk(size), files: 1 });
+    files.fold(Amount { bytes: dirs_on_disk(dirs), files: dirs }, |sum, file| sum + file)
 }
 
 /// What `count` directories take on the disk.
@@ -118,7 +130,7 @@ impl Inner {
         }
         let consumed = state.space_of(*number).map_or(0, |space| space.consume(file.size, len));
         drop(state);
-        self.reservation.consume(consumed);
+        self.reservation.consume(Amount { bytes: consumed, files: 0 });
         written
     }
 
@@ -127,12 +139,11 @@ impl Inner {
         let mut state = self.lock_state();
         let Some(space) = state.space_of(number) else { return Ok(()) };
         let Some(needed) = end.checked_sub(space.granted).filter(|needed| *needed > 0) else { return Ok(()) };
-        let ahead = needed.div_ceil(GROWTH).saturating_mul(GROWTH);
-        let grown = match self.reservation.grow(ahead, ahead) {
+        let (needed, ahead) = (on_disk(needed), needed.div_ceil(GROWTH).saturating_mul(GROWTH));
+        let grow = |bytes| self.reservation.grow(Amount { bytes, files: 0 });
+        let grown = match grow(ahead) {
             Ok(()) => ahead,
-            Err(StoreError::NoSpace { .. } | StoreError::NoShare { .. }) => {
-                self.reservation.grow(needed, needed).map(|()| needed)?
-            }
+            Err(StoreError::NoSpace { .. } | StoreError::NoShare { .. }) => grow(needed).map(|()| needed)?,
             Err(error) => return Err(error),
         };
         space.granted += grown;
@@ -160,12 +171,13 @@ impl Inner {
                     let _ = std::fs::remove_file(&path);
                     return Err(error);
                 }
+                self.reservation.consume(Amount { bytes: 0, files: 1 });
                 handle
             }
             None => {
                 // Whoever made it may not have come to marking its directory.
                 mark(&mut state.dirty_dirs, path.parent().unwrap_or(&self.area.tree));
-                let opened = OpenOptions::new().read(true).write(true).open(&path);
+                let opened = no_link().read(true).write(true).open(&path);
                 opened.map_err(|error| StoreError::io("open a staged file", error))?
             }
         };
@@ -201,8 +213,10 @@ impl Inner {
         match std::fs::create_dir(dir) {
             // The tree itself is part of no promise.
             Ok(()) if dir == self.area.tree => {}
-            Ok(()) => self.reservation.consume(dirs_on_disk(1)),
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Ok(()) => self.reservation.consume(Amount { bytes: dirs_on_disk(1), files: 1 }),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                no_link_at(dir).map_err(|error| StoreError::io("make a directory", error))?;
+            }
             Err(error) => return Err(StoreError::io("make a directory", error)),
         }
         // Marked before anything can be put into it. The area itself holds the tree.
@@ -226,7 +240,8 @@ impl Inner {
             return Ok(());
         }
         if let Some(space) = state.space_of(number) {
-            self.reservation.consume(std::mem::take(&mut space.remaining));
+            let bytes = std::mem::take(&mut space.remaining);
+            self.reservation.consume(Amount { bytes, files: 0 });
         }
         Ok(())
     }
@@ -235,7 +250,7 @@ impl Inner {
         let path = self.path(extent.file)?;
         let handle = match self.shared.handles.get(self.serial, extent.file) {
             Some(handle) => handle,
-            None => match File::open(&path) {
+            None => match no_link().read(true).open(&path) {
                 Ok(handle) => Arc::new(handle),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {
                     return Err(self.damaged(&path, "is missing"));
@@ -285,6 +300,22 @@ impl FileSpace {
         self.remaining -= used;
         used
     }
+}
+
+/// How a file of the store's own is opened that is there: nothing that a link in its place leads to is. Links in the place of directories are found by
+/// [`no_link_at`].
+pub(super) fn no_link() -> OpenOptions {
+    let mut options = OpenOptions::new();
+    options.custom_flags(OFlags::NOFOLLOW.bits().cast_signed());
+    options
+}
+
+/// Refuses what lies at `dir` unless it is a directory itself: through a link, the store would write and delete wherever that leads.
+pub(super) fn no_link_at(dir: &Path) -> io::Result<()> {
+    if std::fs::symlink_metadata(dir)?.is_dir() {
+        return Ok(());
+    }
+    Err(io::Error::other("something else than a directory lies in the place of one, perhaps a link"))
 }
 
 fn mark(dirs: &mut HashSet<PathBuf>, dir: &Path) {

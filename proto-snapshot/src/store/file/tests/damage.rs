@@ -211,6 +211,132 @@ async fn a_shard_whose_record_is_damaged_is_refused_and_loses_nothing() {
     install(&staging, &files()).await;
 }
 
+/// Without it the shard would be a new one, which takes older snapshots and lower fences.
+#[tokio::test]
+async fn a_shard_whose_record_is_gone_is_refused_and_loses_nothing() {
+    let dir = populated().await;
+    let at = |path: &str| dir.path().join(path);
+    let record = fs::read(at("shards/shard-1/CURRENT")).unwrap();
+    fs::remove_file(at("shards/shard-1/CURRENT")).unwrap();
+    let mut other = plan("other", 1, &files());
+    other.spec.target_shard = proto_common::ids::ShardId::new("shard-2").unwrap();
+    for _ in 0..2 {
+        let (store, recovered) = open(dir.path()).await;
+        let told = |what: &String| {
+            what.contains("shards/shard-1/CURRENT")
+                && what.contains("is missing")
+                && what.contains("done.manifest")
+        };
+        assert!(recovered.damage.iter().any(told), "{:?}", recovered.damage);
+        let refused = |error: StoreError| {
+            assert!(
+                matches!(&error, StoreError::ShardDamaged { shard: of, file, .. } if *of == shard() && file == "shards/shard-1/CURRENT"),
+                "{error:?}"
+            );
+        };
+        refused(store.shard(&shard()).await.unwrap_err());
+        refused(store.raise_fence(&shard(), Fence { epoch: 1, term: 1 }, &source()).await.unwrap_err());
+        refused(store.stage(&plan("new", 1, &files())).await.unwrap_err());
+        let staged = |id: &str| {
+            let found =
+                recovered.staged.iter().find(|staging| staging.plan().spec.transfer_id.as_str() == id);
+            std::sync::Arc::clone(found.unwrap())
+        };
+        refused(staged("sealed").place().await.unwrap_err());
+        assert_eq!(tree(&at("installed/shard-1/done")), as_tree(&files()));
+        // Others go on.
+        let staging = store.stage(&other).await.unwrap();
+        fill(&staging, &files()).await;
+        install(&staging, &files()).await;
+        other.spec.transfer_id = proto_common::ids::TransferId::new("another").unwrap();
+        other.spec.point.index += 1;
+    }
+    // Repaired, all is as it was.
+    fs::write(at("shards/shard-1/CURRENT"), record).unwrap();
+    let seen = look(dir.path()).await.unwrap();
+    assert_eq!((seen.damage, seen.current), (Vec::new(), true));
+    // Removed, the shard is new.
+    fs::remove_dir_all(at("shards/shard-1")).unwrap();
+    let (store, _) = open(dir.path()).await;
+    assert_eq!(store.shard(&shard()).await.unwrap(), crate::store::ShardState::default());
+}
+
+/// A first snapshot has no record before it is current: damage to its staging area costs that alone, and a crash in between nothing.
+#[tokio::test]
+async fn a_first_snapshot_that_was_placed_only_is_no_lost_record() {
+    for damaged in [false, true] {
+        let dir = tempfile::tempdir_in(fast_dir()).unwrap();
+        let (store, _) = open(dir.path()).await;
+        let staging = store.stage(&plan("first", 1, &files())).await.unwrap();
+        fill(&staging, &files()).await;
+        staging.seal(&totals(&files())).await.unwrap();
+        staging.place().await.unwrap();
+        assert_eq!(store.raise_fence(&shard(), Fence::default(), &source()).await.unwrap(), Fence::default());
+        drop((staging, store));
+        assert!(dir.path().join("shards/shard-1/first.manifest").exists());
+        if damaged {
+            fs::write(dir.path().join("staging/first/meta"), "x").unwrap();
+        }
+        let (store, recovered) = open(dir.path()).await;
+        let told = recovered.damage.join("; ");
+        assert_eq!(damaged, told.contains("staging/first was set aside"), "{told}");
+        assert!(!told.contains("CURRENT"), "{told}");
+        let staging = match recovered.staged.first() {
+            Some(staging) => std::sync::Arc::clone(staging),
+            None => {
+                let staging = store.stage(&plan("first", 1, &files())).await.unwrap();
+                fill(&staging, &files()).await;
+                staging
+            }
+        };
+        install(&staging, &files()).await;
+        assert_eq!(current(&store).await.unwrap().1, as_tree(&files()));
+        drop((staging, recovered, store));
+        assert_eq!(look(dir.path()).await.unwrap().damage, Vec::<String>::new());
+    }
+}
+
+/// As after a repair by hand, or by a file system that mixed them up.
+#[tokio::test]
+async fn claims_and_seals_of_other_transfers_are_not_believed() {
+    for name in ["claim", "sealed"] {
+        let dir = tempfile::tempdir_in(fast_dir()).unwrap();
+        let (store, _) = open(dir.path()).await;
+        // Of the same sizes, so that nothing but the ID tells the seals apart; an empty snapshot has no totals either.
+        let contents = [
+            vec![("f".to_owned(), content(1, 500))],
+            vec![("f".to_owned(), content(2, 500))],
+            vec![],
+            vec![],
+        ];
+        for (number, files) in (1..).zip(&contents) {
+            let staging = store.stage(&plan(&format!("t{number}"), 2, files)).await.unwrap();
+            staging.set_claim(Claim { attempt: number, session: [7; 16] }).await.unwrap();
+            fill(&staging, files).await;
+            staging.seal(&totals(files)).await.unwrap();
+        }
+        drop(store);
+        let path = |id: &str| dir.path().join("staging").join(id).join(name);
+        for (one, other) in [("t1", "t2"), ("t3", "t4")] {
+            let between = dir.path().join("between");
+            fs::rename(path(one), &between).unwrap();
+            fs::rename(path(other), path(one)).unwrap();
+            fs::rename(&between, path(other)).unwrap();
+        }
+        let (_store, recovered) = open(dir.path()).await;
+        for id in ["t1", "t2", "t3", "t4"] {
+            let file = format!("staging/{id}/{name}");
+            assert!(recovered.damage.iter().any(|damage| damage.contains(&file)), "{:?}", recovered.damage);
+            let staged =
+                recovered.staged.iter().find(|staging| staging.plan().spec.transfer_id.as_str() == id);
+            // Without a seal, the sender is asked for it again; without a claim, for all.
+            let state = staged.map(|staged| staged.state());
+            assert_eq!(state, (name == "sealed").then_some(StagingState::Open), "{id}");
+        }
+        assert_eq!(recovered.damage.len(), 4, "{:?}", recovered.damage);
+    }
+}
+
 #[tokio::test]
 async fn records_of_bytes_that_are_gone_are_dropped() {
     let dir = populated().await;
@@ -283,6 +409,67 @@ async fn a_store_of_another_layout_is_refused() {
     fs::write(dir.path().join("FORMAT"), "node snapshot store 2\n").unwrap();
     let error = super::FileSnapshotStore::open(dir.path(), options()).unwrap_err();
     assert!(matches!(error, StoreError::Damaged { .. }), "{error:?}");
+}
+
+#[tokio::test]
+async fn a_damaged_format_is_told_and_written_anew() {
+    let dir = populated().await;
+    let path = dir.path().join("FORMAT");
+    let right = fs::read(&path).unwrap();
+    let mut variants: Vec<Vec<u8>> = (0..right.len()).map(|len| right[..len].to_vec()).collect();
+    variants.extend([vec![0; right.len()], [&right[..], b"x"].concat(), vec![b'1'; 1 << 20]]);
+    for bit in 0..right.len() * 8 {
+        let mut flipped = right.clone();
+        flipped[bit / 8] ^= 1 << (bit % 8);
+        variants.push(flipped);
+    }
+    let whole = look(dir.path()).await.unwrap();
+    let mut others = 0;
+    for bytes in variants {
+        let shown = String::from_utf8_lossy(&bytes).chars().take(40).collect::<String>();
+        fs::write(&path, &bytes).unwrap();
+        let version = bytes.strip_prefix(b"node snapshot store ").and_then(|rest| rest.first());
+        if version.is_some_and(|digit| digit.is_ascii_digit() && *digit != b'1') {
+            // What a flip has made of our digit is another version as any other is.
+            others += 1;
+            let error = look(dir.path()).await.unwrap_err();
+            assert!(
+                matches!(&error, StoreError::Damaged { file, .. } if file == "FORMAT"),
+                "{shown:?}: {error:?}"
+            );
+            assert_eq!(fs::read(&path).unwrap(), bytes, "it was left as it is");
+            continue;
+        }
+        let seen = look(dir.path()).await.unwrap_or_else(|error| panic!("{shown:?}: {error:?}"));
+        let [damage] = &seen.damage[..] else { panic!("{shown:?}: {:?}", seen.damage) };
+        assert!(damage.contains("FORMAT"), "{shown:?}: {damage}");
+        assert_eq!(fs::read(&path).unwrap(), right, "{shown:?}");
+        assert_eq!(look(dir.path()).await.unwrap(), whole, "{shown:?}");
+    }
+    assert_eq!(others, 4, "0, 3, 5 and 9");
+}
+
+/// What a store cannot do without is named when it cannot be read: without that, nobody knows what to repair.
+#[tokio::test]
+async fn a_start_that_fails_names_what_could_not_be_read() {
+    for name in ["staging", "shards", "installed"] {
+        let dir = tempfile::tempdir_in(fast_dir()).unwrap();
+        drop(open(dir.path()).await);
+        fs::remove_dir(dir.path().join(name)).unwrap();
+        fs::write(dir.path().join(name), "").unwrap();
+        let error = look(dir.path()).await.unwrap_err();
+        let StoreError::Io { source, .. } = &error else { panic!("{error:?}") };
+        assert!(source.to_string().starts_with(&format!("{name}: ")), "{source}");
+        let told = proto_common::error::Error::from(error);
+        assert!(!told.message().contains(name), "peers are told no paths: {told:?}");
+    }
+    let dir = tempfile::tempdir_in(fast_dir()).unwrap();
+    fs::create_dir(dir.path().join("FORMAT")).unwrap();
+    let error = look(dir.path()).await.unwrap_err();
+    assert!(
+        matches!(&error, StoreError::Io { source, .. } if source.to_string().starts_with("FORMAT: ")),
+        "{error:?}"
+    );
 }
 
 /// What a disk that cannot read one sector does to a start: everything else works.
@@ -380,6 +567,106 @@ async fn nothing_is_written_through_a_link_that_lies_in_the_place_of_a_file_or_d
         assert_eq!(fs::read(outside.path().join("b")).unwrap(), b"precious");
         assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 1);
     }
+}
+
+/// Nothing is deleted through a link either: what is damaged is, so one in the place of a staging area would do for whatever it leads to.
+#[tokio::test]
+async fn nothing_is_deleted_through_a_link_that_lies_in_the_place_of_a_staging_area() {
+    use std::os::unix::fs::symlink;
+    for (name, damaged) in [("x", true), ("x", false), (".gone.x", false), (".new.x", true)] {
+        let dir = tempfile::tempdir_in(fast_dir()).unwrap();
+        let outside = tempfile::tempdir_in(fast_dir()).unwrap();
+        let (store, _) = open(dir.path()).await;
+        let staging = store.stage(&plan("x", 2, &files())).await.unwrap();
+        let (one, record) = chunk(&files(), 0, 0, 2000);
+        staging.write(vec![one]).await.unwrap();
+        staging.sync(vec![record]).await.unwrap();
+        drop((staging, store));
+        copy_tree(&dir.path().join("staging/x"), outside.path());
+        fs::remove_dir_all(dir.path().join("staging/x")).unwrap();
+        fs::create_dir_all(outside.path().join("reuse")).unwrap();
+        fs::write(outside.path().join("tree/precious"), b"precious").unwrap();
+        fs::write(outside.path().join("reuse/precious"), b"precious").unwrap();
+        if damaged {
+            fs::remove_file(outside.path().join("meta")).unwrap();
+        }
+        let link = dir.path().join("staging").join(name);
+        symlink(outside.path(), &link).unwrap();
+        let before = tree(outside.path());
+        let (store, recovered) = open(dir.path()).await;
+        assert!(recovered.staged.is_empty());
+        let told = format!("staging/{name} cannot be used");
+        assert!(recovered.damage.iter().any(|what| what.contains(&told)), "{:?}", recovered.damage);
+        assert!(matches!(store.stage(&plan("x", 2, &files())).await, Err(StoreError::Damaged { .. })));
+        assert_eq!(tree(outside.path()), before, "{name}");
+        assert!(fs::symlink_metadata(&link).unwrap().is_symlink(), "it was left as it is");
+    }
+}
+
+/// The log of records is cut where it is damaged.
+#[tokio::test]
+async fn a_link_in_the_place_of_the_records_is_not_followed() {
+    let dir = populated().await;
+    let outside = tempfile::NamedTempFile::new_in(fast_dir()).unwrap();
+    fs::write(outside.path(), b"precious").unwrap();
+    let records = dir.path().join("staging/open/records");
+    fs::remove_file(&records).unwrap();
+    std::os::unix::fs::symlink(outside.path(), &records).unwrap();
+    let (_store, recovered) = open(dir.path()).await;
+    let told =
+        |what: &String| what.contains("staging/open cannot be used") && what.contains("staging/open/records");
+    assert!(recovered.damage.iter().any(told), "{:?}", recovered.damage);
+    assert_eq!(recovered.staged.len(), 1, "the other one");
+    assert_eq!(fs::read(outside.path()).unwrap(), b"precious");
+}
+
+/// As above, but the links come while the store is in use.
+#[tokio::test]
+async fn links_that_appear_while_a_transfer_runs_are_not_followed() {
+    use std::os::unix::fs::symlink;
+    let dir = tempfile::tempdir_in(fast_dir()).unwrap();
+    let outside = tempfile::tempdir_in(fast_dir()).unwrap();
+    for name in ["b", "0", "1", "2"] {
+        fs::write(outside.path().join(name), b"precious").unwrap();
+    }
+    let before = tree(outside.path());
+    let (store, _) = open(dir.path()).await;
+    let files: Files = vec![
+        ("a/b".to_owned(), content(1, 5000)),
+        ("c".to_owned(), content(2, 3000)),
+        ("empty".to_owned(), Vec::new()),
+    ];
+    let base = store.stage(&plan_with_digests("base", 1, &files)).await.unwrap();
+    fill(&base, &files).await;
+    install(&base, &files).await;
+    let staging = store.stage(&plan_with_digests("t", 2, &files)).await.unwrap();
+    let area = dir.path().join("staging/t");
+    fs::create_dir(area.join("tree")).unwrap();
+    symlink(outside.path(), area.join("tree/a")).unwrap();
+    symlink(outside.path().join("b"), area.join("tree/c")).unwrap();
+    symlink(outside.path().join("b"), area.join("tree/empty")).unwrap();
+    symlink(outside.path(), area.join("reuse")).unwrap();
+    // In the place of a directory, and of a file; of what comes whole, and in part; of a copy.
+    for (file, len) in [(0, 5000), (0, 2000), (1, 3000), (1, 2000)] {
+        let error = staging.write(vec![chunk(&files, file, 0, len).0]).await.unwrap_err();
+        assert!(matches!(error, StoreError::Io { .. }), "{error:?}");
+        assert_eq!(tree(outside.path()), before, "{file}, {len}");
+    }
+    staging.checksum(crate::extent::Extent { file: 1, offset: 0, len: 8 }).await.unwrap_err();
+    for file in [0, 1] {
+        staging.reuse(file).await.unwrap_err();
+        assert_eq!(tree(outside.path()), before, "{file}");
+    }
+    // A file that is too long is cut when it is sealed.
+    fs::remove_file(area.join("tree/a")).unwrap();
+    fs::remove_file(area.join("tree/c")).unwrap();
+    fill(&staging, &files).await;
+    staging.seal(&totals(&files)).await.unwrap_err();
+    assert_eq!(tree(outside.path()), before);
+    fs::remove_file(area.join("tree/empty")).unwrap();
+    install(&staging, &files).await;
+    assert_eq!(current(&store).await.unwrap().1, as_tree(&files));
+    assert_eq!(tree(outside.path()), before);
 }
 
 #[cfg(target_os = "linux")]

@@ -30,32 +30,54 @@ fn no_space(error: &StoreError) -> Option<(u64, u64)> {
 #[tokio::test]
 async fn the_quota_counts_what_is_promised_and_what_is_installed() {
     let dir = tempfile::tempdir_in(fast_dir()).unwrap();
-    let limited = FileStoreOptions { capacity_bytes: Some(1_000_000), ..options() };
+    let limited = FileStoreOptions { capacity_bytes: Some(1000 << 10), ..options() };
     let (store, _) = open_with(dir.path(), limited.clone()).await;
-    let first = store.stage(&plan("t1", 1, &one(600_000))).await.unwrap();
-    let error = store.stage(&plan("t2", 2, &one(500_000))).await.unwrap_err();
-    assert_eq!(no_space(&error), Some((500_000, 400_000)));
+    let first = store.stage(&plan("t1", 1, &one(600 << 10))).await.unwrap();
+    let error = store.stage(&plan("t2", 2, &one(500 << 10))).await.unwrap_err();
+    assert_eq!(no_space(&error), Some((500 << 10, 400 << 10)));
     assert!(error.is_retryable());
     assert!(!dir.path().join("staging/t2").exists());
-    fill(&first, &one(600_000)).await;
-    install(&first, &one(600_000)).await;
-    assert!(store.stage(&plan("t2", 2, &one(500_000))).await.is_err(), "installed ones count");
-    let second = store.stage(&plan("t2", 2, &one(400_000))).await.unwrap();
+    fill(&first, &one(600 << 10)).await;
+    install(&first, &one(600 << 10)).await;
+    assert!(store.stage(&plan("t2", 2, &one(500 << 10))).await.is_err(), "installed ones count");
+    let second = store.stage(&plan("t2", 2, &one(400 << 10))).await.unwrap();
     second.remove().await.unwrap();
     drop((first, second, store));
 
     // The same after a restart, and with what is staged.
     let (store, _) = open_with(dir.path(), limited.clone()).await;
-    let second = store.stage(&plan("t2", 2, &one(400_000))).await.unwrap();
+    let second = store.stage(&plan("t2", 2, &one(400 << 10))).await.unwrap();
     assert!(store.stage(&plan("t3", 3, &one(1))).await.is_err());
     drop((second, store));
     let (store, mut recovered) = open_with(dir.path(), limited).await;
     assert!(store.stage(&plan("t3", 3, &one(1))).await.is_err());
     let second = recovered.staged.remove(0);
-    fill(&second, &one(400_000)).await;
-    install(&second, &one(400_000)).await;
+    fill(&second, &one(400 << 10)).await;
+    install(&second, &one(400 << 10)).await;
     // The first one was replaced.
-    store.stage(&plan("t3", 3, &one(600_000))).await.unwrap();
+    store.stage(&plan("t3", 3, &one(600 << 10))).await.unwrap();
+}
+
+/// Very many small files are not for free.
+#[tokio::test]
+async fn the_quota_counts_whole_blocks_also_of_what_is_installed() {
+    let dir = tempfile::tempdir_in(fast_dir()).unwrap();
+    let limited = FileStoreOptions { capacity_bytes: Some(8 * 4096), ..options() };
+    let (store, _) = open_with(dir.path(), limited.clone()).await;
+    // Six files, two of which are empty, and a directory.
+    let files: Files = (0..6).map(|n| (format!("d/{n}"), content(n, n as usize / 2))).collect();
+    let staging = store.stage(&plan("t1", 1, &files)).await.unwrap();
+    let left = async |store: &FileSnapshotStore| {
+        let error = store.stage(&plan("t2", 2, &one(2 * 4096))).await.unwrap_err();
+        assert_eq!(no_space(&error), Some((2 * 4096, 4096)));
+    };
+    left(&store).await;
+    fill(&staging, &files).await;
+    left(&store).await;
+    install(&staging, &files).await;
+    left(&store).await;
+    drop((staging, store));
+    left(&open_with(dir.path(), limited).await.0).await;
 }
 
 fn no_share(error: &StoreError) -> Option<(&str, u64, u64)> {
@@ -75,29 +97,33 @@ fn from_peer(peer: &str, mut plan: TransferPlan) -> TransferPlan {
 
 #[tokio::test]
 async fn a_node_gets_its_share_of_the_room_and_leaves_the_rest_to_others() {
+    const KIB: u64 = 1 << 10;
     let dir = tempfile::tempdir_in(fast_dir()).unwrap();
-    let limited = FileStoreOptions { capacity_bytes: Some(1_000_000), percent_per_peer: 60, ..options() };
+    let limited = FileStoreOptions { capacity_bytes: Some(1000 * KIB), percent_per_peer: 60, ..options() };
     let (store, _) = open_with(dir.path(), limited.clone()).await;
     let of = |peer: &str, id: &str, len: usize| from_peer(peer, plan(id, 1, &one(len)));
-    let error = store.stage(&of("n9", "x0", 600_001)).await.unwrap_err();
-    assert_eq!(no_share(&error), Some(("n9", 600_001, 600_000)));
+    let error = store.stage(&of("n9", "x0", (600 << 10) + 1)).await.unwrap_err();
+    assert_eq!(no_share(&error), Some(("n9", 604 * KIB, 600 * KIB)));
     assert!(error.is_retryable());
-    let first = store.stage(&of("n9", "x1", 500_000)).await.unwrap();
+    let first = store.stage(&of("n9", "x1", 500 << 10)).await.unwrap();
     // What is written counts as what is announced.
-    fill(&first, &one(500_000)).await;
-    let second = store.stage(&of("n9", "x2", 100_000)).await.unwrap();
-    let error = store.stage(&of("n9", "x3", 1)).await.unwrap_err();
-    assert_eq!(no_share(&error), Some(("n9", 1, 0)));
-    store.stage(&of("n9", "x4", 0)).await.unwrap();
-    // Another node has its share of what is left. More than all that is left is no matter of shares.
-    let other = store.stage(&of("n1", "y1", 200_000)).await.unwrap();
-    let error = store.stage(&of("n1", "y2", 50_000)).await.unwrap_err();
-    assert_eq!(no_share(&error), Some(("n1", 50_000, 40_000)));
-    assert_eq!(no_space(&store.stage(&of("n3", "z", 300_000)).await.unwrap_err()), Some((300_000, 200_000)));
-    // One that grows has no more than one that says its size.
+    fill(&first, &one(500 << 10)).await;
+    let second = store.stage(&of("n9", "x2", 96 << 10)).await.unwrap();
     let growing = store.stage(&from_peer("n9", unknown("x5"))).await.unwrap();
-    let chunk = StagedChunk { file: 0, offset: 0, payload: Bytes::from_static(b"x").into() };
-    assert!(no_share(&growing.write(vec![chunk]).await.unwrap_err()).is_some());
+    for len in [1, 0] {
+        let error = store.stage(&of("n9", "x3", len)).await.unwrap_err();
+        assert_eq!(no_share(&error), Some(("n9", 4 * KIB, 0)));
+    }
+    // Another node has its share of what is left. More than all that is left is no matter of shares.
+    let other = store.stage(&of("n1", "y1", 200 << 10)).await.unwrap();
+    let error = store.stage(&of("n1", "y2", 52 << 10)).await.unwrap_err();
+    assert_eq!(no_share(&error), Some(("n1", 52 * KIB, 40 * KIB)));
+    let error = store.stage(&of("n3", "z", 300 << 10)).await.unwrap_err();
+    assert_eq!(no_space(&error), Some((300 * KIB, 200 * KIB)));
+    // One that grows has no more than one that says its size.
+    let chunk = |offset| StagedChunk { file: 0, offset, payload: Bytes::from_static(b"x").into() };
+    growing.write(vec![chunk(4095)]).await.unwrap();
+    assert!(no_share(&growing.write(vec![chunk(4096)]).await.unwrap_err()).is_some());
     growing.remove().await.unwrap();
 
     // The same after a restart; what was given up, or installed, is not held any more.
@@ -108,25 +134,141 @@ async fn a_node_gets_its_share_of_the_room_and_leaves_the_rest_to_others() {
         Arc::clone(found.unwrap())
     };
     let error = store.stage(&of("n9", "x3", 1)).await.unwrap_err();
-    assert_eq!(no_share(&error), Some(("n9", 1, 0)));
+    assert_eq!(no_share(&error), Some(("n9", 4 * KIB, 0)));
     staged("x2").remove().await.unwrap();
-    assert!(store.stage(&of("n9", "x3", 1)).await.is_err(), "it has 500,000 of 800,000");
+    assert!(store.stage(&of("n9", "x3", 1)).await.is_err(), "it has 500 of 800 KiB");
     staged("y1").remove().await.unwrap();
-    store.stage(&of("n9", "x3", 60_000)).await.unwrap().remove().await.unwrap();
-    install(&staged("x1"), &one(500_000)).await;
-    store.stage(&of("n9", "x6", 160_000)).await.unwrap();
+    store.stage(&of("n9", "x3", 60 << 10)).await.unwrap().remove().await.unwrap();
+    install(&staged("x1"), &one(500 << 10)).await;
+    store.stage(&of("n9", "x6", 160 << 10)).await.unwrap();
 }
 
 #[tokio::test]
 async fn one_node_may_have_all_where_the_owner_says_so() {
+    const BLOCK: usize = 4096;
     let dir = tempfile::tempdir_in(fast_dir()).unwrap();
-    for (percent, most) in [(0, 10_000), (1, 10_000), (75, 750_000), (100, 1_000_000), (255, 1_000_000)] {
-        let options =
-            FileStoreOptions { capacity_bytes: Some(1_000_000), percent_per_peer: percent, ..options() };
+    for (percent, most) in [(0, 1), (1, 1), (75, 75), (100, 100), (255, 100)] {
+        let options = FileStoreOptions {
+            capacity_bytes: Some(100 * BLOCK as u64),
+            percent_per_peer: percent,
+            ..options()
+        };
         let (store, _) = open_with(dir.path(), options).await;
-        assert!(store.stage(&plan("t", 1, &one(most + 1))).await.is_err(), "{percent}");
-        store.stage(&plan("t", 1, &one(most))).await.unwrap().remove().await.unwrap();
+        assert!(store.stage(&plan("t", 1, &one(most * BLOCK + 1))).await.is_err(), "{percent}");
+        store.stage(&plan("t", 1, &one(most * BLOCK))).await.unwrap().remove().await.unwrap();
     }
+}
+
+/// `count` files of a few bytes.
+fn small_files(count: u64) -> Files {
+    (0..count).map(|number| (format!("f{number}"), content(number, 5))).collect()
+}
+
+/// Needed and available, and the node whose share it is.
+fn no_files(error: &StoreError) -> Option<(u64, u64, Option<&str>)> {
+    match error {
+        StoreError::NoFiles { needed_files, available_files } => {
+            Some((*needed_files, *available_files, None))
+        }
+        StoreError::NoShareOfFiles { peer, needed_files, available_files } => {
+            Some((*needed_files, *available_files, Some(peer.as_str())))
+        }
+        _ => None,
+    }
+}
+
+/// A file system may run out of files long before it does of bytes.
+#[tokio::test]
+async fn files_and_directories_are_promised_as_bytes_are() {
+    let dir = tempfile::tempdir_in(fast_dir()).unwrap();
+    let limited = FileStoreOptions { min_free_files: 1000, percent_per_peer: 60, ..options() };
+    let has = |store: &FileSnapshotStore, files: u64| {
+        *crate::store::file::lock(&store.shared.space.files_left) = Some(files);
+    };
+    let of = |peer: &str, id: &str, count: u64| from_peer(peer, plan(id, 1, &small_files(count)));
+    let (store, _) = open_with(dir.path(), limited.clone()).await;
+    has(&store, 999);
+    let error = store.stage(&of("n9", "x0", 1)).await.unwrap_err();
+    assert_eq!(no_files(&error), Some((1, 0, None)), "some are left to the node");
+    has(&store, 1100);
+    let error = store.stage(&of("n9", "x0", 101)).await.unwrap_err();
+    assert_eq!(no_files(&error), Some((101, 100, None)));
+    assert!(error.is_retryable());
+    let error = store.stage(&of("n9", "x0", 61)).await.unwrap_err();
+    assert_eq!(no_files(&error), Some((61, 60, Some("n9"))));
+    assert!(error.is_retryable());
+    assert!(!dir.path().join("staging/x0").exists());
+
+    let mut nested = small_files(40);
+    nested.iter_mut().for_each(|(name, _)| name.insert_str(0, "a/b/"));
+    let first = store.stage(&from_peer("n9", plan("x1", 1, &nested))).await.unwrap();
+    assert_eq!(first.inner().reservation.outstanding().files, 42);
+    let error = store.stage(&of("n9", "x2", 19)).await.unwrap_err();
+    assert_eq!(no_files(&error), Some((19, 18, Some("n9"))));
+    // Others have their share of the rest.
+    let error = store.stage(&of("n1", "y1", 35)).await.unwrap_err();
+    assert_eq!(no_files(&error), Some((35, 34, Some("n1"))));
+    store.stage(&of("n1", "y1", 34)).await.unwrap().remove().await.unwrap();
+
+    // What is on the disk is counted by the file system, but stays a part of the share.
+    for number in 0..10 {
+        let (whole, record) = chunk(&nested, number, 0, 5);
+        first.write(vec![whole]).await.unwrap();
+        first.sync(vec![record]).await.unwrap();
+    }
+    has(&store, 1100 - 12);
+    assert_eq!(first.inner().reservation.outstanding().files, 30);
+    let error = store.stage(&of("n9", "x2", 19)).await.unwrap_err();
+    assert_eq!(no_files(&error), Some((19, 18, Some("n9"))));
+    drop((first, store));
+
+    let (store, mut recovered) = open_with(dir.path(), limited).await;
+    has(&store, 1100 - 12);
+    let first = recovered.staged.remove(0);
+    assert_eq!(first.inner().reservation.outstanding().files, 30);
+    let error = store.stage(&of("n9", "x2", 19)).await.unwrap_err();
+    assert_eq!(no_files(&error), Some((19, 18, Some("n9"))));
+    for number in 10..40 {
+        let (whole, record) = chunk(&nested, number, 0, 5);
+        first.write(vec![whole]).await.unwrap();
+        first.sync(vec![record]).await.unwrap();
+    }
+    assert_eq!(first.inner().reservation.outstanding().files, 0);
+    install(&first, &nested).await;
+    has(&store, 1100 - 42);
+    let error = store.stage(&of("n9", "x2", 35)).await.unwrap_err();
+    assert_eq!(no_files(&error), Some((35, 34, Some("n9"))), "what is installed counts for nobody");
+}
+
+#[tokio::test]
+async fn a_file_system_that_runs_out_of_files_fails_cleanly_and_the_transfer_goes_on_when_there_are_some() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(small) = Small::with(&dir.path().join("small"), "size=8m,nr_inodes=100") else { return };
+    let reserved = FileStoreOptions { min_free_files: 20, ..options() };
+    let (store, _) = open_with(&small.0.join("store"), reserved).await;
+    let error = store.stage(&plan("t0", 1, &small_files(90))).await.unwrap_err();
+    assert!(no_files(&error).is_some_and(|(needed, left, _)| needed == 90 && left < 80), "{error:?}");
+    let files = small_files(50);
+    let staging = store.stage(&plan("t1", 1, &files)).await.unwrap();
+    // Somebody else takes those that were promised.
+    let hogs: Vec<PathBuf> = (0..)
+        .map(|number| small.0.join(format!("hog-{number}")))
+        .take_while(|hog| fs::write(hog, "").is_ok())
+        .collect();
+    let write = async |number: u32| {
+        let (whole, record) = chunk(&files, number, 0, 5);
+        staging.write(vec![whole]).await?;
+        staging.sync(vec![record]).await
+    };
+    let error = write(0).await.unwrap_err();
+    assert_eq!(no_files(&error), Some((50, 0, None)), "{error:?}");
+    assert!(error.is_retryable());
+    hogs.iter().for_each(|hog| fs::remove_file(hog).unwrap());
+    for number in 0..50 {
+        write(number).await.unwrap();
+    }
+    install(&staging, &files).await;
+    assert_eq!(current(&store).await.unwrap().1, as_tree(&files));
 }
 
 #[tokio::test]
@@ -176,7 +318,7 @@ async fn a_large_file_gets_its_blocks_at_once_and_keeps_its_size() {
 }
 
 fn staging_outstanding(staging: &crate::store::file::FileStaging) -> u64 {
-    staging.inner().reservation.outstanding()
+    staging.inner().reservation.outstanding().bytes
 }
 
 #[tokio::test]
@@ -223,7 +365,7 @@ async fn a_file_of_unknown_size_reserves_as_it_grows() {
     };
     staging.write(vec![at(0, 60_000)]).await.unwrap();
     let error = staging.write(vec![at(60_000, 60_000)]).await.unwrap_err();
-    assert_eq!(no_space(&error), Some((60_000, 40_000)));
+    assert_eq!(no_space(&error), Some((61_440, 38_560)), "in whole blocks");
     staging.write(vec![at(60_000, 30_000)]).await.unwrap();
     let files: Files = vec![("dump".to_owned(), bytes[..90_000].to_vec())];
     let (_, record) = chunk(&files, 0, 0, 90_000);
@@ -235,7 +377,7 @@ async fn a_file_of_unknown_size_reserves_as_it_grows() {
     install(&staging, &files).await;
     assert_eq!(current(&store).await.unwrap().1, as_tree(&files));
     let error = store.stage(&plan("t2", 2, &one(20_000))).await.unwrap_err();
-    assert_eq!(no_space(&error), Some((20_000, 10_000)));
+    assert_eq!(no_space(&error), Some((20_480, 9_888)));
 }
 
 /// A file system of `len` bytes in memory; `None` where mounting is not permitted.
@@ -243,9 +385,12 @@ struct Small(PathBuf);
 
 impl Small {
     fn new(at: &Path, len: usize) -> Option<Self> {
+        Self::with(at, &format!("size={len}"))
+    }
+
+    fn with(at: &Path, options: &str) -> Option<Self> {
         fs::create_dir_all(at).unwrap();
-        let size = format!("size={len}");
-        let mount = Command::new("mount").args(["-t", "tmpfs", "-o", &size, "tmpfs"]).arg(at).output();
+        let mount = Command::new("mount").args(["-t", "tmpfs", "-o", options, "tmpfs"]).arg(at).output();
         if mount.is_ok_and(|output| output.status.success()) {
             return Some(Self(at.to_owned()));
         }

@@ -102,7 +102,12 @@ pub(crate) async fn install(staging: &FileStaging, files: &Files) {
 
 /// Options without the margins that a small disk might not have.
 pub(crate) fn options() -> FileStoreOptions {
-    FileStoreOptions { min_free_bytes: 0, percent_per_peer: 100, ..FileStoreOptions::default() }
+    FileStoreOptions {
+        min_free_bytes: 0,
+        min_free_files: 0,
+        percent_per_peer: 100,
+        ..FileStoreOptions::default()
+    }
 }
 
 pub(crate) async fn open(dir: &Path) -> (FileSnapshotStore, Recovered<FileStaging>) {
