@@ -140,6 +140,14 @@ mod tests {
         let stale =
             Reason::StaleFence.error("lower").metadata("current_epoch", "7").metadata("current_term", "2");
         assert!(about(&stale, "n1:1").unwrap().contains("epoch 7 and term 2"));
+        let full = Reason::InsufficientDisk.error("full");
+        let files = full.clone().metadata("needed_files", "7").metadata("available_files", "3");
+        assert!(
+            about(&files, "n1:1").unwrap().contains("needs 7 files and directories and has 3: make room")
+        );
+        let bytes =
+            full.metadata("needed_bytes", "7").metadata("available_bytes", "3").metadata("peer", "n2");
+        assert!(about(&bytes, "n1:1").unwrap().contains("needs 7 bytes, and snapshots from n2 have 3 left"));
         let refused = Error::new(CommonReason::Unavailable, "connection refused");
         assert!(about(&refused, "n1:1").unwrap().contains("n1:1"));
         let other = Error::with_code(Code::Unimplemented, "UNIMPLEMENTED", "");
