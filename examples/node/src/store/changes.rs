@@ -24,9 +24,9 @@ use super::visible::VisibleRows;
 use super::{Store, StoreError, counters};
 use crate::common::SlotRange;
 
-/// How many times as long as a page of the copy took to read, its answer waits: what becomes of it at both nodes takes some times as long. At half of what
-/// saturates a node, with both nodes and the clients on 2 cores, the p99 of writes to other slots is 1.5 to 2.1 times as long during migrations as without
-/// one, 1.6 in the median of ten runs; with 15, and at most 8 ms, 1.8 to 2.1, and 2 to 2.2 with 7 and at most 4.
+/// How many times as long as a page of the copy took to read, its answer waits: what becomes of it at both nodes takes some times as long. Beside it, clients that
+/// wait longer than usual are waited for ([`Strain`](super::strain::Strain)); before they were, the p99 of writes to other slots was 1.5 to 2.1 times as long during migrations as without
+/// one, at half of what saturates a node; with 15, and at most 8 ms, 1.8 to 2.1, and 2 to 2.2 with 7 and at most 4.
 const REST: u32 = 23;
 /// Changes wait for the answer, too, so it is not later than this. With 6 ms, the p99 of others is 1.6 to 2.8 times as long. The driver's pages have 512 KiB at most, so beside clients a copy of large values is no faster than some
 /// 40 MiB/s.
@@ -104,6 +104,7 @@ impl Store {
         // Clients that are there have the processors to themselves most of the time.
         if self.client_writes() != writes {
             tokio::time::sleep((begun.elapsed() * REST).min(LONGEST_REST)).await;
+            self.inner.shared.strain.pass().await;
         }
         Ok(page)
     }

@@ -35,6 +35,7 @@ mod snapshot;
 mod space;
 mod splits;
 mod staging;
+mod strain;
 mod sweep;
 mod tables;
 #[cfg(test)]

@@ -8,6 +8,7 @@ use redb::{Database, ReadableDatabase as _, ReadableTable as _};
 use super::generations::{GenerationView, Generations};
 use super::hurry::Hurry;
 use super::leases::Leases;
+use super::strain::Strain;
 use super::txn::Effects;
 use super::{StoreError, counters, lock, tables};
 use crate::common::{SLOT_COUNT, SlotRange};
@@ -26,6 +27,8 @@ pub(super) struct Shared {
     pub(super) importing: Mutex<Vec<(SlotRange, u32)>>,
     /// Migrations whose rows are staged in longer slices, before other work in the background.
     pub(super) hurry: Hurry,
+    /// How long clients wait for their writes.
+    pub(super) strain: Strain,
     /// Slots whose expired rows are left alone.
     pub(super) paused: Paused,
 }
@@ -53,6 +56,7 @@ impl Shared {
             client_writes: AtomicU64::new(0),
             importing: Mutex::default(),
             hurry: Hurry::default(),
+            strain: Strain::default(),
             paused: Paused::default(),
         })
     }

@@ -30,8 +30,8 @@ const QUEUE: usize = 1024;
 const MAX_OPS: usize = 16 * 1024;
 /// How long a slice of background work goes on, from where it can stop, before it commits: about what a commit costs, and little beside what
 /// clients notice, as the next group of their writes has to write its pages, too. What it begins with, a bounded number of rows of logs and staging,
-/// comes on top. On a disk, at half of the load that saturates a node, 99 of 100 writes to slots that stay take up to 10 to 13 ms during a
-/// migration (15 to 21 on a day on which they took 5 to 15 without one); with 400 µs 14 to 23, with 100 µs 10 to 14, but the migration takes twice as long.
+/// comes on top. On a disk, at half of the load that saturates a node, 99 of 100 writes to slots that stay took up to 10 to 13 ms during a
+/// migration; with 400 µs 14 to 23, with 100 µs 10 to 14, but the migration takes twice as long.
 const SLICE: Duration = Duration::from_micros(200);
 /// Rows that a slice has at least, within [`LONG_SLICE`]: some half of what [`SLICE`] is enough for. Where a processor is so slow that it is not, each group of writes
 /// would come before a row or two, and a copy would take as long as clients go on: in a build for debugging, 80 s instead of 1 under `redis-benchmark`.
@@ -44,7 +44,12 @@ const SLICES: usize = 64;
 
 /// What the writer is asked for.
 enum Job {
-    Writes { ops: Vec<WriteOp>, permits: Permits, reply: oneshot::Sender<Result<Vec<Outcome>, StoreError>> },
+    Writes {
+        ops: Vec<WriteOp>,
+        permits: Permits,
+        asked: Instant,
+        reply: oneshot::Sender<Result<Vec<Outcome>, StoreError>>,
+    },
     Alone(Work),
 }
 
@@ -110,7 +115,10 @@ impl Writer {
         permits: Permits,
     ) -> Result<Vec<Outcome>, StoreError> {
         let (reply, outcome) = oneshot::channel();
-        self.queue.send(Job::Writes { ops, permits, reply }).await.map_err(|_| StoreError::Closed)?;
+        self.queue
+            .send(Job::Writes { ops, permits, asked: Instant::now(), reply })
+            .await
+            .map_err(|_| StoreError::Closed)?;
         outcome.await.map_err(|_| StoreError::Closed)?
     }
 
@@ -218,8 +226,8 @@ fn run(shared: &Shared, mut jobs: mpsc::Receiver<Job>, mut background: mpsc::Rec
         };
         match job {
             Ok(Job::Alone(work)) => work(shared),
-            Ok(Job::Writes { ops, permits, reply }) => {
-                next = group(shared, Member { ops, reply, permits }, &mut jobs);
+            Ok(Job::Writes { ops, permits, asked, reply }) => {
+                next = group(shared, asked, Member { ops, reply, permits }, &mut jobs);
             }
             Err(work) => {
                 work(shared);
@@ -245,12 +253,12 @@ fn wait(jobs: &mut mpsc::Receiver<Job>, background: &mut mpsc::Receiver<Work>) -
 }
 
 /// Commits writes together with those that are queued; returns what was found behind them.
-fn group(shared: &Shared, first: Member, jobs: &mut mpsc::Receiver<Job>) -> Option<Job> {
+fn group(shared: &Shared, asked: Instant, first: Member, jobs: &mut mpsc::Receiver<Job>) -> Option<Job> {
     let mut batch = Batch { size: first.ops.len(), members: vec![first] };
     let mut next = None;
     while batch.size < MAX_OPS {
         match jobs.try_recv() {
-            Ok(Job::Writes { ops, permits, reply }) => {
+            Ok(Job::Writes { ops, permits, asked: _, reply }) => {
                 batch.size += ops.len();
                 batch.members.push(Member { ops, reply, permits });
             }
@@ -262,6 +270,7 @@ fn group(shared: &Shared, first: Member, jobs: &mut mpsc::Receiver<Job>) -> Opti
         }
     }
     batch.commit(shared);
+    shared.strain.took(asked.elapsed(), !shared.leases.active().is_empty());
     next
 }
 
