@@ -165,7 +165,7 @@ def end(migration, source, target):
 def move(number, source, target, rng):
     migration = f"m{number}"
     begin(migration, source, target, MOVING)
-    time.sleep(rng.uniform(0, 0.4))
+    time.sleep(rng.uniform(0, 0.2))
     victim = rng.choice([source, target])
     states = source.state(migration, 2)[0], target.state(migration, 1)[0]
     victim.kill()
