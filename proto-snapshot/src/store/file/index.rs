@@ -1,6 +1,7 @@
 //! What is installed, by content: where to find bytes that do not have to be sent.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::hash::{BuildHasher as _, RandomState};
 use std::ops::Bound;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
@@ -17,6 +18,9 @@ type Key = (ShardId, TransferId);
 
 /// What a file is found by: its digest, the number of its snapshot, and its own in the manifest.
 type Entry = ([u8; 32], u64, u32);
+
+/// What one is found by whose digest is not known: a hash of its name instead. There may be very many of them, so their names are in the manifest alone.
+type Unknown = (u64, u64, u32);
 
 /// Memory that the index takes for one file beside its name, by estimate: its line of the manifest, its place by digest once that is known, and the digest that
 /// was found where it is another one than the manifest has.
@@ -55,6 +59,9 @@ struct Maps {
     /// Those whose files can be found, by number.
     found: HashMap<u64, Found>,
     by_digest: BTreeSet<Entry>,
+    /// The files whose digest nobody has asked for yet.
+    unknown: BTreeSet<Unknown>,
+    names: RandomState,
     /// Nodes from which something can be found.
     sources: HashMap<NodeId, OfSource>,
     /// The same by the memory that it takes.
@@ -63,7 +70,7 @@ struct Maps {
     memory: u64,
     /// Snapshots that were added so far.
     added: u64,
-    /// Entries and snapshots that were looked at to leave some out.
+    /// Entries and snapshots that were looked at to leave some out, or to find a file by its name.
     #[cfg(test)]
     touched: u64,
 }
@@ -85,7 +92,8 @@ struct Found {
     snapshot: Arc<Snapshot>,
     /// Digests that were found out here, by file: beside those of the manifest, the only ones that lead to its files.
     learned: BTreeMap<u32, [u8; 32]>,
-    unknown: Option<Unknown>,
+    /// Sizes of the files whose digest and size the manifest does not know.
+    sizes: HashMap<u32, u64>,
 }
 
 /// What can be found of one node.
@@ -94,29 +102,6 @@ struct OfSource {
     memory: u64,
     /// Its snapshots, the oldest first.
     numbers: BTreeSet<u64>,
-}
-
-/// The files of a snapshot whose digest nobody has asked for yet. There may be very many of them, so they are no entries of a map.
-#[derive(Debug)]
-struct Unknown {
-    snapshot: Arc<Snapshot>,
-    /// By name.
-    sorted: Vec<u32>,
-    /// Sizes of those that the manifest does not know.
-    sizes: HashMap<u32, u64>,
-    /// Those that somebody has taken out.
-    taken: HashSet<u32>,
-}
-
-impl Unknown {
-    /// The number of the file of this name and size, if it is one of them.
-    fn find(&self, name: &FileName, size: u64) -> Option<u32> {
-        let manifest = &self.snapshot.manifest;
-        let by_name = |file: &u32| manifest.get(*file).map(|file| &file.name).cmp(&Some(name));
-        let file = *self.sorted.get(self.sorted.binary_search_by(by_name).ok()?)?;
-        let found = manifest.get(file)?.size.or_else(|| self.sizes.get(&file).copied());
-        (found == Some(size) && !self.taken.contains(&file)).then_some(file)
-    }
 }
 
 impl Installed {
@@ -162,7 +147,7 @@ impl Maps {
 
     /// Its files can be found no more.
     fn leave_out(&mut self, number: u64) {
-        let Some(Found { source, memory, snapshot, learned, unknown: _ }) = self.found.remove(&number) else {
+        let Some(Found { source, memory, snapshot, learned, sizes: _ }) = self.found.remove(&number) else {
             return;
         };
         self.memory = self.memory.saturating_sub(memory);
@@ -170,10 +155,14 @@ impl Maps {
             of.memory = of.memory.saturating_sub(memory);
             of.numbers.remove(&number);
         });
-        let claimed = snapshot.manifest.numbered();
-        let claimed = claimed.filter_map(|(file, line)| Some((file, *line.blake3.as_deref()?)));
-        for (file, digest) in claimed.chain(learned) {
+        for (file, digest) in learned {
             self.by_digest.remove(&(digest, number, file));
+        }
+        for (file, line) in snapshot.manifest.numbered() {
+            match line.blake3.as_deref() {
+                Some(digest) => self.by_digest.remove(&(*digest, number, file)),
+                None => self.unknown.remove(&(self.names.hash_one(&line.name), number, file)),
+            };
             #[cfg(test)]
             {
                 self.touched += 1;
@@ -226,7 +215,7 @@ impl Index {
             number = Some(maps.added);
             let snapshot = Snapshot { number: maps.added, dir, manifest: plan.manifest.clone() };
             let snapshot = Arc::new(snapshot);
-            let (mut sorted, mut sizes) = (Vec::new(), HashMap::new());
+            let mut sizes = HashMap::new();
             for ((file, line), total) in plan.manifest.numbered().zip(totals) {
                 match line.blake3.as_deref() {
                     _ if total.size == 0 => {}
@@ -234,19 +223,16 @@ impl Index {
                         maps.by_digest.insert((*digest, snapshot.number, file));
                     }
                     None => {
-                        sorted.push(file);
+                        let name = maps.names.hash_one(&line.name);
+                        maps.unknown.insert((name, snapshot.number, file));
                         if line.size.is_none() {
                             sizes.insert(file, total.size);
                         }
                     }
                 }
             }
-            sorted.sort_unstable_by_key(|file| plan.manifest.get(*file).map(|file| &file.name));
-            sorted.shrink_to_fit();
-            let unknown = Unknown { snapshot: Arc::clone(&snapshot), sorted, sizes, taken: HashSet::new() };
-            let unknown = (!unknown.sorted.is_empty()).then_some(unknown);
             let (source, learned) = (plan.spec.source_node.clone(), BTreeMap::new());
-            maps.put(Found { source, memory, snapshot, learned, unknown });
+            maps.put(Found { source, memory, snapshot, learned, sizes });
         }
         maps.snapshots.insert(key, Counted { bytes, number });
         maps.fit(self.limit);
@@ -277,17 +263,34 @@ impl Index {
         Some(Installed { snapshot: Arc::clone(&found.snapshot), file: *file })
     }
 
-    /// Takes out the files of this name and size whose digest is not known: who asks computes it and says it with
-    /// [`learn`](Self::learn).
-    pub(super) fn take_unknown(&self, name: &FileName, size: u64) -> Vec<Installed> {
+    /// Takes out a file of this name and size whose digest is not known: who asks computes it and says it with [`learn`](Self::learn). One at a time, since very
+    /// many may have a name.
+    pub(super) fn take_unknown(&self, name: &FileName, size: u64) -> Option<Installed> {
         let mut maps = lock(&self.maps);
-        let unknown = maps.found.values_mut().filter_map(|found| found.unknown.as_mut());
-        let found = unknown.filter_map(|unknown| {
-            let file = unknown.find(name, size)?;
-            unknown.taken.insert(file);
-            Some(Installed { snapshot: Arc::clone(&unknown.snapshot), file })
+        let hash = maps.names.hash_one(name);
+        let of_name = maps.unknown.range((hash, 0, 0)..=(hash, u64::MAX, u32::MAX));
+        #[cfg(test)]
+        let mut touched = 0;
+        let mut found = of_name.filter_map(|&(_, number, file)| {
+            #[cfg(test)]
+            {
+                touched += 1;
+            }
+            let Found { snapshot, sizes, .. } = maps.found.get(&number)?;
+            let line = snapshot.manifest.get(file)?;
+            let known = line.size.or_else(|| sizes.get(&file).copied());
+            let is_it = line.name == *name && known == Some(size);
+            is_it.then(|| Installed { snapshot: Arc::clone(snapshot), file })
         });
-        found.collect()
+        let found = found.next();
+        #[cfg(test)]
+        {
+            maps.touched += touched;
+        }
+        if let Some(Installed { snapshot, file }) = &found {
+            maps.unknown.remove(&(hash, snapshot.number, *file));
+        }
+        found
     }
 
     /// `file` has this digest.
@@ -302,15 +305,6 @@ impl Index {
         maps.by_digest.remove(&(*claimed, file.snapshot.number, file.file));
         if let Some(digest) = found {
             maps.learn(file, digest);
-        }
-    }
-
-    /// `file` was taken out, but not looked at.
-    pub(super) fn put_back(&self, file: &Installed) {
-        let mut maps = lock(&self.maps);
-        let found = maps.found.get_mut(&file.snapshot.number);
-        if let Some(unknown) = found.and_then(|found| found.unknown.as_mut()) {
-            unknown.taken.remove(&file.file);
         }
     }
 }
@@ -355,6 +349,7 @@ mod tests {
     fn check(index: &Index) {
         let maps = lock(&index.maps);
         assert!(maps.by_digest.iter().all(|(_, number, _)| maps.found.contains_key(number)));
+        assert!(maps.unknown.iter().all(|(_, number, _)| maps.found.contains_key(number)));
         assert_eq!(maps.memory, maps.found.values().map(|found| found.memory).sum::<u64>());
         assert_eq!(maps.memory, maps.sources.values().map(|of| of.memory).sum::<u64>());
         let by_memory = maps.sources.iter().map(|(source, of)| (of.memory, source.clone()));
@@ -413,6 +408,31 @@ mod tests {
         check(&index);
     }
 
+    #[test]
+    fn who_looks_for_a_name_looks_at_files_of_that_name() {
+        const OTHERS: u64 = 5000;
+        let index = Index::new(u64::MAX);
+        for number in 0..OTHERS {
+            add(&index, &plan(&format!("other-{number}"), "n1", (0..2).map(|_| None)));
+        }
+        let (mut wanted, mut totals) = plan("wanted", "n2", (0..3).map(|_| None));
+        add(&index, &(wanted.clone(), totals.clone()));
+        let third = wanted.manifest.files()[2].name.clone();
+        let found = index.take_unknown(&third, 1).unwrap();
+        assert_eq!((found.snapshot.number, found.file), (OTHERS + 1, 2));
+        assert!(index.take_unknown(&third, 1).is_none());
+        assert_eq!(touched(&index), 1, "of 10,003 files whose digest is not known");
+        // Where a manifest knows no size, that of what came counts.
+        let files = vec![ManifestFile { name: third.clone(), size: None, blake3: None }];
+        wanted.manifest = Manifest::new(files).unwrap();
+        wanted.spec.transfer_id = TransferId::new("stream").unwrap();
+        totals = vec![FileTotal { size: 7, crc: 0 }];
+        add(&index, &(wanted, totals));
+        assert!(index.take_unknown(&third, 1).is_none());
+        assert_eq!(index.take_unknown(&third, 7).unwrap().snapshot.number, OTHERS + 2);
+        check(&index);
+    }
+
     /// What was found out of a file leaves with it, and a file has one digest that was found at a time.
     #[test]
     fn digests_that_were_found_leave_with_the_file() {
@@ -421,8 +441,10 @@ mod tests {
         let (plan, totals) = plan("a", "n1", [None, Some(7)].into_iter());
         index.add(&plan, &totals, PathBuf::new(), true).unwrap();
         let name = &plan.manifest.files()[0].name;
-        let [file] = &index.take_unknown(name, 1)[..] else { panic!("it is there") };
-        index.learn(file, digest(1));
+        assert!(index.take_unknown(name, 2).is_none(), "of another size");
+        let file = index.take_unknown(name, 1).unwrap();
+        assert!(index.take_unknown(name, 1).is_none(), "somebody reads it");
+        index.learn(&file, digest(1));
         let claimed = *plan.manifest.files()[1].blake3.as_deref().unwrap();
         let other = index.with_digest(&claimed, None).unwrap();
         index.correct(&other, &claimed, Some(digest(2)));
@@ -435,7 +457,7 @@ mod tests {
         index.remove(&plan.spec.target_shard, &plan.spec.transfer_id).unwrap();
         check(&index);
         // Somebody was about to read it.
-        index.learn(file, digest(4));
+        index.learn(&file, digest(4));
         assert!(lock(&index.maps).by_digest.is_empty());
     }
 }

@@ -61,13 +61,11 @@ impl Inner {
             }
             last = Some(source);
         }
-        let mut unknown = index.take_unknown(&file.name, size).into_iter();
-        while let Some(source) = unknown.next() {
+        while let Some(source) = index.take_unknown(&file.name, size) {
             // The bytes are read to learn the digest; if it is the right one, the file is there with that.
             let Copy::Done(found) = self.copy_any(number, &source.path(), size)? else { continue };
             index.learn(&source, found.blake3);
             if found.blake3 == digest {
-                unknown.for_each(|rest| index.put_back(&rest));
                 self.move_in(number, size)?;
                 return Ok(Some(found.crc));
             }
