@@ -326,7 +326,7 @@ impl<S: SnapshotStore> Inner<S> {
         };
         let memory = self.manifests.take(&plan.spec.source_node, &plan.manifest);
         let progress = initial_progress(&plan, &self.identity.node_id, phase);
-        let tracker = match self.transfers.registry().insert(Direction::In, id.as_str(), progress) {
+        let tracker = match self.transfers.registry().readopt(Direction::In, id.as_str(), progress) {
             Ok(tracker) => tracker,
             Err(error) => {
                 tracing::error!(transfer_id = %id, error = %error, "cannot be shown; left as it is");

@@ -63,6 +63,8 @@ impl Transfers {
             watchers: limits.watchers,
             watchers_per_peer: limits.watchers_per_peer,
             page: MAX_PAGE,
+            // What is staged here, connected or not, takes no place of what this node sends.
+            active: limits.staged.saturating_add(RegistryLimits::default().active),
             ..RegistryLimits::default()
         });
         Self { inner: Arc::new(Inner { registry, outgoing: Mutex::default(), sink: OnceLock::new() }) }

@@ -69,7 +69,7 @@ async fn client<S: SnapshotStore>(server: &Server<S>) -> Client {
     Client::new(proto_common::tuning::endpoint(&server.uri()).unwrap().connect().await.unwrap())
 }
 
-async fn cancel(server: &Server, id: &str) -> Result<TransferPhase, Error> {
+async fn cancel<S: SnapshotStore>(server: &Server<S>, id: &str) -> Result<TransferPhase, Error> {
     let request = CancelTransferRequest { transfer_id: id.to_owned(), ..Default::default() };
     let mut client = client(server).await;
     let answer = tokio::time::timeout(LONG, client.cancel_transfer(request)).await.expect("a cancel returns");
@@ -606,4 +606,65 @@ async fn what_could_not_be_removed_for_an_attempt_that_starts_anew_is_removed_la
     assert!(left() > 0, "it is there still");
     until("it is removed", || left() == 0 && phase(&server, "t") == Some(TransferPhase::Expired)).await;
     server.stop().await;
+}
+
+/// It may fail for ever, as on a full disk, and a cancel makes room there.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_complete_and_cannot_be_sealed_can_be_cancelled() {
+    let target = tempfile::tempdir().unwrap();
+    let brake = Brake::released();
+    brake.seals_fail.store(usize::MAX, Ordering::SeqCst);
+    let store = FileSnapshotStore::open(target.path(), FileStoreOptions::default()).unwrap();
+    let store = SlowStore { store, brake: brake.clone() };
+    let server =
+        Server::start(SnapshotReceiver::builder(&NodeId::new("n2").unwrap(), store).limits(small_limits()))
+            .await;
+    let source = source();
+    let mut sending = send(&server.uri(), snapshot("t"), &source, u64::MAX);
+    until("a seal has failed", || brake.seals_fail.load(Ordering::SeqCst) < usize::MAX).await;
+    let cancelled = async {
+        // Not while one is under way.
+        while let Err(error) = cancel(&server, "t").await {
+            assert!(error.is(Reason::TooLateToCancel), "{error:?}");
+        }
+    };
+    tokio::time::timeout(LONG, cancelled).await.expect("it is cancelled");
+    assert_eq!(phase(&server, "t"), Some(TransferPhase::Cancelled));
+    assert_eq!(std::fs::read_dir(target.path().join("staging")).unwrap().count(), 0);
+    assert!(sending.join().await.unwrap_err().is(Reason::TransferCancelled));
+    server.stop().await;
+}
+
+/// Nothing of it is here then, so nothing says that it goes on.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_an_attempt_discards_that_comes_no_further_has_ended() {
+    for connected in [true, false] {
+        let target = tempfile::tempdir().unwrap();
+        let server = Server::start(builder(target.path()).limits(small_limits())).await;
+        let mut first = stream(&server, opening("t", 50, 1)).await;
+        first.answers.message().await.unwrap().expect("Accepted");
+        let first = connected.then_some(first);
+        if !connected {
+            until("it is interrupted", || phase(&server, "t") == Some(TransferPhase::Interrupted)).await;
+        }
+        let mut anew = opening("t", 50, 2);
+        let Some(Frame::Header(header)) = &mut anew[0].frame else { panic!("the header comes first") };
+        (header.attempt, header.session, header.discard_staged) = (2, vec![2; 16].into(), true);
+        anew.truncate(1);
+        let second = stream(&server, anew.clone()).await;
+        until("it has ended", || phase(&server, "t") == Some(TransferPhase::Failed)).await;
+        drop((first, second));
+        let shown = shown(&server, "t").unwrap();
+        assert_eq!((shown.attempt, shown.lanes, shown.expires_unix_ms), (1, 0, None), "{shown:?}");
+        assert!(shown.progress.unwrap().finished_unix_ms.is_some());
+        assert_eq!(server.receiver.transfers().registry().active(None), 0);
+        assert_eq!(std::fs::read_dir(target.path().join("staging")).unwrap().count(), 0);
+        // It is no end of the next attempt.
+        let mut third = opening("t", 50, 3);
+        let Some(Frame::Header(header)) = &mut third[0].frame else { panic!("the header comes first") };
+        (header.attempt, header.session) = (3, vec![3; 16].into());
+        let mut third = stream(&server, third).await;
+        third.answers.message().await.unwrap().expect("Accepted");
+        server.stop().await;
+    }
 }

@@ -131,7 +131,15 @@ async fn running(command: &Drain, at: &Node, output: &mut Output) -> Result<Vec<
 fn never_ends(migration: &MigrationProgress) -> bool {
     let by_hand = migration.spec.as_ref().is_some_and(|spec| !spec.auto_complete);
     let asked = migration.complete_deadline_unix_ms.is_some();
-    let open = migration.state() != MigrationState::Committing;
+    // Behind the decision, and where it is cancelled, nobody has to do anything.
+    let open = !matches!(
+        migration.state(),
+        MigrationState::Committing
+            | MigrationState::Cancelling
+            | MigrationState::Completed
+            | MigrationState::Cancelled
+            | MigrationState::Failed
+    );
     migration.state() == MigrationState::NeedsOperator || (by_hand && open && !asked)
 }
 
@@ -389,4 +397,36 @@ fn blockers(status: &NodeStatus) -> String {
         });
     }
     why.join("; ")
+}
+
+#[cfg(test)]
+mod tests {
+    use proto::node::MigrationSpec;
+
+    use super::*;
+
+    #[test]
+    fn what_waits_for_a_person_never_ends_and_what_has_ended_waits_for_nobody() {
+        for (state, by_itself, by_hand, asked) in [
+            (MigrationState::Pending, false, true, false),
+            (MigrationState::Ready, false, true, false),
+            (MigrationState::Freezing, false, true, false),
+            (MigrationState::Committing, false, false, false),
+            (MigrationState::Cancelling, false, false, false),
+            (MigrationState::NeedsOperator, true, true, true),
+            (MigrationState::Completed, false, false, false),
+            (MigrationState::Cancelled, false, false, false),
+            (MigrationState::Failed, false, false, false),
+        ] {
+            let seen = |auto_complete, complete_deadline_unix_ms| MigrationProgress {
+                state: state.into(),
+                spec: Some(MigrationSpec { auto_complete, ..MigrationSpec::default() }),
+                complete_deadline_unix_ms,
+                ..MigrationProgress::default()
+            };
+            assert_eq!(never_ends(&seen(true, None)), by_itself, "{state:?}");
+            assert_eq!(never_ends(&seen(false, None)), by_hand, "{state:?}");
+            assert_eq!(never_ends(&seen(false, Some(1))), asked, "{state:?}");
+        }
+    }
 }

@@ -174,7 +174,8 @@ impl<M: BulkMessage> Decoder<M> {
 fn decode<M: BulkMessage>(message: Payload, scratch: &mut Scratch) -> Result<Received<M>, BulkError> {
     // One that does not begin with a frame that has a payload, such as a page of a list, has nothing to be spared a copy.
     let mut start = message.slices().first().map_or(&[][..], |first| first);
-    if decode_key(&mut start).is_ok_and(|(tag, _)| payload_tag::<M>(tag).is_none()) {
+    let is_small = message.len() <= BESIDES;
+    if is_small && decode_key(&mut start).is_ok_and(|(tag, _)| payload_tag::<M>(tag).is_none()) {
         return whole(message);
     }
     scratch.message.clear();

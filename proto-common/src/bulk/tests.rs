@@ -352,7 +352,8 @@ fn only_a_payload_may_be_long() {
         field
     };
     let verdict = |message: &[u8]| receive(&prefixed(message), &[64 << 10], 4 * MIB);
-    let (received, end) = verdict(&chunk(2 * MIB).encode_to_vec());
+    let large = chunk(2 * MIB).encode_to_vec();
+    let (received, end) = verdict(&large);
     assert!(received.len() == 1 && end.is_ok(), "{end:?}");
     let chunk = chunk(1).encode_to_vec();
     for (message, fits) in [
@@ -362,6 +363,8 @@ fn only_a_payload_may_be_long() {
         (skipped(MIB + 1), false),
         ([&chunk[..], &skipped(MIB - 100)].concat(), true),
         ([&chunk[..], &skipped(MIB + 1)].concat(), false),
+        ([&skipped(3), &large[..]].concat(), true),
+        ([&skipped(MIB + 1), &large[..]].concat(), false),
         // Not even where a group shows its end only to who reads it.
         ([&chunk[..], &[0x7b, 0x7c], &skipped(MIB + 1)].concat(), false),
     ] {

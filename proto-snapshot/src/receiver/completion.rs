@@ -66,15 +66,19 @@ impl<S: SnapshotStore> Inner<S> {
             let current = self.store.shard(&spec.target_shard).await?.fence;
             fence.check(current, &spec.target_shard)?;
         }
-        // From here on a cancel is refused.
-        if !incoming.begin_installing() {
-            return Err(cancelled());
-        }
         tracing::debug!(transfer_id = %spec.transfer_id, "verified");
         loop {
+            // From here on a cancel is refused.
+            if !incoming.begin_installing() {
+                return Err(cancelled());
+            }
             match incoming.staging.seal(totals).await {
                 Ok(()) => break,
-                Err(error) if error.is_retryable() => self.pause_after(incoming, &error.into()).await?,
+                Err(error) if error.is_retryable() => {
+                    // It may be for ever, as on a full disk, which a cancel makes room on.
+                    incoming.put_off_installing();
+                    self.pause_after(incoming, &error.into()).await?;
+                }
                 Err(error) => return Err(error.into()),
             }
         }

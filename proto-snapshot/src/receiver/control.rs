@@ -534,7 +534,13 @@ impl<S: SnapshotStore> Inner<S> {
         incoming: &Arc<Incoming<S::Staging>>,
     ) -> Result<(), Error> {
         incoming.staging.remove().await?;
-        if let Some(shown) = incoming.shown() {
+        if let Some(mut shown) = incoming.shown() {
+            // The attempt that starts anew may come no further, and then nothing of it is here any more.
+            shown.lanes = 0;
+            shown.finish(TransferPhase::Failed);
+            let error = Reason::TransferCancelled
+                .error("what was staged was discarded, as an attempt that starts anew asked for");
+            shown.progress.get_or_insert_default().error = Some(error.into());
             incoming.finish(shown);
         }
         slot.set(None);

@@ -464,6 +464,14 @@ impl<A: Staging> Incoming<A> {
         won
     }
 
+    /// Takes [`begin_installing`](Self::begin_installing) back: nothing was sealed.
+    pub(super) fn put_off_installing(&self) {
+        let mut state = self.state();
+        if state.stage == Stage::Installing {
+            state.stage = Stage::Verifying;
+        }
+    }
+
     /// Closes the transfer to all but its removal; returns what it was before.
     ///
     /// # Errors

@@ -28,6 +28,8 @@ pub struct Brake {
     pub removals_fail: Arc<AtomicUsize>,
     /// Resets of records that are still to fail.
     pub resets_fail: Arc<AtomicUsize>,
+    /// Seals that are still to fail.
+    pub seals_fail: Arc<AtomicUsize>,
 }
 
 /// Files that are looked for among installed ones.
@@ -49,6 +51,7 @@ impl Brake {
             reuses: Arc::default(),
             removals_fail: Arc::default(),
             resets_fail: Arc::default(),
+            seals_fail: Arc::default(),
         }
     }
 
@@ -202,6 +205,7 @@ impl Staging for SlowStaging {
     }
 
     async fn seal(&self, totals: &[FileTotal]) -> Result<(), StoreError> {
+        planted(&self.brake.seals_fail, "seal a snapshot")?;
         self.staging.seal(totals).await
     }
 

@@ -98,10 +98,10 @@ impl Tasks {
         self.migrations.active()
     }
 
-    /// Tasks that a drain waits for: those that somebody works on. What was interrupted is resumed later, by whoever wants to.
+    /// Tasks that a drain waits for: those that somebody works on. What was interrupted, or failed and is kept for a while, is resumed later, by whoever wants to.
     pub(super) fn running(&self) -> usize {
-        let interrupted = TransferPhase::Interrupted.short_name();
-        let transfers = self.transfers().into_iter().filter(|task| task.phase != interrupted).count();
+        let idle = [TransferPhase::Interrupted, TransferPhase::Failed].map(TransferPhase::short_name);
+        let transfers = self.transfers().into_iter().filter(|task| !idle.contains(&&*task.phase)).count();
         transfers + self.migrations().iter().filter(|task| !task.needs_operator).count()
     }
 }

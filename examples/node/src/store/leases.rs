@@ -59,6 +59,11 @@ impl Lease {
         self.active.number
     }
 
+    /// Changes that are retained.
+    pub(super) fn entries(&self) -> u64 {
+        self.state.borrow().entries
+    }
+
     pub(super) fn slots(&self) -> SlotRange {
         self.active.slots
     }

@@ -16,8 +16,9 @@ use super::write::needed;
 
 type Key = (ShardId, TransferId);
 
-/// What a file is found by: its digest, the number of its snapshot, and its own in the manifest.
-type Entry = ([u8; 32], u64, u32);
+/// What a file is found by: its digest, its size, the number of its snapshot, and its own in the manifest. By its size as well, since anybody may claim any digest: who
+/// looks for one would open all that claim it, again and again.
+type Entry = ([u8; 32], u64, u64, u32);
 
 /// What one is found by whose digest is not known: a hash of its name instead. There may be very many of them, so their names are in the manifest alone.
 type Unknown = (u64, u64, u32);
@@ -35,6 +36,8 @@ pub(super) struct Installed {
     snapshot: Arc<Snapshot>,
     /// Its number in the manifest.
     file: u32,
+    /// Bytes of it.
+    size: u64,
 }
 
 #[derive(Debug)]
@@ -92,7 +95,7 @@ struct Found {
     snapshot: Arc<Snapshot>,
     /// Digests that were found out here, by file: beside those of the manifest, the only ones that lead to its files.
     learned: BTreeMap<u32, [u8; 32]>,
-    /// Sizes of the files whose digest and size the manifest does not know.
+    /// Sizes of the files whose size the manifest does not know.
     sizes: HashMap<u32, u64>,
 }
 
@@ -147,7 +150,7 @@ impl Maps {
 
     /// Its files can be found no more.
     fn leave_out(&mut self, number: u64) {
-        let Some(Found { source, memory, snapshot, learned, sizes: _ }) = self.found.remove(&number) else {
+        let Some(Found { source, memory, snapshot, learned, sizes }) = self.found.remove(&number) else {
             return;
         };
         self.memory = self.memory.saturating_sub(memory);
@@ -155,12 +158,13 @@ impl Maps {
             of.memory = of.memory.saturating_sub(memory);
             of.numbers.remove(&number);
         });
-        for (file, digest) in learned {
-            self.by_digest.remove(&(digest, number, file));
-        }
         for (file, line) in snapshot.manifest.numbered() {
+            let size = line.size.or_else(|| sizes.get(&file).copied()).unwrap_or_default();
+            if let Some(digest) = learned.get(&file) {
+                self.by_digest.remove(&(*digest, size, number, file));
+            }
             match line.blake3.as_deref() {
-                Some(digest) => self.by_digest.remove(&(*digest, number, file)),
+                Some(digest) => self.by_digest.remove(&(*digest, size, number, file)),
                 None => self.unknown.remove(&(self.names.hash_one(&line.name), number, file)),
             };
             #[cfg(test)]
@@ -176,12 +180,13 @@ impl Maps {
 
     /// `file` has this digest, whatever was found out of it before.
     fn learn(&mut self, file: &Installed, digest: [u8; 32]) {
-        let (number, file) = (file.snapshot.number, file.file);
+        let Installed { snapshot, file, size } = file;
+        let (number, file, size) = (snapshot.number, *file, *size);
         let Some(found) = self.found.get_mut(&number) else { return };
         if let Some(before) = found.learned.insert(file, digest) {
-            self.by_digest.remove(&(before, number, file));
+            self.by_digest.remove(&(before, size, number, file));
         }
-        self.by_digest.insert((digest, number, file));
+        self.by_digest.insert((digest, size, number, file));
     }
 }
 
@@ -217,17 +222,19 @@ impl Index {
             let snapshot = Arc::new(snapshot);
             let mut sizes = HashMap::new();
             for ((file, line), total) in plan.manifest.numbered().zip(totals) {
+                if total.size == 0 {
+                    continue;
+                }
+                if line.size.is_none() {
+                    sizes.insert(file, total.size);
+                }
                 match line.blake3.as_deref() {
-                    _ if total.size == 0 => {}
                     Some(digest) => {
-                        maps.by_digest.insert((*digest, snapshot.number, file));
+                        maps.by_digest.insert((*digest, total.size, snapshot.number, file));
                     }
                     None => {
                         let name = maps.names.hash_one(&line.name);
                         maps.unknown.insert((name, snapshot.number, file));
-                        if line.size.is_none() {
-                            sizes.insert(file, total.size);
-                        }
                     }
                 }
             }
@@ -250,17 +257,22 @@ impl Index {
         Some(bytes)
     }
 
-    /// A file whose content had this digest when it was installed: the next one after `last`. One at a time, since very many may have it.
-    pub(super) fn with_digest(&self, digest: &[u8; 32], last: Option<&Installed>) -> Option<Installed> {
+    /// A file of this size whose content had this digest when it was installed: the next one after `last`. One at a time, since very many may have it.
+    pub(super) fn with_digest(
+        &self,
+        digest: &[u8; 32],
+        size: u64,
+        last: Option<&Installed>,
+    ) -> Option<Installed> {
         let maps = lock(&self.maps);
         let from = match last {
-            None => Bound::Included((*digest, 0, 0)),
-            Some(Installed { snapshot, file }) => Bound::Excluded((*digest, snapshot.number, *file)),
+            None => Bound::Included((*digest, size, 0, 0)),
+            Some(last) => Bound::Excluded((*digest, size, last.snapshot.number, last.file)),
         };
-        let (_, number, file) =
-            maps.by_digest.range((from, Bound::Included((*digest, u64::MAX, u32::MAX)))).next()?;
+        let to = Bound::Included((*digest, size, u64::MAX, u32::MAX));
+        let (_, _, number, file) = maps.by_digest.range((from, to)).next()?;
         let found = maps.found.get(number)?;
-        Some(Installed { snapshot: Arc::clone(&found.snapshot), file: *file })
+        Some(Installed { snapshot: Arc::clone(&found.snapshot), file: *file, size })
     }
 
     /// Takes out a file of this name and size whose digest is not known: who asks computes it and says it with [`learn`](Self::learn). One at a time, since very
@@ -280,15 +292,15 @@ impl Index {
             let line = snapshot.manifest.get(file)?;
             let known = line.size.or_else(|| sizes.get(&file).copied());
             let is_it = line.name == *name && known == Some(size);
-            is_it.then(|| Installed { snapshot: Arc::clone(snapshot), file })
+            is_it.then(|| Installed { snapshot: Arc::clone(snapshot), file, size })
         });
         let found = found.next();
         #[cfg(test)]
         {
             maps.touched += touched;
         }
-        if let Some(Installed { snapshot, file }) = &found {
-            maps.unknown.remove(&(hash, snapshot.number, *file));
+        if let Some(found) = &found {
+            maps.unknown.remove(&(hash, found.snapshot.number, found.file));
         }
         found
     }
@@ -302,7 +314,7 @@ impl Index {
     /// for that again. `found` is what it has, if it could be read.
     pub(super) fn correct(&self, file: &Installed, claimed: &[u8; 32], found: Option<[u8; 32]>) {
         let mut maps = lock(&self.maps);
-        maps.by_digest.remove(&(*claimed, file.snapshot.number, file.file));
+        maps.by_digest.remove(&(*claimed, file.size, file.snapshot.number, file.file));
         if let Some(digest) = found {
             maps.learn(file, digest);
         }
@@ -348,7 +360,7 @@ mod tests {
     /// Everything that leads to the files of snapshots belongs to one that can be found, and the sums are right.
     fn check(index: &Index) {
         let maps = lock(&index.maps);
-        assert!(maps.by_digest.iter().all(|(_, number, _)| maps.found.contains_key(number)));
+        assert!(maps.by_digest.iter().all(|(_, _, number, _)| maps.found.contains_key(number)));
         assert!(maps.unknown.iter().all(|(_, number, _)| maps.found.contains_key(number)));
         assert_eq!(maps.memory, maps.found.values().map(|found| found.memory).sum::<u64>());
         assert_eq!(maps.memory, maps.sources.values().map(|of| of.memory).sum::<u64>());
@@ -446,14 +458,16 @@ mod tests {
         assert!(index.take_unknown(name, 1).is_none(), "somebody reads it");
         index.learn(&file, digest(1));
         let claimed = *plan.manifest.files()[1].blake3.as_deref().unwrap();
-        let other = index.with_digest(&claimed, None).unwrap();
+        assert!(index.with_digest(&claimed, 2, None).is_none(), "of another size");
+        let other = index.with_digest(&claimed, 1, None).unwrap();
         index.correct(&other, &claimed, Some(digest(2)));
         // It was changed meanwhile, and two have read it.
         index.correct(&other, &claimed, Some(digest(3)));
-        assert!(index.with_digest(&claimed, None).is_none() && index.with_digest(&digest(2), None).is_none());
-        let found = index.with_digest(&digest(3), None).unwrap();
+        let with = |digest: [u8; 32], last| index.with_digest(&digest, 1, last);
+        assert!(with(claimed, None).is_none() && with(digest(2), None).is_none());
+        let found = with(digest(3), None).unwrap();
         assert_eq!(found.file, 1);
-        assert!(index.with_digest(&digest(3), Some(&found)).is_none());
+        assert!(with(digest(3), Some(&found)).is_none());
         index.remove(&plan.spec.target_shard, &plan.spec.transfer_id).unwrap();
         check(&index);
         // Somebody was about to read it.

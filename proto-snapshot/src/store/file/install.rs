@@ -250,10 +250,12 @@ impl Shared {
         let mut known = match self.read_shard(shard) {
             Ok(known) => known,
             // If nobody knows what is current, nothing that may be is touched.
-            Err(error) => {
+            Err(error @ StoreError::ShardDamaged { .. }) => {
                 tracing::warn!(%error, %shard, "old snapshots of the shard are kept");
                 return Ok(());
             }
+            // Not known now: what is placed would tell of a lost record, so whoever removes it does that again.
+            Err(error) => return Err(error),
         };
         let current = known.state.current.as_ref() == Some(id);
         self.prune(shard, &known, (!current).then_some(id))?;

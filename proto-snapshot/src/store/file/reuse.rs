@@ -46,10 +46,9 @@ impl Inner {
         let _dir = self.dir()?;
         let index = &self.shared.index;
         let mut last = None;
-        while let Some(source) = index.with_digest(&digest, last.as_ref()) {
+        while let Some(source) = index.with_digest(&digest, size, last.as_ref()) {
             match self.copy_any(number, &source.path(), size)? {
-                Copy::None => {}
-                Copy::Failed => index.correct(&source, &digest, None),
+                Copy::None | Copy::Failed => index.correct(&source, &digest, None),
                 Copy::Done(copied) if copied.blake3 == digest => {
                     self.move_in(number, size)?;
                     return Ok(Some(copied.crc));

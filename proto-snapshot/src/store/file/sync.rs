@@ -73,7 +73,14 @@ impl Inner {
         if let Err(error) = result {
             let mut state = self.lock_state();
             state.dirty_dirs.extend(dirs);
-            state.lost.extend(dirty.runs.into_iter().filter(|run| run.len > 0));
+            for run in dirty.runs {
+                if run.len > 0 {
+                    state.lost.push(run);
+                } else {
+                    // That a file is there, and how long it is, the next sync of it makes durable.
+                    state.dirty.add(run);
+                }
+            }
             return Err(StoreError::io("make data durable", error));
         }
         let bytes = dirty.runs.iter().map(|run| run.len).sum();

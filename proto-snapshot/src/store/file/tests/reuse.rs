@@ -4,6 +4,7 @@ use std::fs;
 
 use super::support::*;
 use crate::extent::{Extent, ExtentRecord};
+use crate::spec::Manifest;
 use crate::store::file::{FileSnapshotStore, FileStaging, FileStoreOptions};
 use crate::store::{SnapshotStore as _, Staging as _};
 use proto_common::checksum::crc64;
@@ -130,9 +131,10 @@ async fn a_file_that_is_not_what_was_claimed_is_read_for_that_once() {
     fill(&staging, &true_ones).await;
     install(&staging, &true_ones).await;
     let found = |content: &[u8]| {
+        let size = content.len() as u64;
         let digest = blake3::hash(content);
-        let next = |last: &_| store.shared.index.with_digest(digest.as_bytes(), Some(last));
-        std::iter::successors(store.shared.index.with_digest(digest.as_bytes(), None), next).count()
+        let next = |last: &_| store.shared.index.with_digest(digest.as_bytes(), size, Some(last));
+        std::iter::successors(store.shared.index.with_digest(digest.as_bytes(), size, None), next).count()
     };
     assert_eq!((found(&claimed[0].1), found(&true_ones[0].1)), (1, 0));
     let staging = store.stage(&plan_with_digests("next", 2, &claimed)).await.unwrap();
@@ -175,4 +177,33 @@ async fn what_can_be_reused_has_a_limit_and_makes_room_where_one_node_has_most()
     let reused = reuse_and_install(&store, &staging, &all).await;
     let of = |from: usize| reused[from..from + 3].to_vec();
     assert_eq!((of(0), of(3), of(6), of(9)), (vec![false; 3], vec![true; 3], vec![false; 3], vec![true; 3]));
+}
+
+/// Anybody may claim any digest: who looks for one looks at files of its size alone, and at none for nothing twice.
+#[tokio::test]
+async fn a_claim_of_a_file_of_another_size_is_not_looked_at() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, _) = open(dir.path()).await;
+    let wanted: Files = vec![("a".to_owned(), content(1, 5000))];
+    let short: Files = vec![("b".to_owned(), content(2, 100))];
+    let mut plan = plan_with_digests("base", 1, &short);
+    let mut files = plan.manifest.files().to_vec();
+    files[0].blake3 = Some(Box::new(*blake3::hash(&wanted[0].1).as_bytes()));
+    plan.manifest = Manifest::new(files).unwrap();
+    let staging = store.stage(&plan).await.unwrap();
+    fill(&staging, &short).await;
+    install(&staging, &short).await;
+    let digest = *blake3::hash(&wanted[0].1).as_bytes();
+    let found = |size| store.shared.index.with_digest(&digest, size, None);
+    assert!(found(5000).is_none() && found(100).is_some());
+    // Nor is one that is gone, more than once.
+    let gone = found(100).unwrap().path();
+    std::fs::remove_file(gone).unwrap();
+    let mut plan = plan_with_digests("next", 2, &short);
+    let mut files = plan.manifest.files().to_vec();
+    files[0].blake3 = Some(Box::new(digest));
+    plan.manifest = Manifest::new(files).unwrap();
+    let staging = store.stage(&plan).await.unwrap();
+    assert_eq!(staging.reuse(0).await.unwrap(), None);
+    assert!(found(100).is_none());
 }
