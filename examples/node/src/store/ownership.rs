@@ -221,10 +221,15 @@ pub(super) fn load(table: &impl ReadableTable<u16, &'static [u8]>) -> Result<Own
 /// Takes `claims` over into the table, by epoch, and returns the whole.
 pub(super) fn adopt_all(txn: &WriteTransaction, claims: &[Claim]) -> Result<Ownership, StoreError> {
     let mut table = txn.open_table(tables::OWNERSHIP)?;
-    let mut ownership = load(&table)?;
+    let before = load(&table)?;
+    let mut ownership = before.clone();
     if !ownership.adopt_all(claims).is_empty() {
-        table.retain(|_, _| false)?;
-        for claim in ownership.claims() {
+        // No more than what changed: a peer may have brought thousands of claims, and bring one more a few times a second.
+        let (gone, new) = difference(&before, &ownership);
+        for start in gone {
+            table.remove(start)?;
+        }
+        for claim in new {
             let stored = StoredClaim {
                 end: claim.range.end(),
                 owner: claim.owner.as_str().into(),
@@ -234,6 +239,18 @@ pub(super) fn adopt_all(txn: &WriteTransaction, claims: &[Claim]) -> Result<Owne
         }
     }
     Ok(ownership)
+}
+
+/// What makes `after` of `before`, where claims are kept by their first slot: those that are kept no more, and those that are new or other ones.
+fn difference<'a>(before: &'a Ownership, after: &'a Ownership) -> (Vec<u16>, Vec<&'a Claim>) {
+    fn by_start(of: &Ownership) -> BTreeMap<u16, &Claim> {
+        of.claims().iter().map(|claim| (claim.range.start(), claim)).collect()
+    }
+    let (before, after) = (by_start(before), by_start(after));
+    let gone = before.keys().filter(|start| !after.contains_key(start)).copied().collect();
+    let new =
+        after.into_iter().filter(|(start, claim)| before.get(start) != Some(claim)).map(|(_, claim)| claim);
+    (gone, new.collect())
 }
 
 /// Remembers where nodes can be reached.
@@ -374,6 +391,12 @@ mod tests {
             }
             let changed = at_once.adopt_all(after);
             proptest::prop_assert_eq!(&at_once, &all);
+            let mut rows: BTreeMap<u16, Claim> =
+                middle.claims().iter().map(|claim| (claim.range.start(), claim.clone())).collect();
+            let (gone, new) = difference(&middle, &at_once);
+            rows.retain(|start, _| !gone.contains(start));
+            rows.extend(new.into_iter().map(|claim| (claim.range.start(), claim.clone())));
+            proptest::prop_assert!(rows.values().eq(at_once.claims()));
             for (slot, expected) in (0..).zip(&model) {
                 let found = all.of(slot).map(|claim| (claim.owner.as_str(), claim.epoch));
                 proptest::prop_assert_eq!(found, *expected);
@@ -403,8 +426,12 @@ mod tests {
         let began = std::time::Instant::now();
         let mut all = Ownership::default();
         assert_eq!(all.adopt_all(&singles), singles);
-        let wide: Vec<Claim> = (0..100_000).map(|n| claim("0-16383", "n1", 2 + n)).collect();
-        assert_eq!(all.adopt_all(&wide), [claim("0-16383", "n1", 100_001)]);
+        let before = all.clone();
+        all.adopt(&Claim { epoch: 2, ..singles[7].clone() });
+        let (gone, new) = difference(&before, &all);
+        assert_eq!((gone.len(), new.len()), (0, 1), "one row is written for one claim");
+        let wide: Vec<Claim> = (0..100_000).map(|n| claim("0-16383", "n1", 3 + n)).collect();
+        assert_eq!(all.adopt_all(&wide), [claim("0-16383", "n1", 100_002)]);
         // One by one: minutes.
         assert!(began.elapsed() < std::time::Duration::from_secs(20), "{:?}", began.elapsed());
     }
