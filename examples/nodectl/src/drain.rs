@@ -307,6 +307,7 @@ async fn finish(
     let name = human::slots(&migration);
     let mut live = Live::among(&output.borrow(), bars, at, &name);
     let mut stuck = None;
+    let mut cancelling: Option<Instant> = None;
     let followed = if migration.has_ended() {
         Ok(Some(migration))
     } else {
@@ -314,7 +315,12 @@ async fn finish(
             // Nobody else runs while it is borrowed. A drain goes on when nobody reads what it says.
             live.show(&mut output.borrow_mut(), seen, wait);
             // One that was asked to complete by a time waits for somebody again once that has passed.
-            stuck = never_ends(seen).then(|| seen.clone()).filter(|_| wait.is_none());
+            let lasts = match seen.state() {
+                MigrationState::Cancelling => cancelling.get_or_insert_with(Instant::now).elapsed(),
+                _ => Duration::ZERO,
+            };
+            let is_stuck = never_ends(seen) || lasts > command.settle;
+            stuck = is_stuck.then(|| seen.clone()).filter(|_| wait.is_none());
             stuck.is_none()
         })
         .await

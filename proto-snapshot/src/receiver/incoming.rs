@@ -464,7 +464,7 @@ impl<A: Staging> Incoming<A> {
         won
     }
 
-    /// Takes [`begin_installing`](Self::begin_installing) back: nothing was sealed.
+    /// Takes [`begin_installing`](Self::begin_installing) back: it is not known to be sealed. After a crash it may be.
     pub(super) fn put_off_installing(&self) {
         let mut state = self.state();
         if state.stage == Stage::Installing {

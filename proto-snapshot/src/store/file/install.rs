@@ -254,8 +254,14 @@ impl Shared {
                 tracing::warn!(%error, %shard, "old snapshots of the shard are kept");
                 return Ok(());
             }
-            // Not known now: what is placed would tell of a lost record, so whoever removes it does that again.
-            Err(error) => return Err(error),
+            // Not known now. What is placed would tell of a lost record, so whoever removes it does that again.
+            Err(error) => {
+                let placed = [self.layout.manifest(shard, id), self.layout.installed(shard, id)];
+                if placed.iter().any(|path| exists(path).unwrap_or(true)) {
+                    return Err(error);
+                }
+                return Ok(());
+            }
         };
         let current = known.state.current.as_ref() == Some(id);
         self.prune(shard, &known, (!current).then_some(id))?;

@@ -55,10 +55,6 @@ impl Shared {
         let mut half = Vec::new();
         // Those that end here: what is left of them tells nothing of their shards.
         let mut ended = HashSet::new();
-        // Also those that an earlier start set aside and came no further.
-        for name in self.names_in(&self.layout.quarantine())? {
-            ended.extend(name.split_once('.').and_then(|(_, id)| TransferId::new(id).ok()));
-        }
         // What is found here may be there in memory only: the process that made it may have been killed before it synced that.
         sync_dir(&root).map_err(|error| self.failed_at(&root, &error))?;
         for name in self.names_in(&root)? {

@@ -29,6 +29,8 @@ struct Copied {
 enum Copy {
     /// Nothing was read: it is not there, or of another size.
     None,
+    /// It could not be opened now, as where the process has no file left to open.
+    Later,
     /// It could not be read to its end, or changed meanwhile.
     Failed,
     Done(Copied),
@@ -49,6 +51,7 @@ impl Inner {
         while let Some(source) = index.with_digest(&digest, size, last.as_ref()) {
             match self.copy_any(number, &source.path(), size)? {
                 Copy::None | Copy::Failed => index.correct(&source, &digest, None),
+                Copy::Later => {}
                 Copy::Done(copied) if copied.blake3 == digest => {
                     self.move_in(number, size)?;
                     return Ok(Some(copied.crc));
@@ -75,7 +78,11 @@ impl Inner {
 
     /// Copies `source` beside the tree, if it has `size` bytes.
     fn copy_any(&self, number: u32, source: &Path, size: u64) -> Result<Copy, StoreError> {
-        let Ok(mut from) = File::open(source) else { return Ok(Copy::None) };
+        let mut from = match File::open(source) {
+            Ok(from) => from,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Copy::None),
+            Err(_) => return Ok(Copy::Later),
+        };
         if !from.metadata().is_ok_and(|found| found.is_file() && found.len() == size) {
             return Ok(Copy::None);
         }

@@ -296,6 +296,31 @@ async fn a_first_snapshot_that_was_placed_only_is_no_lost_record() {
     }
 }
 
+/// What cannot be read now says nothing: what was placed stays removable, and what never was is removed.
+#[tokio::test]
+async fn a_record_that_cannot_be_read_keeps_what_was_placed_alone() {
+    for placed in [false, true] {
+        let dir = tempfile::tempdir_in(fast_dir()).unwrap();
+        let (store, _) = open(dir.path()).await;
+        let staging = store.stage(&plan("first", 1, &files())).await.unwrap();
+        fill(&staging, &files()).await;
+        staging.seal(&totals(&files())).await.unwrap();
+        if placed {
+            staging.place().await.unwrap();
+        }
+        let record = dir.path().join("shards/shard-1/CURRENT");
+        fs::create_dir_all(&record).unwrap();
+        let removed = staging.remove().await;
+        assert_eq!(removed.is_err(), placed, "{removed:?}");
+        fs::remove_dir(&record).unwrap();
+        staging.remove().await.unwrap();
+        assert!(!dir.path().join("shards/shard-1/first.manifest").exists());
+        assert_eq!(store.shard(&shard()).await.unwrap(), crate::store::ShardState::default());
+        drop((staging, store));
+        assert_eq!(look(dir.path()).await.unwrap().damage, Vec::<String>::new());
+    }
+}
+
 /// As after a repair by hand, or by a file system that mixed them up.
 #[tokio::test]
 async fn claims_and_seals_of_other_transfers_are_not_believed() {

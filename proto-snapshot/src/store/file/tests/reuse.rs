@@ -196,14 +196,18 @@ async fn a_claim_of_a_file_of_another_size_is_not_looked_at() {
     let digest = *blake3::hash(&wanted[0].1).as_bytes();
     let found = |size| store.shared.index.with_digest(&digest, size, None);
     assert!(found(5000).is_none() && found(100).is_some());
-    // Nor is one that is gone, more than once.
+    // Nor is one that is gone, more than once; but one that cannot be opened now.
     let gone = found(100).unwrap().path();
-    std::fs::remove_file(gone).unwrap();
+    std::fs::remove_file(&gone).unwrap();
     let mut plan = plan_with_digests("next", 2, &short);
     let mut files = plan.manifest.files().to_vec();
     files[0].blake3 = Some(Box::new(digest));
     plan.manifest = Manifest::new(files).unwrap();
     let staging = store.stage(&plan).await.unwrap();
+    std::os::unix::fs::symlink(&gone, &gone).unwrap();
+    assert_eq!(staging.reuse(0).await.unwrap(), None);
+    assert!(found(100).is_some(), "a loop of links is not opened, whoever asks");
+    std::fs::remove_file(&gone).unwrap();
     assert_eq!(staging.reuse(0).await.unwrap(), None);
     assert!(found(100).is_none());
 }
