@@ -17,7 +17,7 @@ const USUAL: u32 = 8;
 const MEANWHILE: u32 = 13;
 
 /// What counts as strain beside one and a half of the usual: below it, nobody notices. At 30,000 writes/s, in memory, the p99 of writes to slots that stay
-/// is 1.4 to 1.7 times as long during migrations as without them, with twice the usual and 500 µs 1.5 to 3.7, with a quarter more and 100 µs 1.5 to 2.7; where nothing waits 2.9 to 10. On a
+/// is 1.4 to 1.9 times as long during migrations as without them, with twice the usual and 500 µs 1.5 to 3.7, with a quarter more and 100 µs 1.5 to 2.7; where nothing waits 2.9 to 10. On a
 /// disk 1.35 to 2 instead of 2.8 to 4.4. A migration takes 1.8 s instead of 1.4.
 const NOTICED: Duration = Duration::from_micros(250);
 
