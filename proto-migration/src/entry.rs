@@ -154,7 +154,8 @@ pub fn decode(
         Reason::MalformedBatch.field(&format!("{path}.entry_count"), problem)
     };
     let declared_len = usize::try_from(declared).unwrap_or(usize::MAX);
-    let mut entries = Vec::with_capacity(declared_len.min(MAX_ENTRIES));
+    // An entry takes two bytes at least.
+    let mut entries = Vec::with_capacity(declared_len.min(MAX_ENTRIES).min(payload.remaining() / 2));
     // One by one, and none beyond those that are declared: an entry of two bytes would take a hundred in memory.
     while payload.has_remaining() {
         let Some(entry) = next(&mut payload).map_err(malformed)? else { continue };

@@ -107,8 +107,8 @@ async fn a_prepared_attempt_that_did_not_commit_is_fenced_and_goes_on() {
     assert_eq!(pair.target_rows().len(), 100);
 }
 
-#[tokio::test]
-async fn a_target_that_lost_its_disk_while_committing_needs_an_operator() {
+/// A migration whose target lost its disk while it committed.
+async fn without_the_disk_of_the_target() -> Pair {
     let mut pair = Pair::committing(50).await;
     pair.target_dies();
     pair.source_down().await;
@@ -119,6 +119,12 @@ async fn a_target_that_lost_its_disk_while_committing_needs_an_operator() {
     let stuck = pair.reaches(MigrationState::NeedsOperator).await;
     assert_eq!(error_of(&stuck).reason(), "STORE_CHANGED");
     assert_eq!(stuck.gate(), MigrationGate::Closed);
+    pair
+}
+
+#[tokio::test]
+async fn a_target_that_lost_its_disk_while_committing_needs_an_operator() {
+    let mut pair = without_the_disk_of_the_target().await;
     assert_eq!(pair.source.held(), Some(HoldMode::All));
     assert_eq!(pair.cancel().await.unwrap_err().reason(), "RESOLVE_REFUSED");
 
@@ -160,15 +166,7 @@ fn kept(pair: &Pair, id: &str) -> SourceRecord {
 
 #[tokio::test]
 async fn slots_that_were_taken_back_are_free_after_a_crash_though_the_target_stays_away() {
-    let mut pair = Pair::committing(50).await;
-    pair.target_dies();
-    pair.source_down().await;
-    pair.source = pair.source.restarted();
-    pair.source_up().await;
-    pair.target = MemoryTarget::default();
-    pair.target_up(9).await;
-    let stuck = pair.reaches(MigrationState::NeedsOperator).await;
-    assert_eq!(stuck.gate(), MigrationGate::Closed);
+    let mut pair = without_the_disk_of_the_target().await;
     *pair.reachable.lock().unwrap() = None;
     pair.source_down().await;
     // An operator took them back, and the process died before it saved that this was done.

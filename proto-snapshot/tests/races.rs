@@ -656,7 +656,9 @@ async fn what_an_attempt_discards_that_comes_no_further_has_ended() {
         drop((first, second));
         let shown = shown(&server, "t").unwrap();
         assert_eq!((shown.attempt, shown.lanes, shown.expires_unix_ms), (1, 0, None), "{shown:?}");
-        assert!(shown.progress.unwrap().finished_unix_ms.is_some());
+        let progress = shown.progress.unwrap();
+        assert!(progress.finished_unix_ms.is_some());
+        assert!(Error::from(progress.error.unwrap()).is(Reason::Superseded));
         assert_eq!(server.receiver.transfers().registry().active(None), 0);
         assert_eq!(std::fs::read_dir(target.path().join("staging")).unwrap().count(), 0);
         // It is no end of the next attempt.

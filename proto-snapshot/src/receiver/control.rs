@@ -538,7 +538,7 @@ impl<S: SnapshotStore> Inner<S> {
             // The attempt that starts anew may come no further, and then nothing of it is here any more.
             shown.lanes = 0;
             shown.finish(TransferPhase::Failed);
-            let error = Reason::TransferCancelled
+            let error = Reason::Superseded
                 .error("what was staged was discarded, as an attempt that starts anew asked for");
             shown.progress.get_or_insert_default().error = Some(error.into());
             incoming.finish(shown);

@@ -104,14 +104,20 @@ impl Store {
             let id = id.clone();
             self.writer()?.post(move |shared| add_page(shared, &id, number, digest)).await?;
         }
-        let shared = &self.inner.shared;
-        // Clients that are there have the processors to themselves most of the time.
-        if self.client_writes() != writes {
-            tokio::time::sleep((begun.elapsed() * REST).min(LONGEST_REST)).await;
-            let late = || shared.leases.with(id, |lease| lease.entries() > LATE).unwrap_or(true);
-            shared.strain.pass(late).await;
-        }
+        self.let_clients_pass(id, begun.elapsed(), writes).await;
         Ok(page)
+    }
+
+    /// Clients have the processors to themselves most of the time, where some wrote since there were `writes` of theirs: who copies for `id` waits after what `took` so long,
+    /// and until they are served as usual.
+    async fn let_clients_pass(&self, id: &MigrationId, took: Duration, writes: u64) {
+        if self.client_writes() == writes {
+            return;
+        }
+        let shared = &self.inner.shared;
+        tokio::time::sleep((took * REST).min(LONGEST_REST)).await;
+        let late = || shared.leases.with(id, |lease| lease.entries() > LATE).unwrap_or(true);
+        shared.strain.pass(late).await;
     }
 
     /// Grows with the transactions that hold writes of clients.
@@ -346,5 +352,32 @@ impl Page {
         self.bytes = bytes;
         self.entries.push(entry);
         true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::test_store::{open, set};
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_copy_waits_for_clients_that_wait_longer_than_usual() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, _) = open(dir.path(), "n1", "0-16383");
+        let id = MigrationId::new("m").unwrap();
+        store.open_log(&id, SlotRange::FULL, None).await.unwrap();
+        let waits = async |id: &MigrationId, writes| {
+            let began = tokio::time::Instant::now();
+            store.let_clients_pass(id, Duration::ZERO, writes).await;
+            began.elapsed() > Duration::from_millis(40)
+        };
+        let before = store.client_writes();
+        set(&store, "key", "value").await;
+        for _ in 0..100 {
+            store.inner.shared.strain.took(Duration::from_secs(1), true);
+        }
+        assert!(waits(&id, before).await);
+        assert!(!waits(&id, store.client_writes()).await, "nobody wrote meanwhile");
+        assert!(!waits(&MigrationId::new("other").unwrap(), before).await, "it has no log");
     }
 }
