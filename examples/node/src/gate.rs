@@ -9,7 +9,7 @@ mod slow;
 mod tests;
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
 use tokio::sync::Notify;
@@ -75,6 +75,8 @@ pub struct Gate {
 #[derive(Debug)]
 struct Shared {
     me: NodeId,
+    /// Held by whoever makes a new picture of who owns what, which takes milliseconds where each slot has its owner: every request waits for `state`.
+    known: Mutex<Known>,
     state: RwLock<State>,
     reads: Box<[AtomicU32]>,
     writes: Box<[AtomicU32]>,
@@ -89,12 +91,17 @@ struct Shared {
     slow: slow::SlowSlots,
 }
 
+/// Whence the picture of who owns what is made.
 #[derive(Debug)]
-struct State {
+struct Known {
     durable: Ownership,
     /// Claims that are not durable yet.
     ahead: Vec<Claim>,
-    /// Both together.
+}
+
+#[derive(Debug)]
+struct State {
+    /// All that is known together.
     ownership: Arc<Ownership>,
     /// The same by slot, since every request asks.
     owners: Box<[Owner]>,
@@ -141,9 +148,8 @@ impl Gate {
         Self {
             shared: Arc::new(Shared {
                 me,
+                known: Mutex::new(Known { durable: ownership.clone(), ahead: Vec::new() }),
                 state: RwLock::new(State {
-                    durable: ownership.clone(),
-                    ahead: Vec::new(),
                     ownership: Arc::new(ownership),
                     owners,
                     holds: Vec::new(),
@@ -171,11 +177,7 @@ impl Gate {
 
     /// Replaces the picture of who owns what by what is durable. What it was [told ahead of that](Gate::redirect) stays, until it is.
     pub fn set_ownership(&self, ownership: Ownership) {
-        let mut state = self.shared.write();
-        state.durable = ownership;
-        state.put_together(&self.shared.me);
-        drop(state);
-        self.shared.changed.notify_waiters();
+        self.shared.picture(|known| known.durable = ownership);
     }
 
     /// Takes `claim` over, by epoch, before it is durable here: its owner has the slots durably, and what leads this node to know so after a
@@ -183,13 +185,7 @@ impl Gate {
     /// that is as high.
     #[must_use]
     pub fn redirect(&self, claim: Claim) -> bool {
-        let mut state = self.shared.write();
-        state.ahead.push(claim.clone());
-        state.put_together(&self.shared.me);
-        let gives = state.ownership.gives(&claim);
-        drop(state);
-        self.shared.changed.notify_waiters();
-        gives
+        self.shared.picture(|known| known.ahead.push(claim.clone())).gives(&claim)
     }
 
     /// Permits of no slots yet, to [enter](Permits::enter) with.
@@ -376,14 +372,6 @@ fn owners(me: &NodeId, ownership: &Ownership) -> Box<[Owner]> {
 }
 
 impl State {
-    /// Makes the picture anew, and forgets those claims ahead that tell nothing new.
-    fn put_together(&mut self, me: &NodeId) {
-        let mut ownership = self.durable.clone();
-        self.ahead.retain(|claim| ownership.adopt(claim));
-        self.owners = owners(me, &ownership);
-        self.ownership = Arc::new(ownership);
-    }
-
     fn verdict(&self, slot: u16, access: Access) -> Verdict {
         let slot = usize::from(slot);
         match (self.held[slot], access) {
@@ -427,6 +415,25 @@ impl Shared {
 
     fn write(&self) -> std::sync::RwLockWriteGuard<'_, State> {
         self.state.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes what is known, and makes the picture anew, which is returned; forgets those claims ahead that tell nothing new.
+    fn picture(&self, change: impl FnOnce(&mut Known)) -> Arc<Ownership> {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut known);
+        let mut ownership = known.durable.clone();
+        known.ahead.retain(|claim| ownership.adopt(claim));
+        let owners = owners(&self.me, &ownership);
+        let ownership = Arc::new(ownership);
+        let mut state = self.write();
+        let old = std::mem::replace(&mut state.owners, owners);
+        let older = std::mem::replace(&mut state.ownership, Arc::clone(&ownership));
+        drop(state);
+        // Freed while nobody waits for them.
+        drop((old, older));
+        drop(known);
+        self.changed.notify_waiters();
+        ownership
     }
 
     fn counters(&self, access: Access) -> &[AtomicU32] {

@@ -2,6 +2,7 @@
 
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::Arc;
 
 use proto_common::ids::NodeId;
 
@@ -26,8 +27,8 @@ pub struct Facts {
     pub slot_map_revision: u64,
     /// Shards of which it has a replica.
     pub shards: Vec<ShardStatus>,
-    /// Who owns which slots, as far as it knows.
-    pub slot_owners: Vec<SlotOwner>,
+    /// Who owns which slots, as far as it knows. Shared, since it may be long, is asked for page by page and changes seldom: keep it from one question to the next.
+    pub slot_owners: Arc<[SlotOwner]>,
     /// Active transfers, in and out. Each keeps the node from being removed.
     pub transfers: Vec<ActiveTask>,
     /// Active migrations, in and out, also those whose outcome is not known. Each keeps the node from being removed.

@@ -6,7 +6,7 @@ use proto_common::error::Error;
 use crate::reason::Reason;
 use crate::server::core::Inner;
 use crate::server::facts::{Facts, Sections};
-use crate::v1::{ActiveTask, NodeStatus, NodeStatusSection, PeerStatus, ShardStatus, SlotOwner};
+use crate::v1::{NodeStatus, NodeStatusSection};
 
 /// Where a page begins: so many entries were on those before it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,81 +40,70 @@ impl Position {
     }
 }
 
-enum Entry {
-    Shard(ShardStatus),
-    SlotOwner(SlotOwner),
-    Transfer(ActiveTask),
-    Migration(ActiveTask),
-    Peer(PeerStatus),
+/// What of the lists, one behind the other, stands on one page.
+struct Window {
+    /// Entries that stand on pages before it.
+    skip: usize,
+    /// Entries that it may still take, and bytes.
+    left: usize,
+    bytes_left: usize,
+    taken: usize,
+    total: usize,
 }
 
-impl Entry {
-    fn encoded_len(&self) -> usize {
-        // Tag and length beside it.
-        8 + match self {
-            Self::Shard(one) => one.encoded_len(),
-            Self::SlotOwner(one) => one.encoded_len(),
-            Self::Transfer(one) | Self::Migration(one) => one.encoded_len(),
-            Self::Peer(one) => one.encoded_len(),
-        }
-    }
-}
-
-/// All lists that were asked for.
-pub(crate) struct Lists(Vec<Entry>);
-
-impl Lists {
-    pub(crate) fn new(facts: Facts, sections: Sections) -> Self {
-        let Facts { shards, slot_owners, transfers, migrations, peers, .. } = facts;
-        let mut all = Vec::new();
-        if sections.contains(NodeStatusSection::Shards) {
-            all.extend(shards.into_iter().map(Entry::Shard));
-        }
-        if sections.contains(NodeStatusSection::SlotOwners) {
-            all.extend(slot_owners.into_iter().map(Entry::SlotOwner));
-        }
-        if sections.contains(NodeStatusSection::Tasks) {
-            all.extend(transfers.into_iter().map(Entry::Transfer));
-            all.extend(migrations.into_iter().map(Entry::Migration));
-        }
-        if sections.contains(NodeStatusSection::Peers) {
-            all.extend(peers.into_iter().map(Entry::Peer));
-        }
-        Self(all)
-    }
-
-    /// Puts one page into `status`; returns the token of the next one. A page has one entry at least, if there is one.
-    pub(crate) fn fill(
-        self,
-        status: &mut NodeStatus,
-        from: Position,
-        page_size: u32,
-        inner: &Inner,
-        sections: Sections,
-    ) -> String {
-        let most = inner.limits.page.max(1);
-        let size = match usize::try_from(page_size) {
-            Ok(size) if size > 0 => size.min(most),
-            _ => most,
-        };
-        let mut bytes = status.encoded_len();
-        let total = self.0.len();
-        let mut taken = 0;
-        for entry in self.0.into_iter().skip(from.0).take(size) {
-            bytes += entry.encoded_len();
-            if taken > 0 && bytes > inner.limits.page_bytes {
+impl Window {
+    /// Takes what belongs on the page of the next list: one entry at least, if there is one.
+    fn take<T: Message>(&mut self, entries: impl ExactSizeIterator<Item = T>) -> Vec<T> {
+        self.total += entries.len();
+        let skipped = self.skip.min(entries.len());
+        self.skip -= skipped;
+        let mut page = Vec::new();
+        for entry in entries.skip(skipped) {
+            // Tag and length beside it.
+            let bytes = 8 + entry.encoded_len();
+            if self.left == 0 || (self.taken > 0 && bytes > self.bytes_left) {
+                self.left = 0;
                 break;
             }
-            taken += 1;
-            match entry {
-                Entry::Shard(one) => status.shards.push(one),
-                Entry::SlotOwner(one) => status.slot_owners.push(one),
-                Entry::Transfer(one) => status.transfers.push(one),
-                Entry::Migration(one) => status.migrations.push(one),
-                Entry::Peer(one) => status.peers.push(one),
-            }
+            self.left -= 1;
+            self.bytes_left = self.bytes_left.saturating_sub(bytes);
+            self.taken += 1;
+            page.push(entry);
         }
-        let next = from.0.saturating_add(taken);
-        if next < total { Position(next).token(sections, inner) } else { String::new() }
+        page
     }
+}
+
+/// Puts one page of the lists that were asked for into `status`; returns the token of the next one. Costs what the page costs, however long the slot map is.
+pub(crate) fn fill(
+    facts: Facts,
+    status: &mut NodeStatus,
+    from: Position,
+    page_size: u32,
+    inner: &Inner,
+    sections: Sections,
+) -> String {
+    let most = inner.limits.page.max(1);
+    let left = match usize::try_from(page_size) {
+        Ok(size) if size > 0 => size.min(most),
+        _ => most,
+    };
+    let bytes_left = inner.limits.page_bytes.saturating_sub(status.encoded_len());
+    let mut window = Window { skip: from.0, left, bytes_left, taken: 0, total: 0 };
+    let Facts { shards, slot_owners, transfers, migrations, peers, .. } = facts;
+    if sections.contains(NodeStatusSection::Shards) {
+        status.shards = window.take(shards.into_iter());
+    }
+    if sections.contains(NodeStatusSection::SlotOwners) {
+        status.slot_owners = window.take(slot_owners.iter().cloned());
+    }
+    if sections.contains(NodeStatusSection::Tasks) {
+        status.transfers = window.take(transfers.into_iter());
+        status.migrations = window.take(migrations.into_iter());
+    }
+    if sections.contains(NodeStatusSection::Peers) {
+        status.peers = window.take(peers.into_iter());
+    }
+    let next = from.0.saturating_add(window.taken);
+    if next < window.total { Position(next).token(sections, inner) } else { String::new() }
 }

@@ -19,7 +19,7 @@ use crate::limits::{MAX_MESSAGE_BYTES, REMOVAL_BLOCKERS};
 use crate::reason::Reason;
 use crate::server::core::Inner;
 use crate::server::facts::{self, Facts, Sections};
-use crate::server::page::{Lists, Position};
+use crate::server::page::{self, Position};
 use crate::server::verdict::{LIVENESS, OVERALL, READINESS, STARTUP, Snapshot};
 use crate::server::watch::{Cursor, Event};
 use crate::v1::health_service_server::{HealthService, HealthServiceServer};
@@ -246,8 +246,7 @@ impl HealthService for NodeHealth {
         if sections.contains(NodeStatusSection::Machine) {
             status.machine = self.inner.machine.as_ref().and_then(crate::server::machine::Machine::status);
         }
-        let next_page_token =
-            Lists::new(facts, sections).fill(&mut status, position, page_size, &self.inner, sections);
+        let next_page_token = page::fill(facts, &mut status, position, page_size, &self.inner, sections);
         let origin = Some(self.inner.origin(&snapshot));
         Ok(Response::new(GetNodeStatusResponse { origin, status: Some(status), next_page_token }))
     }

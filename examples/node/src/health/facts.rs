@@ -14,7 +14,7 @@ use proto::snapshot::transfers::Transfers;
 
 use crate::node::Node;
 use crate::split::{SplitPhase, SplitStatus, Splits};
-use crate::store::{NodeAddresses, Ownership};
+use crate::store::{Claim, NodeAddresses, Ownership};
 
 /// Where the node's migrations are told of. What it lists keeps the node from being removed and is waited for by a drain.
 pub trait Migrations: std::fmt::Debug + Send + Sync + 'static {
@@ -44,23 +44,41 @@ pub(super) struct Tasks {
     migrations: Arc<dyn Migrations>,
 }
 
-/// The slot map that was told last, and its revision.
+/// The slot map that was told last, and its revision. It is kept as it is told: peers ask for it a few times a second, for each page of it.
 #[derive(Debug, Default)]
 struct SlotMap {
     revision: u64,
-    told: Option<(Arc<Ownership>, BTreeMap<NodeId, NodeAddresses>)>,
+    of: Option<(Arc<Ownership>, BTreeMap<NodeId, NodeAddresses>)>,
+    told: Arc<[SlotOwner]>,
 }
 
 impl SlotMap {
-    fn revision(&mut self, ownership: &Arc<Ownership>, nodes: &BTreeMap<NodeId, NodeAddresses>) -> u64 {
-        let same = self.told.as_ref().is_some_and(|(claims, known)| {
+    /// The revision of the map that these make, and the map.
+    fn tell(
+        &mut self,
+        ownership: &Arc<Ownership>,
+        nodes: &BTreeMap<NodeId, NodeAddresses>,
+    ) -> (u64, Arc<[SlotOwner]>) {
+        let same = self.of.as_ref().is_some_and(|(claims, known)| {
             (Arc::ptr_eq(claims, ownership) || claims == ownership) && known == nodes
         });
         if !same {
             self.revision += 1;
-            self.told = Some((Arc::clone(ownership), nodes.clone()));
+            self.told = ownership.claims().iter().map(|claim| slot_owner(claim, nodes)).collect();
+            self.of = Some((Arc::clone(ownership), nodes.clone()));
         }
-        self.revision
+        (self.revision, Arc::clone(&self.told))
+    }
+}
+
+fn slot_owner(claim: &Claim, nodes: &BTreeMap<NodeId, NodeAddresses>) -> SlotOwner {
+    let NodeAddresses { grpc, resp } = nodes.get(&claim.owner).cloned().unwrap_or_default();
+    SlotOwner {
+        slots: Some(claim.range.into()),
+        epoch: claim.epoch,
+        node_id: claim.owner.to_string(),
+        client_address: resp,
+        node_address: grpc,
     }
 }
 
@@ -158,7 +176,8 @@ impl Facts {
         let own: Vec<_> = own.cloned().collect();
         let addresses = nodes.get(node.id()).cloned().unwrap_or_default();
         let rows: Vec<u64> = own.iter().map(|claim| node.store().rows_in(claim.range)).collect();
-        let revision = self.map.lock().unwrap_or_else(PoisonError::into_inner).revision(&ownership, &nodes);
+        let map = self.map.lock().unwrap_or_else(PoisonError::into_inner).tell(&ownership, &nodes);
+        let (slot_map_revision, slot_owners) = map;
         let shards = own.iter().zip(&rows).map(|(claim, rows)| ShardStatus {
             shard_id: format!("slots-{}", claim.range),
             slots: vec![claim.range.into()],
@@ -170,29 +189,15 @@ impl Facts {
             keys: Some(*rows),
             ..ShardStatus::default()
         });
-        let owners = ownership.claims().iter().map(|claim| {
-            let of = nodes.get(&claim.owner).cloned().unwrap_or_default();
-            SlotOwner {
-                slots: Some(claim.range.into()),
-                epoch: claim.epoch,
-                node_id: claim.owner.to_string(),
-                client_address: of.resp,
-                node_address: of.grpc,
-            }
-        });
         Told {
             node_address: addresses.grpc,
             client_address: addresses.resp,
             slots_owned: own.iter().map(|claim| u32::from(claim.range.end() - claim.range.start())).sum(),
             keys: Some(rows.iter().sum()),
             bytes: None,
-            slot_map_revision: revision,
+            slot_map_revision,
             shards: if sections.contains(NodeStatusSection::Shards) { shards.collect() } else { Vec::new() },
-            slot_owners: if sections.contains(NodeStatusSection::SlotOwners) {
-                owners.collect()
-            } else {
-                Vec::new()
-            },
+            slot_owners,
             transfers: self.tasks.transfers(),
             migrations: self.tasks.migrations(),
             peers: self.monitor.statuses(),
@@ -204,5 +209,34 @@ impl Facts {
 impl NodeFacts for Facts {
     fn facts(&self, sections: Sections) -> FactsFuture<'_> {
         Box::pin(async move { self.told(sections) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Peers ask for it a few times a second, for each page.
+    #[test]
+    fn a_map_is_made_once_for_each_change_of_it() {
+        let mut map = SlotMap::default();
+        let id = |name| NodeId::new(name).unwrap();
+        let claim = |range: &str, epoch| Claim { range: range.parse().unwrap(), owner: id("n2"), epoch };
+        let mut ownership = Ownership::default();
+        ownership.adopt(&claim("0-99", 1));
+        let first = Arc::new(ownership.clone());
+        let mut nodes = BTreeMap::new();
+        let (revision, told) = map.tell(&first, &nodes);
+        let (same_revision, same) = map.tell(&Arc::new(ownership.clone()), &nodes);
+        assert!(same_revision == revision && Arc::ptr_eq(&told, &same));
+        assert_eq!((told.len(), told[0].epoch, &*told[0].client_address), (1, 1, ""));
+
+        ownership.adopt(&claim("5", 2));
+        let second = Arc::new(ownership);
+        let (changed, told) = map.tell(&second, &nodes);
+        assert!(changed > revision && told.len() == 3);
+        nodes.insert(id("n2"), NodeAddresses { grpc: "h:1".into(), resp: "h:2".into() });
+        let (moved, told) = map.tell(&second, &nodes);
+        assert!(moved > changed && told.iter().all(|owner| owner.client_address == "h:2"));
     }
 }

@@ -13,8 +13,7 @@ use proto::migration::driver::Dial;
 use proto::node::health_service_client::HealthServiceClient;
 use proto::node::{GetNodeStatusRequest, NodeStatus, NodeStatusSection, SlotOwner};
 use tokio::task::JoinSet;
-use tokio::time::error::Elapsed;
-use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio::time::{Instant, MissedTickBehavior, interval, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
@@ -24,13 +23,19 @@ use crate::store::{Claim, MAX_NODES, NodeAddresses, Ownership};
 
 /// How often each node is asked: three times within the second in which everybody should know.
 const ASK: Duration = Duration::from_millis(300);
-/// How long one answer may take.
+/// How long one page of an answer may take, and where somebody waits for it, the whole.
 const ANSWER: Duration = Duration::from_secs(1);
+/// How long a whole answer may take where nobody waits.
+const PATIENCE: Duration = Duration::from_secs(10);
 /// Pages of one answer; a map of 16384 single slots takes 41.
-const PAGES: usize = 64;
+const PAGES: u32 = 64;
+/// How long a node is not asked again for each page of a map of several: one that changes a map of 16384 single slots all the time is read
+/// every 4 s, instead of three times a second by everybody. A page takes half a millisecond at either end, and a map that was not known before some 30 ms to
+/// learn.
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// What was asked where, and what came of it.
-type Answer = (NodeId, String, Result<Result<Told, Unusable>, Elapsed>);
+type Answer = (NodeId, String, Result<Told, Unusable>);
 
 /// Asks the nodes that `node` knows, until `stop`: each by itself, so that who is silent delays nothing that others tell.
 pub(crate) async fn follow(node: Node, stop: CancellationToken) {
@@ -51,18 +56,19 @@ pub(crate) async fn follow(node: Node, stop: CancellationToken) {
     }
 }
 
-/// Asks each that has answered, or not in time.
+/// Asks each that has answered, or not in time, and has had its [pause](PAUSE).
 fn ask_all(node: &Node, asked: &mut BTreeMap<NodeId, Asked>, answers: &mut JoinSet<Answer>) {
     let mut known = node.nodes();
     known.remove(node.id());
     asked.retain(|id, asked| known.get(id).is_some_and(|addresses| addresses.grpc == asked.address));
     for (id, NodeAddresses { grpc, .. }) in known {
         let asked = asked.entry(id.clone()).or_insert_with(|| Asked::new(node, &id, grpc));
-        let Some(channel) = asked.channel.clone().filter(|_| !asked.waiting) else { continue };
+        let ready = !asked.waiting && asked.not_before.is_none_or(|at| at <= Instant::now());
+        let Some(channel) = asked.channel.clone().filter(|_| ready) else { continue };
         asked.waiting = true;
         let (me, revision) = (node.id().clone(), asked.revision);
         let address = asked.address.clone();
-        answers.spawn(async move { (id, address, timeout(ANSWER, ask(channel, &me, revision)).await) });
+        answers.spawn(async move { (id, address, ask(channel, &me, revision, PATIENCE).await) });
     }
 }
 
@@ -71,16 +77,20 @@ async fn take(node: &Node, asked: &mut BTreeMap<NodeId, Asked>, (id, address, an
     let Some(asked) = asked.get_mut(&id).filter(|asked| asked.address == address) else { return };
     asked.waiting = false;
     let told = match answer {
-        Ok(Ok(told)) => told,
-        Ok(Err(Unusable::Refused(error))) => {
+        Ok(told) => told,
+        Err(Unusable::Refused(error)) => {
+            // However many pages stood before the one that is none.
+            asked.not_before = Some(Instant::now() + PAUSE * PAGES);
             tell_refused(&id, &error, std::mem::replace(&mut asked.refused, true));
             return;
         }
         // Who cannot be reached is for the monitor of peers to tell.
-        _ => return,
+        Err(Unusable::Unanswered) => return,
     };
     asked.refused = false;
+    asked.not_before = told.pages.checked_sub(1).map(|more| Instant::now() + PAUSE * more);
     match learn(node, &id, &told).await {
+        Ok(()) if told.read == Read::Part => {}
         Ok(()) => asked.revision = Some(told.revision),
         Err(error) => tracing::warn!(from = %id, %error, "the slot map cannot be saved"),
     }
@@ -102,17 +112,17 @@ pub(crate) async fn ask_first(node: &Node) {
     for (id, NodeAddresses { grpc, .. }) in known {
         if let Some(channel) = Asked::new(node, &id, grpc).channel {
             let me = node.id().clone();
-            round.spawn(async move { (id, timeout(ANSWER, ask(channel, &me, None)).await) });
+            round.spawn(async move { (id, ask(channel, &me, None, ANSWER).await) });
         }
     }
     for (id, answer) in round.join_all().await {
         let told = match answer {
-            Ok(Ok(told)) => told,
-            Ok(Err(Unusable::Refused(error))) => {
+            Ok(told) => told,
+            Err(Unusable::Refused(error)) => {
                 tell_refused(&id, &error, false);
                 continue;
             }
-            _ => continue,
+            Err(Unusable::Unanswered) => continue,
         };
         if let Err(error) = learn(node, &id, &told).await {
             tracing::warn!(from = %id, %error, "the slot map cannot be saved");
@@ -125,6 +135,8 @@ struct Asked {
     channel: Option<NodeChannel>,
     /// It has not answered yet.
     waiting: bool,
+    /// It is not asked again before.
+    not_before: Option<Instant>,
     /// Of the map that was learned last.
     revision: Option<(u64, u64)>,
     /// Its last answer could not be one.
@@ -135,14 +147,14 @@ impl Asked {
     fn new(node: &Node, id: &NodeId, address: String) -> Self {
         let dial = node.trust().dialer().to(&address, Some(id));
         let channel = dial.ok().map(|dial| dial.connect_timeout(ANSWER).connect_lazy());
-        Self { address, channel, waiting: false, revision: None, refused: false }
+        Self { address, channel, waiting: false, not_before: None, revision: None, refused: false }
     }
 }
 
 /// Why nothing is learned.
 #[derive(Debug)]
 enum Unusable {
-    /// There was no answer, or not to its end.
+    /// There was no answer.
     Unanswered,
     /// No map is like that.
     Refused(Error),
@@ -158,6 +170,18 @@ impl Unusable {
     }
 }
 
+/// How much of a map was read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Read {
+    /// All of it.
+    Whole,
+    /// Nothing, since it is the one that was learned last.
+    Known,
+    /// What stands in front: it changed meanwhile, or its node did not go on. Each claim counts by itself, so this much is learned: a map
+    /// that changes faster than it is read would never be.
+    Part,
+}
+
 /// What is kept of an answer: no more than a claim for each slot, whatever comes.
 #[derive(Debug)]
 struct Told {
@@ -166,8 +190,10 @@ struct Told {
     node_id: String,
     /// Its [store id](Node::store_id).
     store: Vec<u8>,
-    /// The map is here, and not as it was when it was learned last.
-    whole: bool,
+    /// How much of the map is here.
+    read: Read,
+    /// Pages that it came in.
+    pages: u32,
     /// Where the node is.
     own: NodeAddresses,
     /// Disjoint claims in order of their slots, and where their owners are.
@@ -179,7 +205,8 @@ struct Told {
 impl Told {
     fn new(revision: (u64, u64), node_id: String, status: &NodeStatus) -> Self {
         let own = addresses(&status.node_address, &status.client_address);
-        Self { revision, node_id, store: Vec::new(), whole: true, own, owners: Vec::new(), seen: (0, 0) }
+        let read = Read::Part;
+        Self { revision, node_id, store: Vec::new(), read, pages: 0, own, owners: Vec::new(), seen: (0, 0) }
     }
 
     /// Adds the owners of the next page.
@@ -208,21 +235,30 @@ fn addresses(grpc: &str, resp: &str) -> NodeAddresses {
     if told.can_be_shown() { told } else { NodeAddresses::default() }
 }
 
-/// The status of a node, with its slot map unless that is the one of `revision`.
-async fn ask(channel: NodeChannel, me: &NodeId, revision: Option<(u64, u64)>) -> Result<Told, Unusable> {
+/// The status of a node, with its slot map unless that is the one of `revision`, and what came of that within `patience`.
+async fn ask(
+    channel: NodeChannel,
+    me: &NodeId,
+    revision: Option<(u64, u64)>,
+    patience: Duration,
+) -> Result<Told, Unusable> {
+    let end = Instant::now() + patience;
     let mut client = HealthServiceClient::new(channel).max_decoding_message_size(MAX_PEER_ANSWER_BYTES);
-    let request = |sections: Vec<NodeStatusSection>, page_token| GetNodeStatusRequest {
-        sections: sections.into_iter().map(i32::from).collect(),
-        page_size: PEER_PAGE,
-        page_token,
-        from: me.to_string(),
-    };
-    let sections = || vec![NodeStatusSection::SlotOwners];
     let mut told: Option<Told> = None;
     let mut token = String::new();
     for _ in 0..PAGES {
-        let answer = client.get_node_status(request(sections(), token)).await;
-        let answer = answer.map_err(Unusable::of)?.into_inner();
+        let request = GetNodeStatusRequest {
+            sections: vec![NodeStatusSection::SlotOwners.into()],
+            page_size: PEER_PAGE,
+            page_token: token,
+            from: me.to_string(),
+        };
+        let answer = timeout_at(end.min(Instant::now() + ANSWER), client.get_node_status(request)).await;
+        let answer = match answer.map(|answer| answer.map_err(Unusable::of)) {
+            Ok(Ok(answer)) => answer.into_inner(),
+            Ok(Err(Unusable::Refused(error))) => return Err(Unusable::Refused(error)),
+            _ => break,
+        };
         let mut status = answer.status.unwrap_or_default();
         let origin = answer.origin.unwrap_or_default();
         let identity = origin.identity.unwrap_or_default();
@@ -232,17 +268,19 @@ async fn ask(channel: NodeChannel, me: &NodeId, revision: Option<(u64, u64)>) ->
             store: identity.store_id.into(),
             ..Told::new(now, identity.node_id, &status)
         });
+        told.pages += 1;
         if told.revision != now {
             // Two maps need not fit together.
-            return Err(Unusable::Unanswered);
+            break;
         }
         if revision == Some(told.revision) {
-            told.whole = false;
+            told.read = Read::Known;
             break;
         }
         told.add(owners).map_err(Unusable::Refused)?;
         token = answer.next_page_token;
         if token.is_empty() {
+            told.read = Read::Whole;
             break;
         }
     }
@@ -256,11 +294,13 @@ async fn ask(channel: NodeChannel, me: &NodeId, revision: Option<(u64, u64)>) ->
 /// There is no answer, or it is none.
 pub(crate) async fn ask_whole(channel: NodeChannel, me: &NodeId) -> Result<(Vec<u8>, Ownership), Error> {
     let unanswered = || Error::new(CommonReason::Unavailable, "the node does not tell its slot map");
-    let told = timeout(ANSWER, ask(channel, me, None)).await.map_err(|_| unanswered())?;
-    let told = told.map_err(|unusable| match unusable {
+    let told = ask(channel, me, None, ANSWER).await.map_err(|unusable| match unusable {
         Unusable::Unanswered => unanswered(),
         Unusable::Refused(error) => error,
     })?;
+    if told.read != Read::Whole {
+        return Err(unanswered());
+    }
     let claims: Vec<Claim> = told.owners.into_iter().map(|(claim, _)| claim).collect();
     let mut ownership = Ownership::default();
     ownership.adopt_all(&claims);
@@ -295,8 +335,9 @@ async fn learn(node: &Node, asked: &NodeId, told: &Told) -> Result<(), crate::st
         claims.push(claim.clone());
     }
     let ownership = node.gate().ownership();
-    if told.whole {
-        node.set_contested(asked, contest(&ownership, node.id(), asked, &claims));
+    let contested = contest(&ownership, node.id(), asked, &claims);
+    if told.read == Read::Whole || contested.is_some() {
+        node.set_contested(asked, contested);
     }
     let told_of = claims.len();
     let mut leap = None;
@@ -373,7 +414,7 @@ impl<D: Dial<Channel = NodeChannel>> Dial for LearningDial<D> {
         let channel = self.dial.dial(node, address).await?;
         let known = self.node.addresses(node);
         if known.is_none_or(|known| known.resp.is_empty() || known.grpc != address)
-            && let Ok(Ok(told)) = timeout(ANSWER, ask(channel.clone(), self.node.id(), None)).await
+            && let Ok(told) = ask(channel.clone(), self.node.id(), None, ANSWER).await
             && let Err(error) = learn(&self.node, node, &told).await
         {
             tracing::warn!(%node, %error, "its address cannot be saved");
@@ -388,16 +429,20 @@ impl<D: Dial<Channel = NodeChannel>> Dial for LearningDial<D> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU64, Ordering};
+
     use proptest::prelude::*;
     use proptest::strategy::ValueTree as _;
     use proptest::test_runner::TestRunner;
     use proto::node::health_service_server::{HealthService, HealthServiceServer};
     use proto::node::{
-        ActiveTask, GetNodeStatusResponse, HealthCheckRequest, HealthCheckResponse, WatchHealthRequest,
-        WatchHealthResponse,
+        ActiveTask, GetNodeStatusResponse, HealthCheckRequest, HealthCheckResponse, NodeIdentity,
+        ReplyOrigin, WatchHealthRequest, WatchHealthResponse,
     };
     use tokio::net::TcpListener;
-    use tokio::time::Instant;
+    use tokio::sync::mpsc;
+    use tokio_util::task::AbortOnDropHandle;
     use tonic::transport::server::TcpIncoming;
     use tonic::{Request, Response};
 
@@ -452,7 +497,7 @@ mod tests {
 
     /// A node that answers `GetNodeStatus` like this.
     #[derive(Clone)]
-    struct Tells(fn(&GetNodeStatusRequest) -> NodeStatus);
+    struct Tells(Arc<dyn Fn(&GetNodeStatusRequest) -> GetNodeStatusResponse + Send + Sync>);
 
     #[tonic::async_trait]
     impl HealthService for Tells {
@@ -476,26 +521,112 @@ mod tests {
             &self,
             request: Request<GetNodeStatusRequest>,
         ) -> Result<Response<GetNodeStatusResponse>, Status> {
-            let status = Some((self.0)(request.get_ref()));
-            Ok(Response::new(GetNodeStatusResponse { status, ..GetNodeStatusResponse::default() }))
+            Ok(Response::new((self.0)(request.get_ref())))
         }
+    }
+
+    /// Serves it, until it is aborted.
+    async fn serve(
+        tells: impl Fn(&GetNodeStatusRequest) -> GetNodeStatusResponse + Send + Sync + 'static,
+    ) -> (String, AbortOnDropHandle<()>) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let service = HealthServiceServer::new(Tells(Arc::new(tells)));
+        let served = tonic::transport::Server::builder()
+            .add_service(service)
+            .serve_with_incoming(TcpIncoming::from(listener));
+        (address, AbortOnDropHandle::new(tokio::spawn(async { served.await.unwrap() })))
+    }
+
+    /// A page of the map of node n2 as it is at `revision`, with one owner to a page.
+    fn page_of_n2(request: &GetNodeStatusRequest, pages: u32, revision: u64) -> GetNodeStatusResponse {
+        let page = request.page_token.parse().unwrap_or(0);
+        let next = (page + 1 < pages).then(|| (page + 1).to_string());
+        let identity = NodeIdentity { node_id: "n2".into(), incarnation: 1, ..NodeIdentity::default() };
+        let status = NodeStatus {
+            slot_map_revision: revision,
+            slot_owners: vec![owner("n2", page, revision + 1, "h:1")],
+            ..NodeStatus::default()
+        };
+        GetNodeStatusResponse {
+            origin: Some(ReplyOrigin { identity: Some(identity), ..ReplyOrigin::default() }),
+            status: Some(status),
+            next_page_token: next.unwrap_or_default(),
+        }
+    }
+
+    #[tokio::test]
+    async fn of_a_map_that_changes_while_it_is_read_the_front_is_learned() {
+        let questions = AtomicU64::new(0);
+        let changes = move |request: &GetNodeStatusRequest| {
+            page_of_n2(request, 9, questions.fetch_add(1, Ordering::Relaxed) / 3)
+        };
+        let (address, _served) = serve(changes).await;
+        let dir = tempfile::tempdir().unwrap();
+        let node = bare(dir.path());
+        let addresses = NodeAddresses { grpc: address.clone(), resp: "h:1".into() };
+        node.put_nodes([(id("n2"), addresses)].into()).await.unwrap();
+        let channel = Asked::new(&node, &id("n2"), address.clone()).channel.unwrap();
+        let told = ask(channel.clone(), node.id(), None, PATIENCE).await.unwrap();
+        assert_eq!((told.read, told.owners.len()), (Read::Part, 3));
+        let refused = ask_whole(channel, node.id()).await.unwrap_err();
+        assert!(refused.is_retryable(), "{refused}: a part is not taken for the whole");
+
+        let mut asked = [(id("n2"), Asked::new(&node, &id("n2"), address.clone()))].into();
+        take(&node, &mut asked, (id("n2"), address, Ok(told))).await;
+        let ownership = node.gate().ownership();
+        assert_eq!(ownership.claims().len(), 1, "{ownership:?}");
+        assert!(ownership.of(2).is_some() && ownership.of(3).is_none());
+        assert_eq!(asked[&id("n2")].revision, None, "it is asked for the rest");
+    }
+
+    /// Whoever makes others read a long map again and again gets no more of their time.
+    #[tokio::test]
+    async fn a_long_map_that_changes_all_the_time_is_read_seldom() {
+        let (began, mut first_pages) = mpsc::channel(64);
+        let (ended, mut last_pages) = mpsc::channel(64);
+        let revision = AtomicU64::new(0);
+        let pages = 9;
+        let changes = move |request: &GetNodeStatusRequest| {
+            if request.page_token.is_empty() {
+                let _ = began.try_send(Instant::now());
+                revision.fetch_add(1, Ordering::Relaxed);
+            }
+            let page = page_of_n2(request, pages, revision.load(Ordering::Relaxed));
+            if page.next_page_token.is_empty() {
+                let _ = ended.try_send(Instant::now());
+            }
+            page
+        };
+        let (grpc, _served) = serve(changes).await;
+        let dir = tempfile::tempdir().unwrap();
+        let node = bare(dir.path());
+        node.put_nodes([(id("n2"), NodeAddresses { resp: grpc.clone(), grpc })].into()).await.unwrap();
+        let stop = CancellationToken::new();
+        let following = tokio::spawn(follow(node, stop.clone()));
+        first_pages.recv().await.unwrap();
+        for _ in 0..3 {
+            let ended = last_pages.recv().await.unwrap();
+            let again = first_pages.recv().await.unwrap();
+            let pause = again - ended;
+            assert!(pause >= PAUSE * (pages - 1), "{pause:?}");
+        }
+        stop.cancel();
+        following.await.unwrap();
     }
 
     /// Each empty task is three bytes of an answer and some 340 of memory, several times a second.
     #[tokio::test]
     async fn an_answer_larger_than_any_honest_one_is_refused() {
-        let ask = async |tells| {
-            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-            let address = listener.local_addr().unwrap().to_string();
-            let server =
-                tonic::transport::Server::builder().add_service(HealthServiceServer::new(Tells(tells)));
-            let served = server.serve_with_incoming(TcpIncoming::from(listener));
-            let serving = tokio::spawn(served);
+        let ask = async |tells: fn(&GetNodeStatusRequest) -> NodeStatus| {
+            let answer = move |request: &GetNodeStatusRequest| GetNodeStatusResponse {
+                status: Some(tells(request)),
+                ..GetNodeStatusResponse::default()
+            };
+            let (address, _served) = serve(answer).await;
             let dir = tempfile::tempdir().unwrap();
             let channel = Asked::new(&bare(dir.path()), &id("n2"), address).channel.unwrap();
-            let told = ask(channel, &id("n1"), None).await;
-            serving.abort();
-            told
+            ask(channel, &id("n1"), None, ANSWER).await
         };
         let flood = |_: &GetNodeStatusRequest| NodeStatus {
             transfers: vec![ActiveTask::default(); 180_000],
