@@ -58,8 +58,9 @@ impl<S: SnapshotStore> Inner<S> {
     /// Checks all that was promised and seals.
     async fn verify(&self, incoming: &Arc<Incoming<S::Staging>>, totals: &[FileTotal]) -> Result<(), Error> {
         incoming.flush().await?;
-        incoming.ledger().check_totals(totals)?;
+        // First: where what lies on disk is not what its records say, that is to be sent again, and the sender's totals may be right.
         self.read_back(incoming).await?;
+        incoming.ledger().check_totals(totals)?;
         let spec = &incoming.plan.spec;
         if let Some(fence) = incoming.fence() {
             // A newer leader may have come while the data did. What is sealed is decided.

@@ -48,7 +48,7 @@ use space::{Amount, Space};
 pub use staging::FileStaging;
 use staging::Parts;
 use trash::Trash;
-use write::{FileSpace, needed};
+use write::{FileSpace, needed, no_link_at};
 
 /// Settings of a [`FileSnapshotStore`].
 #[derive(Debug, Clone)]
@@ -435,6 +435,15 @@ impl Shared {
     /// the file was replaced and before the directory was synced.
     fn read_shard(&self, shard: &ShardId) -> Result<Shard, StoreError> {
         let path = self.layout.current(shard);
+        let damaged = |file, what| StoreError::ShardDamaged { shard: shard.clone(), file, what };
+        for dir in [self.layout.shard(shard), self.layout.installed_shard(shard)] {
+            match no_link_at(&dir) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(damaged(self.layout.shown(&dir), error.to_string()));
+                }
+                _ => {}
+            }
+        }
         if !lock(&self.settled).contains(shard) {
             match sync_dir(self.layout.shard(shard)) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Shard::default()),
@@ -442,7 +451,6 @@ impl Shared {
             }
             lock(&self.settled).insert(shard.clone());
         }
-        let damaged = |file, what| StoreError::ShardDamaged { shard: shard.clone(), file, what };
         let found = record::read::<ShardRecord>(&self.layout, &path, Kind::Shard);
         match found {
             Ok(None) => match self.unclaimed(shard)?.next() {
@@ -476,7 +484,9 @@ impl Shared {
     fn write_shard(&self, shard: &ShardId, known: &Shard) -> Result<(), StoreError> {
         let record = ShardRecord::new(shard.as_str(), known);
         lock(&self.settled).remove(shard);
-        install::make_dir(&self.layout.shard(shard))
+        let dir = self.layout.shard(shard);
+        install::make_dir(&dir)
+            .map_err(|error| recover::at(&self.layout.shown(&dir), &error))
             .and_then(|()| record::write(&self.layout.current(shard), Kind::Shard, &record))
             .map_err(|error| StoreError::io("persist the record of a shard", error))?;
         lock(&self.settled).insert(shard.clone());

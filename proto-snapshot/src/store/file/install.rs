@@ -15,9 +15,10 @@ use crate::store::{PlacedSnapshot, StoreError};
 
 use super::layout::MANIFEST_SUFFIX;
 use super::record::{self, Kind, SealedRecord, Shard};
+use super::recover::at;
 use super::space::Amount;
 use super::staging::{Gate, Inner};
-use super::write::no_link;
+use super::write::{no_link, no_link_at};
 use super::{Shared, exists, lock, uncount};
 
 impl Inner {
@@ -104,8 +105,9 @@ impl Inner {
             return Ok(PlacedSnapshot { path: Some(target), plan: self.plan.clone() });
         }
         self.refuse_stale(&known)?;
-        make_dir(&shared.layout.installed_shard(shard)).map_err(failed)?;
-        make_dir(&shared.layout.shard(shard)).map_err(failed)?;
+        for dir in [shared.layout.installed_shard(shard), shared.layout.shard(shard)] {
+            make_dir(&dir).map_err(|error| failed(at(&shared.layout.shown(&dir), &error)))?;
+        }
         let manifest = shared.layout.manifest(shard, id);
         record::write_plan(&manifest, Kind::Manifest, &self.plan, &totals).map_err(failed)?;
         if exists(&self.area.tree).map_err(failed)? {
@@ -161,14 +163,19 @@ impl Inner {
         }
         let named_by = known.named_by.take();
         // Also when it says so already: the last call may have failed between replacing the file and syncing its directory.
-        shared.write_shard(shard, &known)?;
-        if let Some(source) = named_by {
-            uncount(&shared.named, &source);
+        let written = shared.write_shard(shard, &known);
+        // The next call, and every start, count by what the file says.
+        let says_so = || shared.read_shard(shard).is_ok_and(|found| found.state == known.state);
+        if written.is_ok() || says_so() {
+            if let Some(source) = named_by {
+                uncount(&shared.named, &source);
+            }
+            if first {
+                // It was refused when it was staged, or not at all: by now it may be merged.
+                *lock(&shared.installed).entry(spec.source_node.clone()).or_default() += 1;
+            }
         }
-        if first {
-            // It was refused when it was staged, or not at all: by now it may be merged.
-            *lock(&shared.installed).entry(spec.source_node.clone()).or_default() += 1;
-        }
+        written?;
         self.reservation.release();
         shared.add_installed(&self.plan, &totals);
         *lock(&self.totals) = None;
@@ -189,6 +196,7 @@ impl Inner {
         }
         // The directory itself stays: it tells that the snapshot was put in place.
         let target = shared.layout.installed(shard, id);
+        no_link_at(&target).map_err(failed)?;
         for name in std::fs::read_dir(&target).map_err(failed)? {
             shared.trash.take(&name.map_err(failed)?.path()).map_err(failed)?;
         }
@@ -338,11 +346,11 @@ pub(super) fn names(dir: &Path) -> io::Result<Vec<String>> {
     Ok(names)
 }
 
-/// Makes `dir` durably, if it is not there.
+/// Makes `dir` durably, if it is not there. Refuses a link in its place.
 pub(super) fn make_dir(dir: &Path) -> io::Result<()> {
     match std::fs::create_dir(dir) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
-        _ => {}
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => no_link_at(dir)?,
+        made => made?,
     }
     // Also when it is there: whoever made it may not have come to this.
     match dir.parent() {

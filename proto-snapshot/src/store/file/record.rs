@@ -3,7 +3,6 @@
 //! `[magic: 8][kind: u32][length: u64][crc: u64][message]`, little-endian; `crc` is CRC-64/NVME of kind, length and message. Whatever
 //! does not match in full is damaged: nothing of it is used.
 
-use std::fs::File;
 use std::io::{self, Read as _};
 use std::path::Path;
 
@@ -20,6 +19,7 @@ use crate::store::{Claim, ShardState, StoreError};
 use crate::v1::transfer_split_snapshot_request as request;
 
 use super::layout::Layout;
+use super::write::open_file;
 
 const MAGIC: [u8; 8] = *b"NODESNP1";
 const HEADER_LEN: usize = 28;
@@ -195,15 +195,7 @@ pub(super) fn read<M: Message + Default>(
     path: &Path,
     kind: Kind,
 ) -> Result<Option<M>, StoreError> {
-    match std::fs::metadata(path) {
-        // To open a pipe would wait for whoever writes into it.
-        Ok(found) if !found.is_file() => {
-            return Err(StoreError::io("open a record", io::Error::other("it is no file")));
-        }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Ok(_) | Err(_) => {}
-    }
-    let mut file = match File::open(path) {
+    let mut file = match open_file(path) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(StoreError::io("open a record", error)),

@@ -1,7 +1,7 @@
 //! What an earlier process left: read with suspicion. Damage to one file costs what that file says and nothing else.
 
 use std::collections::HashSet;
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, Read as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
@@ -21,7 +21,7 @@ use super::record::{self, ClaimRecord, Kind, PlanRecord, SealedRecord};
 use super::runs::Durable;
 use super::space::Amount;
 use super::staging::{FileStaging, Parts, read_records};
-use super::write::{FileSpace, dirs_on_disk, needed, no_link_at};
+use super::write::{FileSpace, dirs_on_disk, needed, no_link_at, open_file};
 use super::{Shared, exists, lock, unix_ms};
 
 /// Damaged staging areas that are kept for a look at them, without their files.
@@ -330,6 +330,7 @@ impl Shared {
             known.state.superseded.retain(|id| !forgotten(id));
             self.write_shard(shard, &known)?;
         }
+        let mut current = known.state.current.clone();
         for name in names(&self.layout.shard(shard)).map_err(failed)? {
             let Some(id) = name.strip_suffix(MANIFEST_SUFFIX).and_then(|id| TransferId::new(id).ok()) else {
                 continue;
@@ -338,6 +339,7 @@ impl Shared {
             if known.state.current.as_ref() != Some(&id) && !known.previous.contains(&id) {
                 continue;
             }
+            current = current.filter(|current| *current != id);
             match self.read_manifest(shard, &id) {
                 // Its files may have been discarded.
                 Ok(Some(_)) if names(&self.layout.installed(shard, &id)).map_err(failed)?.is_empty() => {}
@@ -348,6 +350,10 @@ impl Shared {
                 }
                 Err(error) => return Err(error),
             }
+        }
+        if let Some(id) = current {
+            let manifest = self.layout.shown(&self.layout.manifest(shard, &id));
+            damage.push(format!("{manifest} is missing; files of that snapshot are not reused"));
         }
         Ok(())
     }
@@ -475,7 +481,7 @@ fn not_ours(what: &str, name: &FileName) -> io::Error {
 }
 
 /// With what the system answered.
-fn described(error: &StoreError) -> String {
+pub(super) fn described(error: &StoreError) -> String {
     match error {
         StoreError::Io { action, source } => format!("failed to {action}: {source}"),
         error => error.to_string(),
@@ -510,7 +516,7 @@ pub(super) fn check_format(path: &Path) -> Result<Option<String>, StoreError> {
             .map_err(|error| StoreError::io(action, at("FORMAT", &error)))
     };
     let mut found = Vec::new();
-    match File::open(path).and_then(|file| file.take(MAX_LEN).read_to_end(&mut found)) {
+    match open_file(path).and_then(|file| file.take(MAX_LEN).read_to_end(&mut found)) {
         Ok(_) => {}
         Err(error) if error.kind() == io::ErrorKind::NotFound => return write("make a store").map(|()| None),
         Err(error) => return Err(StoreError::io("open a store", at("FORMAT", &error))),

@@ -17,7 +17,7 @@ use crate::store::StoreError;
 use super::exists;
 use super::space::Amount;
 use super::staging::Inner;
-use super::write::{READ_LEN, no_link, no_link_at};
+use super::write::{READ_LEN, no_link, no_link_at, open_file};
 
 struct Copied {
     len: u64,
@@ -78,12 +78,14 @@ impl Inner {
 
     /// Copies `source` beside the tree, if it has `size` bytes.
     fn copy_any(&self, number: u32, source: &Path, size: u64) -> Result<Copy, StoreError> {
-        let mut from = match File::open(source) {
+        let mut from = match open_file(source) {
             Ok(from) => from,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Copy::None),
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::InvalidInput) => {
+                return Ok(Copy::None);
+            }
             Err(_) => return Ok(Copy::Later),
         };
-        if !from.metadata().is_ok_and(|found| found.is_file() && found.len() == size) {
+        if !from.metadata().is_ok_and(|found| found.len() == size) {
             return Ok(Copy::None);
         }
         let failed = |error| StoreError::io("copy an installed file", error);
@@ -125,7 +127,7 @@ impl Inner {
         self.shared.handles.forget(self.serial, number);
         state.dirty_dirs.insert(parent.to_owned());
         state.dirty.add(Extent { file: number, offset: 0, len: size });
-        state.lost.retain(|lost| lost.file != number);
+        state.lost.forget(number);
         let bytes = state.space_of(number).map_or(0, |space| space.settle());
         drop(state);
         self.reservation.consume(Amount { bytes, files: u64::from(new) });

@@ -18,7 +18,7 @@ use super::layout::Area;
 use super::record::{self, ClaimRecord, Kind, decode_extents, encode_extents};
 use super::runs::Durable;
 use super::space::Reservation;
-use super::sync::Dirty;
+use super::sync::{Dirty, Lost};
 use super::write::{FileSpace, no_link};
 use super::{Shared, blocking, lock, unix_ms};
 
@@ -76,7 +76,7 @@ pub(super) struct State {
     pub(super) dirty_dirs: HashSet<PathBuf>,
     /// What a failed sync may have dropped: the kernel forgets such pages, and a second sync would succeed without them. It has to
     /// be written again before it may be recorded.
-    pub(super) lost: Vec<Extent>,
+    pub(super) lost: Lost,
     /// What of the reservation each file still needs, by number.
     pub(super) space: Vec<FileSpace>,
 }

@@ -1,6 +1,6 @@
 //! Making written bytes durable.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io;
 use std::path::PathBuf;
@@ -41,12 +41,59 @@ impl Dirty {
     }
 
     /// The files, each once.
-    fn files(&self) -> Vec<u32> {
+    pub(super) fn files(&self) -> Vec<u32> {
         let mut files: Vec<u32> = self.runs.iter().map(|run| run.file).collect();
         files.sort_unstable();
         files.dedup();
         files
     }
+}
+
+/// Bytes that have to be written again, by file: a failed sync may leave those of a hundred thousand.
+#[derive(Debug, Default)]
+pub(super) struct Lost {
+    files: HashMap<u32, Vec<Extent>>,
+}
+
+impl Lost {
+    fn add(&mut self, extent: Extent) {
+        self.files.entry(extent.file).or_default().push(extent);
+    }
+
+    /// `offset..end` of the file was written again.
+    pub(super) fn written(&mut self, file: u32, offset: u64, end: u64) {
+        let Some(lost) = self.files.get_mut(&file) else { return };
+        *lost = lost.iter().flat_map(|lost| without(*lost, offset, end)).collect();
+        if lost.is_empty() {
+            self.files.remove(&file);
+        }
+    }
+
+    /// All of the file is another one.
+    pub(super) fn forget(&mut self, file: u32) {
+        self.files.remove(&file);
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.files.is_empty()
+    }
+
+    fn overlaps(&self, extent: Extent) -> bool {
+        let lost = self.files.get(&extent.file).into_iter().flatten();
+        lost.into_iter().any(|lost| lost.offset < extent.end() && extent.offset < lost.end())
+    }
+}
+
+/// The parts of `lost` that `offset..end` does not cover.
+fn without(lost: Extent, offset: u64, end: u64) -> impl Iterator<Item = Extent> {
+    let Extent { file, offset: start, .. } = lost;
+    let (before, after) = if offset < lost.end() && end > start {
+        (offset.saturating_sub(start), lost.end().saturating_sub(end))
+    } else {
+        (lost.len, 0)
+    };
+    let rest = [(start, before), (lost.end() - after, after)];
+    rest.into_iter().filter(|(_, len)| *len > 0).map(move |(offset, len)| Extent { file, offset, len })
 }
 
 /// Shorter runs are not worth a call. Several streams write at once, so a run is often no more than a chunk.
@@ -75,7 +122,7 @@ impl Inner {
             state.dirty_dirs.extend(dirs);
             for run in dirty.runs {
                 if run.len > 0 {
-                    state.lost.push(run);
+                    state.lost.add(run);
                 } else {
                     // That a file is there, and how long it is, the next sync of it makes durable.
                     state.dirty.add(run);
@@ -130,19 +177,11 @@ impl Inner {
     /// Refuses records of bytes that a failed sync may have dropped and that were not written again.
     pub(super) fn refuse_lost(&self, records: &[ExtentRecord]) -> Result<(), StoreError> {
         let state = self.lock_state();
-        let lost = |record: &&ExtentRecord| {
-            let extent = record.extent;
-            state.lost.iter().any(|lost| {
-                lost.file == extent.file && lost.offset < extent.end() && extent.offset < lost.end()
-            })
-        };
-        match records.iter().find(lost) {
-            None => Ok(()),
-            Some(_) => Err(StoreError::invalid(
-                "record an extent",
-                "its bytes may be lost since a sync failed; write them again",
-            )),
+        if records.iter().any(|record| state.lost.overlaps(record.extent)) {
+            let why = "its bytes may be lost since a sync failed; write them again";
+            return Err(StoreError::invalid("record an extent", why));
         }
+        Ok(())
     }
 }
 

@@ -125,8 +125,8 @@ impl Inner {
         // After the write: a sync that begins before this does not have to cover it, one that begins later finds it here.
         let mut state = self.lock_state();
         state.dirty.add(Extent { file: *number, offset: *offset, len });
-        if !state.lost.is_empty() && written.is_ok() {
-            state.lost = state.lost.iter().flat_map(|lost| without(*lost, *number, *offset, end)).collect();
+        if written.is_ok() {
+            state.lost.written(*number, *offset, end);
         }
         let consumed = state.space_of(*number).map_or(0, |space| space.consume(file.size, len));
         drop(state);
@@ -310,6 +310,20 @@ pub(super) fn no_link() -> OpenOptions {
     options
 }
 
+/// Opens what is there for reading, if it is a file, or a link to one. To open a pipe would wait for whoever writes into it.
+///
+/// # Errors
+///
+/// Of kind `InvalidInput` if it is something else.
+pub(super) fn open_file(path: &Path) -> io::Result<File> {
+    let file =
+        OpenOptions::new().read(true).custom_flags(OFlags::NONBLOCK.bits().cast_signed()).open(path)?;
+    if file.metadata()?.is_file() {
+        return Ok(file);
+    }
+    Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no file"))
+}
+
 /// Refuses what lies at `dir` unless it is a directory itself: through a link, the store would write and delete wherever that leads.
 pub(super) fn no_link_at(dir: &Path) -> io::Result<()> {
     if std::fs::symlink_metadata(dir)?.is_dir() {
@@ -345,18 +359,6 @@ pub(super) fn write_all_at(file: &File, payload: &Payload, mut offset: u64) -> i
         }
     }
     Ok(())
-}
-
-/// The parts of `lost` that `offset..end` of file `number` does not cover.
-fn without(lost: Extent, number: u32, offset: u64, end: u64) -> impl Iterator<Item = Extent> {
-    let Extent { file, offset: start, .. } = lost;
-    let (before, after) = if file == number && offset < lost.end() && end > start {
-        (offset.saturating_sub(start), lost.end().saturating_sub(end))
-    } else {
-        (lost.len, 0)
-    };
-    let rest = [(start, before), (lost.end() - after, after)];
-    rest.into_iter().filter(|(_, len)| *len > 0).map(move |(offset, len)| Extent { file, offset, len })
 }
 
 /// Gives the file its blocks without changing its size. `false` where the file system cannot, and in a memory file system: that would fill

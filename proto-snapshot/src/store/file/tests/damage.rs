@@ -5,7 +5,10 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use proto_common::fence::Fence;
+use proto_common::ids::ShardId;
 
+use super::super::FileSnapshotStore;
+use super::super::recover::described;
 use super::support::*;
 use crate::store::{Claim, SnapshotStore as _, Staging as _, StagingState, StoreError};
 
@@ -699,9 +702,7 @@ async fn links_that_appear_while_a_transfer_runs_are_not_followed() {
 async fn a_record_that_is_no_file_keeps_nobody_waiting() {
     let dir = populated().await;
     let at = dir.path().join("shards").join(shard().as_str()).join("CURRENT");
-    fs::remove_file(&at).unwrap();
-    let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
-    rustix::fs::mkfifoat(rustix::fs::CWD, &at, mode).unwrap();
+    make_pipe(&at);
     let opening = tokio::time::timeout(std::time::Duration::from_secs(20), open(dir.path()));
     let (store, recovered) = opening.await.expect("in time");
     assert_eq!(recovered.staged.len(), 2, "the rest is there");
@@ -709,4 +710,85 @@ async fn a_record_that_is_no_file_keeps_nobody_waiting() {
         |what: &String| what.contains("shards/shard-1 cannot be used") && what.contains("it is no file");
     assert!(recovered.damage.iter().any(told), "{:?}", recovered.damage);
     store.raise_fence(&shard(), Fence { epoch: 9, term: 9 }, &source()).await.unwrap_err();
+}
+
+/// A pipe, which whoever opens it in the common way waits at.
+fn make_pipe(at: &Path) {
+    fs::remove_file(at).unwrap();
+    let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+    rustix::fs::mkfifoat(rustix::fs::CWD, at, mode).unwrap();
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn neither_a_format_nor_an_installed_file_that_is_a_pipe_keeps_anybody_waiting() {
+    let dir = tempfile::tempdir_in(fast_dir()).unwrap();
+    let (store, _) = open(dir.path()).await;
+    let base = store.stage(&plan_with_digests("base", 1, &files())).await.unwrap();
+    fill(&base, &files()).await;
+    install(&base, &files()).await;
+    let staging = store.stage(&plan_with_digests("next", 2, &files())).await.unwrap();
+    make_pipe(&dir.path().join("installed/shard-1/base/c"));
+    let soon = std::time::Duration::from_secs(20);
+    let reused = tokio::time::timeout(soon, staging.reuse(1)).await.expect("in time").unwrap();
+    assert_eq!(reused, None);
+    drop((base, staging, store));
+    make_pipe(&dir.path().join("FORMAT"));
+    let at = dir.path().to_owned();
+    let opening = tokio::task::spawn_blocking(move || FileSnapshotStore::open(at, options()).map(drop));
+    let error = tokio::time::timeout(soon, opening).await.expect("in time").unwrap().unwrap_err();
+    let told = described(&error);
+    assert!(told.contains("FORMAT") && told.contains("it is no file"), "{told}");
+}
+
+/// What lies in the directories of the store's own is deleted at each start, or written to.
+#[tokio::test]
+async fn a_store_whose_own_directory_is_a_link_does_not_open() {
+    use std::os::unix::fs::symlink;
+    for name in ["trash", "quarantine", "staging", "shards", "installed"] {
+        let dir = populated().await;
+        let outside = tempfile::tempdir_in(fast_dir()).unwrap();
+        copy_tree(&dir.path().join(name), outside.path());
+        fs::create_dir(outside.path().join("precious")).unwrap();
+        fs::write(outside.path().join("precious/file"), b"precious").unwrap();
+        let before = tree(outside.path());
+        fs::remove_dir_all(dir.path().join(name)).unwrap();
+        symlink(outside.path(), dir.path().join(name)).unwrap();
+        let error = FileSnapshotStore::open(dir.path(), options()).unwrap_err();
+        let told = described(&error);
+        assert!(told.contains(name) && told.contains("perhaps a link"), "{told}");
+        assert_eq!(tree(outside.path()), before, "{name}");
+    }
+}
+
+#[tokio::test]
+async fn a_shard_whose_directory_is_a_link_is_refused_and_the_rest_served() {
+    use std::os::unix::fs::symlink;
+    for name in ["shards/shard-1", "installed/shard-1"] {
+        let dir = populated().await;
+        let outside = tempfile::tempdir_in(fast_dir()).unwrap();
+        copy_tree(&dir.path().join(name), outside.path());
+        fs::remove_dir_all(dir.path().join(name)).unwrap();
+        symlink(outside.path(), dir.path().join(name)).unwrap();
+        let before = tree(outside.path());
+        let (store, recovered) = open(dir.path()).await;
+        let told = |what: &String| what.contains(name) && what.contains("perhaps a link");
+        assert!(recovered.damage.iter().any(told), "{:?}", recovered.damage);
+        let refused = store.raise_fence(&shard(), Fence { epoch: 9, term: 9 }, &source()).await.unwrap_err();
+        assert!(matches!(refused, StoreError::ShardDamaged { .. }), "{refused:?}");
+        let sealed = recovered.staged.iter().find(|staged| staged.state() == StagingState::Sealed).unwrap();
+        sealed.place().await.unwrap_err();
+        assert_eq!(tree(outside.path()), before, "{name}");
+        let other = ShardId::new("other").unwrap();
+        store.raise_fence(&other, Fence { epoch: 1, term: 1 }, &source()).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_manifest_of_what_is_current_that_is_gone_is_told() {
+    let dir = populated().await;
+    fs::remove_file(dir.path().join("shards/shard-1/done.manifest")).unwrap();
+    let (_store, recovered) = open(dir.path()).await;
+    let told = |what: &String| what.contains("shards/shard-1/done.manifest is missing");
+    assert!(recovered.damage.iter().any(told), "{:?}", recovered.damage);
 }

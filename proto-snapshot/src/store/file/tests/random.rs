@@ -294,6 +294,24 @@ async fn what_a_failed_sync_may_have_lost_is_not_recorded() {
     assert_eq!(current(&store).await.unwrap().1, as_tree(&files));
 }
 
+/// A file without bytes has none to be written again: the next sync of the area makes it durable, or nobody would.
+#[tokio::test]
+async fn a_failed_sync_forgets_no_file_without_bytes() {
+    let dir = tempfile::tempdir_in(fast_dir()).unwrap();
+    let (store, _) = open(dir.path()).await;
+    let files: Files = vec![("f".to_owned(), content(1, 1000)), ("empty".to_owned(), Vec::new())];
+    let staging = store.stage(&plan("t1", 1, &files)).await.unwrap();
+    staging.write(vec![chunk(&files, 0, 0, 1000).0, chunk(&files, 1, 0, 0).0]).await.unwrap();
+    let [f, away] = ["staging/t1/tree/f", "away"].map(|name| dir.path().join(name));
+    staging.inner().shared.handles.forget_area(staging.inner().serial);
+    std::fs::rename(&f, &away).unwrap();
+    staging.sync(Vec::new()).await.unwrap_err();
+    std::fs::rename(&away, &f).unwrap();
+    assert_eq!(staging.inner().lock_state().dirty.files(), [1], "the other one is to be written again");
+    staging.sync(Vec::new()).await.unwrap();
+    assert!(staging.inner().lock_state().dirty.files().is_empty());
+}
+
 #[tokio::test]
 async fn the_history_keeps_the_last_ones() {
     let dir = tempfile::tempdir_in(fast_dir()).unwrap();
