@@ -3,13 +3,12 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::common::{NodeId, SlotRange};
 use crate::gate::{Gate, GateHold, HoldMode};
 use crate::store::{
-    Claim, ExportSummary, Handover, Identity, Init, NodeAddresses, Ownership, Store, StoreError,
-    StoreOptions, unix_ms,
+    Claim, ExportSummary, Handover, Identity, Init, NodeAddresses, Ownership, Store, StoreError, StoreOptions,
 };
 use crate::trust::Trust;
 
@@ -33,12 +32,30 @@ struct Inner {
     /// Changes of ownership, one after the other: what is durable and the gate must not overtake each other.
     changing: tokio::sync::Mutex<()>,
     /// Slots of this node that another one says are its own, by that node.
-    contested: Mutex<BTreeMap<NodeId, String>>,
+    contested: Mutex<BTreeMap<NodeId, Contest>>,
     /// The data directory was made by this process.
     fresh: bool,
     started: Instant,
     incarnation: u64,
 }
+
+/// What another node claims of this node's slots.
+#[derive(Debug)]
+pub(crate) struct Contest {
+    slots: SlotRange,
+    pub(crate) what: String,
+    told: Instant,
+}
+
+impl Contest {
+    /// `what` is in words.
+    pub(crate) fn new(slots: SlotRange, what: String) -> Self {
+        Self { slots, what, told: Instant::now() }
+    }
+}
+
+/// Whoever has not said for so long that slots are its own is gone, and serves them to nobody.
+const CONTEST_LAPSES: Duration = Duration::from_mins(5);
 
 impl Node {
     /// Opens the node's data directory. Blocks.
@@ -48,7 +65,7 @@ impl Node {
     /// See [`Store::open`].
     pub fn open(directory: &Path, init: &Init, options: &StoreOptions) -> Result<Self, StoreError> {
         let (store, identity) = Store::open(directory, init, options)?;
-        let Identity { node: id, store_id, ownership, fresh } = identity;
+        let Identity { node: id, store_id, ownership, fresh, incarnation } = identity;
         let nodes = RwLock::new(store.nodes()?);
         let gate = Gate::new(id.clone(), ownership, MAX_WAITING);
         let inner = Inner {
@@ -61,7 +78,7 @@ impl Node {
             contested: Mutex::default(),
             fresh,
             started: Instant::now(),
-            incarnation: unix_ms(),
+            incarnation,
         };
         Ok(Self { inner: Arc::new(inner), trust: Trust::default() })
     }
@@ -91,7 +108,7 @@ impl Node {
         self.inner.store_id
     }
 
-    /// Rises with each start: the time of it, in milliseconds since the Unix epoch.
+    /// Rises with each start: the time of it, in milliseconds since the Unix epoch, unless the clock was set back.
     #[must_use]
     pub fn incarnation(&self) -> u64 {
         self.inner.incarnation
@@ -103,17 +120,31 @@ impl Node {
     }
 
     /// Notes what `by` claims of this node's slots, if anything.
-    pub(crate) fn set_contested(&self, by: &NodeId, what: Option<String>) {
+    pub(crate) fn set_contested(&self, by: &NodeId, contest: Option<Contest>) {
         let mut contested = self.inner.contested.lock().unwrap_or_else(PoisonError::into_inner);
-        match what {
-            Some(what) => contested.insert(by.clone(), what),
+        match contest {
+            Some(contest) => contested.insert(by.clone(), contest),
             None => contested.remove(by),
         };
     }
 
-    /// What other nodes claim of this node's slots, in words.
+    /// `by` still says what it said last.
+    pub(crate) fn still_contested(&self, by: &NodeId) {
+        let mut contested = self.inner.contested.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(contest) = contested.get_mut(by) {
+            contest.told = Instant::now();
+        }
+    }
+
+    /// What other nodes claim of this node's slots, in words: as long as the slots are this node's, and [a while](CONTEST_LAPSES) after they said so last.
     pub(crate) fn contested(&self) -> Vec<String> {
-        self.inner.contested.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+        let ownership = self.inner.gate.ownership();
+        let mut contested = self.inner.contested.lock().unwrap_or_else(PoisonError::into_inner);
+        contested.retain(|_, contest| {
+            contest.told.elapsed() < CONTEST_LAPSES
+                && ownership.overlapping(contest.slots).any(|claim| claim.owner == self.inner.id)
+        });
+        contested.values().map(|contest| contest.what.clone()).collect()
     }
 
     /// When it was opened.

@@ -110,6 +110,8 @@ pub(crate) struct Peer {
     /// Heartbeats on time, one after the other, since it was late.
     on_time: u32,
     added: Duration,
+    /// Answers of an earlier incarnation, since there was one of this.
+    older: u32,
     last_reply_unix_ms: Option<u64>,
     round_trip: Option<Duration>,
     node_state: NodeState,
@@ -138,6 +140,7 @@ impl Peer {
             message: String::new(),
             on_time: 0,
             added: now,
+            older: 0,
             last_reply_unix_ms: None,
             round_trip: None,
             node_state: NodeState::Unspecified,
@@ -204,18 +207,18 @@ impl Peer {
             self.broken = format!("what answers there calls itself {:?}, which names no node", who());
             return;
         };
-        match &self.identity {
-            Some(known) if identity.node_id == known.node_id => {
-                if identity.incarnation < known.incarnation {
-                    return;
-                }
-                if identity.incarnation > known.incarnation {
-                    self.restarted(&identity, now, unix_ms, events);
-                }
-            }
-            Some(_) => self.restarted(&identity, now, unix_ms, events),
-            None => {}
+        let before = self.identity.as_ref();
+        let before = before.map(|known| (known.node_id == identity.node_id).then_some(known.incarnation));
+        if let Some(Some(incarnation)) = before
+            && identity.incarnation < incarnation
+            && self.is_late_word(&identity)
+        {
+            return;
         }
+        if before.is_some_and(|incarnation| incarnation != Some(identity.incarnation)) {
+            self.restarted(&identity, now, unix_ms, events);
+        }
+        self.older = 0;
         let newer = self.identity.is_none() || origin.sequence > self.sequence;
         self.identity = Some(identity);
         self.broken.clear();
@@ -251,6 +254,17 @@ impl Peer {
             }
             _ => {}
         }
+    }
+
+    /// Whether that is the last word of the process before, which came late, rather than one of a process whose clock was set back, which goes on.
+    fn is_late_word(&mut self, identity: &Known) -> bool {
+        /// Answers of such a process, one after the other.
+        const OLDER: u32 = 4;
+        self.older += 1;
+        self.broken =
+            "what answers there says that it started earlier than what did before; was its clock set back?"
+                .to_owned();
+        self.older < OLDER && self.identity.as_ref().is_some_and(|known| known.store_id == identity.store_id)
     }
 
     fn restarted(&mut self, identity: &Known, now: Duration, unix_ms: u64, events: &mut Vec<PeerEvent>) {

@@ -167,6 +167,27 @@ fn a_pause_of_this_process_is_nobodys_fault() {
     assert_eq!(sim.states("a"), [Alive]);
 }
 
+/// It would be dead to everybody for as long as it lives.
+#[test]
+fn a_node_that_starts_with_its_clock_set_back_is_known_after_some_answers() {
+    let mut sim = Sim::new(&["a", "b", "c"]);
+    let others = ["b", "c"];
+    let say = |sim: &mut Sim, incarnation| {
+        sim.pass(500, &others);
+        sim.say("a", incarnation, NodeState::Running, false);
+    };
+    for _ in 0..20 {
+        say(&mut sim, 1000);
+    }
+    say(&mut sim, 900);
+    assert_eq!(sim.table.statuses(sim.time())[0].incarnation, 1000, "that may be a late word");
+    for _ in 0..20 {
+        say(&mut sim, 900);
+    }
+    assert_eq!(sim.states("a"), [Alive, Suspect, WarmingUp, Alive]);
+    assert_eq!(sim.table.statuses(sim.time())[0].incarnation, 900);
+}
+
 #[test]
 fn a_restart_is_known_at_once_and_voids_what_was() {
     let mut sim = Sim::new(&["a", "b", "c"]);
@@ -178,6 +199,7 @@ fn a_restart_is_known_at_once_and_voids_what_was() {
     assert_eq!(restarted.change, PeerChange::Restarted { from: 1, to: 2, new_store: false });
     // What the process before had sent arrives now; it is not a restart, and no sign of life.
     let before = sim.events.len();
+    sim.beat("a");
     sim.beat("a");
     assert_eq!(sim.events.len(), before);
     assert_eq!(sim.table.statuses(sim.time())[0].incarnation, 2);

@@ -53,12 +53,12 @@ struct Window {
 
 impl Window {
     /// Takes what belongs on the page of the next list: one entry at least, if there is one.
-    fn take<T: Message>(&mut self, entries: impl ExactSizeIterator<Item = T>) -> Vec<T> {
+    fn take<T: Message + Clone>(&mut self, entries: &[T]) -> Vec<T> {
         self.total += entries.len();
-        let skipped = self.skip.min(entries.len());
-        self.skip -= skipped;
+        let (skipped, rest) = entries.split_at(self.skip.min(entries.len()));
+        self.skip -= skipped.len();
         let mut page = Vec::new();
-        for entry in entries.skip(skipped) {
+        for entry in rest {
             // Tag and length beside it.
             let bytes = 8 + entry.encoded_len();
             if self.left == 0 || (self.taken > 0 && bytes > self.bytes_left) {
@@ -68,7 +68,7 @@ impl Window {
             self.left -= 1;
             self.bytes_left = self.bytes_left.saturating_sub(bytes);
             self.taken += 1;
-            page.push(entry);
+            page.push(entry.clone());
         }
         page
     }
@@ -76,7 +76,7 @@ impl Window {
 
 /// Puts one page of the lists that were asked for into `status`; returns the token of the next one. Costs what the page costs, however long the slot map is.
 pub(crate) fn fill(
-    facts: Facts,
+    facts: &Facts,
     status: &mut NodeStatus,
     from: Position,
     page_size: u32,
@@ -92,17 +92,17 @@ pub(crate) fn fill(
     let mut window = Window { skip: from.0, left, bytes_left, taken: 0, total: 0 };
     let Facts { shards, slot_owners, transfers, migrations, peers, .. } = facts;
     if sections.contains(NodeStatusSection::Shards) {
-        status.shards = window.take(shards.into_iter());
+        status.shards = window.take(shards);
     }
     if sections.contains(NodeStatusSection::SlotOwners) {
-        status.slot_owners = window.take(slot_owners.iter().cloned());
+        status.slot_owners = window.take(slot_owners);
     }
     if sections.contains(NodeStatusSection::Tasks) {
-        status.transfers = window.take(transfers.into_iter());
-        status.migrations = window.take(migrations.into_iter());
+        status.transfers = window.take(transfers);
+        status.migrations = window.take(migrations);
     }
     if sections.contains(NodeStatusSection::Peers) {
-        status.peers = window.take(peers.into_iter());
+        status.peers = window.take(peers);
     }
     let next = from.0.saturating_add(window.taken);
     if next < window.total { Position(next).token(sections, inner) } else { String::new() }

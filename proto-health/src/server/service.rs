@@ -246,7 +246,7 @@ impl HealthService for NodeHealth {
         if sections.contains(NodeStatusSection::Machine) {
             status.machine = self.inner.machine.as_ref().and_then(crate::server::machine::Machine::status);
         }
-        let next_page_token = page::fill(facts, &mut status, position, page_size, &self.inner, sections);
+        let next_page_token = page::fill(&facts, &mut status, position, page_size, &self.inner, sections);
         let origin = Some(self.inner.origin(&snapshot));
         Ok(Response::new(GetNodeStatusResponse { origin, status: Some(status), next_page_token }))
     }

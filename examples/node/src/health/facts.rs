@@ -66,6 +66,9 @@ impl SlotMap {
             self.revision += 1;
             self.told = ownership.claims().iter().map(|claim| slot_owner(claim, nodes)).collect();
             self.of = Some((Arc::clone(ownership), nodes.clone()));
+        } else if let Some((claims, _)) = &mut self.of {
+            // It is known at a glance next time.
+            claims.clone_from(ownership);
         }
         (self.revision, Arc::clone(&self.told))
     }

@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
 use crate::common::NodeId;
-use crate::node::Node;
+use crate::node::{Contest, Node};
 use crate::store::{Claim, MAX_NODES, NodeAddresses, Ownership};
 
 /// How often each node is asked: three times within the second in which everybody should know.
@@ -29,10 +29,11 @@ const ANSWER: Duration = Duration::from_secs(1);
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Pages of one answer; a map of 16384 single slots takes 41.
 const PAGES: u32 = 64;
-/// How long a node is not asked again for each page of a map of several: one that changes a map of 16384 single slots all the time is read
-/// every 4 s, instead of three times a second by everybody. A page takes half a millisecond at either end, and a map that was not known before some 30 ms to
-/// learn.
-const PAUSE: Duration = Duration::from_millis(100);
+/// How long a node is not asked again for each page of a map behind the first one, which takes half a millisecond to read at either end: a map of 16384
+/// single slots, the longest one, may be read each second.
+const PAGE_PAUSE: Duration = Duration::from_millis(25);
+/// The same for each claim that was new, which takes some 5 µs to learn: such a map, if all of it changes all the time, is read every 4 s.
+const CLAIM_PAUSE: Duration = Duration::from_micros(200);
 
 /// What was asked where, and what came of it.
 type Answer = (NodeId, String, Result<Told, Unusable>);
@@ -56,7 +57,7 @@ pub(crate) async fn follow(node: Node, stop: CancellationToken) {
     }
 }
 
-/// Asks each that has answered, or not in time, and has had its [pause](PAUSE).
+/// Asks each that has answered, or not in time, and has had its pause.
 fn ask_all(node: &Node, asked: &mut BTreeMap<NodeId, Asked>, answers: &mut JoinSet<Answer>) {
     let mut known = node.nodes();
     known.remove(node.id());
@@ -80,7 +81,7 @@ async fn take(node: &Node, asked: &mut BTreeMap<NodeId, Asked>, (id, address, an
         Ok(told) => told,
         Err(Unusable::Refused(error)) => {
             // However many pages stood before the one that is none.
-            asked.not_before = Some(Instant::now() + PAUSE * PAGES);
+            asked.not_before = Some(Instant::now() + PAGE_PAUSE * PAGES);
             tell_refused(&id, &error, std::mem::replace(&mut asked.refused, true));
             return;
         }
@@ -88,10 +89,14 @@ async fn take(node: &Node, asked: &mut BTreeMap<NodeId, Asked>, (id, address, an
         Err(Unusable::Unanswered) => return,
     };
     asked.refused = false;
-    asked.not_before = told.pages.checked_sub(1).map(|more| Instant::now() + PAUSE * more);
+    let pause = PAGE_PAUSE * told.pages.saturating_sub(1);
     match learn(node, &id, &told).await {
-        Ok(()) if told.read == Read::Part => {}
-        Ok(()) => asked.revision = Some(told.revision),
+        Ok(claims) => {
+            asked.not_before = Some(Instant::now() + pause + CLAIM_PAUSE * claims);
+            if told.read != Read::Part {
+                asked.revision = Some(told.revision);
+            }
+        }
         Err(error) => tracing::warn!(from = %id, %error, "the slot map cannot be saved"),
     }
 }
@@ -263,6 +268,10 @@ async fn ask(
         let origin = answer.origin.unwrap_or_default();
         let identity = origin.identity.unwrap_or_default();
         let owners = std::mem::take(&mut status.slot_owners);
+        if !u32::try_from(owners.len()).is_ok_and(|entries| entries <= PEER_PAGE) {
+            let problem = format!("has {} entries; {PEER_PAGE} were asked for", owners.len());
+            return Err(Unusable::Refused(Reason::InvalidField.field("status.slot_owners", problem)));
+        }
         let now = (identity.incarnation, status.slot_map_revision);
         let told = told.get_or_insert_with(|| Told {
             store: identity.store_id.into(),
@@ -307,12 +316,12 @@ pub(crate) async fn ask_whole(channel: NodeChannel, me: &NodeId) -> Result<(Vec<
     Ok((told.store, ownership))
 }
 
-/// Takes over what is newer, and where nodes are.
-async fn learn(node: &Node, asked: &NodeId, told: &Told) -> Result<(), crate::store::StoreError> {
+/// Takes over what is newer, and where nodes are. Returns how many claims were.
+async fn learn(node: &Node, asked: &NodeId, told: &Told) -> Result<u32, crate::store::StoreError> {
     if told.node_id != asked.as_str() {
         // Another node has this address now; what it says of itself is learned under its own name.
         tracing::debug!(asked = %asked, found = printable(&told.node_id, 128), "another node answers");
-        return Ok(());
+        return Ok(0);
     }
     let known = node.nodes();
     let mut nodes = BTreeMap::new();
@@ -338,6 +347,8 @@ async fn learn(node: &Node, asked: &NodeId, told: &Told) -> Result<(), crate::st
     let contested = contest(&ownership, node.id(), asked, &claims);
     if told.read == Read::Whole || contested.is_some() {
         node.set_contested(asked, contested);
+    } else if told.read == Read::Known {
+        node.still_contested(asked);
     }
     let told_of = claims.len();
     let mut leap = None;
@@ -369,15 +380,17 @@ async fn learn(node: &Node, asked: &NodeId, told: &Told) -> Result<(), crate::st
         node.put_nodes(nodes).await?;
     }
     if claims.is_empty() {
-        return Ok(());
+        return Ok(0);
     }
-    tracing::info!(from = %asked, claims = claims.len(), "learned of new owners of slots");
-    node.change_ownership(move |store| async move { store.adopt(claims).await }).await
+    let learned = u32::try_from(claims.len()).unwrap_or(u32::MAX);
+    tracing::info!(from = %asked, claims = learned, "learned of new owners of slots");
+    node.change_ownership(move |store| async move { store.adopt(claims).await }).await?;
+    Ok(learned)
 }
 
 /// What `asked` claims for itself of the slots that `me` owns at the same or a higher epoch, or whom it takes for the owner at the same epoch, in words.
 /// While slots change hands, the old owner does so for a moment.
-fn contest(ownership: &Ownership, me: &NodeId, asked: &NodeId, claims: &[Claim]) -> Option<String> {
+fn contest(ownership: &Ownership, me: &NodeId, asked: &NodeId, claims: &[Claim]) -> Option<Contest> {
     claims.iter().find_map(|claim| {
         let same = |own: &&Claim| {
             own.owner == *me
@@ -389,7 +402,7 @@ fn contest(ownership: &Ownership, me: &NodeId, asked: &NodeId, claims: &[Claim])
         if own.epoch == claim.epoch {
             tracing::error!("{what}: two nodes serve the same slots");
         }
-        Some(what)
+        Some(Contest::new(own.range, what))
     })
 }
 
@@ -586,7 +599,7 @@ mod tests {
         let (began, mut first_pages) = mpsc::channel(64);
         let (ended, mut last_pages) = mpsc::channel(64);
         let revision = AtomicU64::new(0);
-        let pages = 9;
+        let pages = 21;
         let changes = move |request: &GetNodeStatusRequest| {
             if request.page_token.is_empty() {
                 let _ = began.try_send(Instant::now());
@@ -609,7 +622,8 @@ mod tests {
             let ended = last_pages.recv().await.unwrap();
             let again = first_pages.recv().await.unwrap();
             let pause = again - ended;
-            assert!(pause >= PAUSE * (pages - 1), "{pause:?}");
+            // More than the usual time between two questions.
+            assert!(pause >= PAGE_PAUSE * (pages - 1) + CLAIM_PAUSE * pages && pause > ASK, "{pause:?}");
         }
         stop.cancel();
         following.await.unwrap();
@@ -634,6 +648,12 @@ mod tests {
         };
         let Err(Unusable::Refused(error)) = ask(flood).await else { panic!("it is believed") };
         assert!(error.code() == Code::OutOfRange && error.message().contains("too large"), "{error:?}");
+        let whole = |_: &GetNodeStatusRequest| NodeStatus {
+            slot_owners: (0..=PEER_PAGE).map(|slot| owner("n2", slot, 1, "")).collect(),
+            ..NodeStatus::default()
+        };
+        let Err(Unusable::Refused(error)) = ask(whole).await else { panic!("it has no pause") };
+        assert_eq!(error.violations()[0].field, "status.slot_owners", "{error:?}");
         // The largest page that an honest node gives.
         let honest = |request: &GetNodeStatusRequest| {
             let (name, address) = ("n".repeat(128), "h".repeat(259));
@@ -719,7 +739,8 @@ mod tests {
         let mut ownership = Ownership::default();
         ownership.adopt(&claim("0-99", "n1", 3));
         ownership.adopt(&claim("100-199", "n2", 2));
-        let told = |claims: &[Claim]| contest(&ownership, &id("n1"), &id("n2"), claims);
+        let told =
+            |claims: &[Claim]| contest(&ownership, &id("n1"), &id("n2"), claims).map(|contest| contest.what);
         // A map that is older than that of this node, newer, or of other slots.
         assert_eq!(
             told(&[claim("0-99", "n3", 2), claim("50-199", "n2", 4), claim("100-199", "n2", 2)]),
@@ -775,6 +796,29 @@ mod tests {
         assert_eq!(tell(u64::MAX, 7).await, (None, Some(7)), "the rest is learned");
         assert_eq!(tell(1, 8 + MAX_EPOCH_LEAP).await, (Some(1), Some(7)));
         assert_eq!(tell(2, 7 + MAX_EPOCH_LEAP).await, (Some(2), Some(7 + MAX_EPOCH_LEAP)));
+    }
+
+    #[tokio::test]
+    async fn a_claim_to_ones_own_slots_is_told_while_they_are_and_somebody_says_so() {
+        let dir = tempfile::tempdir().unwrap();
+        let init = Init { node: id("n1"), slots: Some(vec!["0-99".parse().unwrap()]), others: vec![] };
+        let node = Node::open(dir.path(), &init, &StoreOptions::default()).unwrap();
+        let tell = async |revision: u64, slots: std::ops::Range<u32>, read: Read| {
+            let mut told = Told::new((1, revision), "n2".into(), &NodeStatus::default());
+            told.read = read;
+            told.add(slots.map(|slot| owner("n2", slot, 1, "")).collect()).unwrap();
+            learn(&node, &id("n2"), &told).await.unwrap();
+            node.contested().len()
+        };
+        assert_eq!(tell(1, 0..0, Read::Whole).await, 0);
+        assert_eq!(tell(2, 5..6, Read::Part).await, 1);
+        assert_eq!(tell(3, 0..0, Read::Part).await, 1, "it may be told behind that");
+        assert_eq!(tell(2, 0..0, Read::Known).await, 1);
+        assert_eq!(tell(4, 0..0, Read::Whole).await, 0, "no more");
+        assert_eq!(tell(5, 5..6, Read::Whole).await, 1);
+        let claim = Claim { range: "0-99".parse().unwrap(), owner: id("n3"), epoch: 2 };
+        node.give_up(claim.range, vec![claim]).await.unwrap();
+        assert!(node.contested().is_empty(), "they are another one's now");
     }
 
     /// The largest map that an honest node has.

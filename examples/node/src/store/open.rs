@@ -35,7 +35,8 @@ pub(super) fn open(
     unharmed(&file, || {
         let database = existing(directory, &file, options)?;
         let found = identity::load(&database, directory, init)?;
-        Ok((database, Identity { fresh, ..found }))
+        let incarnation = identity::begin(&database)?;
+        Ok((database, Identity { fresh, incarnation, ..found }))
     })
 }
 
