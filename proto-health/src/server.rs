@@ -18,6 +18,7 @@ use proto_common::text::printable;
 use proto_common::v1::NodeIdentity;
 use tokio::time::sleep_until;
 
+mod asking;
 mod callers;
 mod check;
 pub mod checks;

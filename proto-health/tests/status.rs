@@ -3,6 +3,7 @@
 
 mod support;
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -254,4 +255,38 @@ async fn peers_show_when_they_were_heard_from() {
     let heard: Vec<bool> =
         status(&registry).await.peers.iter().map(|peer| peer.last_heard_from_unix_ms.is_some()).collect();
     assert_eq!(heard.iter().filter(|heard| **heard).count(), 2);
+}
+
+/// What the node spends on callers does not grow with them, and nobody is told what was before it called.
+#[tokio::test]
+async fn many_who_ask_at_once_are_told_by_few_questions_to_the_node_and_none_of_before() {
+    let (asked, moved) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
+    let says = {
+        let (asked, moved) = (Arc::clone(&asked), Arc::clone(&moved));
+        move || -> FactsFuture<'static> {
+            asked.fetch_add(1, Ordering::SeqCst);
+            let slot_map_revision = moved.load(Ordering::SeqCst);
+            Box::pin(async move {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+                Facts { slot_map_revision, ..Facts::default() }
+            })
+        }
+    };
+    let registry = node_that(Arc::new(says));
+    let began = std::time::Instant::now();
+    let calls = (0..2000).map(|n| {
+        let (registry, moved) = (registry.clone(), Arc::clone(&moved));
+        tokio::spawn(async move {
+            tokio::time::sleep(Duration::from_micros(n * 50)).await;
+            let before = moved.fetch_add(1, Ordering::SeqCst) + 1;
+            let told = status(&registry).await;
+            assert!(told.slot_map_revision >= before, "{} of {before}", told.slot_map_revision);
+        })
+    });
+    for call in calls.collect::<Vec<_>>() {
+        call.await.unwrap();
+    }
+    let most = began.elapsed().as_millis() / 5 + 2;
+    let asked = asked.load(Ordering::SeqCst);
+    assert!(u128::from(asked) <= most, "it was asked {asked} times, not {most}");
 }

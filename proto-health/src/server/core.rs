@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::limits::Limits;
+use crate::server::asking::Asking;
 use crate::server::callers::Callers;
 use crate::server::component::Cell;
 use crate::server::facts::NodeFacts;
@@ -38,6 +39,7 @@ pub(crate) struct Inner {
     pub(crate) started: Instant,
     pub(crate) started_unix_ms: u64,
     pub(crate) facts: Option<Arc<dyn NodeFacts>>,
+    pub(crate) asking: Asking,
     pub(crate) access: Access,
     pub(crate) places: Places,
     pub(crate) callers: Callers,
@@ -95,6 +97,7 @@ impl Inner {
             started: now,
             started_unix_ms: now_unix_ms(),
             facts: parts.facts,
+            asking: Asking::default(),
             access: parts.access,
             #[cfg(feature = "machine")]
             machine: parts.machine,

@@ -48,7 +48,7 @@ pub type FactsFuture<'a> = Pin<Box<dyn Future<Output = Facts> + Send + 'a>>;
 /// [`facts_timeout`](crate::limits::Limits::facts_timeout): the answer then goes out without it, says so, and is not
 /// `safe_to_remove`.
 pub trait NodeFacts: Send + Sync + 'static {
-    /// What it has and does now. Lists of `sections` that nobody asked for may be left out; those of tasks must not be, since
+    /// What it has and does now, for all who call at a time: it is asked 200 times a second at most. Lists of `sections` that nobody asked for may be left out; those of tasks must not be, since
     /// `safe_to_remove` follows from them.
     fn facts(&self, sections: Sections) -> FactsFuture<'_>;
 }
@@ -72,6 +72,11 @@ impl Sections {
             }
         }
         Ok(if values.is_empty() { Self(u32::MAX) } else { Self(bits) })
+    }
+
+    /// These and those.
+    pub(crate) fn and(self, other: Self) -> Self {
+        Self(self.0 | other.0)
     }
 
     fn bit(section: NodeStatusSection) -> u32 {

@@ -6,7 +6,6 @@ use std::time::Duration;
 use futures::StreamExt as _;
 use futures::stream::{self, BoxStream};
 use proto_common::access::{Caller, Guarded};
-use proto_common::clock::millis;
 use proto_common::error::Error;
 use proto_common::ids::NodeId;
 use proto_common::prompt::{MAX_REQUEST_BYTES, Prompt};
@@ -17,8 +16,9 @@ use tonic::{Request, Response, Status};
 
 use crate::limits::{MAX_MESSAGE_BYTES, REMOVAL_BLOCKERS};
 use crate::reason::Reason;
+use crate::server::asking::{self, Told};
 use crate::server::core::Inner;
-use crate::server::facts::{self, Facts, Sections};
+use crate::server::facts::{Facts, Sections};
 use crate::server::page::{self, Position};
 use crate::server::verdict::{LIVENESS, OVERALL, READINESS, STARTUP, Snapshot};
 use crate::server::watch::{Cursor, Event};
@@ -231,48 +231,27 @@ impl HealthService for NodeHealth {
         let position = Position::parse(&page_token, sections, &self.inner)?;
         self.admit(&from, &extensions)?;
 
-        let mut facts = self.facts(sections).await;
-        facts::fill_heard_from(&mut facts, |peer| self.inner.callers.last_heard_from(peer));
-        let blockers = facts::blockers(&mut facts);
+        let told = asking::ask(&self.inner, sections).await;
+        let Told { facts, blockers } = &*told;
         let health = sections.contains(NodeStatusSection::Health);
         let (snapshot, report) = self.inner.report(OVERALL, !health);
-        let mut status = self.status(&snapshot, &facts);
+        let mut status = self.status(&snapshot, facts);
         status.health = if health { report } else { None };
         status.safe_to_remove = blockers.is_empty();
         let omitted = blockers.len().saturating_sub(REMOVAL_BLOCKERS);
         status.removal_blockers_omitted = u32::try_from(omitted).unwrap_or(u32::MAX);
-        status.removal_blockers = blockers.into_iter().take(REMOVAL_BLOCKERS).collect();
+        status.removal_blockers = blockers.iter().take(REMOVAL_BLOCKERS).cloned().collect();
         #[cfg(feature = "machine")]
         if sections.contains(NodeStatusSection::Machine) {
             status.machine = self.inner.machine.as_ref().and_then(crate::server::machine::Machine::status);
         }
-        let next_page_token = page::fill(&facts, &mut status, position, page_size, &self.inner, sections);
+        let next_page_token = page::fill(facts, &mut status, position, page_size, &self.inner, sections);
         let origin = Some(self.inner.origin(&snapshot));
         Ok(Response::new(GetNodeStatusResponse { origin, status: Some(status), next_page_token }))
     }
 }
 
 impl NodeHealth {
-    /// What the node says of itself, in time whatever it does.
-    async fn facts(&self, sections: Sections) -> Facts {
-        let Some(source) = self.inner.facts.clone() else {
-            return facts::unknown("this node has nobody who tells what it has");
-        };
-        let asking = tokio::spawn(async move { source.facts(sections).await });
-        let abort = asking.abort_handle();
-        let limit = self.inner.limits.facts_timeout;
-        match tokio::time::timeout(limit, asking).await {
-            Ok(Ok(facts)) => facts,
-            Ok(Err(_)) => {
-                facts::unknown("the node failed to say what it has, which is a defect; see its log")
-            }
-            Err(_) => {
-                abort.abort();
-                facts::unknown(&format!("the node did not say within {} ms what it has", millis(limit)))
-            }
-        }
-    }
-
     /// All but lists, health, machine and what blocks the removal.
     fn status(&self, snapshot: &Snapshot, facts: &Facts) -> NodeStatus {
         let core = self.inner.core();
