@@ -46,6 +46,10 @@ pub struct Limits {
     pub incoming: usize,
     /// Of them, from one source node. Default 3, so that no node takes the places of all others.
     pub incoming_per_peer: usize,
+    /// Streams of one source node that are let in within a second, over all of its migrations; and apart from them, as many freezes. Default 10. So many may come at
+    /// once; of those that come faster, some wait for up to a second, and the others are told to come back. Each has the store write records, which writes of
+    /// clients wait for. 0 counts as 1.
+    pub streams_per_peer: u32,
     /// Payload of a batch that is taken, in bytes. Default 16 MiB.
     pub batch_bytes: u32,
     /// Payload of a batch that is sent, in bytes, unless one entry is larger. Default 512 KiB, one frame of HTTP/2: each is a write and wakes the
@@ -91,6 +95,7 @@ impl Default for Limits {
             outgoing: 4,
             incoming: 4,
             incoming_per_peer: 3,
+            streams_per_peer: 10,
             batch_bytes: 16 << 20,
             sent_batch_bytes: 512 << 10,
             credit_bytes: 32 << 20,

@@ -15,6 +15,7 @@ use super::outcome::{discard_reason, discarded};
 use super::record::Record;
 use super::recovery::damaged;
 use super::session::Answers;
+use super::turns;
 use crate::Reason;
 use crate::failpoint::reached;
 use crate::progress::kept;
@@ -33,6 +34,15 @@ pub(super) struct Attached {
 
 impl<T: MigrationTarget> Inner<T> {
     pub(super) async fn attach(&self, header: &CheckedHeader, answers: &Answers) -> Result<Attached, Error> {
+        let wait = self.streams.take(&header.spec.source_node, turns::PATIENCE)?;
+        if !wait.is_zero() {
+            tokio::select! {
+                biased;
+                () = self.stopping.cancelled() => return Err(shutting_down()),
+                () = answers.closed() => return Err(ended_early()),
+                () = tokio::time::sleep(wait) => {}
+            }
+        }
         loop {
             let slot = self.slot(&header.id);
             let attach = tokio::select! {
@@ -132,8 +142,15 @@ impl<T: MigrationTarget> Inner<T> {
         }
         let mut next = incoming.record.clone();
         self.introduce(&mut next, header);
-        if matches!(incoming.state(), MigrationState::Committed | MigrationState::Cancelled) {
-            return self.save(slot, incoming, next).await;
+        match incoming.state() {
+            // No attempt commits any more, whatever its number: there is nothing that a crash could take back.
+            MigrationState::Cancelled => {
+                incoming.record = next;
+                incoming.show(|_| {});
+                return Ok(());
+            }
+            MigrationState::Committed => return self.save(slot, incoming, next).await,
+            _ => {}
         }
         next.unprepare();
         if taken && header.transfer && header.copy > next.progress.copy {
