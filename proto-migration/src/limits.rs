@@ -77,8 +77,8 @@ pub struct Limits {
     /// How long the record of a migration that was cancelled is kept at the target after its last stream. Default 1 h. One of which nothing is staged is kept
     /// for twice [`idle`](Self::idle), if that is less: it keeps others off the slots, and its source may never have heard that it was accepted.
     pub record_kept: Duration,
-    /// Records of cancelled migrations from one source node that are kept for so long at the target. Default 64. With one more, the oldest is dropped;
-    /// the history knows of it.
+    /// Records of cancelled migrations from one source node that are kept for so long at the target. Default 64. Before one more migration begins, the oldest
+    /// of what is beyond is dropped; the history knows of it. Streams about such records are ended for that, and until they are, nothing begins.
     pub cancelled_per_peer: usize,
     /// Migrations that ended and are remembered. Default 1000.
     pub history: usize,

@@ -558,6 +558,40 @@ async fn cancelled_per_peer() {
     .await;
 }
 
+/// Nor does it by streams that it holds open about each of them.
+#[tokio::test]
+async fn streams_about_cancelled_migrations_keep_no_more_records_than_there_may_be() {
+    let full = Refusal { facts: &[("limit", Some("2")), ("peer", Some(OFFENDER))], ..TOO_MANY };
+    let case = Case::new(|limits| (limits.cancelled_per_peer, limits.streams_per_peer) = (2, 1000));
+    case.check(async |bench| {
+        let records =
+            || bench.node.target.disk().records.keys().filter(|id| id.as_str().starts_with('x')).count();
+        let (mut abuse, mut held, mut ended) = (Abuse::default(), Vec::new(), 0);
+        for number in 1..=12 {
+            let mut source = bench.open(offered(number)).await;
+            match source.accepted().await {
+                Ok(_) => {
+                    source.send(Frame::Discard(Discard::default())).await;
+                    assert!(matches!(source.answer().await.unwrap(), Answer::Discarded(_)));
+                    held.push((number, bench.accept(again(number, 2)).await));
+                }
+                Err(error) => {
+                    abuse = abuse.refused(error, full);
+                    // The oldest of its streams ends for it.
+                    let (oldest, mut stream) = held.remove(0);
+                    assert!(matches!(stream.answer().await.unwrap(), Answer::Discarded(_)), "x{oldest}");
+                    stream.end().await;
+                    ended += 1;
+                }
+            }
+            assert!(records() <= 3, "{} records", records());
+        }
+        assert!(ended >= 4, "{ended} streams ended");
+        abuse.holds(held)
+    })
+    .await;
+}
+
 /// Opened again and again, and prepared again and again, it has the store write no more than its share.
 #[tokio::test(start_paused = true)]
 async fn streams_per_peer() {

@@ -58,9 +58,6 @@ impl<T: MigrationTarget> Inner<T> {
             let attached = self.attach_in(&slot, header).await;
             drop(attach);
             self.remove_empty(&slot);
-            if attached.as_ref().is_ok_and(|attached| !attached.accepted.known) {
-                self.drop_cancelled(&header.spec.source_node).await;
-            }
             return attached;
         }
     }
@@ -227,6 +224,7 @@ impl<T: MigrationTarget> Inner<T> {
         }
         let place = self.places.enter(&slot.id, &header.spec.source_node, header.priority)?;
         let range = self.range(&slot.id, header.spec.slots)?;
+        self.make_room(&header.spec.source_node).await?;
         self.admit(header, 0).await?;
         let mut progress = MigrationProgress {
             migration_id: slot.id.to_string(),
