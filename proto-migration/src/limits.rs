@@ -46,6 +46,10 @@ pub struct Limits {
     pub incoming: usize,
     /// Of them, from one source node. Default 3, so that no node takes the places of all others.
     pub incoming_per_peer: usize,
+    /// Streams of one source node that are let in within a second, over all of its migrations; and apart from them, as many freezes. Default 10. So many may come at
+    /// once; of those that come faster, some wait for up to a second, and the others are told to come back. Each has the store write records, which writes of
+    /// clients wait for. 0 counts as 1.
+    pub streams_per_peer: u32,
     /// Payload of a batch that is taken, in bytes. Default 16 MiB.
     pub batch_bytes: u32,
     /// Payload of a batch that is sent, in bytes, unless one entry is larger. Default 512 KiB, one frame of HTTP/2: each is a write and wakes the
@@ -73,8 +77,8 @@ pub struct Limits {
     /// How long the record of a migration that was cancelled is kept at the target after its last stream. Default 1 h. One of which nothing is staged is kept
     /// for twice [`idle`](Self::idle), if that is less: it keeps others off the slots, and its source may never have heard that it was accepted.
     pub record_kept: Duration,
-    /// Records of cancelled migrations from one source node that are kept for so long at the target. Default 64. With one more, the oldest is dropped;
-    /// the history knows of it.
+    /// Records of cancelled migrations from one source node that are kept for so long at the target. Default 64. Before one more migration begins, the oldest
+    /// of what is beyond is dropped; the history knows of it. Streams about such records are ended for that, and until they are, nothing begins.
     pub cancelled_per_peer: usize,
     /// Migrations that ended and are remembered. Default 1000.
     pub history: usize,
@@ -91,6 +95,7 @@ impl Default for Limits {
             outgoing: 4,
             incoming: 4,
             incoming_per_peer: 3,
+            streams_per_peer: 10,
             batch_bytes: 16 << 20,
             sent_batch_bytes: 512 << 10,
             credit_bytes: 32 << 20,

@@ -33,11 +33,13 @@ mod places;
 mod record;
 mod recovery;
 mod session;
+mod turns;
 
 use self::control::Calls;
 use self::incoming::{Incoming, Slot};
 use self::places::Places;
 pub use self::recovery::{UnreadRecord, read_records};
+use self::turns::Turns;
 use crate::Reason;
 use crate::decisions::Decisions;
 use crate::journal::Journal;
@@ -97,6 +99,10 @@ struct Inner<T: MigrationTarget> {
     guard: RangeGuard,
     decisions: Option<Arc<dyn Decisions>>,
     places: Places,
+    /// To let streams in.
+    streams: Turns,
+    /// To prepare.
+    freezes: Turns,
     slots: Mutex<HashMap<MigrationId, Arc<Slot>>>,
     /// Those whose record cannot be read, and their slots, as long as this lives.
     untrusted: HashMap<MigrationId, Vec<RangeHold>>,
@@ -164,6 +170,8 @@ impl<T: MigrationTarget> MigrationReceiverBuilder<T> {
             guard,
             decisions,
             places: Places::new(limits.incoming, limits.incoming_per_peer),
+            streams: Turns::new(limits.streams_per_peer),
+            freezes: Turns::new(limits.streams_per_peer),
             limits,
             slots: Mutex::default(),
             untrusted,

@@ -29,14 +29,18 @@ use proto_migration::journal::{Journal, SourceRecord};
 use proto_migration::limits::{Limits, MESSAGE_OVERHEAD};
 use proto_migration::migrations::Migrations;
 use proto_migration::v1::migration_service_client::MigrationServiceClient;
-use proto_migration::v1::transfer_migration_data_request::{Bulk, Discard, Forget, Frame, Header, Heartbeat};
+use proto_migration::v1::transfer_migration_data_request::{
+    Bulk, Discard, Forget, Frame, Header, Heartbeat, Purpose, Release,
+};
 use proto_migration::v1::transfer_migration_data_response::Frame as Answer;
 use proto_migration::v1::{
     MigrationDecision, MigrationGate, MigrationLimits, MigrationProgress, MigrationState,
     WatchMigrationProgressRequest, WatchMigrationProgressResponse,
 };
 use refusals::{ALONE, Abuse, Refusal, counted, limits_of};
-use support::frames::{COMMIT, Node, PATIENCE, Source, bulk, delta, eventually, header, identity, row};
+use support::frames::{
+    COMMIT, Node, PATIENCE, Source, bulk, delta, eventually, header, identity, prepare, row,
+};
 use support::memory_source::Answer as Read;
 use support::memory_target::Fault;
 use support::pair::{Pair, driver, driver_within, error_of, id, manual};
@@ -50,6 +54,8 @@ const OFFENDER: &str = "n9";
 const TOO_MANY: Refusal = Refusal::too_many("TOO_MANY_MIGRATIONS");
 const TOO_LARGE: Refusal = Refusal::invalid("BATCH_TOO_LARGE");
 const IDLE: Refusal = Refusal { code: Code::DeadlineExceeded, reason: "IDLE_TIMEOUT", ..TOO_MANY };
+/// What the older one of two streams is told.
+const SUPERSEDED: Refusal = Refusal { code: Code::FailedPrecondition, ..Refusal::invalid("SUPERSEDED") };
 /// What a stream is told whose source hangs up.
 const USUAL: [&str; 1] = ["STREAM_ENDED_EARLY"];
 
@@ -550,6 +556,135 @@ async fn cancelled_per_peer() {
         Abuse::default().holds(held)
     })
     .await;
+}
+
+/// Nor does it by streams that it holds open about each of them.
+#[tokio::test]
+async fn streams_about_cancelled_migrations_keep_no_more_records_than_there_may_be() {
+    let full = Refusal { facts: &[("limit", Some("2")), ("peer", Some(OFFENDER))], ..TOO_MANY };
+    let case = Case::new(|limits| (limits.cancelled_per_peer, limits.streams_per_peer) = (2, 1000));
+    case.check(async |bench| {
+        let records =
+            || bench.node.target.disk().records.keys().filter(|id| id.as_str().starts_with('x')).count();
+        let (mut abuse, mut held, mut ended) = (Abuse::default(), Vec::new(), 0);
+        for number in 1..=12 {
+            let mut source = bench.open(offered(number)).await;
+            match source.accepted().await {
+                Ok(_) => {
+                    source.send(Frame::Discard(Discard::default())).await;
+                    assert!(matches!(source.answer().await.unwrap(), Answer::Discarded(_)));
+                    held.push((number, bench.accept(again(number, 2)).await));
+                }
+                Err(error) => {
+                    abuse = abuse.refused(error, full);
+                    // The oldest of its streams ends for it.
+                    let (oldest, mut stream) = held.remove(0);
+                    assert!(matches!(stream.answer().await.unwrap(), Answer::Discarded(_)), "x{oldest}");
+                    stream.end().await;
+                    ended += 1;
+                }
+            }
+            assert!(records() <= 3, "{} records", records());
+        }
+        assert!(ended >= 4, "{ended} streams ended");
+        abuse.holds(held)
+    })
+    .await;
+}
+
+/// Opened again and again, and prepared again and again, it has the store write no more than its share.
+#[tokio::test(start_paused = true)]
+async fn streams_per_peer() {
+    let often = Refusal { facts: &[("limit", Some("10")), ("peer", Some(OFFENDER))], ..TOO_MANY };
+    let mut case = Case::new(|limits| assert_eq!(limits.streams_per_peer, 10));
+    case.sockets = false;
+    case.check(async |bench| {
+        let saves = || bench.node.target.calls("save");
+        let began = tokio::time::Instant::now();
+        let mut source = bench.accept(offered(1)).await;
+        let mut abuse = Abuse::default();
+        for attempt in 2..=60 {
+            let mut older = std::mem::replace(&mut source, bench.accept(again(1, attempt)).await);
+            abuse = abuse.refused(older.error().await, SUPERSEDED);
+            let waited = began.elapsed();
+            assert!(attempt > 10 || waited.is_zero(), "one that comes back waits: {waited:?}");
+        }
+        assert!(began.elapsed() >= Duration::from_secs(5), "{:?}", began.elapsed());
+        assert!(saves() <= 60 + 5, "{}", saves());
+
+        // Those that have not come to their turn within a second have to come back.
+        let unknown = |number| Header { purpose: Purpose::Resolve.into(), ..offered(number) };
+        let all = (100..130).map(|number| async move {
+            let mut stream = bench.open(unknown(number)).await;
+            stream.accepted().await.map(|_| stream)
+        });
+        let mut held = Vec::new();
+        for answer in futures::future::join_all(all).await {
+            match answer {
+                Ok(stream) => held.push(stream),
+                Err(error) => abuse = abuse.refused(error, often),
+            }
+        }
+        assert!((8..=12).contains(&held.len()), "{} had a turn", held.len());
+
+        // A freeze is refused at once, and changes go on.
+        source.bulk(vec![row(10, "x1")], true).await;
+        source.durable().await;
+        let before = saves();
+        let mut refused = 0;
+        for freeze in 1..=50 {
+            let prepare = prepare(freeze, source.watermark, &bench.node.target.disk().staged[&x1()]);
+            source.send(Frame::Prepare(prepare)).await;
+            if let Answer::PrepareRefused(why) = source.answer().await.unwrap() {
+                let why = Error::from(why.error.unwrap());
+                assert_eq!((why.reason(), why.get("peer")), ("TOO_MANY_MIGRATIONS", Some(OFFENDER)));
+                assert!(why.is_retryable());
+                refused += 1;
+            } else {
+                source.send(Frame::Release(Release { freeze })).await;
+            }
+        }
+        assert_eq!(refused, 40);
+        assert!(saves() - before <= 20, "{}", saves() - before);
+        source.delta(12, vec![row(11, "x1")]).await;
+        source.durable().await;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let last = prepare(51, source.watermark, &bench.node.target.disk().staged[&x1()]);
+        source.send(Frame::Prepare(last)).await;
+        assert!(matches!(source.answer().await.unwrap(), Answer::Prepared(_)));
+        abuse.holds((source, held))
+    })
+    .await;
+}
+
+/// What was cancelled is not written anew for each stream.
+#[tokio::test]
+async fn a_stream_about_a_cancelled_migration_has_nothing_written() {
+    let case = Case::new(|limits| limits.streams_per_peer = 1000);
+    case.check(async |bench| {
+        let mut source = bench.accept(offered(1)).await;
+        source.send(Frame::Discard(Discard::default())).await;
+        assert!(matches!(source.answer().await.unwrap(), Answer::Discarded(_)));
+        let record = bench.node.target.disk().records[&x1()].clone();
+        source.end().await;
+        let (mut abuse, mut last) = (Abuse::default(), None);
+        for attempt in 2..=20 {
+            let mut source = bench.open(again(1, attempt)).await;
+            assert_eq!(source.accepted().await.unwrap().decision(), MigrationDecision::Discarded);
+            if let Some(mut older) = last.replace(source) {
+                abuse = abuse.refused(older.error().await, SUPERSEDED);
+            }
+        }
+        assert_eq!(bench.node.target.disk().records[&x1()], record);
+        // An older one is refused all the same.
+        let stale = Refusal { code: Code::Aborted, reason: "STALE_ATTEMPT", ..TOO_MANY };
+        abuse.refused(bench.refuses(again(1, 20)).await, stale).holds(last)
+    })
+    .await;
+}
+
+fn x1() -> MigrationId {
+    MigrationId::new("x1").unwrap()
 }
 
 type Watch = tonic::Streaming<WatchMigrationProgressResponse>;

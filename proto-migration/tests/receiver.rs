@@ -536,6 +536,59 @@ async fn a_stream_of_an_unknown_migration_is_small_and_short() {
     assert_eq!(source.error().await.reason(), "BATCH_TOO_LARGE");
 }
 
+/// Whether it was decided before or on this very stream: no place is held for it any more.
+#[tokio::test(start_paused = true)]
+async fn a_stream_of_a_migration_that_is_decided_is_small_and_short() {
+    let mut limits = Limits::default();
+    limits.idle = Duration::from_secs(5);
+    for (committed, again) in [(false, true), (true, true), (true, false)] {
+        let limits = limits.clone();
+        let node = Node::with(|builder| builder.limits(limits)).await;
+        let decided = async |attempt| {
+            if committed {
+                let mut source = node.prepared(attempt).await;
+                source.send(COMMIT).await;
+                assert!(matches!(source.answer().await.unwrap(), Answer::Committed(_)));
+                return source;
+            }
+            let (mut source, _) = node.accept(header(attempt)).await;
+            source.send(Frame::Discard(Discard::default())).await;
+            assert!(matches!(source.answer().await.unwrap(), Answer::Discarded(_)));
+            source.end().await;
+            source
+        };
+        let first = decided(1).await;
+        let mut source = if again { node.accept(header(2)).await.0 } else { first };
+        let began = tokio::time::Instant::now();
+        let frames = source.frames.clone();
+        let beats = async {
+            let beat = Frame::Heartbeat(Heartbeat::default());
+            while frames.send(TransferMigrationDataRequest { frame: Some(beat.clone()) }).await.is_ok() {
+                tokio::time::sleep(Duration::from_secs(2)).await;
+            }
+        };
+        let (ended, ()) =
+            tokio::time::timeout(Duration::from_secs(60), async { tokio::join!(source.error(), beats) })
+                .await
+                .expect("it has ended");
+        assert_eq!(ended.reason(), "IDLE_TIMEOUT");
+        assert!(began.elapsed() < Duration::from_secs(9), "whatever comes: {:?}", began.elapsed());
+
+        let (mut source, _) = node.accept(header(3)).await;
+        let payload = vec![0; MAX_REQUEST_BYTES].into();
+        source.send(Frame::Bulk(Bulk { payload, ..bulk(1, vec![], false) })).await;
+        assert_eq!(source.error().await.reason(), "BATCH_TOO_LARGE");
+    }
+    // On the stream that brought the commit.
+    let node = Node::with(|builder| builder.limits(limits)).await;
+    let mut source = node.prepared(1).await;
+    source.send(COMMIT).await;
+    let payload = vec![0; MAX_REQUEST_BYTES].into();
+    source.send(Frame::Bulk(Bulk { payload, ..bulk(1, vec![], false) })).await;
+    assert!(matches!(source.answer().await.unwrap(), Answer::Committed(_)));
+    assert_eq!(source.error().await.reason(), "BATCH_TOO_LARGE");
+}
+
 #[tokio::test]
 async fn a_heartbeat_is_answered_and_shown_and_silence_is_not_waited_for() {
     let mut limits = Limits::default();

@@ -284,7 +284,7 @@ fn one_of_many(number: u16) -> Header {
 async fn what_cannot_be_shown_is_not_begun_and_what_was_begun_keeps_no_node_from_starting() {
     const SHOWN: u16 = 1024;
     let mut limits = Limits::default();
-    (limits.incoming, limits.incoming_per_peer) = (2000, 2000);
+    (limits.incoming, limits.incoming_per_peer, limits.streams_per_peer) = (2000, 2000, 2000);
     let node = Node::with(|builder| builder.limits(limits)).await;
     for number in 0..SHOWN {
         drop(node.accept(one_of_many(number)).await);

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use proto_common::clock::millis;
 use proto_common::error::Error;
@@ -284,6 +284,8 @@ impl<T: MigrationTarget> Applier<T> {
         let PreparedAt { final_seq, new_slot_epoch, .. } = wanted.at;
         let (target, id) = (&self.inner.target, &self.slot.id);
         let mut next = incoming.record.clone();
+        // Not waited for: writes are held at the source.
+        self.inner.freezes.take(&next.spec.source_node, Duration::ZERO).map_err(|error| (error, None))?;
         let slots = next.spec.slots;
         let watermark = next.kept.through_seq;
         if !next.kept.copied || watermark != final_seq {

@@ -15,6 +15,7 @@ use super::outcome::{discard_reason, discarded};
 use super::record::Record;
 use super::recovery::damaged;
 use super::session::Answers;
+use super::turns;
 use crate::Reason;
 use crate::failpoint::reached;
 use crate::progress::kept;
@@ -33,6 +34,15 @@ pub(super) struct Attached {
 
 impl<T: MigrationTarget> Inner<T> {
     pub(super) async fn attach(&self, header: &CheckedHeader, answers: &Answers) -> Result<Attached, Error> {
+        let wait = self.streams.take(&header.spec.source_node, turns::PATIENCE)?;
+        if !wait.is_zero() {
+            tokio::select! {
+                biased;
+                () = self.stopping.cancelled() => return Err(shutting_down()),
+                () = answers.closed() => return Err(ended_early()),
+                () = tokio::time::sleep(wait) => {}
+            }
+        }
         loop {
             let slot = self.slot(&header.id);
             let attach = tokio::select! {
@@ -48,9 +58,6 @@ impl<T: MigrationTarget> Inner<T> {
             let attached = self.attach_in(&slot, header).await;
             drop(attach);
             self.remove_empty(&slot);
-            if attached.as_ref().is_ok_and(|attached| !attached.accepted.known) {
-                self.drop_cancelled(&header.spec.source_node).await;
-            }
             return attached;
         }
     }
@@ -132,8 +139,15 @@ impl<T: MigrationTarget> Inner<T> {
         }
         let mut next = incoming.record.clone();
         self.introduce(&mut next, header);
-        if matches!(incoming.state(), MigrationState::Committed | MigrationState::Cancelled) {
-            return self.save(slot, incoming, next).await;
+        match incoming.state() {
+            // No attempt commits any more, whatever its number: there is nothing that a crash could take back.
+            MigrationState::Cancelled => {
+                incoming.record = next;
+                incoming.show(|_| {});
+                return Ok(());
+            }
+            MigrationState::Committed => return self.save(slot, incoming, next).await,
+            _ => {}
         }
         next.unprepare();
         if taken && header.transfer && header.copy > next.progress.copy {
@@ -210,6 +224,7 @@ impl<T: MigrationTarget> Inner<T> {
         }
         let place = self.places.enter(&slot.id, &header.spec.source_node, header.priority)?;
         let range = self.range(&slot.id, header.spec.slots)?;
+        self.make_room(&header.spec.source_node).await?;
         self.admit(header, 0).await?;
         let mut progress = MigrationProgress {
             migration_id: slot.id.to_string(),

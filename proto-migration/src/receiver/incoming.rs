@@ -147,7 +147,8 @@ impl Drop for Permit {
     }
 }
 
-/// What is known of a migration. The record is the durable one, but for what only progress shows.
+/// What is known of a migration. The record is the durable one, but for what only progress shows, and for which attempt was the last one of a migration
+/// that was cancelled.
 pub(super) struct Incoming {
     pub(super) record: Record,
     pub(super) staged: Staged,

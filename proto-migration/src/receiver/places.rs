@@ -13,7 +13,7 @@ use crate::Reason;
 /// How long a place is kept for one that was told to come back; longer than the longest backoff of a source.
 const REMEMBERED: Duration = Duration::from_secs(15);
 /// What one that was refused is told to wait.
-const COME_BACK: Duration = Duration::from_secs(1);
+pub(super) const COME_BACK: Duration = Duration::from_secs(1);
 /// Refused ones that are remembered.
 const MAX_WAITING: usize = 1024;
 

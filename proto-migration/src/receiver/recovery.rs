@@ -11,7 +11,9 @@ use proto_common::slots::SlotRange;
 use proto_common::v1::Direction;
 
 use super::Inner;
-use super::incoming::{Incoming, Slot, guarded};
+use super::incoming::{Incoming, Slot, Stop, guarded};
+use super::outcome::discarded;
+use super::places::COME_BACK;
 use super::record::{Record, Unread};
 use crate::Reason;
 use crate::target::{MigrationTarget, StoredMigration};
@@ -196,30 +198,44 @@ impl<T: MigrationTarget> Inner<T> {
         }
     }
 
-    /// Drops the oldest records of cancelled migrations from `source`, beyond those that are kept for a node: whoever begins and cancels, again and
-    /// again, fills neither the store nor the memory.
-    pub(super) async fn drop_cancelled(&self, source: &NodeId) {
+    /// Drops the oldest records of cancelled migrations from `source`, beyond those that are kept for a node, before one more begins: whoever begins and
+    /// cancels, again and again, fills neither the store nor the memory. Streams about such records are ended, and where that takes a while, it has to come back.
+    pub(super) async fn make_room(&self, source: &NodeId) -> Result<(), Error> {
         let slots: Vec<_> = self.slots().values().cloned().collect();
         let mut ended = Vec::new();
         for slot in slots {
-            let since = slot.state.try_lock().ok().and_then(|state| {
+            let found = slot.state.try_lock().ok().and_then(|state| {
                 let incoming = state.as_ref()?;
                 let is_one = incoming.state() == MigrationState::Cancelled
-                    && incoming.record.spec.source_node == *source
-                    && !slot.has_stream();
-                is_one.then_some(incoming.last_stream)
+                    && incoming.record.spec.source_node == *source;
+                is_one.then(|| (slot.has_stream(), incoming.last_stream, discarded(incoming)))
             });
-            ended.extend(since.map(|since| (since, slot)));
+            ended.extend(found.map(|found| (found, slot)));
         }
-        let beyond = ended.len().saturating_sub(self.limits.cancelled_per_peer);
-        if beyond == 0 {
-            return;
+        let limit = self.limits.cancelled_per_peer;
+        let beyond = ended.len().saturating_sub(limit);
+        ended.sort_by_key(|((has_stream, since, _), _)| (*has_stream, *since));
+        let mut left = 0;
+        for ((has_stream, _, discarded), slot) in ended.into_iter().take(beyond) {
+            if has_stream {
+                slot.tell(Stop::Discarded(discarded));
+            } else {
+                self.collect_one(&slot, Duration::ZERO).await;
+                self.remove_empty(&slot);
+            }
+            left += usize::from(self.is_current(&slot));
         }
-        ended.sort_by_key(|(since, _)| *since);
-        for (_, slot) in ended.into_iter().take(beyond) {
-            self.collect_one(&slot, Duration::ZERO).await;
-            self.remove_empty(&slot);
+        if left == 0 {
+            return Ok(());
         }
+        Err(Reason::TooManyMigrations
+            .error(format!(
+                "{left} migrations that were cancelled, beyond the {limit} that are kept for node {source}, have streams, or cannot be forgotten yet; \
+                 it is tried again"
+            ))
+            .metadata("limit", limit.to_string())
+            .metadata("peer", source.as_str())
+            .retry_after(COME_BACK))
     }
 
     /// How long a record is kept of which nothing is staged. It has the slots and a place, and where its source never heard that it was accepted, nobody comes

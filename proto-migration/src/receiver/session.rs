@@ -35,7 +35,7 @@ use crate::service::shutting_down;
 use crate::target::MigrationTarget;
 use crate::v1::transfer_migration_data_request::{Frame, Heartbeat, Prepare};
 use crate::v1::transfer_migration_data_response::{Accepted, Ack, Forgotten, Frame as Answer};
-use crate::v1::{MigrationDecision, TransferMigrationDataResponse};
+use crate::v1::{MigrationDecision, MigrationState, TransferMigrationDataResponse};
 
 /// Things to do between the reader and the applier; the bytes among them are bounded by credit.
 const QUEUE: usize = 64;
@@ -102,7 +102,7 @@ impl<T: MigrationTarget> Inner<T> {
             return;
         };
         let (slot, attempt) = (Arc::clone(permit.slot()), permit.attempt);
-        let result = self.clone().run(&header, accepted, &permit, &mut frames, &answers).await;
+        let result = self.clone().run(&header, &peer, accepted, &permit, &mut frames, &answers).await;
         let stopped = permit.stopped();
         self.detach(&permit, result.as_ref().err().filter(|_| stopped.is_none())).await;
         drop(permit);
@@ -176,6 +176,7 @@ impl<T: MigrationTarget> Inner<T> {
     async fn run(
         self: Arc<Self>,
         header: &CheckedHeader,
+        peer: &PeerKey,
         accepted: Accepted,
         permit: &Permit,
         frames: &mut Frames,
@@ -203,6 +204,7 @@ impl<T: MigrationTarget> Inner<T> {
         let data = accepted.resume.is_some();
         let mut reader = Reader {
             inner: &self,
+            peer,
             permit,
             answers,
             flow: &flow,
@@ -263,6 +265,7 @@ enum Phase {
 
 struct Reader<'a, T: MigrationTarget> {
     inner: &'a Arc<Inner<T>>,
+    peer: &'a PeerKey,
     permit: &'a Permit,
     answers: &'a Answers,
     flow: &'a Flow,
@@ -294,6 +297,9 @@ impl<T: MigrationTarget> Reader<'_, T> {
             () = told(&mut stop) => return Err(ended_early()),
         }
         let mut deadline = Instant::now() + idle_after;
+        if self.phase == Phase::Decided {
+            frames.expect_small();
+        }
         let Limits { slowest_bytes, slowest_time, bytes_per_second, .. } = self.inner.limits;
         let mut pace = Pace::new(slowest_bytes, slowest_time, bytes_per_second, 0);
         let mut ack_at: Option<Instant> = None;
@@ -324,10 +330,17 @@ impl<T: MigrationTarget> Reader<'_, T> {
                     }
                     deadline = Instant::now() + idle_after;
                 }
-                frame = frames.next(), if in_hand.is_none() && self.phase != Phase::Ending => {
-                    deadline = Instant::now() + idle_after;
+                frame = self.next(frames), if in_hand.is_none() && self.phase != Phase::Ending => {
                     let (frame, payload) = frame?;
                     *in_hand = self.take(frame, payload)?;
+                    if self.phase == Phase::Decided {
+                        frames.expect_small();
+                    }
+                    if !self.is_like_a_request() {
+                        deadline = Instant::now() + idle_after;
+                    } else if Instant::now() >= deadline {
+                        return Err(idle(idle_after));
+                    }
                 }
                 () = tokio::time::sleep_until(deadline), if in_hand.is_none() && self.phase != Phase::Ending => {
                     return Err(idle(idle_after));
@@ -340,6 +353,19 @@ impl<T: MigrationTarget> Reader<'_, T> {
                 }
             }
         }
+    }
+
+    /// Whether nothing but an end frame is left to come, and nothing is under way that would hold a place: the stream is over in time then, whatever comes.
+    fn is_like_a_request(&self) -> bool {
+        self.phase == Phase::Decided && self.flow.done().state != MigrationState::Prepared
+    }
+
+    /// The next frame; counted while it is waited for, where it is like a request. Cancel safe.
+    async fn next(&self, frames: &mut Frames) -> Result<(Frame, Payload), Error> {
+        if self.is_like_a_request() {
+            return prompt::first(self.peer, frames.next()).await;
+        }
+        frames.next().await
     }
 
     /// Checks a frame; what it asks for is returned.
