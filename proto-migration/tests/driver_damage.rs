@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use proto_common::error::Error;
 use proto_common::guard::RangeGuard;
+use proto_common::ids::NodeId;
 use proto_common::slots::{SlotRange, slot_of};
 use proto_migration::driver::{Doubt, Sorted, sort};
 use proto_migration::hold::HoldMode;
@@ -85,14 +86,15 @@ async fn a_record_that_overlaps_a_damaged_one_does_not_keep_the_node_from_starti
 async fn sorted(dir: &tempfile::TempDir, source: &MemorySource) -> Vec<(String, Doubt)> {
     let (_, recovered) = Journal::open(dir.path().join("source"), 10).unwrap();
     let logs = source.logs().await.unwrap();
-    let Sorted { doubtful, .. } = sort(recovered, &logs, &RangeGuard::new());
+    let Sorted { doubtful, .. } = sort(recovered, &NodeId::new("n1").unwrap(), &logs, &RangeGuard::new());
     doubtful.into_iter().map(|doubtful| (doubtful.file.file, doubtful.doubt)).collect()
 }
 
 #[tokio::test]
 async fn a_whole_record_that_cannot_be_gone_on_with_is_told_by_the_same_check() {
     type Spoil = fn(&mut v1::MigrationProgress);
-    let spoils: [(&str, Spoil); 4] = [
+    let spoils: [(&str, Spoil); 5] = [
+        ("another node", |progress| progress.spec.as_mut().unwrap().source_node_id = "other".to_owned()),
         ("the specification", |progress| progress.spec.as_mut().unwrap().value_format = "Rows".to_owned()),
         ("the limits", |progress| {
             progress.limits = Some(v1::MigrationLimits { freeze_timeout_ms: Some(0), ..Default::default() });
@@ -150,7 +152,7 @@ async fn a_copy_beside_a_whole_record_holds_nothing_back() {
     assert!(copy.is_copy && !copy.is_of_a_migration() && copy.slots.is_empty(), "{copy:?}");
     let shown = file.strip_prefix("source/").unwrap();
     assert!(copy.problem.contains(shown), "{copy:?}");
-    let sorted = sort(recovered, &[], &RangeGuard::new());
+    let sorted = sort(recovered, &NodeId::new("n1").unwrap(), &[], &RangeGuard::new());
     assert_eq!(sorted.sound.len(), 1, "its slots are its own");
     // Under the name of another record, it leaves those slots in doubt, and not its own.
     let (other, name) = (SlotRange::new(0, 1).unwrap(), "active/00000-00000.m0.task");

@@ -186,7 +186,7 @@ impl Stopped {
                 guard.try_acquire(slots, &format!("transfer {}", split.transfer)).ok()
             })
             .collect();
-        let sorted = sort(recovered, &self.store.open_logs(), &guard);
+        let sorted = sort(recovered, &self.node, &self.store.open_logs(), &guard);
         drop(held);
         Ok((sorted, others))
     }

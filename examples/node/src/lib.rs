@@ -20,6 +20,7 @@ pub mod check;
 pub mod cli;
 pub mod common;
 pub mod demo;
+mod descriptors;
 
 pub mod gate;
 pub mod grpc;

@@ -55,7 +55,7 @@ impl Contest {
 }
 
 /// Whoever has not said for so long that slots are its own is gone, and serves them to nobody.
-const CONTEST_LAPSES: Duration = Duration::from_mins(5);
+const CONTEST_LAPSES: Duration = Duration::from_secs(300);
 
 impl Node {
     /// Opens the node's data directory. Blocks.

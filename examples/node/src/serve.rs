@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use proto::common::guard::RangeGuard;
+use proto::common::tls::TlsLimits;
 use proto::common::tuning::listen;
 use proto::snapshot::hook::InstallHook;
 use proto::snapshot::store::FileStoreOptions;
@@ -16,7 +17,6 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use crate::common::{NodeId, SlotRange};
-use crate::grpc;
 use crate::health::{Drain, Health};
 use crate::migrate::{self, MigrateOptions, Migrating};
 use crate::node::Node;
@@ -24,6 +24,7 @@ use crate::resp::{Limits, RespServer};
 use crate::split::{SplitHook, Splits};
 use crate::store::{Claim, Init, NodeAddresses, StoreOptions};
 use crate::trust::{Trust, TrustOptions};
+use crate::{descriptors, grpc};
 
 /// How long connections may go on at most, once all else has ended.
 const CONNECTIONS: Duration = Duration::from_secs(2);
@@ -172,6 +173,7 @@ pub async fn serve_with<H: InstallHook>(
     let hook = hook(SplitHook::new(node.clone(), guard.clone()));
     let mut files = FileStoreOptions::default();
     files.percent_per_peer = options.migrate.percent_per_peer;
+    let staged_files = files.max_open_files;
     let receiver = grpc::receiver(&node, hook, draining.clone(), files, limits.snapshot.clone()).await?;
     let stop_tasks = stop.child_token();
     let splits = Splits::new(node.clone(), receiver.transfers(), guard.clone(), stop_tasks.clone())?;
@@ -182,8 +184,10 @@ pub async fn serve_with<H: InstallHook>(
     let health = Health::start(&node, &receiver.transfers(), &splits, &guard, told, limits.health.clone())?;
     let services = grpc::services(&node, receiver.clone(), &migrating, health.registry())?;
     let connections = CONNECTIONS.min(options.grace / 4);
-    let resp =
-        RespServer::new(node.clone(), splits.clone(), resp, options.limits, Some(options.max_clients))?;
+    let handshakes = if node.trust().tls().is_some() { TlsLimits::default().handshakes } else { 0 };
+    let peers = limits.connections.connections.saturating_add(handshakes).saturating_add(staged_files);
+    let max_clients = descriptors::clients(options.max_clients, u64::try_from(peers).unwrap_or(u64::MAX));
+    let resp = RespServer::new(node.clone(), splits.clone(), resp, options.limits, Some(max_clients))?;
     let mut serving = tokio::task::JoinSet::new();
     serving.spawn({
         let stop = stop.clone();

@@ -184,9 +184,12 @@ struct Known {
     ended: CancellationToken,
 }
 
+/// How the name of the snapshot of a split ends.
+const ROWS: &str = "rows";
+
 /// Where the snapshot of a split is written.
 fn rows_file(directory: &Path, transfer: &str) -> PathBuf {
-    directory.join(format!("{transfer}.rows"))
+    directory.join(format!("{transfer}.{ROWS}"))
 }
 
 impl Splits {
@@ -234,12 +237,17 @@ impl Splits {
         Ok(())
     }
 
-    /// Removes snapshots of splits that have ended: the process did, too, before it came to that.
+    /// Removes snapshots of splits that have ended: the process did, too, before it came to that. Nothing that a split does not make, and nothing that a link in the
+    /// place of the directory leads to.
     fn remove_leftovers(&self, intents: &[SplitIntent]) {
         let directory = &self.inner.directory;
+        if !std::fs::symlink_metadata(directory).is_ok_and(|found| found.is_dir()) {
+            return;
+        }
         let wanted: Vec<_> = intents.iter().map(|intent| rows_file(directory, &intent.transfer)).collect();
+        let is_ours = |path: &PathBuf| path.extension().is_some_and(|extension| extension == ROWS);
         let found = std::fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.path());
-        for path in found.filter(|path| !wanted.contains(path)) {
+        for path in found.filter(|path| is_ours(path) && !wanted.contains(path)) {
             if let Err(error) = std::fs::remove_file(&path) {
                 tracing::warn!(path = %path.display(), %error, "the snapshot of a split cannot be removed");
             }

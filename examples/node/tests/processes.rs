@@ -122,6 +122,48 @@ async fn what_was_acknowledged_survives_a_kill() {
     node.stop().await.unwrap();
 }
 
+/// As Redis does it.
+#[tokio::test]
+async fn as_many_clients_are_let_in_as_there_are_files_to_open() {
+    let dir = tempfile::tempdir().unwrap();
+    let script = dir.path().join("node");
+    // The soft limit is raised, the hard one is not.
+    let text =
+        format!("#!/bin/sh\nulimit -Sn 300 && ulimit -Hn 2000 && exec {} \"$@\"\n", program().display());
+    std::fs::write(&script, text).unwrap();
+    std::fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let mut node = NodeProcess::start(&script, "n1", dir.path(), "0-99").await.unwrap();
+    let info = call(&mut client(&node).await, "INFO clients").await;
+    assert!(info.contains("maxclients:500\r"), "{info}");
+    node.stop().await.unwrap();
+    let mut node = start("n2", dir.path(), "0-99").await;
+    let info = call(&mut client(&node).await, "INFO clients").await;
+    assert!(info.contains("maxclients:10000\r"), "{info}");
+    node.stop().await.unwrap();
+}
+
+/// A directory for what splits write may be elsewhere, or hold what somebody else has put there.
+#[tokio::test]
+async fn nothing_but_what_splits_have_left_is_removed_at_a_start() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut node = start("n1", dir.path(), "0-99").await;
+    node.kill().await.unwrap();
+    let splits = dir.path().join("n1/splits");
+    for name in ["split-1.rows", "notes.txt"] {
+        std::fs::write(splits.join(name), b"x").unwrap();
+    }
+    node.restart().await.unwrap();
+    assert!(!splits.join("split-1.rows").exists() && splits.join("notes.txt").exists());
+    node.kill().await.unwrap();
+    let elsewhere = dir.path().join("elsewhere");
+    std::fs::rename(&splits, &elsewhere).unwrap();
+    std::os::unix::fs::symlink(&elsewhere, &splits).unwrap();
+    std::fs::write(elsewhere.join("split-1.rows"), b"x").unwrap();
+    node.restart().await.unwrap();
+    assert!(elsewhere.join("split-1.rows").exists());
+    node.stop().await.unwrap();
+}
+
 #[tokio::test]
 async fn a_data_directory_is_one_nodes_only() {
     let dir = tempfile::tempdir().unwrap();

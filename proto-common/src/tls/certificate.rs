@@ -14,7 +14,7 @@ use crate::peer::{PeerIdentity, Role};
 
 /// Whom it names: the SAN URI of one of our schemes, and where there is none, the first DNS name, which must be an ID (one with a wildcard is none).
 ///
-/// Nobody, where such a URI is not as it should be or another one names somebody else: what is meant is for who signs to say, and a mistake there must
+/// Nobody, where such a URI is not as it should be, cannot be read, or another one names somebody else: what is meant is for who signs to say, and a mistake there must
 /// not make a node of an observer.
 pub(super) fn identity(certificate: &CertificateDer<'_>) -> Option<PeerIdentity> {
     let parsed = EndEntityCert::try_from(certificate).ok()?;
@@ -22,6 +22,9 @@ pub(super) fn identity(certificate: &CertificateDer<'_>) -> Option<PeerIdentity>
     if let Some(first) = named.next() {
         let first = first.ok()?;
         return named.all(|other| other.as_ref() == Ok(&first)).then_some(first);
+    }
+    if mentions_ours(certificate) {
+        return None;
     }
     let id = NodeId::new(parsed.valid_dns_names().next()?).ok()?;
     Some(PeerIdentity { role: Role::Node, cluster: None, id })
@@ -31,6 +34,14 @@ pub(super) fn identity(certificate: &CertificateDer<'_>) -> Option<PeerIdentity>
 fn is_ours(uri: &str) -> bool {
     let scheme = uri.split(':').next().unwrap_or_default();
     Role::ALL.iter().any(|role| scheme.eq_ignore_ascii_case(role.scheme()))
+}
+
+/// Whether such a URI stands somewhere in it all the same: webpki shows none that is not UTF-8, and none that stands in the place of another kind of name.
+fn mentions_ours(certificate: &[u8]) -> bool {
+    Role::ALL.iter().any(|role| {
+        let start = format!("{}://", role.scheme());
+        certificate.windows(start.len()).any(|bytes| bytes.eq_ignore_ascii_case(start.as_bytes()))
+    })
 }
 
 /// Checks that peers will take it, as a server's and as a client's.
@@ -69,4 +80,36 @@ fn verify(
     EndEntityCert::try_from(first)?
         .verify_for_usage(algorithms.all, &roots.roots, rest, now, usage, None, None)
         .map(|_| ())
+}
+
+#[cfg(test)]
+mod tests {
+    use rcgen::{CertificateParams, CustomExtension, KeyPair};
+
+    use super::*;
+
+    /// A certificate with these names, each with its tag and of less than 128 bytes.
+    fn named(names: &[(u8, &[u8])]) -> Option<PeerIdentity> {
+        let sequence =
+            |tag: u8, content: &[u8]| [&[tag, u8::try_from(content.len()).unwrap()], content].concat();
+        let names: Vec<u8> = names.iter().flat_map(|(tag, name)| sequence(*tag, name)).collect();
+        let mut params = CertificateParams::default();
+        params.custom_extensions =
+            vec![CustomExtension::from_oid_content(&[2, 5, 29, 17], sequence(0x30, &names))];
+        let certificate = params.self_signed(&KeyPair::generate().unwrap()).unwrap();
+        identity(certificate.der())
+    }
+
+    #[test]
+    fn a_name_that_cannot_be_read_makes_a_node_of_nobody() {
+        const DNS: u8 = 0x82;
+        const URI: u8 = 0x86;
+        let node = |name: &str| Some(format!("node://c1/{name}").parse::<PeerIdentity>().unwrap());
+        assert_eq!(named(&[(URI, b"node://c1/n1"), (DNS, b"n2")]), node("n1"));
+        let by_dns = named(&[(URI, b"https://example.org"), (DNS, b"n2")]).unwrap();
+        assert_eq!((by_dns.role, by_dns.id.as_str()), (Role::Node, "n2"));
+        for unreadable in [&b"observer://c1/\xff"[..], b"Observer://c1/\xff", b"node://\xc3/n2"] {
+            assert_eq!(named(&[(URI, unreadable), (DNS, b"n2")]), None, "{unreadable:?}");
+        }
+    }
 }

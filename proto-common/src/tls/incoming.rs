@@ -12,7 +12,7 @@ use rustls::CertificateError;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::{AbortHandle, Id, JoinSet};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_stream::Stream;
@@ -65,6 +65,41 @@ pub struct TlsIncoming {
     pending: HashMap<Id, Handshake>,
     next: u64,
     pause: AcceptPause,
+    told: Told,
+}
+
+/// Failed handshakes that are told in a minute, each by itself.
+const TOLD: u32 = 20;
+
+/// How many were told: anybody who reaches the port can make them, and must not fill the log.
+#[derive(Debug)]
+struct Told {
+    since: Instant,
+    told: u32,
+    left_out: u64,
+}
+
+impl Told {
+    fn new() -> Self {
+        Self { since: Instant::now(), told: 0, left_out: 0 }
+    }
+
+    /// Whether one more is told by itself; those of the minute before that were not, are now.
+    fn one_more(&mut self) -> bool {
+        if self.since.elapsed() >= Duration::from_secs(60) {
+            let left_out = std::mem::replace(self, Self::new()).left_out;
+            if left_out > 0 {
+                tracing::info!(handshakes = left_out, "more TLS handshakes failed than are told one by one");
+            }
+        }
+        let tells = self.told < TOLD;
+        if tells {
+            self.told += 1;
+        } else {
+            self.left_out += 1;
+        }
+        tells
+    }
 }
 
 impl TlsIncoming {
@@ -79,6 +114,7 @@ impl TlsIncoming {
             pending: HashMap::new(),
             next: 0,
             pause: AcceptPause::default(),
+            told: Told::new(),
         }
     }
 
@@ -181,7 +217,11 @@ impl Stream for TlsIncoming {
                             if let Some(reason) = reason(&error) {
                                 refusals::count(reason.as_str());
                             }
-                            tracing::info!(peer = %address, %error, "TLS handshake failed");
+                            if self.told.one_more() {
+                                tracing::info!(peer = %address, %error, "TLS handshake failed");
+                            } else {
+                                tracing::debug!(peer = %address, %error, "TLS handshake failed");
+                            }
                         }
                         (Err(_), None) => {}
                     }
@@ -284,6 +324,19 @@ mod tests {
         let pem = TlsPem { ca: ca.pem().into(), certificate: certificate.into(), key: key.into() };
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         TlsIncoming::new(listener, Tls::from_pem(pem).unwrap(), TlsLimits::default())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn so_many_failed_handshakes_are_told_in_a_minute_and_no_more() {
+        let mut told = Told::new();
+        let told_of_100 = |told: &mut Told| (0..100).filter(|_| told.one_more()).count();
+        assert_eq!(told_of_100(&mut told), 20);
+        tokio::time::advance(Duration::from_secs(59)).await;
+        assert_eq!(told_of_100(&mut told), 0);
+        assert_eq!(told.left_out, 180);
+        tokio::time::advance(Duration::from_secs(1)).await;
+        assert_eq!(told_of_100(&mut told), 20);
+        assert_eq!(told.left_out, 80, "those of the minute before were told together");
     }
 
     /// Of handshakes that came in this order from these addresses, the one that is ended for one more.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use proto_common::error::Error;
 use proto_common::guard::{RangeGuard, RangeHold};
-use proto_common::ids::MigrationId;
+use proto_common::ids::{MigrationId, NodeId};
 use proto_common::slots::SlotRange;
 
 use super::calls::given_away;
@@ -64,12 +64,17 @@ pub struct Sorted {
 }
 
 /// Judges what an earlier process left, as [`start`](super::MigrationDriverBuilder::start) does; for tools that look at a node that does not run,
-/// too. `logs` are the change logs that the store holds open ([`MigrationSource::logs`]); `guard` is that of the node, and of a tool a new one.
+/// too. `me` is the node; `logs` are the change logs that the store holds open ([`MigrationSource::logs`]); `guard` is that of the node, and of a tool a new one.
 ///
-/// Quarantined are damaged files, records that hold what no migration can be gone on with, records whose slots somebody else has, and migrations
+/// Quarantined are damaged files, records that hold what no migration can be gone on with, or that are another node's, records whose slots somebody else has, and migrations
 /// whose log is open while no file is there that could be theirs: they began, and whether they handed over is not known.
 #[must_use]
-pub fn sort(recovered: Recovered, logs: &[(MigrationId, SlotRange)], guard: &RangeGuard) -> Sorted {
+pub fn sort(
+    recovered: Recovered,
+    me: &NodeId,
+    logs: &[(MigrationId, SlotRange)],
+    guard: &RangeGuard,
+) -> Sorted {
     let Recovered { active, damaged, finished: _ } = recovered;
     let (mut sound, mut doubtful) = (Vec::new(), Vec::new());
     let mut quarantine = |file: DamagedFile, doubt| {
@@ -96,7 +101,7 @@ pub fn sort(recovered: Recovered, logs: &[(MigrationId, SlotRange)], guard: &Ran
         quarantine(file, Doubt::Damaged);
     }
     for (id, record) in active {
-        match check(&id, &record, guard) {
+        match check(&id, me, &record, guard) {
             Ok((spec, limits, range)) => {
                 sound.push(SoundRecord { id, spec, record, limits, range });
             }
@@ -131,6 +136,7 @@ struct Unfit {
 /// What has to hold before a record of an earlier process is gone on with.
 fn check(
     id: &MigrationId,
+    me: &NodeId,
     record: &SourceRecord,
     guard: &RangeGuard,
 ) -> Result<(MigrationSpec, TaskLimits, Option<RangeHold>), Unfit> {
@@ -143,6 +149,11 @@ fn check(
         return Err(unfit(Doubt::NotUnderstood)(Reason::InvalidField.field("state", problem)));
     }
     let spec = MigrationSpec::from_wire(progress.spec, "spec", None).map_err(unfit(Doubt::NotUnderstood))?;
+    if spec.source_node != *me {
+        // A file of another node was put here. Its slots may be this one's to serve, or not, but not for this.
+        let problem = format!("is {}; this node is {me}", spec.source_node);
+        return Err(unfit(Doubt::NotUnderstood)(Reason::WrongNode.field("spec.source_node_id", problem)));
+    }
     let limits = TaskLimits::from_wire(progress.limits, "limits").map_err(unfit(Doubt::NotUnderstood))?;
     let range =
         if state.is_final() { None } else { Some(acquire(guard, id, &spec).map_err(unfit(Doubt::Held))?) };
@@ -173,7 +184,7 @@ fn is_of_a_source(state: MigrationState) -> bool {
 impl<S: MigrationSource, D: Dial> Inner<S, D> {
     /// Goes on with what can be, and quarantines the rest.
     pub(super) async fn take_up_all(self: &Arc<Self>, recovered: Recovered) -> Result<(), Error> {
-        let Sorted { sound, doubtful } = sort(recovered, &self.source.logs().await?, &self.guard);
+        let Sorted { sound, doubtful } = sort(recovered, &self.me, &self.source.logs().await?, &self.guard);
         for doubtful in doubtful {
             self.quarantine(doubtful).await?;
         }
