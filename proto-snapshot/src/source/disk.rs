@@ -459,7 +459,8 @@ impl Given {
     /// The memory of one that nobody uses any more, or none.
     fn take(&self) -> Vec<u8> {
         let mut kept = lock(&self.0);
-        let unused = kept.iter().position(Bytes::is_unique).map(|at| kept.remove(at));
+        // The one that was handed out last: most of it may still be in the cache of the processor.
+        let unused = kept.iter().rposition(Bytes::is_unique).map(|at| kept.remove(at));
         drop(kept);
         // Empty, or its bytes would be moved to where they are.
         let empty = |mut buffer: BytesMut| {

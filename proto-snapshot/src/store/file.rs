@@ -313,6 +313,10 @@ impl SnapshotStore for FileSnapshotStore {
                 let new = known == Shard::default();
                 known.state.fence = fence;
                 if new {
+                    // A directory and a record; only names that are new are for whoever likes to make them up.
+                    let taken = Amount { bytes: write::dirs_on_disk(2), files: 2 };
+                    let refused = |error| shared.space.explain(error, taken);
+                    shared.space.reserve(&source, taken).map_err(refused)?.release();
                     let limit = shared.options.shards_per_peer;
                     if !count(&shared.named, &source, limit) {
                         return Err(StoreError::TooManyShards { peer: source, limit });

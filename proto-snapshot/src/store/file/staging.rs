@@ -176,7 +176,9 @@ impl FileStaging {
                 None => self.write_off_thread(chunks).await?,
             }
             chunks = rest;
-            tokio::task::yield_now().await;
+            if !chunks.is_empty() {
+                tokio::task::yield_now().await;
+            }
         }
         Ok(())
     }

@@ -263,7 +263,16 @@ async fn a_file_system_that_runs_out_of_files_fails_cleanly_and_the_transfer_goe
     let error = write(0).await.unwrap_err();
     assert_eq!(no_files(&error), Some((50, 0, None)), "{error:?}");
     assert!(error.is_retryable());
+    let raise = |name: &str| {
+        let shard = ShardId::new(name).unwrap();
+        let store = &store;
+        async move { store.raise_fence(&shard, Fence { epoch: 1, term: 1 }, &source()).await }
+    };
+    let error = raise("made-up").await.unwrap_err();
+    assert!(no_files(&error).is_some_and(|(needed, ..)| needed == 2) && error.is_retryable(), "{error:?}");
+    assert!(!small.0.join("store/shards/made-up").exists());
     hogs.iter().for_each(|hog| fs::remove_file(hog).unwrap());
+    raise("made-up").await.unwrap();
     for number in 0..50 {
         write(number).await.unwrap();
     }
