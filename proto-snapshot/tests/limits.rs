@@ -12,7 +12,7 @@ mod stalled;
 mod support;
 
 use std::sync::Mutex as SyncMutex;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use proto_common::checksum::{combine, crc64};
@@ -30,13 +30,14 @@ use proto_snapshot::v1::split_snapshot_service_client::SplitSnapshotServiceClien
 use proto_snapshot::v1::transfer_split_snapshot_request::{
     File, Frame, Header, Heartbeat, LaneHeader, Manifest,
 };
-use proto_snapshot::v1::transfer_split_snapshot_response::Frame as Answer;
+use proto_snapshot::v1::transfer_split_snapshot_response::{Extent, Frame as Answer};
 use proto_snapshot::v1::{TransferPhase, TransferProgress, WatchTransferProgressRequest};
 use refusals::{ALONE, Abuse, Refusal, counted, limits_of};
 use slow::{Brake, SlowStore};
 use stalled::{SIZE, Stalled};
 use support::{LONG, Server, make_tree, small_limits, snapshot, until};
 use tokio::task::JoinHandle;
+use tonic::transport::Channel;
 
 const CHUNK: u64 = 64 << 10;
 const MIB: u64 = 1 << 20;
@@ -146,6 +147,11 @@ impl Bench {
     /// A stream of the offender that is accepted.
     async fn offender(&self, id: &str) -> Stalled {
         Stalled::open(&self.server, OFFENDER, id).await.unwrap()
+    }
+
+    /// A connection of its own.
+    async fn channel(&self) -> Channel {
+        proto_common::tuning::endpoint(&self.server.uri()).unwrap().connect().await.unwrap()
     }
 
     /// One that is not.
@@ -322,6 +328,58 @@ async fn lanes() {
         Abuse::default().refused(refused, beyond).holds(held)
     })
     .await;
+}
+
+/// A stream of lane 1 of `x1`, and all that it is told to be missing.
+async fn missing_on_lane(channel: &Channel, generation: u64) -> (Stalled, Vec<Extent>) {
+    let header = Frame::LaneHeader(LaneHeader { generation, ..lane("x1", 1) });
+    let mut stream = Stalled::say_first_on(channel.clone(), vec![header]).await.unwrap();
+    let mut missing = Vec::new();
+    loop {
+        let Answer::Accepted(page) = stream.hear().await.unwrap() else { panic!("pages come first") };
+        missing.extend(page.missing);
+        if page.last {
+            return (stream, missing);
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn lanes_are_told_of_runs_of_files_where_their_sender_knows_of_them() {
+    Case::new(|_| {})
+        .check(async |bench| {
+            let (channel, mut abuse) = (bench.channel().await, Abuse::default());
+            for (generation, file_runs) in (1..).zip([false, true]) {
+                let mut first = files("x1", &[Some(1); 20]);
+                let Frame::Header(header) = &mut first[0] else { panic!("the header comes first") };
+                (header.generation, header.lanes) = (generation, 2);
+                header.supported_features.extend(file_runs.then(|| "file-runs".to_owned()));
+                let control = Stalled::begin(&bench.server, first).await.unwrap();
+                let (lane, missing) = missing_on_lane(&channel, generation).await;
+                assert_eq!(missing.len(), if file_runs { 1 } else { 20 });
+                let all: u32 = missing.iter().map(|extent| 1 + extent.more_files).sum();
+                assert_eq!(all, 20);
+                abuse = abuse.holds((control, lane));
+            }
+            abuse
+        })
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lane_that_comes_back_again_and_again_waits_for_its_turn() {
+    Case::new(|_| {})
+        .check(async |bench| {
+            let (channel, control) = (bench.channel().await, with_lanes(bench, "x1").await);
+            let began = Instant::now();
+            // As many as there are lanes are told at once.
+            for generation in 1..=7 + 25 {
+                drop(missing_on_lane(&channel, generation).await);
+            }
+            assert!(began.elapsed() >= Duration::from_millis(2500), "{:?}", began.elapsed());
+            Abuse::default().holds(control)
+        })
+        .await;
 }
 
 // ---- Sizes.

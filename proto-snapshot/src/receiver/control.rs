@@ -15,6 +15,7 @@ use super::completion::shutting_down;
 use super::handshake::{CheckedLane, ControlHeader, Frames, ended_early, unexpected};
 use super::identity::{check_same, check_same_shown, check_same_spec, initial_progress};
 use super::incoming::{Incoming, Outcome, Stage, StreamPermit, Takeover, cancelled, replaced};
+use super::ledger::Listing;
 use super::session::{Answers, Session, accept, told_to_stop};
 use super::{Inner, Slot};
 use crate::extent::{Extent, ExtentRecord};
@@ -220,16 +221,16 @@ impl<S: SnapshotStore> Inner<S> {
             transfer.expires_unix_ms = None;
             transfer.progress.get_or_insert_default().error = None;
         });
-        let (missing, durable_bytes, reused_bytes) = {
+        let (durable_bytes, reused_bytes) = {
             let ledger = incoming.ledger();
-            (ledger.missing(header.file_runs), ledger.durable_bytes(), ledger.reused_bytes())
+            (ledger.durable_bytes(), ledger.reused_bytes())
         };
         let budget = self.budget.join(&incoming.plan.spec.source_node);
         let credit = Session::<S::Staging>::first_credit(&budget, &self.limits);
         let max_lanes = self.max_lanes(incoming, header.lanes);
-        incoming.grant_lanes(max_lanes);
+        incoming.grant_lanes(max_lanes, header.file_runs);
         let terms = Accepted { max_lanes, durable_bytes, reused_bytes, ..self.terms(credit) };
-        accept(answers, terms, missing, stop).await?;
+        accept(answers, terms, incoming, Listing::new(header.file_runs), stop).await?;
         frames.chunks_and_pages(self.limits.chunk_bytes);
         let mut session = Session {
             permit,
@@ -286,14 +287,18 @@ impl<S: SnapshotStore> Inner<S> {
         answers: &Answers,
     ) -> Result<(), Error> {
         let incoming = permit.incoming();
-        let (missing, durable_bytes) = {
-            let ledger = incoming.ledger();
-            (ledger.missing(false), ledger.durable_bytes())
-        };
+        let mut stop = permit.stop.clone();
+        tokio::select! {
+            biased;
+            reason = told_to_stop(&mut stop) => return Err(reason.unwrap_or_else(ended_early)),
+            () = answers.closed() => return Err(ended_early()),
+            () = incoming.turn_of_lane() => {}
+        }
+        let durable_bytes = incoming.ledger().durable_bytes();
         let budget = self.budget.join(&incoming.plan.spec.source_node);
         let credit = Session::<S::Staging>::first_credit(&budget, &self.limits);
         let terms = Accepted { max_lanes: incoming.max_lanes(), durable_bytes, ..self.terms(credit) };
-        accept(answers, terms, missing, &mut permit.stop.clone()).await?;
+        accept(answers, terms, incoming, Listing::new(incoming.lists_runs()), &mut stop).await?;
         frames.only_chunks(self.limits.chunk_bytes);
         let mut session = Session {
             permit,
@@ -326,9 +331,8 @@ impl<S: SnapshotStore> Inner<S> {
     }
 
     async fn accept_complete(&self, answers: &Answers) -> Result<(), Error> {
-        let (_never, mut stop) = watch::channel(None);
-        let terms = Accepted { already_installed: true, ..self.terms(0) };
-        accept(answers, terms, Vec::new(), &mut stop).await
+        let terms = Accepted { already_installed: true, last: true, ..self.terms(0) };
+        answers.send(Answer::Accepted(terms)).await
     }
 
     async fn answer_installed(&self, answers: &Answers, installed: Installed) -> Result<(), Error> {

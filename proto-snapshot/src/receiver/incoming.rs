@@ -33,6 +33,9 @@ pub(super) type Outcome = Option<Result<Installed, Error>>;
 /// does not know of the first. They have no place, and a completion can take long, so more of them end the oldest.
 const WAITING: usize = 4;
 
+/// Between streams of lanes, when each has had one. Each is told all that is missing, which is up to a few milliseconds of work for a header of 60 bytes.
+const LANE_PAUSE: Duration = Duration::from_millis(100);
+
 /// See the module.
 pub(super) struct Incoming<A: Staging> {
     pub(super) plan: TransferPlan,
@@ -46,6 +49,8 @@ pub(super) struct Incoming<A: Staging> {
     changes: watch::Sender<u64>,
     meter: Mutex<Meter>,
     wire_bytes: AtomicU64,
+    /// When the next stream of a lane would be told what is missing, if all of them were that long apart.
+    lane_due: tokio::sync::Mutex<Option<Instant>>,
     /// Files below this number were looked for among installed ones.
     looked_for: AtomicU32,
     /// `None` once it has moved to the history.
@@ -77,6 +82,8 @@ struct State {
     generation: u64,
     /// Streams that the control stream was told it may use, itself included.
     max_lanes: u32,
+    /// Whether its sender knows of runs of missing files.
+    file_runs: bool,
     streams: HashMap<u32, StreamEntry>,
     /// Highest generation seen of each lane of the attempt.
     lane_generations: HashMap<u32, u64>,
@@ -169,6 +176,7 @@ impl<A: Staging> Incoming<A> {
                 claim,
                 generation: 0,
                 max_lanes: 1,
+                file_runs: false,
                 streams: HashMap::new(),
                 lane_generations: HashMap::new(),
                 lane_handshakes: HashMap::new(),
@@ -186,6 +194,7 @@ impl<A: Staging> Incoming<A> {
             changes: watch::Sender::new(0),
             meter: Mutex::new(Meter::default()),
             wire_bytes: AtomicU64::new(0),
+            lane_due: tokio::sync::Mutex::new(None),
             looked_for: AtomicU32::new(0),
             tracker: Mutex::new(Some(tracker)),
             hold: Mutex::new(Some((hold, memory))),
@@ -318,9 +327,26 @@ impl<A: Staging> Incoming<A> {
         self.register(&mut state, 0)
     }
 
-    /// Allows lanes, as the sender is about to be told.
-    pub(super) fn grant_lanes(&self, max_lanes: u32) {
-        self.state().max_lanes = max_lanes;
+    /// Allows lanes, as the sender is about to be told; `file_runs`: which know of runs of missing files.
+    pub(super) fn grant_lanes(&self, max_lanes: u32, file_runs: bool) {
+        let mut state = self.state();
+        (state.max_lanes, state.file_runs) = (max_lanes, file_runs);
+    }
+
+    /// Whether lanes are told of runs of missing files.
+    pub(super) fn lists_runs(&self) -> bool {
+        self.state().file_runs
+    }
+
+    /// Waits until a stream of a lane may be told what is missing: at once for as many as there are lanes, then for one in [`LANE_PAUSE`], in the order in which they
+    /// come. A lane has one stream that waits, so none waits longer than all of them together.
+    pub(super) async fn turn_of_lane(&self) {
+        let mut due = self.lane_due.lock().await;
+        let at_once = LANE_PAUSE * self.max_lanes().saturating_sub(2);
+        let now = Instant::now();
+        let next = due.map_or(now, |due| due.max(now));
+        tokio::time::sleep_until(next.checked_sub(at_once).unwrap_or(now)).await;
+        *due = Some(next + LANE_PAUSE);
     }
 
     /// Lets a lane of the current attempt write, after the stream that it replaces is quiet. Only the last one to come waits for that: nobody reads what they
@@ -567,8 +593,7 @@ impl<A: Staging> Incoming<A> {
         /// The slowest disk that a sender is thought to have, in bytes per second.
         const READ_RATE: u64 = 16 << 20;
         let total = self.plan.manifest.total_bytes();
-        total.is_some_and(|total| since < Duration::from_secs(total / READ_RATE))
-            && self.ledger().missing(true).is_empty()
+        total.is_some_and(|total| since < Duration::from_secs(total / READ_RATE)) && self.ledger().has_all()
     }
 
     /// Counts bytes that a stream brought and the store took.

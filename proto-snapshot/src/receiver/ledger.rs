@@ -38,6 +38,39 @@ pub(super) struct Ledger {
     max_bytes: u64,
 }
 
+/// How far a list of what is missing has come.
+#[derive(Debug, Default)]
+pub(super) struct Listing {
+    /// Whether whole files that follow each other are one extent.
+    in_runs: bool,
+    file: u32,
+    /// Where what is listed of that file ends.
+    offset: u64,
+    /// Whether the last extent is a run that may go on.
+    in_run: bool,
+}
+
+impl Listing {
+    /// From the start; with `in_runs`, whole files that follow each other are one extent.
+    pub(super) fn new(in_runs: bool) -> Self {
+        Self { in_runs, ..Self::default() }
+    }
+}
+
+/// What became of a page of what is missing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Listed {
+    /// There are more files to look at, which others need not wait for.
+    Part,
+    /// It has as much as it may have, and more is missing.
+    Full,
+    /// No more is missing.
+    All,
+}
+
+/// Files that are looked at while others wait for the books.
+const FILES_AT_ONCE: usize = 4096;
+
 impl Ledger {
     /// The books of a staging area that was opened with `records`. Records that do not fit the manifest
     /// or each other are left out: their bytes are asked for again.
@@ -234,36 +267,51 @@ impl Ledger {
         self.claimed_runs = self.claimed.run_count();
     }
 
-    /// What no stream has brought or is bringing, in order; with `in_runs`, whole files that follow each other are one extent.
-    pub(super) fn missing(&self, in_runs: bool) -> Vec<response::Extent> {
-        let mut missing: Vec<response::Extent> = Vec::new();
-        // Whether the last extent is a run that may go on.
-        let mut in_run = false;
-        for (number, file) in self.manifest.numbered() {
+    /// Adds to `page` what no stream has brought or is bringing, in order, until it has `most` extents: from where `at` is, which then is behind that.
+    pub(super) fn list(&self, at: &mut Listing, page: &mut Vec<response::Extent>, most: usize) -> Listed {
+        for _ in 0..FILES_AT_ONCE {
+            let (number, Some(file)) = (at.file, self.manifest.get(at.file)) else { return Listed::All };
             let extent = |offset, length| response::Extent { file: number, offset, length, more_files: 0 };
-            if in_runs
-                && let Some(size) = file.size
-                && self.is_empty(number)
-            {
-                match missing.last_mut().filter(|_| in_run) {
-                    Some(run) => run.more_files += 1,
-                    None if size > 0 => {
-                        missing.push(extent(0, Some(size)));
-                        in_run = true;
+            let whole = file.size.filter(|_| at.in_runs && at.offset == 0 && self.is_empty(number));
+            match whole {
+                Some(size) => {
+                    if let Some(run) = page.last_mut().filter(|_| at.in_run) {
+                        run.more_files += 1;
+                    } else if size > 0 {
+                        if page.len() >= most {
+                            return Listed::Full;
+                        }
+                        page.push(extent(0, Some(size)));
+                        at.in_run = true;
                     }
-                    None => {}
                 }
-                continue;
+                None => {
+                    at.in_run = false;
+                    let runs = self.claimed.get(number);
+                    for (offset, len) in runs.gaps_from(at.offset, file.size.unwrap_or(runs.end())) {
+                        if page.len() >= most {
+                            return Listed::Full;
+                        }
+                        page.push(extent(offset, Some(len)));
+                        at.offset = offset + len;
+                    }
+                    if file.size.is_none() {
+                        if page.len() >= most {
+                            return Listed::Full;
+                        }
+                        page.push(extent(runs.end(), None));
+                    }
+                }
             }
-            in_run = false;
-            let runs = self.claimed.get(number);
-            let gaps = runs.gaps(file.size.unwrap_or(runs.end()));
-            missing.extend(gaps.map(|(offset, len)| extent(offset, Some(len))));
-            if file.size.is_none() {
-                missing.push(extent(runs.end(), None));
-            }
+            (at.file, at.offset) = (number + 1, 0);
         }
-        missing
+        Listed::Part
+    }
+
+    /// Whether nothing is missing.
+    pub(super) fn has_all(&self) -> bool {
+        let bytes = self.durable_bytes + self.unsynced_bytes() + self.unwritten_bytes;
+        self.manifest.total_bytes() == Some(bytes)
     }
 
     /// Checks `End` against the manifest and what was written.
@@ -357,9 +405,30 @@ mod tests {
     use super::*;
     use crate::spec::tests::manifest;
 
+    /// All that is missing, in pages of at most so many extents.
+    fn missing(ledger: &Ledger, in_runs: bool, most: usize) -> Vec<response::Extent> {
+        let (mut at, mut page, mut all) = (Listing::new(in_runs), Vec::new(), Vec::new());
+        loop {
+            let listed = ledger.list(&mut at, &mut page, most);
+            assert!(page.len() <= most);
+            if listed == Listed::Full {
+                assert_eq!(page.len(), most);
+            }
+            if listed != Listed::Part {
+                all.append(&mut page);
+            }
+            if listed == Listed::All {
+                return all;
+            }
+        }
+    }
+
     proptest! {
         #[test]
-        fn runs_of_files_are_the_same_bytes(files in prop::collection::vec((0..4_u64, 0..4_u64, any::<bool>()), 0..40)) {
+        fn runs_of_files_are_the_same_bytes(
+            files in prop::collection::vec((0..4_u64, 0..4_u64, any::<bool>()), 0..40),
+            most in 1..5_usize,
+        ) {
             // Some of unknown size, some empty, some with a part that is there, at either end.
             let sizes: Vec<_> = files.iter().map(|(size, ..)| Some(*size).filter(|size| *size < 3)).collect();
             let manifest = manifest(&sizes);
@@ -372,14 +441,16 @@ mod tests {
             let mut ledger = Ledger::open(manifest.clone(), Vec::new(), &Limits::default());
             claims.for_each(|claim| ledger.claim(claim).unwrap());
             let mut plain = Vec::new();
-            for run in ledger.missing(true) {
+            for run in missing(&ledger, true, most) {
                 plain.push(response::Extent { more_files: 0, ..run });
                 for file in run.file + 1..=run.file + run.more_files {
                     let size = manifest.get(file).unwrap().size.unwrap();
                     plain.extend((size > 0).then_some(response::Extent { file, offset: 0, length: Some(size), more_files: 0 }));
                 }
             }
-            prop_assert_eq!(plain, ledger.missing(false));
+            prop_assert_eq!(&plain, &missing(&ledger, false, most));
+            let known = manifest.total_bytes().is_some();
+            prop_assert_eq!(ledger.has_all(), known && plain.is_empty());
         }
     }
 
@@ -406,10 +477,39 @@ mod tests {
     #[test]
     fn what_is_new_is_one_run() {
         let mut ledger = Ledger::open(manifest(&[Some(7); 1000]), Vec::new(), &Limits::default());
-        assert_eq!(ledger.missing(true).len(), 1);
-        assert_eq!(ledger.missing(false).len(), 1000);
+        assert_eq!(missing(&ledger, true, 5000).len(), 1);
+        assert_eq!(missing(&ledger, false, 5000).len(), 1000);
         ledger.claim(Extent { file: 500, offset: 0, len: 7 }).unwrap();
         let run = |file, more_files| response::Extent { file, offset: 0, length: Some(7), more_files };
-        assert_eq!(ledger.missing(true), [run(0, 499), run(501, 498)]);
+        assert_eq!(missing(&ledger, true, 5000), [run(0, 499), run(501, 498)]);
+    }
+
+    #[test]
+    fn a_page_of_what_is_missing_takes_no_longer_for_what_is_around_it() {
+        let many = u32::try_from(3 * FILES_AT_ONCE).unwrap();
+        let mut ledger =
+            Ledger::open(manifest(&vec![Some(4); 3 * FILES_AT_ONCE]), Vec::new(), &Limits::default());
+        for file in 0..many - 1 {
+            ledger.claim(Extent { file, offset: 0, len: 4 }).unwrap();
+        }
+        let (mut at, mut page) = (Listing::new(true), Vec::new());
+        for looks in 1..=3 {
+            let listed = ledger.list(&mut at, &mut page, 10);
+            assert_eq!((listed, at.file), (Listed::Part, many / 3 * looks), "others get the books meanwhile");
+        }
+        assert_eq!(ledger.list(&mut at, &mut page, 10), Listed::All);
+        assert_eq!(page.len(), 1);
+        // What is brought while it is listed is not missing any more, whatever it joins.
+        let mut ledger = Ledger::open(manifest(&[Some(100)]), Vec::new(), &Limits::default());
+        for offset in [10, 20, 30] {
+            ledger.claim(Extent { file: 0, offset, len: 5 }).unwrap();
+        }
+        let (mut at, mut page) = (Listing::new(true), Vec::new());
+        assert_eq!(ledger.list(&mut at, &mut page, 2), Listed::Full);
+        ledger.claim(Extent { file: 0, offset: 15, len: 5 }).unwrap();
+        ledger.claim(Extent { file: 0, offset: 35, len: 5 }).unwrap();
+        assert_eq!(ledger.list(&mut at, &mut page, 5), Listed::All);
+        let found: Vec<_> = page.iter().map(|gap| (gap.offset, gap.length.unwrap())).collect();
+        assert_eq!(found, [(0, 10), (15, 5), (25, 5), (40, 60)]);
     }
 }

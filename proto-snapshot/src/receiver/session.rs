@@ -22,13 +22,14 @@ use tonic::Status;
 
 use super::handshake::{Frames, ended_early, idle, too_slow, unexpected};
 use super::incoming::{Incoming, StreamPermit};
+use super::ledger::{Listed, Listing};
 use crate::extent::{Extent, ExtentRecord};
-use crate::limits::{Limits, PAGE_BYTES};
+use crate::limits::Limits;
 use crate::reason::Reason;
 use crate::spec::FileTotal;
 use crate::store::{StagedChunk, Staging};
 use crate::v1::transfer_split_snapshot_request::{Chunk, End, Frame};
-use crate::v1::transfer_split_snapshot_response::{Accepted, Ack, Extent as WireExtent, Frame as Answer};
+use crate::v1::transfer_split_snapshot_response::{Accepted, Ack, Frame as Answer};
 use crate::v1::{TransferPhase, TransferSplitSnapshotResponse};
 
 /// Runs of chunks, of at most [`FRAMES`] each, between the socket and the writer. Credit bounds their payload bytes, and [`OWNED`] what these keep alive.
@@ -58,6 +59,10 @@ const FRAMES: u32 = 64;
 /// How long an `Ack` may wait for more to tell, where the sender can go on without. Each costs a system call and a wake-up at both
 /// ends: one for each MiB took 5 % of what a receiver does.
 const ACK_DELAY: Duration = Duration::from_millis(5);
+
+/// Missing extents in a page of `Accepted`: 40 KiB of memory, and at most as much on the wire (four varints, two of them of at most ten bytes and two of five, and their tags, and tag and
+/// length of the extent). A peer that takes no answers has some pages wait for it.
+const EXTENTS_OF_PAGE: usize = 1024;
 
 /// The answers of one stream.
 #[derive(Debug, Clone)]
@@ -161,15 +166,16 @@ impl Drop for BudgetShare {
 }
 
 /// Sends `Accepted`, in as many pages as it takes; `terms` is the last page without its extents.
-pub(super) async fn accept(
+pub(super) async fn accept<A: Staging>(
     answers: &Answers,
     terms: Accepted,
-    missing: Vec<WireExtent>,
+    incoming: &Incoming<A>,
+    missing: Listing,
     stop: &mut watch::Receiver<Option<Error>>,
 ) -> Result<(), Error> {
     // A takeover waits for this stream; it does not wait for its peer.
     tokio::select! {
-        sent = send_pages(answers, terms, missing) => sent,
+        sent = send_pages(answers, terms, incoming, missing) => sent,
         reason = told_to_stop(stop) => Err(reason.unwrap_or_else(ended_early)),
     }
 }
@@ -180,17 +186,26 @@ pub(super) async fn told_to_stop(stop: &mut watch::Receiver<Option<Error>>) -> O
     stop.wait_for(Option::is_some).await.map_or(None, |reason| reason.clone())
 }
 
-async fn send_pages(answers: &Answers, terms: Accepted, missing: Vec<WireExtent>) -> Result<(), Error> {
-    // Four varints, two of them of at most ten bytes and two of five, and their tags, and tag and length of the extent: never more than this.
-    const EXTENT_BYTES: usize = 40;
-    let per_page = PAGE_BYTES / EXTENT_BYTES;
-    let mut rest = missing.as_slice();
-    while rest.len() > per_page {
-        let (page, more) = rest.split_at(per_page);
-        answers.send(Answer::Accepted(Accepted { missing: page.to_vec(), ..Accepted::default() })).await?;
-        rest = more;
+/// Sends what is missing page by page, each of which is made when there is room for it. What streams bring meanwhile is not listed; nobody is told to send what another one sends.
+async fn send_pages<A: Staging>(
+    answers: &Answers,
+    terms: Accepted,
+    incoming: &Incoming<A>,
+    mut missing: Listing,
+) -> Result<(), Error> {
+    let mut page = Vec::new();
+    loop {
+        let listed = incoming.ledger().list(&mut missing, &mut page, EXTENTS_OF_PAGE);
+        match listed {
+            Listed::Part => tokio::task::yield_now().await,
+            Listed::Full => {
+                let missing = std::mem::take(&mut page);
+                answers.send(Answer::Accepted(Accepted { missing, ..Accepted::default() })).await?;
+            }
+            Listed::All => break,
+        }
     }
-    answers.send(Answer::Accepted(Accepted { missing: rest.to_vec(), last: true, ..terms })).await
+    answers.send(Answer::Accepted(Accepted { missing: page, last: true, ..terms })).await
 }
 
 /// The data phase of one stream.
