@@ -15,7 +15,7 @@ pub struct Limits {
     pub staged: usize,
     /// Of them, from one source node. Default 256.
     pub staged_per_peer: usize,
-    /// Streams of one transfer, control stream included. Default 8.
+    /// Streams of one transfer, control stream included; fewer where [`receive_budget_bytes`](Self::receive_budget_bytes) has no chunk for each. Default 8.
     pub lanes: u32,
     /// Payload of a chunk, in bytes. Default 1 MiB.
     pub chunk_bytes: u32,
@@ -37,7 +37,8 @@ pub struct Limits {
     /// Size of a snapshot, in bytes. Default 2^63 - 1.
     pub snapshot_bytes: u64,
     /// Payload bytes on their way from the sockets to the store, over all transfers; shared out as
-    /// credit, in equal parts to the source nodes that send. Each stream gets at least one chunk. Default 128 MiB.
+    /// credit, in equal parts to the source nodes that send, and to the streams of each. Each stream gets at least one chunk, so there are no more lanes than there are chunks
+    /// in it: a node may have half as many streams with lanes as others leave of them, and one for each transfer. Default 128 MiB.
     pub receive_budget_bytes: u64,
     /// Credit of one stream at most, in bytes. Default 8 MiB: what fills a 10 Gbit/s link at 5 ms, and
     /// the size of the HTTP/2 stream window. It begins with 1 MiB, or a chunk, and gets as much more as the stream has brought.

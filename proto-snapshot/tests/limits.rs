@@ -740,6 +740,49 @@ async fn receive_budget_bytes() {
     .await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn lanes_are_given_while_each_stream_has_a_chunk_of_the_budget() {
+    let beyond = Refusal { reason: "INVALID_FIELD", field: Some("lane_header.lane"), ..INVALID };
+    let case = Case::new(|limits| limits.receive_budget_bytes = 8 * CHUNK);
+    case.check(async |bench| {
+        let begin = async |id| {
+            let first = begun(id, |header| header.lanes = u32::MAX);
+            let mut stream = Stalled::say_first(&bench.server, first).await.unwrap();
+            let Answer::Accepted(accepted) = stream.hear().await.unwrap() else { panic!("it is accepted") };
+            assert!(accepted.last);
+            (stream, accepted.max_lanes)
+        };
+        // Half of what the one that is under way leaves, and a newcomer.
+        let (first, lanes) = begin("x1").await;
+        assert!((2..=3).contains(&lanes), "{lanes}");
+        let refused = bench.refuses(vec![Frame::LaneHeader(lane("x1", lanes))]).await;
+        // A transfer has its own stream in any case.
+        let (second, lanes) = begin("x2").await;
+        assert_eq!(lanes, 1);
+        let other = bench.refuses(vec![Frame::LaneHeader(lane("x2", 1))]).await;
+        // What it gives up is there again.
+        drop(first);
+        let again = async {
+            for generation in 2.. {
+                let mut first = begun("x3", |header| header.lanes = u32::MAX);
+                let Frame::Header(header) = &mut first[0] else { panic!("the header comes first") };
+                header.generation = generation;
+                let mut stream = Stalled::say_first(&bench.server, first).await.unwrap();
+                let Answer::Accepted(accepted) = stream.hear().await.unwrap() else {
+                    panic!("it is accepted")
+                };
+                if accepted.max_lanes > 1 {
+                    return stream;
+                }
+            }
+            unreachable!()
+        };
+        let third = tokio::time::timeout(LONG, again).await.expect("it has lanes");
+        Abuse::default().refused(refused, beyond).refused(other, beyond).holds((second, third))
+    })
+    .await;
+}
+
 // ---- Reuse.
 
 /// What a sender says first of a file that may be here already.

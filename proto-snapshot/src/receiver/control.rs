@@ -16,7 +16,7 @@ use super::handshake::{CheckedLane, ControlHeader, Frames, ended_early, unexpect
 use super::identity::{check_same, check_same_shown, check_same_spec, initial_progress};
 use super::incoming::{Incoming, Outcome, Stage, StreamPermit, Takeover, cancelled, replaced};
 use super::ledger::Listing;
-use super::session::{Answers, Session, accept, told_to_stop};
+use super::session::{Answers, Lanes, Session, accept, told_to_stop};
 use super::{Inner, Slot};
 use crate::extent::{Extent, ExtentRecord};
 use crate::reason::Reason;
@@ -227,8 +227,9 @@ impl<S: SnapshotStore> Inner<S> {
         };
         let budget = self.budget.join(&incoming.plan.spec.source_node);
         let credit = Session::<S::Staging>::first_credit(&budget, &self.limits);
-        let max_lanes = self.max_lanes(incoming, header.lanes);
-        incoming.grant_lanes(max_lanes, header.file_runs);
+        let lanes = self.lanes(incoming, header.lanes);
+        let max_lanes = lanes.count().saturating_add(1);
+        incoming.grant_lanes(&lanes, header.file_runs);
         let terms = Accepted { max_lanes, durable_bytes, reused_bytes, ..self.terms(credit) };
         accept(answers, terms, incoming, Listing::new(header.file_runs), stop).await?;
         frames.chunks_and_pages(self.limits.chunk_bytes);
@@ -295,7 +296,8 @@ impl<S: SnapshotStore> Inner<S> {
             () = incoming.turn_of_lane() => {}
         }
         let durable_bytes = incoming.ledger().durable_bytes();
-        let budget = self.budget.join(&incoming.plan.spec.source_node);
+        // Gone where its control stream is.
+        let budget = incoming.lanes().ok_or_else(|| permit.stopped().unwrap_or_else(ended_early))?.join();
         let credit = Session::<S::Staging>::first_credit(&budget, &self.limits);
         let terms = Accepted { max_lanes: incoming.max_lanes(), durable_bytes, ..self.terms(credit) };
         accept(answers, terms, incoming, Listing::new(incoming.lists_runs()), &mut stop).await?;
@@ -311,9 +313,11 @@ impl<S: SnapshotStore> Inner<S> {
         session.run(credit).await.map(|_| ())
     }
 
-    /// Streams that a sender may use that would like `wanted`.
-    fn max_lanes(&self, incoming: &Incoming<S::Staging>, wanted: u32) -> u32 {
-        if incoming.plan.manifest.total_bytes().is_some() { self.limits.lanes.min(wanted).max(1) } else { 1 }
+    /// Lanes for a sender that would like to use `wanted` streams.
+    fn lanes(&self, incoming: &Incoming<S::Staging>, wanted: u32) -> Arc<Lanes> {
+        let known = incoming.plan.manifest.total_bytes().is_some();
+        let wanted = if known { self.limits.lanes.min(wanted).saturating_sub(1) } else { 0 };
+        self.budget.lanes(&incoming.plan.spec.source_node, wanted.into(), &self.limits)
     }
 
     /// What every `Accepted` says.

@@ -16,7 +16,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::admission::{Charge, Place};
 use super::ledger::Ledger;
-use super::session::told_to_stop;
+use super::session::{Lanes, told_to_stop};
 use crate::extent::ExtentRecord;
 use crate::hook::Hold;
 use crate::limits::Limits;
@@ -82,6 +82,8 @@ struct State {
     generation: u64,
     /// Streams that the control stream was told it may use, itself included.
     max_lanes: u32,
+    /// Their part of the receive budget, which the control stream has.
+    lanes: Weak<Lanes>,
     /// Whether its sender knows of runs of missing files.
     file_runs: bool,
     streams: HashMap<u32, StreamEntry>,
@@ -176,6 +178,7 @@ impl<A: Staging> Incoming<A> {
                 claim,
                 generation: 0,
                 max_lanes: 1,
+                lanes: Weak::new(),
                 file_runs: false,
                 streams: HashMap::new(),
                 lane_generations: HashMap::new(),
@@ -327,10 +330,16 @@ impl<A: Staging> Incoming<A> {
         self.register(&mut state, 0)
     }
 
-    /// Allows lanes, as the sender is about to be told; `file_runs`: which know of runs of missing files.
-    pub(super) fn grant_lanes(&self, max_lanes: u32, file_runs: bool) {
+    /// Allows `lanes`, as the sender is about to be told, until its control stream gives them up; `file_runs`: it knows of runs of missing files.
+    pub(super) fn grant_lanes(&self, lanes: &Arc<Lanes>, file_runs: bool) {
         let mut state = self.state();
-        (state.max_lanes, state.file_runs) = (max_lanes, file_runs);
+        state.max_lanes = lanes.count().saturating_add(1);
+        (state.lanes, state.file_runs) = (Arc::downgrade(lanes), file_runs);
+    }
+
+    /// Its lanes, as long as it has a control stream.
+    pub(super) fn lanes(&self) -> Option<Arc<Lanes>> {
+        self.state().lanes.upgrade()
     }
 
     /// Whether lanes are told of runs of missing files.
