@@ -62,6 +62,9 @@ pub struct Limits {
     /// Time after which received bytes are made durable at the latest. Default 500 ms, so that with the
     /// sync itself the protocol's 1 s is kept on an ordinary disk.
     pub unsynced_time: Duration,
+    /// Bytes of files that are filled from installed ones, in 10 minutes, for one source node. A transfer that begins when its node has used up nothing has all of its files filled,
+    /// however large they are; that counts, for a day at most, against those that follow. What is beyond is asked of the sender. Default 8 GiB.
+    pub reuse_bytes_per_peer: u64,
     /// Age at which staged data that nobody resumes is collected. Default 24 h.
     pub stale_after: Duration,
     /// Finished transfers that are remembered. Default 1000.
@@ -98,6 +101,7 @@ impl Default for Limits {
             first_frame: Duration::from_secs(30),
             unsynced_bytes: 64 << 20,
             unsynced_time: Duration::from_millis(500),
+            reuse_bytes_per_peer: 8 << 30,
             stale_after: Duration::from_secs(24 * 60 * 60),
             history: 1000,
             watchers: 1024,

@@ -34,12 +34,14 @@ mod handshake;
 mod identity;
 mod incoming;
 mod ledger;
+mod reuse;
 mod service;
 mod session;
 
 use self::admission::{Admission, Manifests};
 use self::identity::initial_progress;
 use self::incoming::{Incoming, Stage};
+use self::reuse::Reuses;
 use self::session::Budget;
 use crate::hook::{InstallHook, KeepFiles};
 use crate::limits::{Limits, MAX_MESSAGE_BYTES};
@@ -111,6 +113,7 @@ struct Inner<S: SnapshotStore> {
     /// To reuse installed files, by source node.
     reuse_turns: Turns<NodeId>,
     reusing: Semaphore,
+    reuses: Reuses,
     budget: Arc<Budget>,
     slots: Mutex<HashMap<TransferId, Arc<Slot<S::Staging>>>>,
     tasks: TaskTracker,
@@ -222,6 +225,7 @@ impl<S: SnapshotStore> SnapshotReceiverBuilder<S> {
             turns: Turns::default(),
             reuse_turns: Turns::default(),
             reusing: Semaphore::new(REUSING),
+            reuses: Reuses::new(limits.reuse_bytes_per_peer),
             limits,
             access,
             hook,

@@ -848,6 +848,68 @@ async fn a_stream_that_comes_back_has_nothing_looked_for_again() {
     server.stop().await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn reuse_bytes_per_peer() {
+    let _alone = ALONE.lock().await;
+    let brake = Brake::released();
+    let mut limits = small_limits();
+    limits.reuse_bytes_per_peer = SIZE;
+    let (server, _target) = reusing(brake.clone(), limits).await;
+    let bytes = payload(SIZE);
+    let first = |node: &str, id: &str, attempt: u64| {
+        let mut first = with_digest(node, id, 1);
+        let Frame::Header(header) = &mut first[0] else { panic!("the header comes first") };
+        (header.attempt, header.discard_staged) = (attempt, attempt > 1);
+        let Frame::Manifest(manifest) = &mut first[1] else { panic!("the manifest comes second") };
+        manifest.files[0].blake3 = Some(blake3::hash(&bytes).as_bytes().to_vec().into());
+        first
+    };
+    // How much of it is found, of which the rest is asked of its sender.
+    let begin = async |node: &str, id: &str, attempt| {
+        let mut stream = Stalled::say_first(&server, first(node, id, attempt)).await.unwrap();
+        loop {
+            match stream.hear().await.unwrap() {
+                Answer::Ack(_) => {}
+                Answer::Accepted(accepted) => {
+                    let missing: u64 = accepted.missing.iter().filter_map(|extent| extent.length).sum();
+                    assert_eq!(accepted.reused_bytes + missing, SIZE);
+                    stream.credit = accepted.credit_limit;
+                    return (stream, accepted.reused_bytes);
+                }
+                other => panic!("not accepted: {other:?}"),
+            }
+        }
+    };
+    let send = async |stream: &mut Stalled| {
+        for offset in (0..SIZE).step_by(usize::try_from(CHUNK).unwrap()) {
+            while stream.credit < offset + CHUNK {
+                stream.hear().await.unwrap();
+            }
+            stream.chunk(offset, &payload(CHUNK)).await;
+        }
+        stream.end(SIZE, crc64(&bytes)).await;
+        stream.installed().await;
+    };
+    let (mut stream, found) = begin(OFFENDER, "x1", 1).await;
+    assert_eq!(found, 0);
+    send(&mut stream).await;
+    let (held, found) = begin(OFFENDER, "x2", 1).await;
+    assert_eq!(found, SIZE);
+    let looked = || brake.reuses.lock().unwrap().ever;
+    assert_eq!(looked(), 2);
+    // The disk does not read and write it again, whether it begins anew or under another ID.
+    let (anew, found) = begin(OFFENDER, "x2", 2).await;
+    assert_eq!((found, looked()), (0, 2));
+    let (mut another, found) = begin(OFFENDER, "x3", 1).await;
+    assert_eq!((found, looked()), (0, 2));
+    // Others have their own share, and its sender goes on.
+    let (other, found) = begin("n8", "y1", 1).await;
+    assert_eq!((found, looked()), (SIZE, 3));
+    send(&mut another).await;
+    drop((held, anew, other));
+    server.stop().await;
+}
+
 // ---- Time.
 
 #[tokio::test(flavor = "multi_thread")]

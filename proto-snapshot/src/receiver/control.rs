@@ -698,9 +698,15 @@ impl<S: SnapshotStore> Inner<S> {
                 ..Ack::default()
             }));
         };
-        let turn = self.reuse_turns.of(&incoming.plan.spec.source_node);
+        let node = &incoming.plan.spec.source_node;
+        let turn = self.reuse_turns.of(node);
         let mut stop = permit.stop.clone();
         for (file, len) in wanted {
+            // Nor is one waited for that would not be filled.
+            if !self.reuses.allows(node, &incoming.ticket, len) {
+                incoming.looks_for(file);
+                continue;
+            }
             let mut waiting = std::pin::pin!(async { (turn.lock().await, self.reusing.acquire().await) });
             let _place = loop {
                 tokio::select! {
@@ -712,6 +718,10 @@ impl<S: SnapshotStore> Inner<S> {
                 }
             };
             incoming.looks_for(file);
+            // Others of the node had their turn meanwhile.
+            if !self.reuses.begin(node, &incoming.ticket, len) {
+                continue;
+            }
             let mut reused = std::pin::pin!(incoming.staging.reuse(file));
             let found = loop {
                 tokio::select! {
@@ -719,8 +729,13 @@ impl<S: SnapshotStore> Inner<S> {
                     _ = alive.tick() => still_here(),
                 }
             };
-            if let Some(crc) = found {
-                incoming.ledger().reused(ExtentRecord { extent: Extent { file, offset: 0, len }, crc })?;
+            match found {
+                Some(crc) => {
+                    incoming
+                        .ledger()
+                        .reused(ExtentRecord { extent: Extent { file, offset: 0, len }, crc })?;
+                }
+                None => self.reuses.found_nothing(node, len),
             }
         }
         if let Some(stop) = permit.stopped() {

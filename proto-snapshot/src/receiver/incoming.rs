@@ -16,6 +16,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::admission::{Charge, Place};
 use super::ledger::Ledger;
+use super::reuse::Ticket;
 use super::session::{Lanes, told_to_stop};
 use crate::extent::ExtentRecord;
 use crate::hook::Hold;
@@ -53,6 +54,8 @@ pub(super) struct Incoming<A: Staging> {
     lane_due: tokio::sync::Mutex<Option<Instant>>,
     /// Files below this number were looked for among installed ones.
     looked_for: AtomicU32,
+    /// Tells it from other transfers of its node that have files filled.
+    pub(super) ticket: Arc<Ticket>,
     /// `None` once it has moved to the history.
     tracker: Mutex<Option<Tracker<TransferProgress>>>,
     /// What it keeps until it has ended: the hook's, and the memory of its manifest.
@@ -199,6 +202,7 @@ impl<A: Staging> Incoming<A> {
             wire_bytes: AtomicU64::new(0),
             lane_due: tokio::sync::Mutex::new(None),
             looked_for: AtomicU32::new(0),
+            ticket: Ticket::new(),
             tracker: Mutex::new(Some(tracker)),
             hold: Mutex::new(Some((hold, memory))),
             ended: Mutex::new(None),
