@@ -57,7 +57,7 @@ pub struct Limits {
     /// times that. Default 30 s.
     pub first_frame: Duration,
     /// Bytes that may be received but not durable yet, per transfer. Default 64 MiB, as the protocol
-    /// promises; lower ones are kept too.
+    /// promises; lower ones are kept too. Each chunk counts as 4 KiB at least.
     pub unsynced_bytes: u64,
     /// Time after which received bytes are made durable at the latest. Default 500 ms, so that with the
     /// sync itself the protocol's 1 s is kept on an ordinary disk.

@@ -12,6 +12,7 @@ mod stalled;
 mod support;
 
 use std::sync::Mutex as SyncMutex;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -779,6 +780,28 @@ async fn lanes_are_given_while_each_stream_has_a_chunk_of_the_budget() {
         };
         let third = tokio::time::timeout(LONG, again).await.expect("it has lanes");
         Abuse::default().refused(refused, beyond).refused(other, beyond).holds((second, third))
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn unsynced_bytes() {
+    const CHUNKS: u64 = 4000;
+    let case = Case::new(|limits| (limits.unsynced_bytes, limits.unsynced_time) = (4 * MIB, LONG));
+    case.check(async |bench| {
+        let first = files("x1", &[Some(MIB), Some(MIB)]);
+        let mut stream = Stalled::begin(&bench.server, first).await.unwrap();
+        // Each is one piece, but what comes behind the other does not go on where that ends.
+        for number in 0..CHUNKS {
+            stream.chunk_of(u32::try_from(number % 2).unwrap(), number / 2, &payload(1)).await;
+        }
+        while !matches!(stream.hear().await.unwrap(), Answer::Ack(ack) if ack.received_bytes == CHUNKS) {}
+        drop(stream);
+        let durable = || bench.shown("x1").and_then(|shown| shown.progress).map(|shown| shown.bytes_done);
+        until("all of it is durable", || durable() == Some(CHUNKS)).await;
+        let most = bench.brake.most_synced.load(Ordering::SeqCst);
+        assert!(most <= 1024, "{most} of one byte are as much as that many blocks");
+        Abuse::default()
     })
     .await;
 }

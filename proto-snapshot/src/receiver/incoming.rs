@@ -618,7 +618,7 @@ impl<A: Staging> Incoming<A> {
             for record in records {
                 ledger.written(*record);
             }
-            ledger.unsynced_bytes()
+            ledger.unsynced_weight()
         };
         if unsynced >= limits.unsynced_bytes / 4 {
             self.sync_wanted.notify_one();
@@ -626,13 +626,13 @@ impl<A: Staging> Incoming<A> {
         self.changed();
     }
 
-    /// Waits until `bytes` more may be written before the next sync. Syncs by itself where there is no room, so that a
+    /// Waits until chunks that [weigh](super::ledger::weight) `more` may be written before the next sync. Syncs by itself where there is no room, so that a
     /// lane whose control stream has ended, and its syncer with it, finishes what it has.
-    pub(super) async fn room_for(&self, bytes: u64, limits: &Limits) -> Result<(), Error> {
+    pub(super) async fn room_for(&self, more: u64, limits: &Limits) -> Result<(), Error> {
         loop {
             self.check_failed()?;
-            let unsynced = self.ledger().unsynced_bytes();
-            if unsynced == 0 || unsynced.saturating_add(bytes) <= limits.unsynced_bytes {
+            let unsynced = self.ledger().unsynced_weight();
+            if unsynced == 0 || unsynced.saturating_add(more) <= limits.unsynced_bytes {
                 return Ok(());
             }
             self.flush().await?;

@@ -27,6 +27,9 @@ pub(super) struct Ledger {
     pending: Vec<ExtentRecord>,
     pending_bytes: u64,
     syncing_bytes: u64,
+    /// What both weigh; see [`weight`].
+    pending_weight: u64,
+    syncing_weight: u64,
     durable_bytes: u64,
     reused_bytes: u64,
     /// Runs of all files in `claimed`, and how many there may be.
@@ -86,6 +89,8 @@ impl Ledger {
             pending: Vec::new(),
             pending_bytes: 0,
             syncing_bytes: 0,
+            pending_weight: 0,
+            syncing_weight: 0,
             durable_bytes: 0,
             reused_bytes: 0,
             claimed_runs: 0,
@@ -191,6 +196,7 @@ impl Ledger {
                 _ => self.pending.push(record),
             }
             self.pending_bytes += len;
+            self.pending_weight += weight(len);
         }
     }
 
@@ -205,11 +211,13 @@ impl Ledger {
     /// Hands out what has to be synced; [`Self::synced`] says that it was.
     pub(super) fn take_pending(&mut self) -> Vec<ExtentRecord> {
         self.syncing_bytes += std::mem::take(&mut self.pending_bytes);
+        self.syncing_weight += std::mem::take(&mut self.pending_weight);
         std::mem::take(&mut self.pending)
     }
 
-    /// `records` are durable.
+    /// `records` are durable: all that was handed out.
     pub(super) fn synced(&mut self, records: &[ExtentRecord]) {
+        self.syncing_weight = 0;
         for record in records {
             self.syncing_bytes = self.syncing_bytes.saturating_sub(record.extent.len);
             self.durable_bytes += record.extent.len;
@@ -222,8 +230,8 @@ impl Ledger {
     /// sync had in hand is lost, since the kernel may have dropped it and a second sync would not say so.
     pub(super) fn roll_back(&mut self) {
         self.pending.clear();
-        self.pending_bytes = 0;
-        self.syncing_bytes = 0;
+        (self.pending_bytes, self.pending_weight) = (0, 0);
+        (self.syncing_bytes, self.syncing_weight) = (0, 0);
         self.written = self.durable.clone();
         for record in &self.inherited {
             let fits = insert(&mut self.written, *record);
@@ -240,6 +248,11 @@ impl Ledger {
     /// Written but not durable, in bytes.
     pub(super) fn unsynced_bytes(&self) -> u64 {
         self.pending_bytes + self.syncing_bytes
+    }
+
+    /// What that weighs, by the chunks that it came in.
+    pub(super) fn unsynced_weight(&self) -> u64 {
+        self.pending_weight + self.syncing_weight
     }
 
     /// Whether a file has no byte yet.
@@ -392,6 +405,12 @@ impl Ledger {
 
 fn totals_mismatch(file: u32, message: String) -> Error {
     Reason::TotalsMismatch.error(message).metadata("file", file.to_string())
+}
+
+/// What the bytes of a chunk count that are not synced: those of a block at least. Until then this ledger and the store each have an entry for them.
+pub(super) fn weight(len: u64) -> u64 {
+    const BLOCK: u64 = 4 << 10;
+    len.max(BLOCK)
 }
 
 fn insert(books: &mut Books, record: ExtentRecord) -> bool {

@@ -22,7 +22,7 @@ use tonic::Status;
 
 use super::handshake::{Frames, ended_early, idle, too_slow, unexpected};
 use super::incoming::{Incoming, StreamPermit};
-use super::ledger::{Listed, Listing};
+use super::ledger::{Listed, Listing, weight};
 use crate::extent::{Extent, ExtentRecord};
 use crate::limits::Limits;
 use crate::reason::Reason;
@@ -610,7 +610,8 @@ async fn write_all<A: Staging>(
             })
             .collect();
         let bytes: u64 = records.iter().map(|record| record.extent.len).sum();
-        incoming.room_for(bytes, &limits).await?;
+        let weight = records.iter().map(|record| weight(record.extent.len)).sum();
+        incoming.room_for(weight, &limits).await?;
         if let Err(error) = incoming.staging.write(batch.drain(..).map(|(chunk, _)| chunk).collect()).await {
             tracing::warn!(
                 transfer_id = %incoming.plan.spec.transfer_id,
