@@ -6,6 +6,7 @@
 //! | who may write? | `receiver/incoming.rs` |
 //! | is it the same transfer as before? | `receiver/identity.rs` |
 //! | which bytes are there? | `receiver/ledger.rs` |
+//! | how much is filled from installed files? | `receiver/reuse.rs` |
 //! | where do bytes become durable? | [`Staging::sync`], called by `receiver/incoming.rs` |
 //! | how is a snapshot put in place? | `receiver/completion.rs` |
 //! | how do I keep snapshots elsewhere? | implement [`SnapshotStore`] |
