@@ -127,8 +127,14 @@ impl FileExtents {
 
     /// The gaps below `size`, as `(offset, length)`, in order.
     pub fn gaps(&self, size: u64) -> impl Iterator<Item = (u64, u64)> + '_ {
-        let below = self.runs.iter().take_while(move |(start, _)| *start < size);
-        let mut at = 0;
+        self.gaps_from(0, size)
+    }
+
+    /// What of these gaps lies at `from` or behind it, without a look at what is before.
+    pub(crate) fn gaps_from(&self, from: u64, size: u64) -> impl Iterator<Item = (u64, u64)> + '_ {
+        let reaches = self.runs.before(from).map_or(0, |(start, run)| start + run.len);
+        let mut at = from.max(reaches);
+        let below = self.runs.from(at).take_while(move |(start, _)| *start < size);
         below.map(|(start, run)| (start, run.len)).chain([(size, 0)]).filter_map(move |(start, len)| {
             let gap = (start > at).then(|| (at, start - at));
             at = start + len;
@@ -259,6 +265,14 @@ mod tests {
                 }
             }
             prop_assert!(!missing.contains(&true), "a gap was left out");
+            for from in 0..size {
+                let behind: Vec<_> = extents.gaps(size).filter_map(|(offset, len)| {
+                    let start = offset.max(from);
+                    (start < offset + len).then(|| (start, offset + len - start))
+                }).collect();
+                let found: Vec<_> = extents.gaps_from(from, size).collect();
+                prop_assert_eq!(found, behind);
+            }
             let whole = extents.end() == size && extents.gaps(size).next().is_none();
             prop_assert_eq!(extents.whole(size).is_some(), whole);
         }

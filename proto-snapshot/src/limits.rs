@@ -15,7 +15,7 @@ pub struct Limits {
     pub staged: usize,
     /// Of them, from one source node. Default 256.
     pub staged_per_peer: usize,
-    /// Streams of one transfer, control stream included. Default 8.
+    /// Streams of one transfer, control stream included; fewer where [`receive_budget_bytes`](Self::receive_budget_bytes) has no chunk for each. Default 8.
     pub lanes: u32,
     /// Payload of a chunk, in bytes. Default 1 MiB.
     pub chunk_bytes: u32,
@@ -37,7 +37,8 @@ pub struct Limits {
     /// Size of a snapshot, in bytes. Default 2^63 - 1.
     pub snapshot_bytes: u64,
     /// Payload bytes on their way from the sockets to the store, over all transfers; shared out as
-    /// credit, in equal parts to the source nodes that send. Each stream gets at least one chunk. Default 128 MiB.
+    /// credit, in equal parts to the source nodes that send, and to the streams of each. Each stream gets at least one chunk, so there are no more lanes than there are chunks
+    /// in it: a node may have half as many streams with lanes as others leave of them, and one for each transfer. Default 128 MiB.
     pub receive_budget_bytes: u64,
     /// Credit of one stream at most, in bytes. Default 8 MiB: what fills a 10 Gbit/s link at 5 ms, and
     /// the size of the HTTP/2 stream window. It begins with 1 MiB, or a chunk, and gets as much more as the stream has brought.
@@ -56,11 +57,14 @@ pub struct Limits {
     /// times that. Default 30 s.
     pub first_frame: Duration,
     /// Bytes that may be received but not durable yet, per transfer. Default 64 MiB, as the protocol
-    /// promises; lower ones are kept too.
+    /// promises; lower ones are kept too. Each chunk counts as 4 KiB at least.
     pub unsynced_bytes: u64,
     /// Time after which received bytes are made durable at the latest. Default 500 ms, so that with the
     /// sync itself the protocol's 1 s is kept on an ordinary disk.
     pub unsynced_time: Duration,
+    /// Bytes of files that are filled from installed ones, in 10 minutes, for one source node. A transfer that begins when its node has used up nothing has all of its files filled,
+    /// however large they are; that counts, for a day at most, against those that follow. What is beyond is asked of the sender. Default 8 GiB.
+    pub reuse_bytes_per_peer: u64,
     /// Age at which staged data that nobody resumes is collected. Default 24 h.
     pub stale_after: Duration,
     /// Finished transfers that are remembered. Default 1000.
@@ -97,6 +101,7 @@ impl Default for Limits {
             first_frame: Duration::from_secs(30),
             unsynced_bytes: 64 << 20,
             unsynced_time: Duration::from_millis(500),
+            reuse_bytes_per_peer: 8 << 30,
             stale_after: Duration::from_secs(24 * 60 * 60),
             history: 1000,
             watchers: 1024,

@@ -6,6 +6,7 @@
 //! | who may write? | `receiver/incoming.rs` |
 //! | is it the same transfer as before? | `receiver/identity.rs` |
 //! | which bytes are there? | `receiver/ledger.rs` |
+//! | how much is filled from installed files? | `receiver/reuse.rs` |
 //! | where do bytes become durable? | [`Staging::sync`], called by `receiver/incoming.rs` |
 //! | how is a snapshot put in place? | `receiver/completion.rs` |
 //! | how do I keep snapshots elsewhere? | implement [`SnapshotStore`] |
@@ -34,12 +35,14 @@ mod handshake;
 mod identity;
 mod incoming;
 mod ledger;
+mod reuse;
 mod service;
 mod session;
 
 use self::admission::{Admission, Manifests};
 use self::identity::initial_progress;
 use self::incoming::{Incoming, Stage};
+use self::reuse::Reuses;
 use self::session::Budget;
 use crate::hook::{InstallHook, KeepFiles};
 use crate::limits::{Limits, MAX_MESSAGE_BYTES};
@@ -111,6 +114,7 @@ struct Inner<S: SnapshotStore> {
     /// To reuse installed files, by source node.
     reuse_turns: Turns<NodeId>,
     reusing: Semaphore,
+    reuses: Reuses,
     budget: Arc<Budget>,
     slots: Mutex<HashMap<TransferId, Arc<Slot<S::Staging>>>>,
     tasks: TaskTracker,
@@ -222,6 +226,7 @@ impl<S: SnapshotStore> SnapshotReceiverBuilder<S> {
             turns: Turns::default(),
             reuse_turns: Turns::default(),
             reusing: Semaphore::new(REUSING),
+            reuses: Reuses::new(limits.reuse_bytes_per_peer),
             limits,
             access,
             hook,

@@ -69,9 +69,14 @@ impl<V: Copy> RunMap<V> {
 
     /// All of them, in order.
     pub(crate) fn iter(&self) -> impl Iterator<Item = (u64, V)> + '_ {
+        self.from(0)
+    }
+
+    /// Those that begin at `offset` or behind it, in order.
+    pub(crate) fn from(&self, offset: u64) -> impl Iterator<Item = (u64, V)> + '_ {
         let (one, many) = match self {
-            Self::Few(one) => (*one, None),
-            Self::Many(runs) => (None, Some(runs.iter().map(|(start, run)| (*start, *run)))),
+            Self::Few(one) => (one.filter(|(start, _)| *start >= offset), None),
+            Self::Many(runs) => (None, Some(runs.range(offset..).map(|(start, run)| (*start, *run)))),
         };
         one.into_iter().chain(many.into_iter().flatten())
     }
@@ -100,6 +105,8 @@ mod tests {
                 for at in 0..8 {
                     prop_assert_eq!(runs.before(at), model.range(..at).next_back().map(|(at, run)| (*at, *run)));
                     prop_assert_eq!(runs.get(at), model.get(&at).copied());
+                    let behind: Vec<_> = model.range(at..).map(|(at, run)| (*at, *run)).collect();
+                    prop_assert_eq!(runs.from(at).collect::<Vec<_>>(), behind);
                 }
             }
         }

@@ -12,7 +12,8 @@ mod stalled;
 mod support;
 
 use std::sync::Mutex as SyncMutex;
-use std::time::Duration;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use proto_common::checksum::{combine, crc64};
@@ -30,13 +31,14 @@ use proto_snapshot::v1::split_snapshot_service_client::SplitSnapshotServiceClien
 use proto_snapshot::v1::transfer_split_snapshot_request::{
     File, Frame, Header, Heartbeat, LaneHeader, Manifest,
 };
-use proto_snapshot::v1::transfer_split_snapshot_response::Frame as Answer;
+use proto_snapshot::v1::transfer_split_snapshot_response::{Extent, Frame as Answer};
 use proto_snapshot::v1::{TransferPhase, TransferProgress, WatchTransferProgressRequest};
 use refusals::{ALONE, Abuse, Refusal, counted, limits_of};
 use slow::{Brake, SlowStore};
 use stalled::{SIZE, Stalled};
 use support::{LONG, Server, make_tree, small_limits, snapshot, until};
 use tokio::task::JoinHandle;
+use tonic::transport::Channel;
 
 const CHUNK: u64 = 64 << 10;
 const MIB: u64 = 1 << 20;
@@ -146,6 +148,11 @@ impl Bench {
     /// A stream of the offender that is accepted.
     async fn offender(&self, id: &str) -> Stalled {
         Stalled::open(&self.server, OFFENDER, id).await.unwrap()
+    }
+
+    /// A connection of its own.
+    async fn channel(&self) -> Channel {
+        proto_common::tuning::endpoint(&self.server.uri()).unwrap().connect().await.unwrap()
     }
 
     /// One that is not.
@@ -322,6 +329,58 @@ async fn lanes() {
         Abuse::default().refused(refused, beyond).holds(held)
     })
     .await;
+}
+
+/// A stream of lane 1 of `x1`, and all that it is told to be missing.
+async fn missing_on_lane(channel: &Channel, generation: u64) -> (Stalled, Vec<Extent>) {
+    let header = Frame::LaneHeader(LaneHeader { generation, ..lane("x1", 1) });
+    let mut stream = Stalled::say_first_on(channel.clone(), vec![header]).await.unwrap();
+    let mut missing = Vec::new();
+    loop {
+        let Answer::Accepted(page) = stream.hear().await.unwrap() else { panic!("pages come first") };
+        missing.extend(page.missing);
+        if page.last {
+            return (stream, missing);
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn lanes_are_told_of_runs_of_files_where_their_sender_knows_of_them() {
+    Case::new(|_| {})
+        .check(async |bench| {
+            let (channel, mut abuse) = (bench.channel().await, Abuse::default());
+            for (generation, file_runs) in (1..).zip([false, true]) {
+                let mut first = files("x1", &[Some(1); 20]);
+                let Frame::Header(header) = &mut first[0] else { panic!("the header comes first") };
+                (header.generation, header.lanes) = (generation, 2);
+                header.supported_features.extend(file_runs.then(|| "file-runs".to_owned()));
+                let control = Stalled::begin(&bench.server, first).await.unwrap();
+                let (lane, missing) = missing_on_lane(&channel, generation).await;
+                assert_eq!(missing.len(), if file_runs { 1 } else { 20 });
+                let all: u32 = missing.iter().map(|extent| 1 + extent.more_files).sum();
+                assert_eq!(all, 20);
+                abuse = abuse.holds((control, lane));
+            }
+            abuse
+        })
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lane_that_comes_back_again_and_again_waits_for_its_turn() {
+    Case::new(|_| {})
+        .check(async |bench| {
+            let (channel, control) = (bench.channel().await, with_lanes(bench, "x1").await);
+            let began = Instant::now();
+            // As many as there are lanes are told at once.
+            for generation in 1..=7 + 25 {
+                drop(missing_on_lane(&channel, generation).await);
+            }
+            assert!(began.elapsed() >= Duration::from_millis(2500), "{:?}", began.elapsed());
+            Abuse::default().holds(control)
+        })
+        .await;
 }
 
 // ---- Sizes.
@@ -682,6 +741,71 @@ async fn receive_budget_bytes() {
     .await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn lanes_are_given_while_each_stream_has_a_chunk_of_the_budget() {
+    let beyond = Refusal { reason: "INVALID_FIELD", field: Some("lane_header.lane"), ..INVALID };
+    let case = Case::new(|limits| limits.receive_budget_bytes = 8 * CHUNK);
+    case.check(async |bench| {
+        let begin = async |id| {
+            let first = begun(id, |header| header.lanes = u32::MAX);
+            let mut stream = Stalled::say_first(&bench.server, first).await.unwrap();
+            let Answer::Accepted(accepted) = stream.hear().await.unwrap() else { panic!("it is accepted") };
+            assert!(accepted.last);
+            (stream, accepted.max_lanes)
+        };
+        // Half of what the one that is under way leaves, and a newcomer.
+        let (first, lanes) = begin("x1").await;
+        assert!((2..=3).contains(&lanes), "{lanes}");
+        let refused = bench.refuses(vec![Frame::LaneHeader(lane("x1", lanes))]).await;
+        // A transfer has its own stream in any case.
+        let (second, lanes) = begin("x2").await;
+        assert_eq!(lanes, 1);
+        let other = bench.refuses(vec![Frame::LaneHeader(lane("x2", 1))]).await;
+        // What it gives up is there again.
+        drop(first);
+        let again = async {
+            for generation in 2.. {
+                let mut first = begun("x3", |header| header.lanes = u32::MAX);
+                let Frame::Header(header) = &mut first[0] else { panic!("the header comes first") };
+                header.generation = generation;
+                let mut stream = Stalled::say_first(&bench.server, first).await.unwrap();
+                let Answer::Accepted(accepted) = stream.hear().await.unwrap() else {
+                    panic!("it is accepted")
+                };
+                if accepted.max_lanes > 1 {
+                    return stream;
+                }
+            }
+            unreachable!()
+        };
+        let third = tokio::time::timeout(LONG, again).await.expect("it has lanes");
+        Abuse::default().refused(refused, beyond).refused(other, beyond).holds((second, third))
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn unsynced_bytes() {
+    const CHUNKS: u64 = 4000;
+    let case = Case::new(|limits| (limits.unsynced_bytes, limits.unsynced_time) = (4 * MIB, LONG));
+    case.check(async |bench| {
+        let first = files("x1", &[Some(MIB), Some(MIB)]);
+        let mut stream = Stalled::begin(&bench.server, first).await.unwrap();
+        // Each is one piece, but what comes behind the other does not go on where that ends.
+        for number in 0..CHUNKS {
+            stream.chunk_of(u32::try_from(number % 2).unwrap(), number / 2, &payload(1)).await;
+        }
+        while !matches!(stream.hear().await.unwrap(), Answer::Ack(ack) if ack.received_bytes == CHUNKS) {}
+        drop(stream);
+        let durable = || bench.shown("x1").and_then(|shown| shown.progress).map(|shown| shown.bytes_done);
+        until("all of it is durable", || durable() == Some(CHUNKS)).await;
+        let most = bench.brake.most_synced.load(Ordering::SeqCst);
+        assert!(most <= 1024, "{most} of one byte are as much as that many blocks");
+        Abuse::default()
+    })
+    .await;
+}
+
 // ---- Reuse.
 
 /// What a sender says first of a file that may be here already.
@@ -744,6 +868,68 @@ async fn a_stream_that_comes_back_has_nothing_looked_for_again() {
         drop(Stalled::begin(&server, with_digest(OFFENDER, "x1", generation)).await.unwrap());
         assert_eq!(brake.reuses.lock().unwrap().ever, 1, "of generation {generation}");
     }
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn reuse_bytes_per_peer() {
+    let _alone = ALONE.lock().await;
+    let brake = Brake::released();
+    let mut limits = small_limits();
+    limits.reuse_bytes_per_peer = SIZE;
+    let (server, _target) = reusing(brake.clone(), limits).await;
+    let bytes = payload(SIZE);
+    let first = |node: &str, id: &str, attempt: u64| {
+        let mut first = with_digest(node, id, 1);
+        let Frame::Header(header) = &mut first[0] else { panic!("the header comes first") };
+        (header.attempt, header.discard_staged) = (attempt, attempt > 1);
+        let Frame::Manifest(manifest) = &mut first[1] else { panic!("the manifest comes second") };
+        manifest.files[0].blake3 = Some(blake3::hash(&bytes).as_bytes().to_vec().into());
+        first
+    };
+    // How much of it is found, of which the rest is asked of its sender.
+    let begin = async |node: &str, id: &str, attempt| {
+        let mut stream = Stalled::say_first(&server, first(node, id, attempt)).await.unwrap();
+        loop {
+            match stream.hear().await.unwrap() {
+                Answer::Ack(_) => {}
+                Answer::Accepted(accepted) => {
+                    let missing: u64 = accepted.missing.iter().filter_map(|extent| extent.length).sum();
+                    assert_eq!(accepted.reused_bytes + missing, SIZE);
+                    stream.credit = accepted.credit_limit;
+                    return (stream, accepted.reused_bytes);
+                }
+                other => panic!("not accepted: {other:?}"),
+            }
+        }
+    };
+    let send = async |stream: &mut Stalled| {
+        for offset in (0..SIZE).step_by(usize::try_from(CHUNK).unwrap()) {
+            while stream.credit < offset + CHUNK {
+                stream.hear().await.unwrap();
+            }
+            stream.chunk(offset, &payload(CHUNK)).await;
+        }
+        stream.end(SIZE, crc64(&bytes)).await;
+        stream.installed().await;
+    };
+    let (mut stream, found) = begin(OFFENDER, "x1", 1).await;
+    assert_eq!(found, 0);
+    send(&mut stream).await;
+    let (held, found) = begin(OFFENDER, "x2", 1).await;
+    assert_eq!(found, SIZE);
+    let looked = || brake.reuses.lock().unwrap().ever;
+    assert_eq!(looked(), 2);
+    // The disk does not read and write it again, whether it begins anew or under another ID.
+    let (anew, found) = begin(OFFENDER, "x2", 2).await;
+    assert_eq!((found, looked()), (0, 2));
+    let (mut another, found) = begin(OFFENDER, "x3", 1).await;
+    assert_eq!((found, looked()), (0, 2));
+    // Others have their own share, and its sender goes on.
+    let (other, found) = begin("n8", "y1", 1).await;
+    assert_eq!((found, looked()), (SIZE, 3));
+    send(&mut another).await;
+    drop((held, anew, other));
     server.stop().await;
 }
 

@@ -15,7 +15,8 @@ use super::completion::shutting_down;
 use super::handshake::{CheckedLane, ControlHeader, Frames, ended_early, unexpected};
 use super::identity::{check_same, check_same_shown, check_same_spec, initial_progress};
 use super::incoming::{Incoming, Outcome, Stage, StreamPermit, Takeover, cancelled, replaced};
-use super::session::{Answers, Session, accept, told_to_stop};
+use super::ledger::Listing;
+use super::session::{Answers, Lanes, Session, accept, told_to_stop};
 use super::{Inner, Slot};
 use crate::extent::{Extent, ExtentRecord};
 use crate::reason::Reason;
@@ -220,16 +221,17 @@ impl<S: SnapshotStore> Inner<S> {
             transfer.expires_unix_ms = None;
             transfer.progress.get_or_insert_default().error = None;
         });
-        let (missing, durable_bytes, reused_bytes) = {
+        let (durable_bytes, reused_bytes) = {
             let ledger = incoming.ledger();
-            (ledger.missing(header.file_runs), ledger.durable_bytes(), ledger.reused_bytes())
+            (ledger.durable_bytes(), ledger.reused_bytes())
         };
         let budget = self.budget.join(&incoming.plan.spec.source_node);
         let credit = Session::<S::Staging>::first_credit(&budget, &self.limits);
-        let max_lanes = self.max_lanes(incoming, header.lanes);
-        incoming.grant_lanes(max_lanes);
+        let lanes = self.lanes(incoming, header.lanes);
+        let max_lanes = lanes.count().saturating_add(1);
+        incoming.grant_lanes(&lanes, header.file_runs);
         let terms = Accepted { max_lanes, durable_bytes, reused_bytes, ..self.terms(credit) };
-        accept(answers, terms, missing, stop).await?;
+        accept(answers, terms, incoming, Listing::new(header.file_runs), stop).await?;
         frames.chunks_and_pages(self.limits.chunk_bytes);
         let mut session = Session {
             permit,
@@ -286,14 +288,19 @@ impl<S: SnapshotStore> Inner<S> {
         answers: &Answers,
     ) -> Result<(), Error> {
         let incoming = permit.incoming();
-        let (missing, durable_bytes) = {
-            let ledger = incoming.ledger();
-            (ledger.missing(false), ledger.durable_bytes())
-        };
-        let budget = self.budget.join(&incoming.plan.spec.source_node);
+        let mut stop = permit.stop.clone();
+        tokio::select! {
+            biased;
+            reason = told_to_stop(&mut stop) => return Err(reason.unwrap_or_else(ended_early)),
+            () = answers.closed() => return Err(ended_early()),
+            () = incoming.turn_of_lane() => {}
+        }
+        let durable_bytes = incoming.ledger().durable_bytes();
+        // Gone where its control stream is.
+        let budget = incoming.lanes().ok_or_else(|| permit.stopped().unwrap_or_else(ended_early))?.join();
         let credit = Session::<S::Staging>::first_credit(&budget, &self.limits);
         let terms = Accepted { max_lanes: incoming.max_lanes(), durable_bytes, ..self.terms(credit) };
-        accept(answers, terms, missing, &mut permit.stop.clone()).await?;
+        accept(answers, terms, incoming, Listing::new(incoming.lists_runs()), &mut stop).await?;
         frames.only_chunks(self.limits.chunk_bytes);
         let mut session = Session {
             permit,
@@ -306,9 +313,11 @@ impl<S: SnapshotStore> Inner<S> {
         session.run(credit).await.map(|_| ())
     }
 
-    /// Streams that a sender may use that would like `wanted`.
-    fn max_lanes(&self, incoming: &Incoming<S::Staging>, wanted: u32) -> u32 {
-        if incoming.plan.manifest.total_bytes().is_some() { self.limits.lanes.min(wanted).max(1) } else { 1 }
+    /// Lanes for a sender that would like to use `wanted` streams.
+    fn lanes(&self, incoming: &Incoming<S::Staging>, wanted: u32) -> Arc<Lanes> {
+        let known = incoming.plan.manifest.total_bytes().is_some();
+        let wanted = if known { self.limits.lanes.min(wanted).saturating_sub(1) } else { 0 };
+        self.budget.lanes(&incoming.plan.spec.source_node, wanted.into(), &self.limits)
     }
 
     /// What every `Accepted` says.
@@ -326,9 +335,8 @@ impl<S: SnapshotStore> Inner<S> {
     }
 
     async fn accept_complete(&self, answers: &Answers) -> Result<(), Error> {
-        let (_never, mut stop) = watch::channel(None);
-        let terms = Accepted { already_installed: true, ..self.terms(0) };
-        accept(answers, terms, Vec::new(), &mut stop).await
+        let terms = Accepted { already_installed: true, last: true, ..self.terms(0) };
+        answers.send(Answer::Accepted(terms)).await
     }
 
     async fn answer_installed(&self, answers: &Answers, installed: Installed) -> Result<(), Error> {
@@ -690,9 +698,15 @@ impl<S: SnapshotStore> Inner<S> {
                 ..Ack::default()
             }));
         };
-        let turn = self.reuse_turns.of(&incoming.plan.spec.source_node);
+        let node = &incoming.plan.spec.source_node;
+        let turn = self.reuse_turns.of(node);
         let mut stop = permit.stop.clone();
         for (file, len) in wanted {
+            // Nor is one waited for that would not be filled.
+            if !self.reuses.allows(node, &incoming.ticket, len) {
+                incoming.looks_for(file);
+                continue;
+            }
             let mut waiting = std::pin::pin!(async { (turn.lock().await, self.reusing.acquire().await) });
             let _place = loop {
                 tokio::select! {
@@ -704,6 +718,10 @@ impl<S: SnapshotStore> Inner<S> {
                 }
             };
             incoming.looks_for(file);
+            // Others of the node had their turn meanwhile.
+            if !self.reuses.begin(node, &incoming.ticket, len) {
+                continue;
+            }
             let mut reused = std::pin::pin!(incoming.staging.reuse(file));
             let found = loop {
                 tokio::select! {
@@ -711,8 +729,13 @@ impl<S: SnapshotStore> Inner<S> {
                     _ = alive.tick() => still_here(),
                 }
             };
-            if let Some(crc) = found {
-                incoming.ledger().reused(ExtentRecord { extent: Extent { file, offset: 0, len }, crc })?;
+            match found {
+                Some(crc) => {
+                    incoming
+                        .ledger()
+                        .reused(ExtentRecord { extent: Extent { file, offset: 0, len }, crc })?;
+                }
+                None => self.reuses.found_nothing(node, len),
             }
         }
         if let Some(stop) = permit.stopped() {

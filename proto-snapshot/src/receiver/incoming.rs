@@ -16,7 +16,8 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::admission::{Charge, Place};
 use super::ledger::Ledger;
-use super::session::told_to_stop;
+use super::reuse::Ticket;
+use super::session::{Lanes, told_to_stop};
 use crate::extent::ExtentRecord;
 use crate::hook::Hold;
 use crate::limits::Limits;
@@ -33,6 +34,9 @@ pub(super) type Outcome = Option<Result<Installed, Error>>;
 /// does not know of the first. They have no place, and a completion can take long, so more of them end the oldest.
 const WAITING: usize = 4;
 
+/// Between streams of lanes, when each has had one. Each is told all that is missing, which is up to a few milliseconds of work for a header of 60 bytes.
+const LANE_PAUSE: Duration = Duration::from_millis(100);
+
 /// See the module.
 pub(super) struct Incoming<A: Staging> {
     pub(super) plan: TransferPlan,
@@ -46,8 +50,12 @@ pub(super) struct Incoming<A: Staging> {
     changes: watch::Sender<u64>,
     meter: Mutex<Meter>,
     wire_bytes: AtomicU64,
+    /// When the next stream of a lane would be told what is missing, if all of them were that long apart.
+    lane_due: tokio::sync::Mutex<Option<Instant>>,
     /// Files below this number were looked for among installed ones.
     looked_for: AtomicU32,
+    /// Tells it from other transfers of its node that have files filled.
+    pub(super) ticket: Arc<Ticket>,
     /// `None` once it has moved to the history.
     tracker: Mutex<Option<Tracker<TransferProgress>>>,
     /// What it keeps until it has ended: the hook's, and the memory of its manifest.
@@ -77,6 +85,10 @@ struct State {
     generation: u64,
     /// Streams that the control stream was told it may use, itself included.
     max_lanes: u32,
+    /// Their part of the receive budget, which the control stream has.
+    lanes: Weak<Lanes>,
+    /// Whether its sender knows of runs of missing files.
+    file_runs: bool,
     streams: HashMap<u32, StreamEntry>,
     /// Highest generation seen of each lane of the attempt.
     lane_generations: HashMap<u32, u64>,
@@ -169,6 +181,8 @@ impl<A: Staging> Incoming<A> {
                 claim,
                 generation: 0,
                 max_lanes: 1,
+                lanes: Weak::new(),
+                file_runs: false,
                 streams: HashMap::new(),
                 lane_generations: HashMap::new(),
                 lane_handshakes: HashMap::new(),
@@ -186,7 +200,9 @@ impl<A: Staging> Incoming<A> {
             changes: watch::Sender::new(0),
             meter: Mutex::new(Meter::default()),
             wire_bytes: AtomicU64::new(0),
+            lane_due: tokio::sync::Mutex::new(None),
             looked_for: AtomicU32::new(0),
+            ticket: Ticket::new(),
             tracker: Mutex::new(Some(tracker)),
             hold: Mutex::new(Some((hold, memory))),
             ended: Mutex::new(None),
@@ -318,9 +334,32 @@ impl<A: Staging> Incoming<A> {
         self.register(&mut state, 0)
     }
 
-    /// Allows lanes, as the sender is about to be told.
-    pub(super) fn grant_lanes(&self, max_lanes: u32) {
-        self.state().max_lanes = max_lanes;
+    /// Allows `lanes`, as the sender is about to be told, until its control stream gives them up; `file_runs`: it knows of runs of missing files.
+    pub(super) fn grant_lanes(&self, lanes: &Arc<Lanes>, file_runs: bool) {
+        let mut state = self.state();
+        state.max_lanes = lanes.count().saturating_add(1);
+        (state.lanes, state.file_runs) = (Arc::downgrade(lanes), file_runs);
+    }
+
+    /// Its lanes, as long as it has a control stream.
+    pub(super) fn lanes(&self) -> Option<Arc<Lanes>> {
+        self.state().lanes.upgrade()
+    }
+
+    /// Whether lanes are told of runs of missing files.
+    pub(super) fn lists_runs(&self) -> bool {
+        self.state().file_runs
+    }
+
+    /// Waits until a stream of a lane may be told what is missing: at once for as many as there are lanes, then for one in [`LANE_PAUSE`], in the order in which they
+    /// come. A lane has one stream that waits, so none waits longer than all of them together.
+    pub(super) async fn turn_of_lane(&self) {
+        let mut due = self.lane_due.lock().await;
+        let at_once = LANE_PAUSE * self.max_lanes().saturating_sub(2);
+        let now = Instant::now();
+        let next = due.map_or(now, |due| due.max(now));
+        tokio::time::sleep_until(next.checked_sub(at_once).unwrap_or(now)).await;
+        *due = Some(next + LANE_PAUSE);
     }
 
     /// Lets a lane of the current attempt write, after the stream that it replaces is quiet. Only the last one to come waits for that: nobody reads what they
@@ -567,8 +606,7 @@ impl<A: Staging> Incoming<A> {
         /// The slowest disk that a sender is thought to have, in bytes per second.
         const READ_RATE: u64 = 16 << 20;
         let total = self.plan.manifest.total_bytes();
-        total.is_some_and(|total| since < Duration::from_secs(total / READ_RATE))
-            && self.ledger().missing(true).is_empty()
+        total.is_some_and(|total| since < Duration::from_secs(total / READ_RATE)) && self.ledger().has_all()
     }
 
     /// Counts bytes that a stream brought and the store took.
@@ -580,7 +618,7 @@ impl<A: Staging> Incoming<A> {
             for record in records {
                 ledger.written(*record);
             }
-            ledger.unsynced_bytes()
+            ledger.unsynced_weight()
         };
         if unsynced >= limits.unsynced_bytes / 4 {
             self.sync_wanted.notify_one();
@@ -588,13 +626,13 @@ impl<A: Staging> Incoming<A> {
         self.changed();
     }
 
-    /// Waits until `bytes` more may be written before the next sync. Syncs by itself where there is no room, so that a
+    /// Waits until chunks that [weigh](super::ledger::weight) `more` may be written before the next sync. Syncs by itself where there is no room, so that a
     /// lane whose control stream has ended, and its syncer with it, finishes what it has.
-    pub(super) async fn room_for(&self, bytes: u64, limits: &Limits) -> Result<(), Error> {
+    pub(super) async fn room_for(&self, more: u64, limits: &Limits) -> Result<(), Error> {
         loop {
             self.check_failed()?;
-            let unsynced = self.ledger().unsynced_bytes();
-            if unsynced == 0 || unsynced.saturating_add(bytes) <= limits.unsynced_bytes {
+            let unsynced = self.ledger().unsynced_weight();
+            if unsynced == 0 || unsynced.saturating_add(more) <= limits.unsynced_bytes {
                 return Ok(());
             }
             self.flush().await?;

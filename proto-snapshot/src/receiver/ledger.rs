@@ -27,6 +27,9 @@ pub(super) struct Ledger {
     pending: Vec<ExtentRecord>,
     pending_bytes: u64,
     syncing_bytes: u64,
+    /// What both weigh; see [`weight`].
+    pending_weight: u64,
+    syncing_weight: u64,
     durable_bytes: u64,
     reused_bytes: u64,
     /// Runs of all files in `claimed`, and how many there may be.
@@ -37,6 +40,39 @@ pub(super) struct Ledger {
     /// Of all files together: what a manifest that leaves sizes open may grow to.
     max_bytes: u64,
 }
+
+/// How far a list of what is missing has come.
+#[derive(Debug, Default)]
+pub(super) struct Listing {
+    /// Whether whole files that follow each other are one extent.
+    in_runs: bool,
+    file: u32,
+    /// Where what is listed of that file ends.
+    offset: u64,
+    /// Whether the last extent is a run that may go on.
+    in_run: bool,
+}
+
+impl Listing {
+    /// From the start; with `in_runs`, whole files that follow each other are one extent.
+    pub(super) fn new(in_runs: bool) -> Self {
+        Self { in_runs, ..Self::default() }
+    }
+}
+
+/// What became of a page of what is missing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Listed {
+    /// There are more files to look at, which others need not wait for.
+    Part,
+    /// It has as much as it may have, and more is missing.
+    Full,
+    /// No more is missing.
+    All,
+}
+
+/// Files that are looked at while others wait for the books.
+const FILES_AT_ONCE: usize = 4096;
 
 impl Ledger {
     /// The books of a staging area that was opened with `records`. Records that do not fit the manifest
@@ -53,6 +89,8 @@ impl Ledger {
             pending: Vec::new(),
             pending_bytes: 0,
             syncing_bytes: 0,
+            pending_weight: 0,
+            syncing_weight: 0,
             durable_bytes: 0,
             reused_bytes: 0,
             claimed_runs: 0,
@@ -158,6 +196,7 @@ impl Ledger {
                 _ => self.pending.push(record),
             }
             self.pending_bytes += len;
+            self.pending_weight += weight(len);
         }
     }
 
@@ -172,11 +211,13 @@ impl Ledger {
     /// Hands out what has to be synced; [`Self::synced`] says that it was.
     pub(super) fn take_pending(&mut self) -> Vec<ExtentRecord> {
         self.syncing_bytes += std::mem::take(&mut self.pending_bytes);
+        self.syncing_weight += std::mem::take(&mut self.pending_weight);
         std::mem::take(&mut self.pending)
     }
 
-    /// `records` are durable.
+    /// `records` are durable: all that was handed out.
     pub(super) fn synced(&mut self, records: &[ExtentRecord]) {
+        self.syncing_weight = 0;
         for record in records {
             self.syncing_bytes = self.syncing_bytes.saturating_sub(record.extent.len);
             self.durable_bytes += record.extent.len;
@@ -189,8 +230,8 @@ impl Ledger {
     /// sync had in hand is lost, since the kernel may have dropped it and a second sync would not say so.
     pub(super) fn roll_back(&mut self) {
         self.pending.clear();
-        self.pending_bytes = 0;
-        self.syncing_bytes = 0;
+        (self.pending_bytes, self.pending_weight) = (0, 0);
+        (self.syncing_bytes, self.syncing_weight) = (0, 0);
         self.written = self.durable.clone();
         for record in &self.inherited {
             let fits = insert(&mut self.written, *record);
@@ -207,6 +248,11 @@ impl Ledger {
     /// Written but not durable, in bytes.
     pub(super) fn unsynced_bytes(&self) -> u64 {
         self.pending_bytes + self.syncing_bytes
+    }
+
+    /// What that weighs, by the chunks that it came in.
+    pub(super) fn unsynced_weight(&self) -> u64 {
+        self.pending_weight + self.syncing_weight
     }
 
     /// Whether a file has no byte yet.
@@ -234,36 +280,51 @@ impl Ledger {
         self.claimed_runs = self.claimed.run_count();
     }
 
-    /// What no stream has brought or is bringing, in order; with `in_runs`, whole files that follow each other are one extent.
-    pub(super) fn missing(&self, in_runs: bool) -> Vec<response::Extent> {
-        let mut missing: Vec<response::Extent> = Vec::new();
-        // Whether the last extent is a run that may go on.
-        let mut in_run = false;
-        for (number, file) in self.manifest.numbered() {
+    /// Adds to `page` what no stream has brought or is bringing, in order, until it has `most` extents: from where `at` is, which then is behind that.
+    pub(super) fn list(&self, at: &mut Listing, page: &mut Vec<response::Extent>, most: usize) -> Listed {
+        for _ in 0..FILES_AT_ONCE {
+            let (number, Some(file)) = (at.file, self.manifest.get(at.file)) else { return Listed::All };
             let extent = |offset, length| response::Extent { file: number, offset, length, more_files: 0 };
-            if in_runs
-                && let Some(size) = file.size
-                && self.is_empty(number)
-            {
-                match missing.last_mut().filter(|_| in_run) {
-                    Some(run) => run.more_files += 1,
-                    None if size > 0 => {
-                        missing.push(extent(0, Some(size)));
-                        in_run = true;
+            let whole = file.size.filter(|_| at.in_runs && at.offset == 0 && self.is_empty(number));
+            match whole {
+                Some(size) => {
+                    if let Some(run) = page.last_mut().filter(|_| at.in_run) {
+                        run.more_files += 1;
+                    } else if size > 0 {
+                        if page.len() >= most {
+                            return Listed::Full;
+                        }
+                        page.push(extent(0, Some(size)));
+                        at.in_run = true;
                     }
-                    None => {}
                 }
-                continue;
+                None => {
+                    at.in_run = false;
+                    let runs = self.claimed.get(number);
+                    for (offset, len) in runs.gaps_from(at.offset, file.size.unwrap_or(runs.end())) {
+                        if page.len() >= most {
+                            return Listed::Full;
+                        }
+                        page.push(extent(offset, Some(len)));
+                        at.offset = offset + len;
+                    }
+                    if file.size.is_none() {
+                        if page.len() >= most {
+                            return Listed::Full;
+                        }
+                        page.push(extent(runs.end(), None));
+                    }
+                }
             }
-            in_run = false;
-            let runs = self.claimed.get(number);
-            let gaps = runs.gaps(file.size.unwrap_or(runs.end()));
-            missing.extend(gaps.map(|(offset, len)| extent(offset, Some(len))));
-            if file.size.is_none() {
-                missing.push(extent(runs.end(), None));
-            }
+            (at.file, at.offset) = (number + 1, 0);
         }
-        missing
+        Listed::Part
+    }
+
+    /// Whether nothing is missing.
+    pub(super) fn has_all(&self) -> bool {
+        let bytes = self.durable_bytes + self.unsynced_bytes() + self.unwritten_bytes;
+        self.manifest.total_bytes() == Some(bytes)
     }
 
     /// Checks `End` against the manifest and what was written.
@@ -346,6 +407,12 @@ fn totals_mismatch(file: u32, message: String) -> Error {
     Reason::TotalsMismatch.error(message).metadata("file", file.to_string())
 }
 
+/// What the bytes of a chunk count that are not synced: those of a block at least. Until then this ledger and the store each have an entry for them.
+pub(super) fn weight(len: u64) -> u64 {
+    const BLOCK: u64 = 4 << 10;
+    len.max(BLOCK)
+}
+
 fn insert(books: &mut Books, record: ExtentRecord) -> bool {
     books.insert(record.extent, record.crc).is_ok()
 }
@@ -357,9 +424,30 @@ mod tests {
     use super::*;
     use crate::spec::tests::manifest;
 
+    /// All that is missing, in pages of at most so many extents.
+    fn missing(ledger: &Ledger, in_runs: bool, most: usize) -> Vec<response::Extent> {
+        let (mut at, mut page, mut all) = (Listing::new(in_runs), Vec::new(), Vec::new());
+        loop {
+            let listed = ledger.list(&mut at, &mut page, most);
+            assert!(page.len() <= most);
+            if listed == Listed::Full {
+                assert_eq!(page.len(), most);
+            }
+            if listed != Listed::Part {
+                all.append(&mut page);
+            }
+            if listed == Listed::All {
+                return all;
+            }
+        }
+    }
+
     proptest! {
         #[test]
-        fn runs_of_files_are_the_same_bytes(files in prop::collection::vec((0..4_u64, 0..4_u64, any::<bool>()), 0..40)) {
+        fn runs_of_files_are_the_same_bytes(
+            files in prop::collection::vec((0..4_u64, 0..4_u64, any::<bool>()), 0..40),
+            most in 1..5_usize,
+        ) {
             // Some of unknown size, some empty, some with a part that is there, at either end.
             let sizes: Vec<_> = files.iter().map(|(size, ..)| Some(*size).filter(|size| *size < 3)).collect();
             let manifest = manifest(&sizes);
@@ -372,14 +460,16 @@ mod tests {
             let mut ledger = Ledger::open(manifest.clone(), Vec::new(), &Limits::default());
             claims.for_each(|claim| ledger.claim(claim).unwrap());
             let mut plain = Vec::new();
-            for run in ledger.missing(true) {
+            for run in missing(&ledger, true, most) {
                 plain.push(response::Extent { more_files: 0, ..run });
                 for file in run.file + 1..=run.file + run.more_files {
                     let size = manifest.get(file).unwrap().size.unwrap();
                     plain.extend((size > 0).then_some(response::Extent { file, offset: 0, length: Some(size), more_files: 0 }));
                 }
             }
-            prop_assert_eq!(plain, ledger.missing(false));
+            prop_assert_eq!(&plain, &missing(&ledger, false, most));
+            let known = manifest.total_bytes().is_some();
+            prop_assert_eq!(ledger.has_all(), known && plain.is_empty());
         }
     }
 
@@ -406,10 +496,39 @@ mod tests {
     #[test]
     fn what_is_new_is_one_run() {
         let mut ledger = Ledger::open(manifest(&[Some(7); 1000]), Vec::new(), &Limits::default());
-        assert_eq!(ledger.missing(true).len(), 1);
-        assert_eq!(ledger.missing(false).len(), 1000);
+        assert_eq!(missing(&ledger, true, 5000).len(), 1);
+        assert_eq!(missing(&ledger, false, 5000).len(), 1000);
         ledger.claim(Extent { file: 500, offset: 0, len: 7 }).unwrap();
         let run = |file, more_files| response::Extent { file, offset: 0, length: Some(7), more_files };
-        assert_eq!(ledger.missing(true), [run(0, 499), run(501, 498)]);
+        assert_eq!(missing(&ledger, true, 5000), [run(0, 499), run(501, 498)]);
+    }
+
+    #[test]
+    fn a_page_of_what_is_missing_takes_no_longer_for_what_is_around_it() {
+        let many = u32::try_from(3 * FILES_AT_ONCE).unwrap();
+        let mut ledger =
+            Ledger::open(manifest(&vec![Some(4); 3 * FILES_AT_ONCE]), Vec::new(), &Limits::default());
+        for file in 0..many - 1 {
+            ledger.claim(Extent { file, offset: 0, len: 4 }).unwrap();
+        }
+        let (mut at, mut page) = (Listing::new(true), Vec::new());
+        for looks in 1..=3 {
+            let listed = ledger.list(&mut at, &mut page, 10);
+            assert_eq!((listed, at.file), (Listed::Part, many / 3 * looks), "others get the books meanwhile");
+        }
+        assert_eq!(ledger.list(&mut at, &mut page, 10), Listed::All);
+        assert_eq!(page.len(), 1);
+        // What is brought while it is listed is not missing any more, whatever it joins.
+        let mut ledger = Ledger::open(manifest(&[Some(100)]), Vec::new(), &Limits::default());
+        for offset in [10, 20, 30] {
+            ledger.claim(Extent { file: 0, offset, len: 5 }).unwrap();
+        }
+        let (mut at, mut page) = (Listing::new(true), Vec::new());
+        assert_eq!(ledger.list(&mut at, &mut page, 2), Listed::Full);
+        ledger.claim(Extent { file: 0, offset: 15, len: 5 }).unwrap();
+        ledger.claim(Extent { file: 0, offset: 35, len: 5 }).unwrap();
+        assert_eq!(ledger.list(&mut at, &mut page, 5), Listed::All);
+        let found: Vec<_> = page.iter().map(|gap| (gap.offset, gap.length.unwrap())).collect();
+        assert_eq!(found, [(0, 10), (15, 5), (25, 5), (40, 60)]);
     }
 }

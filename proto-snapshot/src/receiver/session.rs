@@ -22,13 +22,14 @@ use tonic::Status;
 
 use super::handshake::{Frames, ended_early, idle, too_slow, unexpected};
 use super::incoming::{Incoming, StreamPermit};
+use super::ledger::{Listed, Listing, weight};
 use crate::extent::{Extent, ExtentRecord};
-use crate::limits::{Limits, PAGE_BYTES};
+use crate::limits::Limits;
 use crate::reason::Reason;
 use crate::spec::FileTotal;
 use crate::store::{StagedChunk, Staging};
 use crate::v1::transfer_split_snapshot_request::{Chunk, End, Frame};
-use crate::v1::transfer_split_snapshot_response::{Accepted, Ack, Extent as WireExtent, Frame as Answer};
+use crate::v1::transfer_split_snapshot_response::{Accepted, Ack, Frame as Answer};
 use crate::v1::{TransferPhase, TransferSplitSnapshotResponse};
 
 /// Runs of chunks, of at most [`FRAMES`] each, between the socket and the writer. Credit bounds their payload bytes, and [`OWNED`] what these keep alive.
@@ -58,6 +59,10 @@ const FRAMES: u32 = 64;
 /// How long an `Ack` may wait for more to tell, where the sender can go on without. Each costs a system call and a wake-up at both
 /// ends: one for each MiB took 5 % of what a receiver does.
 const ACK_DELAY: Duration = Duration::from_millis(5);
+
+/// Missing extents in a page of `Accepted`: 40 KiB of memory, and at most as much on the wire (four varints, two of them of at most ten bytes and two of five, and their tags, and tag and
+/// length of the extent). A peer that takes no answers has some pages wait for it.
+const EXTENTS_OF_PAGE: usize = 1024;
 
 /// The answers of one stream.
 #[derive(Debug, Clone)]
@@ -107,69 +112,137 @@ impl Answers {
 
 /// Shares the receive budget: first among the nodes that send, then among the streams of each. So whoever opens many gets no more of
 /// it, and leaves the others theirs, whether it uses them or not.
+///
+/// Each stream may hold a chunk that is not all there, whatever its credit is. So there are no more streams than chunks in the budget, but for one of each transfer: lanes are given
+/// out of what is left of them.
 #[derive(Debug, Default)]
 pub(super) struct Budget {
-    /// Open streams by source node.
-    streams: Mutex<HashMap<NodeId, u64>>,
+    /// By source node; those that send nothing are not in it.
+    peers: Mutex<HashMap<NodeId, Sends>>,
+}
+
+/// What a node has of the budget.
+#[derive(Debug, Default)]
+struct Sends {
+    /// Streams, and lanes that may be opened.
+    streams: u64,
+    /// Credit of all of them that was given and is not used up, in bytes.
+    promised: u64,
 }
 
 impl Budget {
-    fn grant(&self, peer: &NodeId, limits: &Limits) -> u64 {
-        let streams = self.streams();
-        let of_peer = streams.get(peer).copied().unwrap_or(0).max(1);
-        let peers = (streams.len() as u64).max(1);
-        let share = limits.receive_budget_bytes / peers / of_peer;
-        share.min(limits.stream_credit_bytes).max(u64::from(limits.chunk_bytes))
-    }
-
+    /// The stream that a transfer has in any case.
     pub(super) fn join(self: &Arc<Self>, peer: &NodeId) -> BudgetShare {
-        *self.streams().entry(peer.clone()).or_default() += 1;
-        BudgetShare { budget: Arc::clone(self), peer: peer.clone() }
+        Lanes::take(self, peer, |_, _| 1).join()
     }
 
-    fn streams(&self) -> MutexGuard<'_, HashMap<NodeId, u64>> {
-        self.streams.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Up to `wanted` lanes for a transfer of `peer`, until dropped. Of the streams that others leave, a node has no more than half; so the next one has some, too.
+    pub(super) fn lanes(self: &Arc<Self>, peer: &NodeId, wanted: u64, limits: &Limits) -> Arc<Lanes> {
+        Lanes::take(self, peer, |of_all, of_peer| {
+            let streams = limits.receive_budget_bytes / u64::from(limits.chunk_bytes).max(1);
+            let of_others = of_all.saturating_sub(of_peer);
+            (streams.saturating_sub(of_others) / 2).saturating_sub(of_peer).min(wanted)
+        })
+    }
+
+    fn peers(&self) -> MutexGuard<'_, HashMap<NodeId, Sends>> {
+        self.peers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// A stream that counts; until dropped.
+/// Streams that a transfer may have; until dropped.
 #[derive(Debug)]
-pub(super) struct BudgetShare {
+pub(super) struct Lanes {
     budget: Arc<Budget>,
     peer: NodeId,
+    count: u64,
 }
 
-impl BudgetShare {
-    /// What the stream may send beyond the `received` bytes that it has brought: its share, and at first no more than [`FIRST_CREDIT`], then twice
-    /// that, and so on.
-    fn grant(&self, limits: &Limits, received: u64) -> u64 {
-        let begun = received.saturating_add(FIRST_CREDIT.max(limits.chunk_bytes.into()));
-        self.budget.grant(&self.peer, limits).min(begun)
+impl Lanes {
+    /// As many as `count` says, of those that all have and of those of `peer`.
+    fn take(budget: &Arc<Budget>, peer: &NodeId, count: impl FnOnce(u64, u64) -> u64) -> Arc<Self> {
+        let mut peers = budget.peers();
+        let of_all = peers.values().map(|sends| sends.streams).sum();
+        let of_peer = peers.get(peer).map_or(0, |sends| sends.streams);
+        let count = count(of_all, of_peer);
+        if count > 0 {
+            peers.entry(peer.clone()).or_default().streams += count;
+        }
+        drop(peers);
+        Arc::new(Self { budget: Arc::clone(budget), peer: peer.clone(), count })
+    }
+
+    pub(super) fn count(&self) -> u32 {
+        u32::try_from(self.count).unwrap_or(u32::MAX)
+    }
+
+    /// One of them sends.
+    pub(super) fn join(self: Arc<Self>) -> BudgetShare {
+        BudgetShare { lanes: self, promised: AtomicU64::new(0) }
     }
 }
 
-impl Drop for BudgetShare {
+impl Drop for Lanes {
     fn drop(&mut self) {
-        let mut streams = self.budget.streams();
-        if let Some(of_peer) = streams.get_mut(&self.peer) {
-            *of_peer -= 1;
-            if *of_peer == 0 {
-                streams.remove(&self.peer);
+        let mut peers = self.budget.peers();
+        if let Some(sends) = peers.get_mut(&self.peer) {
+            sends.streams = sends.streams.saturating_sub(self.count);
+            if sends.streams == 0 {
+                peers.remove(&self.peer);
             }
         }
     }
 }
 
+/// A stream that sends; until dropped.
+#[derive(Debug)]
+pub(super) struct BudgetShare {
+    lanes: Arc<Lanes>,
+    /// Its part of [`Sends::promised`], which is changed with that.
+    promised: AtomicU64,
+}
+
+impl BudgetShare {
+    /// What the stream may send in all, after the `received` bytes that it has brought and the `credit` that it was given: its share, and at first no more than [`FIRST_CREDIT`], then twice
+    /// that, and so on. What is promised to other streams of its node is not promised again, but a chunk is.
+    fn grant(&self, limits: &Limits, received: u64, credit: u64) -> u64 {
+        let Lanes { budget, peer, .. } = &*self.lanes;
+        let chunk = u64::from(limits.chunk_bytes);
+        let begun = received.saturating_add(FIRST_CREDIT.max(chunk));
+        let mut peers = budget.peers();
+        let of_node = limits.receive_budget_bytes / (peers.len() as u64).max(1);
+        let Some(sends) = peers.get_mut(peer) else { return credit };
+        let of_others = sends.promised.saturating_sub(self.promised.load(Ordering::Relaxed));
+        let share = (of_node / sends.streams.max(1)).min(of_node.saturating_sub(of_others));
+        let share = share.min(limits.stream_credit_bytes).max(chunk).min(begun);
+        let granted = received.saturating_add(share).max(credit);
+        let promised = granted.saturating_sub(received);
+        self.promised.store(promised, Ordering::Relaxed);
+        sends.promised = of_others.saturating_add(promised);
+        granted
+    }
+}
+
+impl Drop for BudgetShare {
+    fn drop(&mut self) {
+        let mut peers = self.lanes.budget.peers();
+        if let Some(sends) = peers.get_mut(&self.lanes.peer) {
+            sends.promised = sends.promised.saturating_sub(self.promised.load(Ordering::Relaxed));
+        }
+    }
+}
+
 /// Sends `Accepted`, in as many pages as it takes; `terms` is the last page without its extents.
-pub(super) async fn accept(
+pub(super) async fn accept<A: Staging>(
     answers: &Answers,
     terms: Accepted,
-    missing: Vec<WireExtent>,
+    incoming: &Incoming<A>,
+    missing: Listing,
     stop: &mut watch::Receiver<Option<Error>>,
 ) -> Result<(), Error> {
     // A takeover waits for this stream; it does not wait for its peer.
     tokio::select! {
-        sent = send_pages(answers, terms, missing) => sent,
+        sent = send_pages(answers, terms, incoming, missing) => sent,
         reason = told_to_stop(stop) => Err(reason.unwrap_or_else(ended_early)),
     }
 }
@@ -180,17 +253,26 @@ pub(super) async fn told_to_stop(stop: &mut watch::Receiver<Option<Error>>) -> O
     stop.wait_for(Option::is_some).await.map_or(None, |reason| reason.clone())
 }
 
-async fn send_pages(answers: &Answers, terms: Accepted, missing: Vec<WireExtent>) -> Result<(), Error> {
-    // Four varints, two of them of at most ten bytes and two of five, and their tags, and tag and length of the extent: never more than this.
-    const EXTENT_BYTES: usize = 40;
-    let per_page = PAGE_BYTES / EXTENT_BYTES;
-    let mut rest = missing.as_slice();
-    while rest.len() > per_page {
-        let (page, more) = rest.split_at(per_page);
-        answers.send(Answer::Accepted(Accepted { missing: page.to_vec(), ..Accepted::default() })).await?;
-        rest = more;
+/// Sends what is missing page by page, each of which is made when there is room for it. What streams bring meanwhile is not listed; nobody is told to send what another one sends.
+async fn send_pages<A: Staging>(
+    answers: &Answers,
+    terms: Accepted,
+    incoming: &Incoming<A>,
+    mut missing: Listing,
+) -> Result<(), Error> {
+    let mut page = Vec::new();
+    loop {
+        let listed = incoming.ledger().list(&mut missing, &mut page, EXTENTS_OF_PAGE);
+        match listed {
+            Listed::Part => tokio::task::yield_now().await,
+            Listed::Full => {
+                let missing = std::mem::take(&mut page);
+                answers.send(Answer::Accepted(Accepted { missing, ..Accepted::default() })).await?;
+            }
+            Listed::All => break,
+        }
     }
-    answers.send(Answer::Accepted(Accepted { missing: rest.to_vec(), last: true, ..terms })).await
+    answers.send(Answer::Accepted(Accepted { missing: page, last: true, ..terms })).await
 }
 
 /// The data phase of one stream.
@@ -212,7 +294,7 @@ struct Written {
 impl<A: Staging> Session<'_, A> {
     /// Credit that is given before the first `Ack`.
     pub(super) fn first_credit(budget: &BudgetShare, limits: &Limits) -> u64 {
-        budget.grant(limits, 0)
+        budget.grant(limits, 0, 0)
     }
 
     /// Takes chunks until `End` (whose totals it returns, with the last `Ack`) or, on a lane, until the sender half-closes.
@@ -414,7 +496,7 @@ impl<A: Staging> Session<'_, A> {
         let chunk = u64::from(self.limits.chunk_bytes);
         let fresh = ack.credit_limit.saturating_sub(last.credit_limit);
         ack.durable_bytes != last.durable_bytes
-            || fresh >= (self.budget.grant(self.limits, ack.received_bytes) / 4).max(chunk)
+            || fresh >= (ack.credit_limit.saturating_sub(ack.received_bytes) / 4).max(chunk)
             || last.credit_limit.saturating_sub(taken) < chunk
     }
 
@@ -436,7 +518,7 @@ impl<A: Staging> Session<'_, A> {
         Ack {
             received_bytes: received,
             durable_bytes: incoming.ledger().durable_bytes(),
-            credit_limit: received.saturating_add(self.budget.grant(self.limits, received)).max(credit),
+            credit_limit: self.budget.grant(self.limits, received, credit),
             phase: TransferPhase::Transferring.into(),
         }
     }
@@ -528,7 +610,8 @@ async fn write_all<A: Staging>(
             })
             .collect();
         let bytes: u64 = records.iter().map(|record| record.extent.len).sum();
-        incoming.room_for(bytes, &limits).await?;
+        let weight = records.iter().map(|record| weight(record.extent.len)).sum();
+        incoming.room_for(weight, &limits).await?;
         if let Err(error) = incoming.staging.write(batch.drain(..).map(|(chunk, _)| chunk).collect()).await {
             tracing::warn!(
                 transfer_id = %incoming.plan.spec.transfer_id,
@@ -681,16 +764,68 @@ mod tests {
         let budget = Arc::new(Budget::default());
         let one = budget.join(&modest);
         let long = limits.stream_credit_bytes;
-        assert_eq!(one.grant(&limits, long), limits.stream_credit_bytes, "alone");
-        let rises: Vec<_> = [0, 1, 3, 6, 7].map(|mib| one.grant(&limits, mib << 20) >> 20).to_vec();
+        let window = |stream: &BudgetShare, received| stream.grant(&limits, received, 0) - received;
+        assert_eq!(window(&one, long), limits.stream_credit_bytes, "alone");
+        let rises: Vec<_> = [0, 1, 3, 6, 7].map(|mib| window(&one, mib << 20) >> 20).to_vec();
         assert_eq!(rises, [1, 2, 4, 7, 8], "at first less, up to what it gets alone");
         let many: Vec<_> = (0..100).map(|_| budget.join(&greedy)).collect();
-        assert_eq!(one.grant(&limits, long), 8 << 20, "half of it");
-        assert_eq!(many[0].grant(&limits, long), u64::from(limits.chunk_bytes), "a chunk at least");
+        assert_eq!(window(&one, long), 8 << 20, "half of it");
+        assert_eq!(window(&many[0], long), u64::from(limits.chunk_bytes), "a chunk at least");
         drop(many);
-        let _lane = budget.join(&modest);
-        assert_eq!(one.grant(&limits, long), 8 << 20);
+        let _second = budget.join(&modest);
+        assert_eq!(window(&one, long), 8 << 20);
         drop(one);
-        assert_eq!(budget.streams().len(), 1);
+        assert_eq!(budget.peers().len(), 1);
+    }
+
+    #[test]
+    fn lanes_are_given_while_each_stream_has_a_chunk_of_the_budget() {
+        let limits = Limits::default();
+        let chunks = limits.receive_budget_bytes / u64::from(limits.chunk_bytes);
+        let budget = Arc::new(Budget::default());
+        let node = |number: usize| NodeId::new(format!("n{number}")).unwrap();
+        let mut held = Vec::new();
+        let mut of_nodes = Vec::new();
+        for number in 0..4 {
+            let first = held.len();
+            for _ in 0..limits.transfers_per_peer {
+                let control = budget.join(&node(number));
+                let lanes = budget.lanes(&node(number), u64::from(limits.lanes) - 1, &limits);
+                held.push((control, lanes));
+            }
+            let of_node: Vec<_> =
+                held[first..].iter().map(|(_, lanes)| 1 + u64::from(lanes.count())).collect();
+            of_nodes.push(of_node.iter().sum::<u64>());
+            assert!(number > 0 || of_node[0] == 8, "one that is alone has all lanes that it wants");
+        }
+        assert!(of_nodes.iter().all(|of_node| *of_node <= chunks), "{of_nodes:?}");
+        let transfers = held.len() as u64;
+        assert!(of_nodes.iter().sum::<u64>() <= chunks + transfers, "{of_nodes:?}");
+        drop(held);
+        assert!(budget.peers().is_empty());
+        // What a node holds leaves lanes to the next one.
+        let _all: Vec<_> = (0..64).map(|_| budget.lanes(&node(0), 7, &limits)).collect();
+        assert_eq!(budget.lanes(&node(1), 7, &limits).count(), 7);
+    }
+
+    #[test]
+    fn what_was_promised_to_streams_of_a_node_is_not_promised_again() {
+        let limits = Limits::default();
+        let (budget, node) = (Arc::new(Budget::default()), NodeId::new("n9").unwrap());
+        let mut streams = Vec::new();
+        let mut promised = 0;
+        for _ in 0..64 {
+            let stream = budget.join(&node);
+            // It has brought much, and then stops.
+            promised += stream.grant(&limits, 1 << 40, 0) - (1 << 40);
+            streams.push(stream);
+        }
+        let chunks = 64 * u64::from(limits.chunk_bytes);
+        assert!(promised <= limits.receive_budget_bytes + chunks, "{promised}");
+        assert_eq!(budget.peers()[&node].promised, promised);
+        // What is used up is there again.
+        assert!(streams[1].grant(&limits, 2 << 40, 0) - (2 << 40) <= 2 << 20);
+        streams.truncate(1);
+        assert_eq!(streams[0].grant(&limits, 2 << 40, 0) - (2 << 40), limits.stream_credit_bytes);
     }
 }

@@ -24,6 +24,8 @@ pub struct Brake {
     /// The source node whose writes it holds; `None`: of all.
     of: Option<&'static str>,
     pub reuses: Arc<Mutex<Reuses>>,
+    /// Most records that were synced at once.
+    pub most_synced: Arc<AtomicUsize>,
     /// Removals that are still to fail.
     pub removals_fail: Arc<AtomicUsize>,
     /// Resets of records that are still to fail.
@@ -49,6 +51,7 @@ impl Brake {
             begun: watch::Sender::new(0),
             of: None,
             reuses: Arc::default(),
+            most_synced: Arc::default(),
             removals_fail: Arc::default(),
             resets_fail: Arc::default(),
             seals_fail: Arc::default(),
@@ -170,6 +173,7 @@ impl Staging for SlowStaging {
     }
 
     async fn sync(&self, records: Vec<ExtentRecord>) -> Result<(), StoreError> {
+        self.brake.most_synced.fetch_max(records.len(), Ordering::SeqCst);
         self.staging.sync(records).await
     }
 
