@@ -5,6 +5,9 @@ use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use bytesize::ByteSize;
+use rand::SeedableRng as _;
+use rand::rngs::StdRng;
+use rand::seq::SliceRandom as _;
 
 use crate::Options;
 use crate::payload::Payload;
@@ -48,18 +51,20 @@ fn side(row: &Row) -> Side {
     }
 }
 
-/// A B C, B C A, C A B: what disturbs the machine for a while disturbs all of them, and nobody is always the one that comes behind another. A round
-/// before the first one is not counted: it takes the memory that the system has not handed out yet.
+/// All of them in each round, in an order that is drawn anew, the same ones in each run: what disturbs the machine for a while disturbs all of them, and nobody is
+/// always the one that comes behind another. A round before the first one is not counted: it takes the memory that the system has not handed out yet.
 fn interleave(
     options: &Options,
     report: &mut Report,
     mut rows: Vec<Row>,
     measure: impl Fn(&Row) -> Result<Sample, Skipped>,
 ) {
-    let many = rows.len();
-    for round in 0..=options.rounds() as usize {
-        for number in 0..many {
-            let row = &mut rows[(round + number) % many];
+    let mut random = StdRng::seed_from_u64(1);
+    let mut order: Vec<usize> = (0..rows.len()).collect();
+    for round in 0..=options.rounds() {
+        order.shuffle(&mut random);
+        for number in &order {
+            let row = &mut rows[*number];
             if row.skipped.is_some() {
                 continue;
             }

@@ -5,8 +5,10 @@ use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::panic::resume_unwind;
 use std::path::PathBuf;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
 use std::thread;
 
 use bytes::{Bytes, BytesMut};
@@ -14,6 +16,8 @@ use futures::StreamExt as _;
 use proto_common::path::FileName;
 use rustix::fs::{Mode, OFlags};
 use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::TrySendError;
+use tokio::task::JoinHandle;
 
 use crate::memory::in_memory;
 use crate::spec::ManifestFile;
@@ -399,16 +403,58 @@ pub(super) async fn read(
         };
         return Ok(futures::stream::unfold(pieces, next).boxed());
     }
-    let (sender, mut receiver) = mpsc::channel(AHEAD);
-    // Ends when it has read all, or with the next piece after the receiver is dropped.
-    drop(tokio::task::spawn_blocking(move || {
-        for piece in pieces {
-            if sender.blocking_send(piece).is_err() {
-                return;
+    let mut reading = Reading::new(pieces);
+    Ok(futures::stream::poll_fn(move |cx| reading.poll_next(cx)).boxed())
+}
+
+/// Reads ahead on other threads, of which it keeps none while nobody takes what was read: the pool has so many, and the store of the node writes on them, too.
+struct Reading {
+    sender: mpsc::Sender<Result<Bytes, SourceError>>,
+    ready: mpsc::Receiver<Result<Bytes, SourceError>>,
+    /// What is left to read, while no thread reads.
+    rest: Option<Pieces>,
+    /// Gives back what is left when as much was read as may wait. Ends with the next piece after this is dropped.
+    job: Option<JoinHandle<Option<Pieces>>>,
+}
+
+impl Reading {
+    /// Pieces that wait when more are read: to wake a thread for each would be dear.
+    const LOW: usize = 1;
+
+    fn new(pieces: Pieces) -> Self {
+        let (sender, ready) = mpsc::channel(AHEAD);
+        Self { sender, ready, rest: Some(pieces), job: None }
+    }
+
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, SourceError>>> {
+        loop {
+            if let Some(rest) = self.rest.take_if(|_| self.ready.len() <= Self::LOW) {
+                let sender = self.sender.clone();
+                self.job = Some(tokio::task::spawn_blocking(move || rest.fill(&sender)));
+            }
+            let ended = match &mut self.job {
+                None => false,
+                Some(job) => match Pin::new(job).poll(cx) {
+                    Poll::Pending => false,
+                    Poll::Ready(ended) => {
+                        self.job = None;
+                        self.rest = ended.unwrap_or_else(|error| match error.try_into_panic() {
+                            Ok(panic) => resume_unwind(panic),
+                            // The runtime ends.
+                            Err(_) => None,
+                        });
+                        true
+                    }
+                },
+            };
+            match self.ready.poll_recv(cx) {
+                Poll::Ready(piece) => return Poll::Ready(piece),
+                Poll::Pending if ended => {}
+                Poll::Pending if self.job.is_some() => return Poll::Pending,
+                Poll::Pending => return Poll::Ready(None),
             }
         }
-    }));
-    Ok(futures::stream::poll_fn(move |cx| receiver.poll_recv(cx)).boxed())
+    }
 }
 
 /// What is left to read of a file, piece by piece; ends after the first failure.
@@ -419,6 +465,19 @@ struct Pieces {
     at: u64,
     end: u64,
     piece: usize,
+}
+
+impl Pieces {
+    /// Reads until `ready` is full, or nobody wants more. Returns itself, if there may be more to read.
+    fn fill(mut self, ready: &mpsc::Sender<Result<Bytes, SourceError>>) -> Option<Self> {
+        loop {
+            match ready.try_reserve() {
+                Ok(place) => place.send(self.next()?),
+                Err(TrySendError::Full(())) => return Some(self),
+                Err(TrySendError::Closed(())) => return None,
+            }
+        }
+    }
 }
 
 impl Iterator for Pieces {

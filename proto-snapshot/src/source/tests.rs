@@ -287,6 +287,40 @@ async fn a_file_that_changes_while_it_is_read_is_never_read_to_its_end() {
     }
 }
 
+/// The store of the node writes on the same threads, and a peer may stall as many streams as it likes.
+#[test]
+fn a_stream_that_nobody_reads_on_keeps_no_thread() {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .max_blocking_threads(1)
+        .enable_all()
+        .build()
+        .unwrap();
+    runtime.block_on(async {
+        let dir = tempfile::tempdir().unwrap();
+        let content = bytes(100_000);
+        fs::write(dir.path().join("file"), &content).unwrap();
+        let source = FileSource::new(dir.path().join("file"));
+        source.describe(false).await.unwrap();
+        let mut stalled = Vec::new();
+        for _ in 0..3 {
+            let mut pieces = source.open(0, 0, None, 1000).await.unwrap();
+            let first = pieces.next().await.unwrap().unwrap();
+            stalled.push((first, pieces));
+        }
+        let other = tokio::task::spawn_blocking(|| ());
+        tokio::time::timeout(Duration::from_secs(30), other).await.expect("a thread is free").unwrap();
+        // They go on where they were.
+        for (first, rest) in stalled {
+            let mut read = first.to_vec();
+            for piece in rest.collect::<Vec<_>>().await {
+                read.extend_from_slice(&piece.unwrap());
+            }
+            assert_eq!(read, content);
+        }
+    });
+}
+
 /// Nobody takes pieces: at most four of them are read.
 #[tokio::test]
 async fn reads_at_most_four_pieces_ahead_and_ends_when_dropped() {
