@@ -172,9 +172,6 @@ impl Model {
 
     fn refused(&mut self, error: &Error) {
         self.ended |= !error.is_retryable();
-        // What does not add up as a whole is not kept in whole.
-        self.unsure |=
-            matches!(error.reason(), "FILE_CHECKSUM_MISMATCH" | "TOTALS_MISMATCH" | "STAGED_DATA_DAMAGED");
     }
 
     /// Sends header and manifest, good ones or bad ones; gives the stream if it was accepted.
