@@ -5,6 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use arbitrary::Unstructured;
+use proto_common::checksum::crc64;
 
 /// Contents by name, below one directory.
 pub type Files = BTreeMap<String, Vec<u8>>;
@@ -58,4 +59,20 @@ pub fn apply(
         }
     }
     Ok(())
+}
+
+/// The records of a log that was damaged, up to the first that is not as it was written, and whether they are all that it holds. What
+/// `proto_common::durable::RecordLog` reads, by other means: `[len: u32][crc: u64][record]`, where `crc` is of `len` and record.
+#[must_use]
+pub fn records(mut log: &[u8]) -> (Vec<&[u8]>, bool) {
+    let mut records = Vec::new();
+    while let Some((len, rest)) = log.split_first_chunk::<4>()
+        && let Some((crc, rest)) = rest.split_first_chunk::<8>()
+        && let Some((record, rest)) = rest.split_at_checked(u32::from_le_bytes(*len) as usize)
+        && crc64(&[&len[..], record].concat()) == u64::from_le_bytes(*crc)
+    {
+        records.push(record);
+        log = rest;
+    }
+    (records, log.is_empty())
 }

@@ -14,7 +14,8 @@ use tokio::runtime::{Builder, Runtime};
 use tonic::Status;
 use tonic_types::StatusExt as _;
 
-/// Longest time for one input. Far beyond what any takes, and below the idle timeouts, which would hide a hang.
+/// Longest time for one input, by a clock that goes on only where nothing is left to do: a machine that is busy with something else makes nobody late. Far
+/// beyond what any takes, and below the idle timeouts, which would hide a hang.
 const LIMIT: Duration = Duration::from_secs(20);
 
 /// Names of the last directories. Each has its own, which no input can hold that was made before it: an error that has one has told a path. A name
@@ -48,7 +49,8 @@ pub fn panics() -> usize {
 pub(crate) fn block_on<T>(work: impl Future<Output = T>) -> T {
     let before = panics();
     let done = RUNTIME.with(|runtime| {
-        let runtime = runtime.get_or_init(|| Builder::new_current_thread().enable_all().build().unwrap());
+        let runtime = runtime
+            .get_or_init(|| Builder::new_current_thread().enable_all().start_paused(true).build().unwrap());
         runtime.block_on(async {
             tokio::time::timeout(LIMIT, work).await.unwrap_or_else(|_| panic!("no end within {LIMIT:?}"))
         })

@@ -15,7 +15,7 @@ use proto_snapshot::v1::split_snapshot_service_client::SplitSnapshotServiceClien
 use proto_snapshot::v1::transfer_split_snapshot_request::{
     Chunk, End, File, FileTotal, Frame, Header, Manifest,
 };
-use proto_snapshot::v1::transfer_split_snapshot_response::{Accepted, Extent, Frame as Answer};
+use proto_snapshot::v1::transfer_split_snapshot_response::{Accepted, Ack, Extent, Frame as Answer};
 use proto_snapshot::v1::{
     GetTransferProgressRequest, TransferSplitSnapshotRequest, TransferSplitSnapshotResponse,
 };
@@ -146,6 +146,9 @@ impl Snapshot {
 pub(crate) struct Stream {
     frames: Option<mpsc::Sender<TransferSplitSnapshotRequest>>,
     answers: Streaming<TransferSplitSnapshotResponse>,
+    /// Bytes of chunks, and how many of them have arrived.
+    sent: u64,
+    received: u64,
 }
 
 impl Stream {
@@ -157,13 +160,44 @@ impl Stream {
         let (frames, requests) = mpsc::channel(1024);
         frames.send(TransferSplitSnapshotRequest { frame: first }).await.unwrap();
         let answers = client.clone().transfer_split_snapshot(ReceiverStream::new(requests)).await.unwrap();
-        Self { frames: Some(frames), answers: answers.into_inner() }
+        Self { frames: Some(frames), answers: answers.into_inner(), sent: 0, received: 0 }
     }
 
-    pub(crate) async fn say(&self, frame: impl Into<Option<Frame>>) {
+    pub(crate) async fn say(&mut self, frame: impl Into<Option<Frame>>) {
         let Some(frames) = &self.frames else { return };
+        let frame = frame.into();
+        if let Some(Frame::Chunk(chunk)) = &frame {
+            self.sent += chunk.payload.len() as u64;
+        }
         // One that has ended reads nothing; it says why in its answer.
-        let _ = frames.send(TransferSplitSnapshotRequest { frame: frame.into() }).await;
+        let _ = frames.send(TransferSplitSnapshotRequest { frame }).await;
+    }
+
+    /// Waits until `bytes` of the transfer are durable.
+    pub(crate) async fn durable(&mut self, bytes: u64) {
+        while self.ack().await.unwrap().expect("an Ack").durable_bytes < bytes {}
+    }
+
+    /// Waits until all that was sent has arrived.
+    pub(crate) async fn arrived(&mut self) {
+        while self.received < self.sent {
+            self.ack().await.unwrap().expect("an Ack");
+        }
+    }
+
+    /// Reads to the end of a lane, all of whose bytes have to arrive where it ends well.
+    pub(crate) async fn ended(&mut self) -> Result<(), Error> {
+        while self.ack().await?.is_some() {}
+        assert_eq!(self.received, self.sent, "a lane ended without what was sent on it");
+        Ok(())
+    }
+
+    async fn ack(&mut self) -> Result<Option<Ack>, Error> {
+        match self.next().await? {
+            Some(Answer::Ack(ack)) => Ok(Some(ack)),
+            None => Ok(None),
+            other => panic!("{other:?} instead of Ack"),
+        }
     }
 
     pub(crate) fn half_close(&mut self) {
@@ -171,10 +205,14 @@ impl Stream {
     }
 
     async fn next(&mut self) -> Result<Option<Answer>, Error> {
-        match self.answers.message().await {
-            Ok(answer) => Ok(answer.map(|answer| answer.frame.expect("a frame"))),
-            Err(status) => Err(refusal(status)),
+        let answer = self.answers.message().await.map_err(refusal)?;
+        let answer = answer.map(|answer| answer.frame.expect("a frame"));
+        if let Some(Answer::Ack(ack)) = &answer {
+            assert!(ack.received_bytes <= self.sent, "{ack:?} of {} bytes", self.sent);
+            assert!(ack.received_bytes >= self.received, "{ack:?} after {} bytes", self.received);
+            self.received = ack.received_bytes;
         }
+        Ok(answer)
     }
 
     /// All pages of it in one.

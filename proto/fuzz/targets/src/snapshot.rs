@@ -4,7 +4,7 @@
 //! Whatever was sent before, a sender that makes no mistake gets its snapshot installed, bit for bit, unless it was cancelled or wrong bytes
 //! were sent under its name.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use arbitrary::Unstructured;
@@ -20,9 +20,11 @@ use proto_snapshot::v1::transfer_split_snapshot_request::{
 use crate::harness::{block_on, directory};
 use crate::sender::{CHUNK, Client, Snapshot, Stream, client, open, receiver};
 
-/// Streams of one input, and frames of one stream.
+/// Control streams of one input, and frames of one of them, its lanes' included.
 const STREAMS: usize = 8;
-const FRAMES: usize = 24;
+const FRAMES: usize = 32;
+/// Most streams of one attempt.
+const LANES: u32 = 8;
 
 /// A byte: its file and its offset.
 type Byte = (u32, u64);
@@ -44,6 +46,13 @@ struct Model {
     ended: bool,
     installed: bool,
     cancelled: bool,
+    /// Streams that the present one may have, itself included.
+    max_lanes: u32,
+    lanes: BTreeMap<u32, Stream>,
+    /// The last one of each lane of the attempt.
+    generations: BTreeMap<u32, u64>,
+    /// What was sent on each stream, 0 is the control stream, and need not have arrived.
+    on_the_way: BTreeMap<u32, BTreeSet<Byte>>,
 }
 
 /// How a stream ended.
@@ -72,6 +81,10 @@ pub fn run(data: &[u8]) {
             ended: false,
             installed: false,
             cancelled: false,
+            max_lanes: 1,
+            lanes: BTreeMap::new(),
+            generations: BTreeMap::new(),
+            on_the_way: BTreeMap::new(),
         };
         let mut node = receiver(open(&store).unwrap()).await;
         for _ in 0..STREAMS {
@@ -130,6 +143,9 @@ impl Model {
                 Ending::Refused(&["STREAM_ENDED_EARLY"])
             }
         };
+        // What is on the way of a lane need not be taken.
+        self.unsure |= self.on_the_way.iter().any(|(lane, bytes)| *lane > 0 && !bytes.is_empty());
+        self.on_the_way.clear();
         match end {
             Ending::Dropped => {
                 drop(stream);
@@ -147,13 +163,15 @@ impl Model {
                 self.refused(&error);
             }
         }
+        for (lane, mut stream) in std::mem::take(&mut self.lanes) {
+            let error = stream.ended().await.unwrap_err();
+            let cancelled = self.cancelled && error.reason() == "TRANSFER_CANCELLED";
+            assert!(cancelled || error.reason() == "STREAM_ENDED_EARLY", "lane {lane}: {error:?}");
+        }
     }
 
     fn refused(&mut self, error: &Error) {
         self.ended |= !error.is_retryable();
-        // What does not add up as a whole is not kept in whole.
-        self.unsure |=
-            matches!(error.reason(), "FILE_CHECKSUM_MISMATCH" | "TOTALS_MISMATCH" | "STAGED_DATA_DAMAGED");
     }
 
     /// Sends header and manifest, good ones or bad ones; gives the stream if it was accepted.
@@ -167,6 +185,7 @@ impl Model {
             if next { (self.attempt + 1, 1) } else { (self.attempt, self.generation + 1) };
         let mut header = self.snapshot.header(attempt, generation);
         let mut manifest = self.snapshot.manifest();
+        header.lanes = *data.choose(&[0, 2, 3, LANES + 1])?;
         let misfit = self.misfit(data, &mut header)?;
         let expected = match misfit {
             None => spoil(data, &mut header, &mut manifest)?,
@@ -187,10 +206,19 @@ impl Model {
             };
             let mut stream = Stream::open_with(client, Some(Frame::LaneHeader(lane))).await;
             stream.half_close();
-            let error = stream.accepted().await.unwrap_err();
-            assert!(["NO_SUCH_ATTEMPT", "INVALID_FIELD"].contains(&error.reason()), "{error:?}");
+            // It need not be known yet that the control stream is gone.
+            let reasons: &[_] = if self.unsure {
+                &["NO_SUCH_ATTEMPT", "INVALID_FIELD", "SUPERSEDED"]
+            } else {
+                &["NO_SUCH_ATTEMPT", "INVALID_FIELD"]
+            };
+            match stream.accepted().await {
+                Ok(_) => assert!(self.unsure, "a lane of nothing"),
+                Err(error) => assert!(reasons.contains(&error.reason()), "{error:?}"),
+            }
             return Ok(None);
         }
+        let max_lanes = header.lanes.clamp(1, LANES);
         let mut stream = Stream::open(client, header).await;
         stream.say(Frame::Manifest(manifest)).await;
         let accepted = stream.accepted().await;
@@ -220,6 +248,9 @@ impl Model {
         assert!(!self.installed, "installed, and asked for again");
         (self.attempt, self.generation, self.seen) = (attempt, generation, generation);
         self.ended &= !next;
+        assert_eq!(accepted.max_lanes, max_lanes);
+        self.max_lanes = max_lanes;
+        self.generations.clear();
         let missing = missing(&accepted.missing);
         if self.unsure {
             self.unsure = false;
@@ -290,12 +321,16 @@ impl Model {
     ) -> arbitrary::Result<Ending> {
         const UNEXPECTED: &[&str] = &["UNEXPECTED_FRAME"];
         for _ in 0..FRAMES {
-            let kind = data.int_in_range(0..=23_u8)?;
+            let kind = data.int_in_range(0..=31_u8)?;
+            if let 14 | 17..=19 = kind {
+                // Of two streams, either may be first.
+                self.arrived(stream).await;
+            }
             let refused: &'static [&'static str] = match kind {
                 0..=8 => {
                     if let Some((file, offset, len)) = self.some_missing(data)? {
                         let chunk = self.snapshot.chunk(file, offset, len);
-                        self.take(&chunk);
+                        self.take(0, &chunk);
                         stream.say(Frame::Chunk(chunk)).await;
                     }
                     continue;
@@ -330,12 +365,8 @@ impl Model {
                     &["EXTENT_OUT_OF_BOUNDS"]
                 }
                 14 => {
-                    let there: Vec<Byte> = all(&self.snapshot).difference(&self.missing).copied().collect();
-                    if there.is_empty() {
-                        continue;
-                    }
-                    let (file, offset) = *data.choose(&there)?;
-                    stream.say(Frame::Chunk(self.snapshot.chunk(file, offset, 1))).await;
+                    let Some(chunk) = self.there(data)? else { continue };
+                    stream.say(Frame::Chunk(chunk)).await;
                     &["OVERLAPPING_EXTENT"]
                 }
                 15 => {
@@ -353,28 +384,19 @@ impl Model {
                 }
                 17 | 18 => {
                     stream.say(Frame::End(self.snapshot.end())).await;
-                    match (self.missing.is_empty(), !self.poisoned.is_empty()) {
-                        (true, false) => return Ok(Ending::Installed),
-                        (true, true) => &["FILE_CHECKSUM_MISMATCH"],
-                        (false, _) => &["MISSING_EXTENTS", "FILE_CHECKSUM_MISMATCH"],
+                    match self.lacks() {
+                        None => return Ok(Ending::Installed),
+                        Some(lacks) => lacks,
                     }
                 }
                 19 => {
                     let mut end = self.snapshot.end();
-                    let wrong = wrong_totals(data, &mut end)?;
+                    let wrong = self.wrong_totals(data, &mut end)?;
                     stream.say(Frame::End(end)).await;
                     wrong
                 }
                 20 => {
-                    // Bytes that are not the snapshot's, with a checksum that is theirs.
-                    let Some((file, offset, len)) = self.some_missing(data)? else { continue };
-                    let mut chunk = self.snapshot.chunk(file, offset, len);
-                    let mut payload = chunk.payload.to_vec();
-                    payload[0] ^= 0xff;
-                    chunk.crc64nvme = crc64(&payload);
-                    chunk.payload = payload.into();
-                    self.take(&chunk);
-                    self.poisoned.insert((file, offset));
+                    let Some(chunk) = self.poison(data, 0)? else { continue };
                     stream.say(Frame::Chunk(chunk)).await;
                     continue;
                 }
@@ -383,6 +405,10 @@ impl Model {
                     &["STREAM_ENDED_EARLY"]
                 }
                 22 => return Ok(Ending::Dropped),
+                24.. => {
+                    self.lane(data, client, stream).await?;
+                    continue;
+                }
                 _ => {
                     if !data.ratio(1_u8, 3)? {
                         continue;
@@ -408,10 +434,237 @@ impl Model {
         Ok(Some((file, offset, if data.ratio(3_u8, 4)? { run } else { data.int_in_range(1..=run)? })))
     }
 
-    fn take(&mut self, chunk: &Chunk) {
+    /// Bytes that are not the snapshot's, with a checksum that is theirs, on their way on `lane`.
+    fn poison(&mut self, data: &mut Unstructured<'_>, lane: u32) -> arbitrary::Result<Option<Chunk>> {
+        let Some((file, offset, len)) = self.some_missing(data)? else { return Ok(None) };
+        let mut chunk = self.snapshot.chunk(file, offset, len);
+        let mut payload = chunk.payload.to_vec();
+        payload[0] ^= 0xff;
+        chunk.crc64nvme = crc64(&payload);
+        chunk.payload = payload.into();
+        self.take(lane, &chunk);
+        self.poisoned.insert((file, offset));
+        Ok(Some(chunk))
+    }
+
+    /// A byte that need not be sent.
+    fn there(&self, data: &mut Unstructured<'_>) -> arbitrary::Result<Option<Chunk>> {
+        let there: Vec<Byte> = all(&self.snapshot).difference(&self.missing).copied().collect();
+        if there.is_empty() {
+            return Ok(None);
+        }
+        let (file, offset) = *data.choose(&there)?;
+        Ok(Some(self.snapshot.chunk(file, offset, 1)))
+    }
+
+    fn take(&mut self, lane: u32, chunk: &Chunk) {
         for at in chunk.offset..chunk.offset + chunk.payload.len() as u64 {
             assert!(self.missing.remove(&(chunk.file, at)));
+            self.on_the_way.entry(lane).or_default().insert((chunk.file, at));
         }
+    }
+
+    /// Why an `End` without fault has to be refused, if it has to: of the first file that is not as it should be.
+    fn lacks(&self) -> Option<&'static [&'static str]> {
+        let files = 0..u32::try_from(self.snapshot.files.len()).unwrap();
+        let of = |bytes: &BTreeSet<Byte>, file| bytes.iter().any(|byte| byte.0 == file);
+        files.into_iter().find_map(|file| {
+            if of(&self.missing, file) {
+                Some(&["MISSING_EXTENTS"][..])
+            } else if of(&self.poisoned, file) {
+                Some(&["FILE_CHECKSUM_MISMATCH"][..])
+            } else {
+                None
+            }
+        })
+    }
+
+    /// Makes totals wrong; what they have to be refused with.
+    fn wrong_totals(
+        &self,
+        data: &mut Unstructured<'_>,
+        end: &mut End,
+    ) -> arbitrary::Result<&'static [&'static str]> {
+        match data.int_in_range(0..=3_u8)? {
+            0 => end.total_bytes = end.total_bytes.wrapping_add(1),
+            1 => end.file_count += 1,
+            2 => drop(end.files.pop()),
+            _ => {
+                end.files[0].crc64nvme ^= 1;
+                let missing = self.missing.iter().any(|(file, _)| *file == 0);
+                return Ok(if missing { &["MISSING_EXTENTS"] } else { &["FILE_CHECKSUM_MISMATCH"] });
+            }
+        }
+        Ok(&["TOTALS_MISMATCH"])
+    }
+
+    /// Waits until nothing is on its way.
+    async fn arrived(&mut self, control: &mut Stream) {
+        control.arrived().await;
+        for stream in self.lanes.values_mut() {
+            stream.arrived().await;
+        }
+        self.on_the_way.clear();
+    }
+
+    /// Something that a lane may do.
+    async fn lane(
+        &mut self,
+        data: &mut Unstructured<'_>,
+        client: &Client,
+        control: &mut Stream,
+    ) -> arbitrary::Result<()> {
+        let kind = data.int_in_range(0..=9_u8)?;
+        if kind == 0 || self.max_lanes == 1 {
+            return self.bad_lane(data, client).await;
+        }
+        let lane = data.int_in_range(1..=self.max_lanes - 1)?;
+        if kind == 1 && self.lanes.contains_key(&lane) {
+            return self.replace_lane(data, client, control, lane).await;
+        }
+        if !self.lanes.contains_key(&lane) {
+            let (stream, missing) = self.join(data, client, lane).await?;
+            let on_the_way: BTreeSet<Byte> = self.on_the_way.values().flatten().copied().collect();
+            assert!(missing.is_superset(&self.missing), "bytes are there that were never sent");
+            assert!(
+                missing.is_subset(&(&self.missing | &on_the_way)),
+                "other bytes are there than were taken"
+            );
+            self.lanes.insert(lane, stream);
+        }
+        match kind {
+            2 => {
+                let mut stream = self.lanes.remove(&lane).unwrap();
+                stream.half_close();
+                stream.ended().await.unwrap();
+                self.on_the_way.remove(&lane);
+            }
+            3 => {
+                // Of two streams, either may be first.
+                self.arrived(control).await;
+                let (frame, reason) = self.bad_frame(data)?;
+                let mut stream = self.lanes.remove(&lane).unwrap();
+                stream.say(frame).await;
+                stream.half_close();
+                let error = stream.ended().await.unwrap_err();
+                assert_eq!(error.reason(), reason, "{error:?}");
+            }
+            4 => {
+                if let Some(chunk) = self.poison(data, lane)? {
+                    self.say(lane, chunk).await;
+                }
+            }
+            _ => {
+                if let Some((file, offset, len)) = self.some_missing(data)? {
+                    let chunk = self.snapshot.chunk(file, offset, len);
+                    self.take(lane, &chunk);
+                    self.say(lane, chunk).await;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn say(&mut self, lane: u32, chunk: Chunk) {
+        self.lanes.get_mut(&lane).unwrap().say(Frame::Chunk(chunk)).await;
+    }
+
+    fn lane_header(&self, lane: u32, generation: u64) -> LaneHeader {
+        let Header { transfer_id, attempt, session, .. } = self.snapshot.header(self.attempt, 1);
+        LaneHeader { transfer_id, attempt, session, lane, generation }
+    }
+
+    /// Opens a lane; what it is told to be missing.
+    async fn join(
+        &mut self,
+        data: &mut Unstructured<'_>,
+        client: &Client,
+        lane: u32,
+    ) -> arbitrary::Result<(Stream, BTreeSet<Byte>)> {
+        let generation = self.generations.entry(lane).or_default();
+        *generation += data.int_in_range(1..=3)?;
+        let header = self.lane_header(lane, self.generations[&lane]);
+        let mut stream = Stream::open_with(client, Some(Frame::LaneHeader(header))).await;
+        let accepted = stream.accepted().await.unwrap();
+        assert_eq!(accepted.max_lanes, self.max_lanes);
+        Ok((stream, missing(&accepted.missing)))
+    }
+
+    /// A lane comes once more: what of it did not arrive is missing, and nothing else.
+    async fn replace_lane(
+        &mut self,
+        data: &mut Unstructured<'_>,
+        client: &Client,
+        control: &mut Stream,
+        lane: u32,
+    ) -> arbitrary::Result<()> {
+        let mut old = self.lanes.remove(&lane);
+        let own = self.on_the_way.remove(&lane).unwrap_or_default();
+        self.arrived(control).await;
+        if data.arbitrary()? {
+            old = None;
+        }
+        let (stream, missing) = self.join(data, client, lane).await?;
+        assert!(missing.is_superset(&self.missing), "bytes are there that were never sent");
+        assert!(missing.is_subset(&(&self.missing | &own)), "bytes of another stream are lost");
+        self.poisoned.retain(|byte| !missing.contains(byte));
+        self.missing = missing;
+        self.lanes.insert(lane, stream);
+        if let Some(mut old) = old {
+            let error = old.ended().await.unwrap_err();
+            assert_eq!(error.reason(), "STREAM_ENDED_EARLY", "{error:?}");
+        }
+        Ok(())
+    }
+
+    /// A lane that does not fit.
+    async fn bad_lane(&mut self, data: &mut Unstructured<'_>, client: &Client) -> arbitrary::Result<()> {
+        let lane = data.int_in_range(1..=LANES)?;
+        let seen = self.generations.get(&lane).copied().unwrap_or(0);
+        let mut header = self.lane_header(lane, seen + 1);
+        let expected = match data.int_in_range(0..=4_u8)? {
+            0 => {
+                header.session = vec![0xee; 16].into();
+                "SUPERSEDED"
+            }
+            1 => {
+                header.attempt += 1;
+                "NO_SUCH_ATTEMPT"
+            }
+            2 if header.attempt > 1 => {
+                header.attempt -= 1;
+                "SUPERSEDED"
+            }
+            3 if seen > 0 => {
+                header.generation = data.int_in_range(1..=seen)?;
+                "SUPERSEDED"
+            }
+            _ => {
+                header.lane = *data.choose(&[0, self.max_lanes, u32::MAX])?;
+                "INVALID_FIELD"
+            }
+        };
+        let mut stream = Stream::open_with(client, Some(Frame::LaneHeader(header))).await;
+        stream.half_close();
+        let error = stream.accepted().await.unwrap_err();
+        assert_eq!(error.reason(), expected, "{error:?}");
+        Ok(())
+    }
+
+    /// A frame that no lane takes, and what it has to be refused with. It ends the lane, and nothing else.
+    fn bad_frame(&self, data: &mut Unstructured<'_>) -> arbitrary::Result<(Option<Frame>, &'static str)> {
+        Ok(match data.int_in_range(0..=6_u8)? {
+            0 => (None, "UNKNOWN_FRAME"),
+            1 => (Some(Frame::End(self.snapshot.end())), "UNEXPECTED_FRAME"),
+            2 => (Some(Frame::Manifest(self.snapshot.manifest())), "UNEXPECTED_FRAME"),
+            3 => (Some(Frame::LaneHeader(LaneHeader::default())), "UNEXPECTED_FRAME"),
+            4 => (Some(Frame::Chunk(bad_chunk(0, u64::MAX, 1))), "EXTENT_OUT_OF_BOUNDS"),
+            5 => match self.there(data)? {
+                Some(chunk) => (Some(Frame::Chunk(chunk)), "OVERLAPPING_EXTENT"),
+                None => (Some(Frame::Header(Header::default())), "UNEXPECTED_FRAME"),
+            },
+            _ => (Some(Frame::Chunk(bad_chunk(0, 0, 0))), "EMPTY_CHUNK"),
+        })
     }
 
     fn check_disk(&self, store: &Path) {
@@ -465,20 +718,6 @@ fn missing(extents: &[proto_snapshot::v1::transfer_split_snapshot_response::Exte
 fn bad_chunk(file: u32, offset: u64, len: usize) -> Chunk {
     let payload = Bytes::from(vec![0; len]);
     Chunk { file, offset, crc64nvme: crc64(&payload), payload }
-}
-
-/// Makes totals wrong; what they may be refused with.
-fn wrong_totals(data: &mut Unstructured<'_>, end: &mut End) -> arbitrary::Result<&'static [&'static str]> {
-    match data.int_in_range(0..=3_u8)? {
-        0 => end.total_bytes = end.total_bytes.wrapping_add(1),
-        1 => end.file_count += 1,
-        2 => drop(end.files.pop()),
-        _ => {
-            end.files[0].crc64nvme ^= 1;
-            return Ok(&["FILE_CHECKSUM_MISMATCH", "MISSING_EXTENTS"]);
-        }
-    }
-    Ok(&["TOTALS_MISMATCH"])
 }
 
 /// Makes header or manifest wrong, or not; what they have to be refused with.
