@@ -21,7 +21,7 @@ use std::sync::Arc;
 use tonic::codegen::http;
 
 pub use answers::{UNTAKEN, UNTAKEN_PER_PEER};
-pub use guarded::{Guarded, UNSEEN, UNSEEN_PER_PEER};
+pub use guarded::Guarded;
 pub use roles::{READS, RoleTable};
 
 pub use crate::peer::CLUSTER_METADATA;

@@ -46,8 +46,8 @@ pub struct Limits {
     pub incoming: usize,
     /// Of them, from one source node. Default 3, so that no node takes the places of all others.
     pub incoming_per_peer: usize,
-    /// Streams of one source node that are let in within a second, over all of its migrations; and apart from them, as many freezes. Default 10. So many may come at
-    /// once; of those that come faster, some wait for up to a second, and the others are told to come back. Each has the store write records, which writes of
+    /// Streams of one source node, over all of its migrations, that are let in at once, and in each second after that; and apart from them, as many freezes. Default 10. Of
+    /// those that come faster, some wait for up to a second, and the others are told to come back. Each has the store write records, which writes of
     /// clients wait for. 0 counts as 1.
     pub streams_per_peer: u32,
     /// Payload of a batch that is taken, in bytes. Default 16 MiB.

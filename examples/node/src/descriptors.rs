@@ -2,8 +2,11 @@
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-/// What the node holds open itself: the database, journals, files that are read and sent, connections to peers.
-const OWN: u64 = 256;
+use crate::store::MAX_NODES;
+
+/// What the node holds open itself: the database, journals, files that are read and sent, and two connections to each node that it may know, one of those who watch it
+/// and one of those who ask for its slot map.
+const OWN: u64 = 256 + 2 * MAX_NODES as u64;
 
 /// Takes as many descriptors as the system lets this process have, and returns how many clients there are some for beside `peers` and what the node needs itself:
 /// `wanted` at most, as Redis does.

@@ -25,6 +25,7 @@ mod descriptors;
 pub mod gate;
 pub mod grpc;
 pub mod health;
+mod incarnation;
 pub mod migrate;
 pub mod node;
 pub mod resp;

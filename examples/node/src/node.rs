@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::common::{NodeId, SlotRange};
 use crate::gate::{Gate, GateHold, HoldMode};
+use crate::incarnation;
 use crate::store::{
     Claim, ExportSummary, Handover, Identity, Init, NodeAddresses, Ownership, Store, StoreError, StoreOptions,
 };
@@ -54,8 +55,8 @@ impl Contest {
     }
 }
 
-/// Whoever has not said for so long that slots are its own is gone, and serves them to nobody.
-const CONTEST_LAPSES: Duration = Duration::from_secs(300);
+/// Of who has not said so for that long it is told when it did: it may be gone, or only not to be reached from here.
+const LONG_AGO: Duration = Duration::from_secs(60);
 
 impl Node {
     /// Opens the node's data directory. Blocks.
@@ -65,7 +66,7 @@ impl Node {
     /// See [`Store::open`].
     pub fn open(directory: &Path, init: &Init, options: &StoreOptions) -> Result<Self, StoreError> {
         let (store, identity) = Store::open(directory, init, options)?;
-        let Identity { node: id, store_id, ownership, fresh, incarnation } = identity;
+        let Identity { node: id, store_id, ownership, fresh } = identity;
         let nodes = RwLock::new(store.nodes()?);
         let gate = Gate::new(id.clone(), ownership, MAX_WAITING);
         let inner = Inner {
@@ -78,7 +79,7 @@ impl Node {
             contested: Mutex::default(),
             fresh,
             started: Instant::now(),
-            incarnation,
+            incarnation: incarnation::next(directory),
         };
         Ok(Self { inner: Arc::new(inner), trust: Trust::default() })
     }
@@ -136,15 +137,18 @@ impl Node {
         }
     }
 
-    /// What other nodes claim of this node's slots, in words: as long as the slots are this node's, and [a while](CONTEST_LAPSES) after they said so last.
+    /// What other nodes claim of this node's slots, in words: as long as the slots are this node's.
     pub(crate) fn contested(&self) -> Vec<String> {
         let ownership = self.inner.gate.ownership();
         let mut contested = self.inner.contested.lock().unwrap_or_else(PoisonError::into_inner);
         contested.retain(|_, contest| {
-            contest.told.elapsed() < CONTEST_LAPSES
-                && ownership.overlapping(contest.slots).any(|claim| claim.owner == self.inner.id)
+            ownership.overlapping(contest.slots).any(|claim| claim.owner == self.inner.id)
         });
-        contested.values().map(|contest| contest.what.clone()).collect()
+        let told = contested.values().map(|Contest { what, told, .. }| match told.elapsed() {
+            ago if ago < LONG_AGO => what.clone(),
+            ago => format!("{what}; it said so last {} s ago", ago.as_secs()),
+        });
+        told.collect()
     }
 
     /// When it was opened.

@@ -40,7 +40,7 @@ pub use receive::{ROWS_FILE, SplitHook};
 use crate::common::{NodeId, SlotRange};
 use crate::gate::{GateHold, HoldMode};
 use crate::node::Node;
-use crate::store::{NodeAddresses, SplitIntent, StoreError, unix_ms};
+use crate::store::{NodeAddresses, PARTIAL, SplitIntent, StoreError, unix_ms};
 
 /// Splits that are remembered after their end, for those who ask.
 const REMEMBERED: usize = 100;
@@ -245,7 +245,9 @@ impl Splits {
             return;
         }
         let wanted: Vec<_> = intents.iter().map(|intent| rows_file(directory, &intent.transfer)).collect();
-        let is_ours = |path: &PathBuf| path.extension().is_some_and(|extension| extension == ROWS);
+        let is_ours = |path: &PathBuf| {
+            path.extension().is_some_and(|extension| extension == ROWS || extension == PARTIAL)
+        };
         let found = std::fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.path());
         for path in found.filter(|path| is_ours(path) && !wanted.contains(path)) {
             if let Err(error) = std::fs::remove_file(&path) {

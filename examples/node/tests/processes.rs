@@ -136,6 +136,11 @@ async fn as_many_clients_are_let_in_as_there_are_files_to_open() {
     let info = call(&mut client(&node).await, "INFO clients").await;
     assert!(info.contains("maxclients:500\r"), "{info}");
     node.stop().await.unwrap();
+    if rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum.is_some_and(|most| most < 14_000)
+    {
+        eprintln!("SKIPPED: this process may not have as many files open as a node with all of its clients");
+        return;
+    }
     let mut node = start("n2", dir.path(), "0-99").await;
     let info = call(&mut client(&node).await, "INFO clients").await;
     assert!(info.contains("maxclients:10000\r"), "{info}");
@@ -149,11 +154,12 @@ async fn nothing_but_what_splits_have_left_is_removed_at_a_start() {
     let mut node = start("n1", dir.path(), "0-99").await;
     node.kill().await.unwrap();
     let splits = dir.path().join("n1/splits");
-    for name in ["split-1.rows", "notes.txt"] {
+    for name in ["split-1.rows", "split-2.partial", "notes.txt"] {
         std::fs::write(splits.join(name), b"x").unwrap();
     }
     node.restart().await.unwrap();
-    assert!(!splits.join("split-1.rows").exists() && splits.join("notes.txt").exists());
+    let left: Vec<_> = std::fs::read_dir(&splits).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left, ["notes.txt"]);
     node.kill().await.unwrap();
     let elsewhere = dir.path().join("elsewhere");
     std::fs::rename(&splits, &elsewhere).unwrap();

@@ -14,7 +14,7 @@ use crate::peer::{PeerIdentity, Role};
 
 /// Whom it names: the SAN URI of one of our schemes, and where there is none, the first DNS name, which must be an ID (one with a wildcard is none).
 ///
-/// Nobody, where such a URI is not as it should be, cannot be read, or another one names somebody else: what is meant is for who signs to say, and a mistake there must
+/// Nobody, where such a URI is not as it should be, another one names somebody else, or there is one and none can be read: what is meant is for who signs to say, and a mistake there must
 /// not make a node of an observer.
 pub(super) fn identity(certificate: &CertificateDer<'_>) -> Option<PeerIdentity> {
     let parsed = EndEntityCert::try_from(certificate).ok()?;

@@ -211,7 +211,7 @@ impl Peer {
         let before = before.map(|known| (known.node_id == identity.node_id).then_some(known.incarnation));
         if let Some(Some(incarnation)) = before
             && identity.incarnation < incarnation
-            && self.is_late_word(&identity)
+            && self.is_late_word()
         {
             return;
         }
@@ -257,14 +257,14 @@ impl Peer {
     }
 
     /// Whether that is the last word of the process before, which came late, rather than one of a process whose clock was set back, which goes on.
-    fn is_late_word(&mut self, identity: &Known) -> bool {
+    fn is_late_word(&mut self) -> bool {
         /// Answers of such a process, one after the other.
         const OLDER: u32 = 4;
         self.older += 1;
         self.broken =
             "what answers there says that it started earlier than what did before; was its clock set back?"
                 .to_owned();
-        self.older < OLDER && self.identity.as_ref().is_some_and(|known| known.store_id == identity.store_id)
+        self.older < OLDER
     }
 
     fn restarted(&mut self, identity: &Known, now: Duration, unix_ms: u64, events: &mut Vec<PeerEvent>) {

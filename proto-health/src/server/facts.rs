@@ -42,14 +42,14 @@ pub struct Facts {
 /// A future of [`NodeFacts::facts`].
 pub type FactsFuture<'a> = Pin<Box<dyn Future<Output = Facts> + Send + 'a>>;
 
-/// The node, as the registry asks it for each `GetNodeStatus`.
+/// The node, as the registry asks it for those who call `GetNodeStatus`.
 ///
 /// It runs in a task of its own, so it may panic, and is cut off after
 /// [`facts_timeout`](crate::limits::Limits::facts_timeout): the answer then goes out without it, says so, and is not
 /// `safe_to_remove`.
 pub trait NodeFacts: Send + Sync + 'static {
-    /// What it has and does now, for all who call at a time: it is asked 200 times a second at most. Lists of `sections` that nobody asked for may be left out; those of tasks must not be, since
-    /// `safe_to_remove` follows from them.
+    /// What it has and does now, for all who call at a time: it is asked 200 times a second at most, also while an earlier question is not answered.
+    /// Lists of `sections` that nobody asked for may be left out; those of tasks must not be, since `safe_to_remove` follows from them.
     fn facts(&self, sections: Sections) -> FactsFuture<'_>;
 }
 

@@ -91,6 +91,13 @@ pub(super) fn idle(limit: Duration) -> Error {
         .error(format!("nothing arrived for {limit:?}; what is durable stays, open the next stream to go on"))
 }
 
+/// A stream on which nothing but its end was left to come.
+pub(super) fn unended(limit: Duration) -> Error {
+    Reason::IdleTimeout.error(format!(
+        "the stream was not closed within {limit:?} after all was said; open the next stream to ask again"
+    ))
+}
+
 /// Next to nothing came for long, with rows missing.
 pub(super) fn too_slow(expected: &str) -> Error {
     Reason::TooSlow.error(format!(

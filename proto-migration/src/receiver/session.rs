@@ -23,7 +23,7 @@ use super::Inner;
 use super::applier::{Applier, Done, Flow, Wanted, Work};
 use super::attach::{Attached, estimates};
 use super::batch::Checker;
-use super::handshake::{CheckedHeader, Frames, ended_early, idle, too_slow, unexpected};
+use super::handshake::{CheckedHeader, Frames, ended_early, idle, too_slow, unended, unexpected};
 use super::hurry::Hurried;
 use super::incoming::{Permit, Stop};
 use super::record::PreparedAt;
@@ -297,6 +297,7 @@ impl<T: MigrationTarget> Reader<'_, T> {
             () = told(&mut stop) => return Err(ended_early()),
         }
         let mut deadline = Instant::now() + idle_after;
+        let mut is_over = self.is_like_a_request();
         if self.phase == Phase::Decided {
             frames.expect_small();
         }
@@ -311,6 +312,11 @@ impl<T: MigrationTarget> Reader<'_, T> {
                 () = self.inner.stopping.cancelled() => return Err(shutting_down()),
                 () = self.answers.closed() => return Err(ended_early()),
                 () = self.flow.changed.notified() => {
+                    // From here on the time counts, whatever comes.
+                    if !is_over && self.is_like_a_request() {
+                        is_over = true;
+                        deadline = Instant::now() + idle_after;
+                    }
                     if (self.is_waited_for() || self.owes_credit()) && self.ack(false) {
                         (ack_at, last_ack) = (None, Instant::now());
                     } else {
@@ -339,11 +345,11 @@ impl<T: MigrationTarget> Reader<'_, T> {
                     if !self.is_like_a_request() {
                         deadline = Instant::now() + idle_after;
                     } else if Instant::now() >= deadline {
-                        return Err(idle(idle_after));
+                        return Err(unended(idle_after));
                     }
                 }
                 () = tokio::time::sleep_until(deadline), if in_hand.is_none() && self.phase != Phase::Ending => {
-                    return Err(idle(idle_after));
+                    return Err(if self.is_like_a_request() { unended(idle_after) } else { idle(idle_after) });
                 }
                 () = tokio::time::sleep_until(pace.due()), if self.phase == Phase::Data && !self.checker.copied => {
                     // What is not durable yet waits for the store, and a source without credit does, too.

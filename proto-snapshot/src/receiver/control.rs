@@ -719,9 +719,7 @@ impl<S: SnapshotStore> Inner<S> {
             };
             incoming.looks_for(file);
             // Others of the node had their turn meanwhile.
-            if !self.reuses.begin(node, &incoming.ticket, len) {
-                continue;
-            }
+            let Some(begun) = self.reuses.begin(node, &incoming.ticket, len) else { continue };
             let mut reused = std::pin::pin!(incoming.staging.reuse(file));
             let found = loop {
                 tokio::select! {
@@ -735,7 +733,7 @@ impl<S: SnapshotStore> Inner<S> {
                         .ledger()
                         .reused(ExtentRecord { extent: Extent { file, offset: 0, len }, crc })?;
                 }
-                None => self.reuses.found_nothing(node, len),
+                None => self.reuses.found_nothing(node, &begun),
             }
         }
         if let Some(stop) = permit.stopped() {

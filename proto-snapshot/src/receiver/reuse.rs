@@ -29,6 +29,10 @@ struct Used {
     whole: Weak<Ticket>,
 }
 
+/// A file that is looked for, and up to when its node's share was used up before.
+#[derive(Debug)]
+pub(super) struct Begun(Instant);
+
 /// Tells one transfer from all others.
 #[derive(Debug)]
 pub(super) struct Ticket(());
@@ -65,24 +69,24 @@ impl Reuses {
     }
 
     /// Uses up `bytes`, if that is [allowed](Self::allows).
-    pub(super) fn begin(&self, node: &NodeId, ticket: &Arc<Ticket>, bytes: u64) -> bool {
+    pub(super) fn begin(&self, node: &NodeId, ticket: &Arc<Ticket>, bytes: u64) -> Option<Begun> {
         if !self.allows(node, ticket, bytes) {
-            return false;
+            return None;
         }
         let now = Instant::now();
         let mut used = self.used();
         used.retain(|_, used| used.until > now);
         let of_node =
             used.entry(node.clone()).or_insert_with(|| Used { until: now, whole: Arc::downgrade(ticket) });
-        of_node.until = of_node.until.checked_add(self.time(bytes)).unwrap_or(now).min(now + LONGEST);
-        true
+        let before = of_node.until;
+        of_node.until = before.checked_add(self.time(bytes)).unwrap_or(now).min(now + LONGEST);
+        Some(Begun(before))
     }
 
-    /// Gives them back: there was no such file.
-    pub(super) fn found_nothing(&self, node: &NodeId, bytes: u64) {
-        let mut used = self.used();
-        if let Some(of_node) = used.get_mut(node) {
-            of_node.until = of_node.until.checked_sub(self.time(bytes)).unwrap_or(of_node.until);
+    /// Gives back what `begun` took, of which no more than one is under way for a node: there was no such file.
+    pub(super) fn found_nothing(&self, node: &NodeId, begun: &Begun) {
+        if let Some(of_node) = self.used().get_mut(node) {
+            of_node.until = begun.0;
         }
     }
 }
@@ -98,25 +102,30 @@ mod tests {
         let reuses = Reuses::new(8 * GIB);
         let (node, other) = (NodeId::new("n9").unwrap(), NodeId::new("n1").unwrap());
         let (first, second) = (Ticket::new(), Ticket::new());
+        let begins = |node: &NodeId, ticket: &Arc<Ticket>, bytes| reuses.begin(node, ticket, bytes).is_some();
         // What is not there costs nothing.
-        for _ in 0..100 {
-            assert!(reuses.begin(&node, &second, GIB));
-            reuses.found_nothing(&node, GIB);
+        for bytes in [GIB, u64::MAX, 7] {
+            let begun = reuses.begin(&node, &second, bytes).unwrap();
+            reuses.found_nothing(&node, &begun);
         }
         for _ in 0..3 {
-            assert!(reuses.begin(&node, &first, 10 * GIB), "all of its files");
+            assert!(begins(&node, &first, 10 * GIB), "all of its files");
         }
-        assert!(!reuses.begin(&node, &second, 1), "another one, or the same that begins anew");
-        assert!(reuses.begin(&other, &second, 1), "each node has its own");
+        assert!(!begins(&node, &second, 1), "another one, or the same that begins anew");
+        // Nor does it pay anything back.
+        let begun = reuses.begin(&node, &first, u64::MAX).unwrap();
+        reuses.found_nothing(&node, &begun);
+        assert!(!begins(&node, &second, 1));
+        assert!(begins(&other, &second, 1), "each node has its own");
         // 30 GiB take 37.5 minutes.
         tokio::time::advance(WHOLE * 3).await;
-        assert!(reuses.begin(&node, &second, GIB) && !reuses.begin(&node, &second, 2 * GIB));
+        assert!(begins(&node, &second, GIB) && !begins(&node, &second, 2 * GIB));
         tokio::time::advance(WHOLE).await;
-        assert!(reuses.begin(&node, &second, 100 * GIB), "it has used up nothing");
-        assert!(!reuses.begin(&node, &first, 1));
-        assert!(reuses.begin(&node, &second, u64::MAX));
+        assert!(begins(&node, &second, 100 * GIB), "it has used up nothing");
+        assert!(!begins(&node, &first, 1));
+        assert!(begins(&node, &second, u64::MAX));
         tokio::time::advance(LONGEST).await;
-        assert!(reuses.begin(&node, &first, 1), "that is over");
+        assert!(begins(&node, &first, 1), "that is over");
         assert_eq!(reuses.used().len(), 1, "others are forgotten");
     }
 
@@ -124,7 +133,7 @@ mod tests {
     async fn small_files_of_many_transfers_use_up_the_share() {
         let reuses = Reuses::new(1000);
         let node = NodeId::new("n9").unwrap();
-        let filled = |_| reuses.begin(&node, &Ticket::new(), 10);
+        let filled = |_| reuses.begin(&node, &Ticket::new(), 10).is_some();
         assert_eq!((0..1000).filter(|number| filled(*number)).count(), 100);
     }
 }

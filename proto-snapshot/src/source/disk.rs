@@ -25,8 +25,8 @@ use crate::spec::ManifestFile;
 use super::ahead::Ahead;
 use super::{Description, PieceStream, SourceError};
 
-/// Pieces that wait for the socket; one more is being read. Together four, as [`SnapshotSource::open`](super::SnapshotSource::open)
-/// promises: enough that a read and a send overlap; with 1, 8 or 16, a file of 1 GiB moves no faster. What was handed out and waits at the socket comes to it, [`Given::KEPT`] pieces in all.
+/// Pieces that wait for the socket, the one that is being read included; [`SnapshotSource::open`](super::SnapshotSource::open) promises
+/// four at most: enough that a read and a send overlap; with 1, 8 or 16, a file of 1 GiB moves no faster. What was handed out and waits at the socket comes to it, [`Given::KEPT`] pieces in all.
 const AHEAD: usize = 3;
 
 /// Pieces of a file in memory up to this size are read by whoever asks for them: some 0.1 ms, and others wait for no longer than that.
@@ -449,6 +449,8 @@ impl Reading {
             };
             match self.ready.poll_recv(cx) {
                 Poll::Ready(piece) => return Poll::Ready(piece),
+                // This task has had its turn.
+                Poll::Pending if !self.ready.is_empty() => return Poll::Pending,
                 Poll::Pending if ended => {}
                 Poll::Pending if self.job.is_some() => return Poll::Pending,
                 Poll::Pending => return Poll::Ready(None),

@@ -89,7 +89,9 @@ async fn take(node: &Node, asked: &mut BTreeMap<NodeId, Asked>, (id, address, an
         Err(Unusable::Unanswered) => return,
     };
     asked.refused = false;
+    // Also where it cannot be learned.
     let pause = PAGE_PAUSE * told.pages.saturating_sub(1);
+    asked.not_before = Some(Instant::now() + pause);
     match learn(node, &id, &told).await {
         Ok(claims) => {
             asked.not_before = Some(Instant::now() + pause + CLAIM_PAUSE * claims);
@@ -602,12 +604,13 @@ mod tests {
         let pages = 21;
         let changes = move |request: &GetNodeStatusRequest| {
             if request.page_token.is_empty() {
-                let _ = began.try_send(Instant::now());
-                revision.fetch_add(1, Ordering::Relaxed);
+                let read = revision.fetch_add(1, Ordering::Relaxed) + 1;
+                let _ = began.try_send((read, Instant::now()));
             }
-            let page = page_of_n2(request, pages, revision.load(Ordering::Relaxed));
+            let read = revision.load(Ordering::Relaxed);
+            let page = page_of_n2(request, pages, read);
             if page.next_page_token.is_empty() {
-                let _ = ended.try_send(Instant::now());
+                let _ = ended.try_send((read, Instant::now()));
             }
             page
         };
@@ -617,11 +620,16 @@ mod tests {
         node.put_nodes([(id("n2"), NodeAddresses { resp: grpc.clone(), grpc })].into()).await.unwrap();
         let stop = CancellationToken::new();
         let following = tokio::spawn(follow(node, stop.clone()));
-        first_pages.recv().await.unwrap();
-        for _ in 0..3 {
-            let ended = last_pages.recv().await.unwrap();
-            let again = first_pages.recv().await.unwrap();
-            let pause = again - ended;
+        let mut ends = BTreeMap::new();
+        let mut pauses = 0;
+        while pauses < 3 {
+            let (read, again) = first_pages.recv().await.unwrap();
+            assert!(read < 40, "it is never read to its end");
+            ends.extend(std::iter::from_fn(|| last_pages.try_recv().ok()));
+            // A page that comes late ends a read before its time.
+            let Some(ended) = ends.get(&(read - 1)) else { continue };
+            pauses += 1;
+            let pause = again - *ended;
             // More than the usual time between two questions.
             assert!(pause >= PAGE_PAUSE * (pages - 1) + CLAIM_PAUSE * pages && pause > ASK, "{pause:?}");
         }

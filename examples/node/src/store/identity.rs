@@ -2,11 +2,11 @@
 
 use std::path::Path;
 
-use redb::{Database, ReadableDatabase as _, ReadableTable as _, WriteTransaction};
+use redb::{Database, ReadableDatabase as _, WriteTransaction};
 
 use super::generations::{self, Generations};
 use super::ownership::{self, Claim, Ownership};
-use super::{StoreError, counters, tables, unix_ms};
+use super::{StoreError, counters, tables};
 use crate::common::{NodeId, SlotRange};
 
 const FORMAT: u64 = 2;
@@ -14,7 +14,6 @@ const KEY_FORMAT: &str = "format";
 const KEY_NODE: &str = "node_id";
 const KEY_STORE: &str = "store_id";
 const KEY_SLOTS: &str = "initial_slots";
-const KEY_INCARNATION: &str = "incarnation";
 
 /// What a fresh data directory is made with.
 #[derive(Debug, Clone)]
@@ -38,8 +37,6 @@ pub struct Identity {
     pub ownership: Ownership,
     /// The directory was made just now.
     pub fresh: bool,
-    /// Higher than at each start before; 0 where the node was not started.
-    pub incarnation: u64,
 }
 
 /// The epoch of the slots that a directory is made with.
@@ -94,21 +91,7 @@ pub(super) fn load(database: &Database, directory: &Path, init: &Init) -> Result
     let store_id = stored(KEY_STORE)?
         .and_then(|bytes| bytes.try_into().ok())
         .ok_or_else(|| StoreError::Damaged("it has no identity".into()))?;
-    Ok(Identity { node: init.node.clone(), store_id, ownership, fresh: false, incarnation: 0 })
-}
-
-/// Begins the next incarnation: the time of its start in milliseconds since the Unix epoch, or one more than the last one where the clock was set back.
-pub(super) fn begin(database: &Database) -> Result<u64, StoreError> {
-    let txn = database.begin_write()?;
-    let incarnation = {
-        let mut meta = txn.open_table(tables::META)?;
-        let last = meta.get(KEY_INCARNATION)?.and_then(|stored| stored.value().try_into().ok());
-        let incarnation = last.map_or(0, u64::from_be_bytes).saturating_add(1).max(unix_ms());
-        meta.insert(KEY_INCARNATION, incarnation.to_be_bytes().as_slice())?;
-        incarnation
-    };
-    txn.commit()?;
-    Ok(incarnation)
+    Ok(Identity { node: init.node.clone(), store_id, ownership, fresh: false })
 }
 
 /// Makes a database that of `init`, in one transaction.
@@ -164,27 +147,6 @@ pub(super) fn show(ranges: &[SlotRange]) -> String {
 mod tests {
     use super::*;
     use crate::store::{Store, StoreOptions, test_store};
-
-    #[test]
-    fn an_incarnation_rises_although_the_clock_was_set_back() {
-        let dir = tempfile::tempdir().unwrap();
-        let start = || {
-            let (store, identity) = test_store::open(dir.path(), "n1", "0-16383");
-            store.close();
-            identity.incarnation
-        };
-        let first = start();
-        assert!(first <= unix_ms() && first > 1_700_000_000_000, "{first}");
-        assert!(start() > first);
-        let future = unix_ms() + 1_000_000_000;
-        let database = Database::create(dir.path().join("node.redb")).unwrap();
-        let txn = database.begin_write().unwrap();
-        let stored = future.to_be_bytes();
-        txn.open_table(tables::META).unwrap().insert(KEY_INCARNATION, stored.as_slice()).unwrap();
-        txn.commit().unwrap();
-        drop(database);
-        assert_eq!(start(), future + 1);
-    }
 
     #[test]
     fn a_directory_of_another_format_is_refused_by_its_number() {

@@ -65,6 +65,7 @@ pub use ownership::{Claim, NodeAddresses, Ownership};
 pub(crate) use ownership::{MAX_EPOCH_LEAP, MAX_NODES};
 pub use read::{Entry, Reader, ScanPosition, Scanned};
 pub use shared::ExpiryPause;
+pub(crate) use snapshot::PARTIAL;
 pub use snapshot::{ExportSummary, Handover, SnapshotHeader, read_header};
 pub(crate) use space::{ROW_BYTES, on_disk};
 pub use splits::SplitIntent;

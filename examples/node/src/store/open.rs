@@ -35,8 +35,7 @@ pub(super) fn open(
     unharmed(&file, || {
         let database = existing(directory, &file, options)?;
         let found = identity::load(&database, directory, init)?;
-        let incarnation = identity::begin(&database)?;
-        Ok((database, Identity { fresh, incarnation, ..found }))
+        Ok((database, Identity { fresh, ..found }))
     })
 }
 

@@ -5,4 +5,5 @@ mod format;
 mod import;
 
 pub use export::ExportSummary;
+pub(crate) use export::PARTIAL;
 pub use format::{Handover, SnapshotHeader, read_header};

@@ -14,7 +14,7 @@ use crate::spec::FileTotal;
 use crate::store::{PlacedSnapshot, StoreError};
 
 use super::layout::MANIFEST_SUFFIX;
-use super::record::{self, Kind, SealedRecord, Shard};
+use super::record::{self, Kind, SealedRecord, Shard, ShardRecord};
 use super::recover::at;
 use super::space::Amount;
 use super::staging::{Gate, Inner};
@@ -165,7 +165,12 @@ impl Inner {
         // Also when it says so already: the last call may have failed between replacing the file and syncing its directory.
         let written = shared.write_shard(shard, &known);
         // The next call, and every start, count by what the file says.
-        let says_so = || shared.read_shard(shard).is_ok_and(|found| found.state == known.state);
+        let says_so = || {
+            let found =
+                record::read::<ShardRecord>(&shared.layout, &shared.layout.current(shard), Kind::Shard);
+            let found = found.ok().flatten().and_then(|found| found.shard(shard.as_str()));
+            found.is_some_and(|found| found.state == known.state)
+        };
         if written.is_ok() || says_so() {
             if let Some(source) = named_by {
                 uncount(&shared.named, &source);

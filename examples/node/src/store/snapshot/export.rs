@@ -10,6 +10,9 @@ use crate::store::tables;
 use crate::store::visible::VisibleRows;
 use crate::store::{Store, StoreError, unix_ms};
 
+/// How the name of a file ends that is not whole yet.
+pub(crate) const PARTIAL: &str = "partial";
+
 /// What an export holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ExportSummary {
@@ -67,7 +70,7 @@ impl Store {
         handover: Handover,
         path: &Path,
     ) -> Result<ExportSummary, StoreError> {
-        let partial = path.with_extension("partial");
+        let partial = path.with_extension(PARTIAL);
         let written = self.export_to(source, range, handover, &partial, path);
         if written.is_err() {
             // What it takes is what clients' writes need, if it was for lack of room.
