@@ -13,6 +13,8 @@ use proto_common::checksum::crc64;
 use proto_common::ids::MigrationId;
 use proto_common::slots::{SlotRange, slot_of};
 use proto_migration::entry::{Entry, Image};
+use proto_migration::limits::Limits;
+use proto_migration::receiver::MigrationReceiverBuilder;
 use proto_migration::v1::MigrationDecision;
 use proto_migration::v1::transfer_migration_data_request::{
     Bulk, Commit, Delta, Discard, Forget, Frame, Header, Heartbeat, Prepare, Release,
@@ -81,14 +83,14 @@ pub fn run(data: &[u8]) {
             unsure: false,
             states: Vec::new(),
         };
-        let mut node = Node::over(MemoryTarget::default(), Arc::new(directory()), |builder| builder).await;
+        let mut node = Node::over(MemoryTarget::default(), Arc::new(directory()), at_any_pace).await;
         for _ in 0..STREAMS {
             if data.is_empty() {
                 break;
             }
             if matches!(data.ratio(1_u8, 4), Ok(true)) {
                 node.receiver.shutdown().await;
-                node = node.crash().await;
+                node = Node::over(node.target.crash(), node.dir, at_any_pace).await;
             }
             let _ = model.stream(&mut data, &node).await;
             model.check(&node.target);
@@ -96,6 +98,13 @@ pub fn run(data: &[u8]) {
         model.finish(&node).await;
         node.receiver.shutdown().await;
     });
+}
+
+/// How often a source may come is no part of the model.
+fn at_any_pace(builder: MigrationReceiverBuilder<MemoryTarget>) -> MigrationReceiverBuilder<MemoryTarget> {
+    let mut limits = Limits::default();
+    limits.streams_per_peer = u32::MAX;
+    builder.limits(limits)
 }
 
 fn header(attempt: u64, copy: u64) -> Header {
