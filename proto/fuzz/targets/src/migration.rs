@@ -242,6 +242,8 @@ impl Model {
         let undecided = !self.committed && !self.discarded;
         let spec = header.spec.as_mut().unwrap();
         Ok(Some(match data.int_in_range(0..=23_u8)? {
+            // Which attempt was the last one of a migration that was cancelled, a crash may forget.
+            0 | 1 if self.discarded => return Ok(None),
             0 => {
                 header.attempt = data.int_in_range(1..=self.accepted)?;
                 &["STALE_ATTEMPT"]
