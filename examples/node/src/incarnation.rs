@@ -1,7 +1,7 @@
 //! Which start of the node this is.
 
 use std::fs;
-use std::io;
+use std::io::{self, Read as _};
 use std::path::Path;
 
 use proto::common::durable::write_atomic;
@@ -15,10 +15,7 @@ const FILE: &str = "incarnation";
 /// kept, the log says so, and peers may take some answers to know the next start.
 pub(crate) fn next(directory: &Path) -> u64 {
     let file = directory.join(FILE);
-    let last = fs::read_to_string(&file).and_then(|text| {
-        text.trim().parse().map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
-    });
-    let last: u64 = last.unwrap_or_else(|error| {
+    let last = last(&file).unwrap_or_else(|error| {
         if error.kind() != io::ErrorKind::NotFound {
             tracing::warn!(file = %file.display(), %error, "the last incarnation cannot be read");
         }
@@ -29,6 +26,16 @@ pub(crate) fn next(directory: &Path) -> u64 {
         tracing::warn!(file = %file.display(), %error, "the incarnation cannot be kept");
     }
     next
+}
+
+fn last(file: &Path) -> io::Result<u64> {
+    if !fs::metadata(file)?.is_file() {
+        // To open a pipe would wait for whoever writes into it.
+        return Err(io::Error::other("it is no file"));
+    }
+    let mut text = String::new();
+    fs::File::open(file)?.take(64).read_to_string(&mut text)?;
+    text.trim().parse().map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
 }
 
 #[cfg(test)]
