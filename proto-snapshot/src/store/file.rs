@@ -442,10 +442,14 @@ impl Shared {
         let damaged = |file, what| StoreError::ShardDamaged { shard: shard.clone(), file, what };
         for dir in [self.layout.shard(shard), self.layout.installed_shard(shard)] {
             match no_link_at(&dir) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    return Err(damaged(self.layout.shown(&dir), error.to_string()));
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                // What the system answers may be another thing the next time.
+                Err(error) if error.raw_os_error().is_some() => {
+                    let error = recover::at(&self.layout.shown(&dir), &error);
+                    return Err(StoreError::io("read the record of a shard", error));
                 }
-                _ => {}
+                Err(error) => return Err(damaged(self.layout.shown(&dir), error.to_string())),
             }
         }
         if !lock(&self.settled).contains(shard) {
