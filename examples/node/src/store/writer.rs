@@ -269,8 +269,7 @@ fn group(shared: &Shared, asked: Instant, first: Member, jobs: &mut mpsc::Receiv
             Err(_) => break,
         }
     }
-    batch.commit(shared);
-    shared.strain.took(asked.elapsed(), !shared.leases.active().is_empty());
+    batch.commit(shared, asked);
     next
 }
 
@@ -286,7 +285,7 @@ struct Batch {
 }
 
 impl Batch {
-    fn commit(self, shared: &Shared) {
+    fn commit(self, shared: &Shared, asked: Instant) {
         shared.client_writes.fetch_add(1, Ordering::Relaxed);
         let outcomes = transaction(shared, Phases::One, |_, rows| {
             self.members
@@ -294,6 +293,8 @@ impl Batch {
                 .map(|member| member.ops.iter().map(|op| rows.apply(op)).collect::<Result<Vec<_>, _>>())
                 .collect::<Result<Vec<_>, _>>()
         });
+        // Before anybody is answered: who has an answer finds it counted.
+        shared.strain.took(asked.elapsed(), !shared.leases.active().is_empty());
         match outcomes {
             Ok(outcomes) => {
                 for (member, outcomes) in self.members.into_iter().zip(outcomes) {
