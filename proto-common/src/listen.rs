@@ -5,6 +5,8 @@
 
 mod block;
 mod frames;
+#[cfg(target_os = "linux")]
+mod low_water;
 mod refused;
 
 use std::collections::HashMap;
@@ -30,13 +32,37 @@ use crate::refusals;
 pub trait RemotePeer {
     /// Whose connection it is.
     fn remote_peer(&self) -> PeerKey;
+
+    /// From now on, reading is to wait until so many bytes are there, or the end of what the peer sends; 1 as it was. They are to come: at least as many are left of a frame that has
+    /// begun. Whatever is between the frames and the socket must keep none of them back, so by default nothing is done.
+    ///
+    /// # Errors
+    ///
+    /// Those of the system. The connection is no longer of use then.
+    fn set_low_water(&self, _bytes: usize) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 impl RemotePeer for TcpStream {
     fn remote_peer(&self) -> PeerKey {
         Peer::plaintext(self.peer_addr().ok()).key()
     }
+
+    #[cfg(target_os = "linux")]
+    fn set_low_water(&self, bytes: usize) -> io::Result<()> {
+        low_water::set(self, bytes)
+    }
 }
+
+/// Bytes of a long frame for which reading waits: 256 KiB, half of the longest. A socket that tells of each segment (64 KiB on loopback) wakes the
+/// receiver eight times for a frame of 512 KiB, which has two calls and a turn of the runtime for each, and a sender that wakes a sleeping processor pays, too. On loopback with 2 cores and
+/// one worker thread at each end, 1 GiB from memory to memory took 0.30 s without, 0.32 with 64 KiB, and 0.24, 0.26 and 0.26 with 128, 256 and 512 KiB
+/// (medians of 9 interleaved rounds; raw TCP 0.24), with 0.48, 0.49, 0.40, 0.41 and 0.42 s of processor time; rows of a migration 0.37, and 0.37 and 0.30 with 128 and 256 KiB.
+const LOW_WATER: usize = 256 << 10;
+
+/// What is left of a frame at least where that is waited for: less comes at once.
+const WORTH_WAITING: usize = 32 << 10;
 
 /// Connections of `S` within limits; those beyond them are closed as soon as they come.
 #[derive(Debug)]
@@ -175,6 +201,8 @@ pub struct LimitedConnection<IO> {
     blocked: Option<Instant>,
     frames: Frames,
     refused: Refused,
+    /// What [`RemotePeer::set_low_water`] was told last.
+    low_water: usize,
 }
 
 impl<IO> LimitedConnection<IO> {
@@ -191,6 +219,7 @@ impl<IO> LimitedConnection<IO> {
             blocked: None,
             frames: Frames::new(limits.header_bytes),
             refused: Refused::default(),
+            low_water: 1,
         }
     }
 
@@ -214,6 +243,22 @@ impl<IO> LimitedConnection<IO> {
         Poll::Ready(io::Error::new(io::ErrorKind::TimedOut, "the peer was silent for too long"))
     }
 
+    /// Has the socket tell of what is left of a long frame in large pieces.
+    fn wait_for_more(&mut self) -> io::Result<()>
+    where
+        IO: RemotePeer,
+    {
+        let low_water = match self.frames.rest() {
+            rest if rest >= WORTH_WAITING => rest.min(LOW_WATER),
+            _ => 1,
+        };
+        if low_water != self.low_water {
+            self.io.set_low_water(low_water)?;
+            self.low_water = low_water;
+        }
+        Ok(())
+    }
+
     /// What a write gives, unless the peer has taken nothing for too long.
     fn unless_blocked<T>(
         &mut self,
@@ -232,7 +277,7 @@ impl<IO> LimitedConnection<IO> {
     }
 }
 
-impl<IO: AsyncRead + Unpin> AsyncRead for LimitedConnection<IO> {
+impl<IO: AsyncRead + RemotePeer + Unpin> AsyncRead for LimitedConnection<IO> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -251,6 +296,7 @@ impl<IO: AsyncRead + Unpin> AsyncRead for LimitedConnection<IO> {
                         self.deadline.as_mut().reset(until);
                     }
                 }
+                let read = read.and_then(|()| self.wait_for_more());
                 Poll::Ready(read)
             }
             Poll::Pending => self.poll_silence(cx).map(Err),

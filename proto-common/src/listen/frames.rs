@@ -77,6 +77,11 @@ impl Frames {
         }
     }
 
+    /// Bytes of a frame that are still to come behind its head; 0 between frames.
+    pub(super) fn rest(&self) -> usize {
+        if self.is_http2 { self.rest } else { 0 }
+    }
+
     /// Whether all of the preface has come.
     fn has_begun(&self) -> bool {
         self.preface == PREFACE.len()
