@@ -55,11 +55,12 @@ impl RemotePeer for TcpStream {
     }
 }
 
-/// Bytes of a long frame for which reading waits: 256 KiB, half of the longest. A socket that tells of each segment (64 KiB on loopback) wakes the
-/// receiver eight times for a frame of 512 KiB, which has two calls and a turn of the runtime for each, and a sender that wakes a sleeping processor pays, too. On loopback with 2 cores and
-/// one worker thread at each end, 1 GiB from memory to memory took 0.30 s without, 0.32 with 64 KiB, and 0.24, 0.26 and 0.26 with 128, 256 and 512 KiB
-/// (medians of 9 interleaved rounds; raw TCP 0.24), with 0.48, 0.49, 0.40, 0.41 and 0.42 s of processor time; rows of a migration 0.37, and 0.37 and 0.30 with 128 and 256 KiB.
-const LOW_WATER: usize = 256 << 10;
+/// Bytes of a long frame for which reading waits: all of the longest ([`FRAME_SIZE`](crate::tuning::FRAME_SIZE)). A socket that tells of each segment, 64 KiB on loopback, wakes the receiver up
+/// to eight times for a frame, which has two calls and a turn of the runtime for each, and a sender that wakes a sleeping processor pays, too. On loopback with 2 cores
+/// and one worker thread at each end, 1 GiB from memory to memory took 0.30 to 0.37 s without, and 0.25 to 0.31 with 256 KiB and with 512 KiB, where raw TCP took 0.24 to
+/// 0.30 (medians of three runs of 9 interleaved rounds), with 1.12 to 1.17 times the processor time without. With 128 KiB it was as fast once, and not at all faster the next time.
+/// On one core for both ends, 0.62 s without and with 256 KiB, 0.57 with 512 KiB, 0.49 by raw TCP.
+const LOW_WATER: usize = crate::tuning::FRAME_SIZE as usize;
 
 /// What is left of a frame at least where that is waited for: less comes at once.
 const WORTH_WAITING: usize = 32 << 10;

@@ -12,7 +12,8 @@ use tokio::time::{Instant, timeout};
 
 const NANOS_PER_SECOND: i128 = 1_000_000_000;
 
-/// What may be sent at once after a pause: as much as the rate allows in 100 ms.
+/// What may be sent at once after a pause: as much as the rate allows in 100 ms. Less would have a sender wait for timers, which tell milliseconds, and more would be seen
+/// by others at the same link.
 const BURST: Duration = Duration::from_millis(100);
 
 /// A token bucket of bytes. Clones share the same bucket.

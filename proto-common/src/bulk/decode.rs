@@ -82,7 +82,8 @@ struct Scratch {
     frame: BytesMut,
 }
 
-/// A scratch that has grown beyond this is not kept.
+/// A scratch that has grown beyond this is not kept: what a chunk has beside its payload is some 30 bytes, and a page of a manifest up to 1 MiB. 100,000 files of 4 KiB took as long
+/// with 1 KiB.
 const KEPT: usize = 16 << 10;
 
 impl<M: BulkMessage> Decoder<M> {

@@ -5,7 +5,7 @@ use prost::encoding::{WireType, decode_key, decode_varint, encode_key, encode_va
 
 use super::{BulkMessage, PREFIX, payload_tag};
 
-/// Room for the prefix, and for tags and lengths that are written anew.
+/// Room for the prefix (5 bytes), and for tags and lengths that are written anew: a tag and a length take five bytes each at most. More would only be memory of each message.
 const HEAD_ROOM: usize = 64;
 
 /// A message with the prefix of gRPC, to be sent in this order.

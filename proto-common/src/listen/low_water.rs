@@ -119,10 +119,10 @@ mod tests {
             .length_field_length(3)
             .length_adjustment(9)
             .num_skip(0)
-            .max_frame_length(1 << 20)
+            .max_frame_length(4 * LOW_WATER)
             .new_codec();
         let mut taken = FramedRead::new(here, codec);
-        let (mut sent, mut peeked) = (0, vec![0; 1 << 20]);
+        let (mut sent, mut peeked) = (0, vec![0; 4 * LOW_WATER]);
         for piece in frames.chunks(32 << 10) {
             there.write_all(piece).await.unwrap();
             sent += piece.len();

@@ -26,7 +26,7 @@ use crate::v1::transfer_migration_data_response::Ack;
 const GATHER: Duration = Duration::from_millis(5);
 
 /// Entries of a page of rows, where they are small: to read, encode or check so many takes a few hundred microseconds, which is how long a
-/// client of a busy node may wait for it.
+/// client of a busy node may wait for it. 1 GiB of rows of 4 KiB took 0.51 s with 64, and 0.36 with 256 and with 1024.
 const ROWS: usize = 256;
 
 /// The same of changes. They come in such numbers only where writers are about to outrun the target, and a page of more costs less for each.

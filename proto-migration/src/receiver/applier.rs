@@ -24,7 +24,7 @@ use crate::v1::transfer_migration_data_request::Commit;
 use crate::v1::transfer_migration_data_response::{Forgotten, Frame as Answer, PrepareRefused, Prepared};
 use crate::v1::{MigrationState, SlotMismatch};
 
-/// Batches that are gathered at most, however small they are.
+/// Batches that are gathered at most, however small they are: what the applier holds beside their bytes is bounded by it. For 1 GiB of rows 16 are as fast.
 const GATHERED: usize = 1024;
 
 /// Something to do.

@@ -71,7 +71,7 @@ pub(super) enum Listed {
     All,
 }
 
-/// Files that are looked at while others wait for the books.
+/// Files that are looked at while others wait for the books: a tenth of a millisecond. 100,000 files of 4 KiB took as long with 256.
 const FILES_AT_ONCE: usize = 4096;
 
 impl Ledger {

@@ -52,16 +52,17 @@ const BATCH_BYTES: usize = 2 << 20;
 /// once, the first would have the whole credit of one that is alone. Of 200 of 64 MiB each, when a tenth of all had been sent, the fastest had sent 3 to
 /// 5 times as much as the slowest, and 4 to 8 times with all credit at once; at half of it, that made no difference any more.
 const FIRST_CREDIT: u64 = 1 << 20;
-/// Bytes of chunks that are taken before the session looks at everything else: small ones that are here already cost less than that look.
+/// Bytes of chunks that are taken before the session looks at everything else: small ones that are here already cost less than that look. 1 GiB of large ones took
+/// 0.32, 0.34 and 0.33 s with 64 KiB, 256 KiB and 1 MiB, and with 16, 64 and 256 [`FRAMES`] as long (medians of 8 interleaved rounds that differ by more).
 const AT_ONCE: u64 = 256 << 10;
 /// The same for frames, which may be empty.
 const FRAMES: u32 = 64;
 /// How long an `Ack` may wait for more to tell, where the sender can go on without. Each costs a system call and a wake-up at both
-/// ends: one for each MiB took 5 % of what a receiver does.
+/// ends: one for each MiB took 5 % of what a receiver does. With 1, 5 and 20 ms here, 1 GiB from memory to memory took 0.33, 0.34 and 0.33 s.
 const ACK_DELAY: Duration = Duration::from_millis(5);
 
 /// Missing extents in a page of `Accepted`: 40 KiB of memory, and at most as much on the wire (four varints, two of them of at most ten bytes and two of five, and their tags, and tag and
-/// length of the extent). A peer that takes no answers has some pages wait for it.
+/// length of the extent). A peer that takes no answers has some pages wait for it. 100,000 files of 4 KiB took as long with 128.
 const EXTENTS_OF_PAGE: usize = 1024;
 
 /// The answers of one stream.

@@ -15,7 +15,8 @@ use crate::source::SnapshotSource;
 use crate::spec::Manifest;
 use crate::v1::transfer_split_snapshot_request::{Frame, LaneHeader};
 
-/// How often in a row a lane is opened again, without getting anything done, before the others go on without it.
+/// How often in a row a lane is opened again, without getting anything done, before the others go on without it: with the pauses between, about as long as a
+/// receiver takes to notice that the stream before is gone. Without a lane nothing is lost but its share of the rate.
 const LANE_RETRIES: u32 = 3;
 
 /// See the module.

@@ -265,7 +265,8 @@ pub(super) async fn heartbeats(outbound: &Outbound, idle: Duration) {
     }
 }
 
-/// Pages of a manifest are so much smaller than they may be: the receiver checks one while the next is made.
+/// Pages of a manifest are so much smaller than they may be: the receiver checks one while the next is made. For 100,000 files, 1, 3 and 8 took 0.90, 0.92 and 0.90 s for the
+/// whole transfer (medians of 4 interleaved rounds); the time to the first byte grows with a page.
 const PART: usize = 3;
 
 /// Sends the manifest in pages, each of which the receiver takes before `quiet` ends.

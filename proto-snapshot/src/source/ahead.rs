@@ -13,14 +13,15 @@ use tokio::task::JoinHandle;
 use super::SourceError;
 use super::disk::{Listing, WholeReader, lock};
 
-/// A file up to this length is small.
+/// A file up to this length is small: larger ones are read in pieces, each of which costs as much by itself as a small file.
 const SMALL: u64 = 64 << 10;
-/// Files of a batch at most.
+/// Files of a batch at most, where another thread reads it. In memory, where whoever asks reads [`HERE`] of them, it makes no difference.
 const BATCH: usize = 128;
 /// Bytes of a batch at most, beside the first file. Two batches of each reader are in memory.
 const BATCH_BYTES: u64 = 512 << 10;
 /// The same of a batch that is read by whoever asks, between two turns of other tasks: some 0.3 ms. Of 100,000 files of 4 KiB in memory the
-/// transfer took 1.12 s, and 1.21 s where other threads read them; with batches of 128 it took no less.
+/// transfer took 1.12 s, and 1.21 s where other threads read them; with batches of 128 it took no less. On
+/// another day 0.92, 0.92 and 0.91 s with 16, 64 and 256 of them, of 64 KiB, 256 KiB and 1 MiB.
 const HERE: usize = 64;
 const HERE_BYTES: u64 = 256 << 10;
 /// Readers that are told apart: the streams that a receiver allows, and one that reads for checksums only.

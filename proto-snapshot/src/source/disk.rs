@@ -26,16 +26,18 @@ use super::ahead::Ahead;
 use super::{Description, PieceStream, SourceError};
 
 /// Pieces that wait for the socket, the one that is being read included; [`SnapshotSource::open`](super::SnapshotSource::open) promises
-/// four at most: enough that a read and a send overlap; with 1, 8 or 16, a file of 1 GiB moves no faster. What was handed out and waits at the socket comes to it, [`Given::KEPT`] pieces in all.
+/// four at most: enough that a read and a send overlap; with 8 or 16, a file of 1 GiB moves no faster, and with 1 it took 1.05 times as long. What was handed out and waits at the socket comes to it, [`Given::KEPT`] pieces in all.
 const AHEAD: usize = 3;
 
 /// Pieces of a file in memory up to this size are read by whoever asks for them: some 0.1 ms, and others wait for no longer than that.
+/// A file of 1 GiB took 1.09 times as long where all were read by other threads.
 const HERE: usize = 1 << 20;
 
-/// Read at once for a digest.
+/// Read at once for a digest: enough that the call is nothing beside the hash, which takes 0.2 ms for it.
 const DIGEST_PIECE: usize = 1 << 20;
 
-/// From so many files on, the hash of their list is worth a thread of its own: 0.2 ms, of 100,000 files 5 ms.
+/// From so many files on, the hash of their list is worth a thread of its own: 0.2 ms, of 100,000 files 5 ms. Of
+/// their whole transfer that is less than rounds differ by.
 const MANY: usize = 4096;
 
 /// What tells whether a file is still the same one with the same content.

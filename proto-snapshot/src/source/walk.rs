@@ -14,10 +14,11 @@ use super::SourceError;
 use super::disk::{Entry, Identity, lock};
 
 /// Threads at most: what they ask of the kernel is short, and takes locks there. Of 100,000 files in a memory file system one thread lists
-/// 400,000 in a second.
+/// 400,000 in a second. On 2 cores, their transfer took 0.92 s with two threads and 0.96 with one.
 const THREADS: usize = 4;
 
-/// Files of one directory that are asked about at once; those beyond are for any thread, so that one very large directory occupies all of them.
+/// Files of one directory that are asked about at once; those beyond are for any thread, so that one very large directory occupies all of them. With 64
+/// and 4096 the transfer of 100,000 files, a thousand to a directory, took as long.
 const ASKED: usize = 512;
 
 /// Most bytes of a name that an error shows.

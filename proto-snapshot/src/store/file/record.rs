@@ -323,7 +323,8 @@ impl ShardRecord {
 /// Bytes of one extent in the record log: file, offset, length, checksum; little-endian.
 const EXTENT_LEN: usize = 28;
 
-/// Most extents in one record of the log.
+/// Most extents in one record of the log, of 28 bytes each: what a damaged record costs is sent again, and one holds less than what is synced at once. With 256, files
+/// of 1 GiB and of 4 KiB took as long.
 const EXTENTS_PER_RECORD: usize = 4096;
 
 /// The records of the log that hold `extents`.

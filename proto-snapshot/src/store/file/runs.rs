@@ -7,7 +7,7 @@ use crate::runs::RunMap;
 use crate::store::StoreError;
 
 /// Neighbours are merged up to this length, in bytes. The checksum of a run can only be checked as a whole: a single bad byte costs
-/// no more than this. One TiB in order is 16384 runs.
+/// no more than this. One TiB in order is 16384 runs. With 4 MiB, a file of 1 GiB took as long.
 pub(super) const MAX_MERGED: u64 = 64 << 20;
 
 /// The runs of all files of a staging area, by number; as long as the last file of which there are any.

@@ -346,7 +346,8 @@ fn spread(mut chunks: Vec<StagedChunk>) -> Result<Vec<Vec<StagedChunk>>, Vec<Sta
     Ok(spread)
 }
 
-/// How many of `chunks`, one at least, are written before other tasks get their turn: about 1 MiB, a fraction of a millisecond.
+/// How many of `chunks`, one at least, are written before other tasks get their turn: about 1 MiB, a fraction of a millisecond. A file of 1 GiB took as long with 256 KiB and
+/// with 4 MiB, and 100,000 small ones with a quarter and four times of what making one counts.
 fn at_once(chunks: &[StagedChunk]) -> usize {
     const BYTES: usize = 1 << 20;
     /// What to make a small file costs, as bytes that are written: some 8 µs.
@@ -360,7 +361,7 @@ fn at_once(chunks: &[StagedChunk]) -> usize {
     begun.count()
 }
 
-/// Chunks below this size are, as a rule, small files.
+/// Chunks below this size are, as a rule, small files: as a source has it. Of files of 4 KiB it makes no difference whether it is 16 KiB.
 const SMALL: usize = 64 << 10;
 
 type Opened<'a> = RwLockReadGuard<'a, Gate>;

@@ -96,7 +96,8 @@ fn without(lost: Extent, offset: u64, end: u64) -> impl Iterator<Item = Extent> 
     rest.into_iter().filter(|(_, len)| *len > 0).map(move |(offset, len)| Extent { file, offset, len })
 }
 
-/// Shorter runs are not worth a call. Several streams write at once, so a run is often no more than a chunk.
+/// Shorter runs are not worth a call. Several streams write at once, so a run is often no more than a chunk. A file of 1 GiB in memory, where the advice does nothing,
+/// took as long with 1 byte and with 1 MiB.
 const UNCACHED_RUN: u64 = 128 << 10;
 
 impl Inner {
