@@ -22,6 +22,14 @@ pub struct ConnectionLimits {
     /// Streams at once on one connection. Default 320: the 256 watches that a connection may have, and calls beside them. A client waits with
     /// more; one that does not is told `REFUSED_STREAM`, which is counted.
     pub streams_per_connection: u32,
+    /// Calls of one peer in a second, over all of its connections, once [`calls_burst_per_peer`](Self::calls_burst_per_peer) were made at once. Default 1000. Those beyond
+    /// them are not refused: a connection that brings one isn't read any further until it is its turn, which comes after at most
+    /// [`connections_per_peer`](Self::connections_per_peer) calls of others. Counted as `TOO_MANY_CALLS_OF_PEER`, each time. 0 is as 1, and [`u32::MAX`] no limit. Not counted is
+    /// what comes by HTTP/1, where a server takes that.
+    pub calls_per_peer: u32,
+    /// Calls that a peer may make at once when it has made none for a while, which is as long as that many calls take at
+    /// [`calls_per_peer`](Self::calls_per_peer). Default 2000: 200 transfers that begin at once, with 8 lanes each, are 1600, and some are left for other calls.
+    pub calls_burst_per_peer: u32,
     /// Headers of a request, in bytes, as HTTP/2 counts them. Default 16 KiB. More are answered with status 431, counted as
     /// `REQUEST_HEADER_FIELDS_TOO_LARGE`; far more, or a frame of twice as much, end the connection with `ENHANCE_YOUR_CALM`.
     pub header_bytes: u32,
@@ -41,6 +49,8 @@ impl Default for ConnectionLimits {
             preface: Duration::from_secs(10),
             idle: Duration::from_secs(90),
             streams_per_connection: 320,
+            calls_per_peer: 1000,
+            calls_burst_per_peer: 2000,
             header_bytes: 16 << 10,
             pending_resets: 20,
             error_resets: 1024,

@@ -425,6 +425,42 @@ async fn one_stream_more_than_allowed_is_refused() {
 }
 
 #[tokio::test]
+async fn calls_beyond_those_that_a_peer_may_make_wait() {
+    const BURST: u32 = 10;
+    const EVERY: Duration = Duration::from_millis(50);
+    let mut scene =
+        Scene::new(|limits| (limits.calls_per_peer, limits.calls_burst_per_peer) = (20, BURST)).await;
+    let mut streams = [hello(2, scene.address).await, hello(2, scene.address).await];
+    let began = Instant::now();
+    let calls: Vec<u8> = (0..BURST)
+        .flat_map(|number| frame(HEADERS, 5, 2 * number + 1, &block("/test.Test/Call", &[])))
+        .collect();
+    for stream in &mut streams {
+        stream.write_all(&calls).await.unwrap();
+    }
+    let [first, second] = &mut streams;
+    let answered = async |stream: &mut TcpStream| {
+        let mut left = BURST;
+        let answers = read_until(stream, |kind, _, _| {
+            left -= u32::from(kind == HEADERS);
+            (left == 0).then_some(())
+        });
+        answers.await.unwrap();
+    };
+    // With the one that it has made, fewer calls than it may make at once.
+    let others = async {
+        for _ in 0..BURST - 2 {
+            scene.goes_on().await;
+        }
+    };
+    tokio::join!(answered(first), answered(second), others);
+    assert!(began.elapsed() >= EVERY * BURST, "{:?}", began.elapsed());
+    // Each that had to wait: none of another peer, which goes on all the same.
+    scene.has_refused("TOO_MANY_CALLS_OF_PEER", u64::from(BURST));
+    scene.others_go_on().await;
+}
+
+#[tokio::test]
 async fn large_headers_are_refused_on_their_stream_alone() {
     // hyper's own default is the same as ours.
     let mut scene = Scene::new(|limits| limits.header_bytes = 4 << 10).await;
@@ -551,7 +587,8 @@ fn resets(numbers: std::ops::Range<u32>) -> Vec<u8> {
 
 #[tokio::test]
 async fn rapid_resets_end_their_connection() {
-    let mut scene = Scene::new(|_| {}).await;
+    // However many calls that are.
+    let mut scene = Scene::new(|limits| limits.calls_per_peer = u32::MAX).await;
     // Written in large pieces, as an attacker would.
     let pieces = || (0..400).map(|piece| resets(piece * 500..(piece + 1) * 500));
     let floods = scene.flood(pieces, Flood::GoneAway(ENHANCE_YOUR_CALM)).await;

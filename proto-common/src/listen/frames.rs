@@ -9,13 +9,20 @@
 //!
 //! Where only a part of a head fits, that is what there is, and h2 asks for room for the rest of it. By then nothing else may be in the buffer, and it is used
 //! again: so what follows is the rest of that head, and once more frames that fill it up.
+//!
+//! Each `HEADERS` is a call, since a client of gRPC sends no trailers; no other frame begins one. Where its peer has made too many, what follows the head of that
+//! frame, without which it is nothing to h2, waits here, and all else in the socket.
 
 use std::io;
 use std::pin::{Pin, pin};
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
+use bytes::{Buf as _, Bytes};
 use tokio::io::{AsyncRead, AsyncReadExt as _, ReadBuf};
+use tokio::time::{Instant, Sleep, sleep_until};
 
+use super::calls::Calls;
 use crate::refusals;
 
 /// What every HTTP/2 client sends first (RFC 9113, 3.4).
@@ -57,12 +64,17 @@ pub(super) struct Frames {
     header_frame: usize,
     /// Bytes that are left of the head of a frame that fills up.
     owed: usize,
+    calls: Arc<Calls>,
+    /// Until the call that has begun may be made.
+    hold: Option<Pin<Box<Sleep>>>,
+    /// What was read behind the head of one that had to wait: less than there was room for in the buffer, which is no larger than 32 KiB where a head is read.
+    held: Bytes,
 }
 
 impl Frames {
     /// For headers of `header_bytes`, as HTTP/2 counts them, which is more than they have in a frame. What is a little too large is for h2 to refuse; a frame
-    /// of twice the size is not read.
-    pub(super) fn new(header_bytes: u32) -> Self {
+    /// of twice the size is not read. Each call takes one of `calls`.
+    pub(super) fn new(header_bytes: u32, calls: Arc<Calls>) -> Self {
         let header_frame = usize::try_from(header_bytes).unwrap_or(usize::MAX).saturating_mul(2);
         Self {
             preface: 0,
@@ -74,12 +86,20 @@ impl Frames {
             in_block: false,
             header_frame,
             owed: 0,
+            calls,
+            hold: None,
+            held: Bytes::new(),
         }
     }
 
-    /// Bytes of a frame that are still to come behind its head; 0 between frames.
+    /// Bytes of a frame that are still to come behind its head, beside those that are held; 0 between frames.
     pub(super) fn rest(&self) -> usize {
-        if self.is_http2 { self.rest } else { 0 }
+        if self.is_http2 { self.rest.saturating_sub(self.held.len()) } else { 0 }
+    }
+
+    /// Until when nothing is read because of a call that has to wait.
+    pub(super) fn held_until(&self) -> Option<Instant> {
+        self.hold.as_ref().map(|hold| hold.deadline())
     }
 
     /// Whether all of the preface has come.
@@ -87,7 +107,7 @@ impl Frames {
         self.preface == PREFACE.len()
     }
 
-    /// Reads from `io` as that does, and fills up `buf` behind the end of a long frame.
+    /// Reads from `io` as that does, and fills up `buf` behind the end of a long frame. Nothing is read before it is the turn of the call that was read last.
     ///
     /// # Errors
     ///
@@ -98,6 +118,10 @@ impl Frames {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        if let Some(hold) = &mut self.hold {
+            ready!(hold.as_mut().poll(cx));
+            self.hold = None;
+        }
         if self.owed > 0 {
             self.fill(buf);
             return Poll::Ready(Ok(()));
@@ -105,19 +129,33 @@ impl Frames {
         let before = buf.filled().len();
         let end = self.end();
         match end.filter(|end| *end < buf.remaining()) {
+            _ if !self.held.is_empty() => {
+                let len = self.held.len().min(buf.remaining()).min(end.unwrap_or(usize::MAX));
+                buf.put_slice(&self.held[..len]);
+            }
             // Does not fill with zeros what is read into, unlike a buffer that is made of a part of this one.
             Some(end) => {
                 ready!(pin!(io.take(u64::try_from(end).unwrap_or(u64::MAX))).poll_read(cx, buf))?;
             }
             None => ready!(io.poll_read(cx, buf))?,
         }
-        let looked_at = self.came(buf.filled().get(before..).unwrap_or_default());
-        if looked_at.is_err() {
-            buf.set_filled(before);
-        } else if end.is_some() && self.rest == 0 && self.len == 0 && !self.in_block {
+        let came = buf.filled().get(before..).unwrap_or_default();
+        let looked_at = self.came(came);
+        let passed = *looked_at.as_ref().unwrap_or(&0);
+        if self.held.is_empty() {
+            self.held = Bytes::copy_from_slice(came.get(passed..).unwrap_or_default());
+        } else {
+            self.held.advance(passed);
+        }
+        if self.held.is_empty() {
+            // An empty part of what was held holds all of it.
+            self.held = Bytes::new();
+        }
+        buf.set_filled(before + passed);
+        if looked_at.is_ok() && end.is_some() && self.rest == 0 && self.len == 0 && !self.in_block {
             self.fill(buf);
         }
-        Poll::Ready(looked_at)
+        Poll::Ready(looked_at.map(|_| ()))
     }
 
     /// Bytes until something ends behind which there may be nothing else in the buffer. Only of a frame that was begun by an earlier read: one that comes in one
@@ -148,8 +186,10 @@ impl Frames {
         }
     }
 
-    fn came(&mut self, mut bytes: &[u8]) -> io::Result<()> {
-        while !bytes.is_empty() && self.is_http2 {
+    /// Looks at what came; how much of it may be passed on before the next call has to wait.
+    fn came(&mut self, came: &[u8]) -> io::Result<usize> {
+        let mut bytes = came;
+        while !bytes.is_empty() && self.is_http2 && self.hold.is_none() {
             let now;
             if !self.has_begun() {
                 let wanted = PREFACE.get(self.preface..).unwrap_or_default();
@@ -168,7 +208,7 @@ impl Frames {
                 }
             }
         }
-        Ok(())
+        Ok(if self.is_http2 { came.len() - bytes.len() } else { came.len() })
     }
 
     /// The head of a frame is there.
@@ -184,7 +224,24 @@ impl Frames {
                 return Err(io::Error::new(io::ErrorKind::InvalidData, "a header frame is too long"));
             }
         }
+        if kind == HEADERS {
+            let now = Instant::now();
+            let from = self.calls.take(now);
+            if from > now {
+                refusals::count("TOO_MANY_CALLS_OF_PEER");
+                self.hold = Some(Box::pin(sleep_until(from)));
+            }
+        }
         Ok(())
+    }
+}
+
+impl Drop for Frames {
+    /// Whoever leaves before its turn takes no time of those that stay: else one that comes and leaves again and again would have its peer wait ever longer.
+    fn drop(&mut self) {
+        if self.held_until().is_some_and(|until| until > Instant::now()) {
+            self.calls.give_back();
+        }
     }
 }
 
@@ -213,8 +270,13 @@ mod tests {
     use tokio_util::codec::{FramedRead, LengthDelimitedCodec};
 
     use super::*;
+    use crate::limits::ConnectionLimits;
 
     const KIB: usize = 1 << 10;
+
+    fn frames(header_bytes: u32) -> Frames {
+        Frames::new(header_bytes, Arc::new(Calls::new(&ConnectionLimits::default())))
+    }
 
     struct Followed<IO>(IO, Frames);
 
@@ -263,7 +325,7 @@ mod tests {
         if !followed {
             return read(Cursor::new(sent.to_vec())).await;
         }
-        let followed = Followed(Cursor::new([PREFACE, sent].concat()), Frames::new(1 << 20));
+        let followed = Followed(Cursor::new([PREFACE, sent].concat()), frames(1 << 20));
         let mut followed = Box::pin(followed);
         followed.read_exact(&mut [0; PREFACE.len()]).await.unwrap();
         read(followed).await
@@ -304,7 +366,7 @@ mod tests {
     #[test]
     fn all_room_is_filled_with_frames() {
         for room in (0..100).chain(FILLING..FILLING + 30).chain(2 * FILLING..2 * FILLING + 30) {
-            let mut frames = Frames::new(1 << 20);
+            let mut frames = frames(1 << 20);
             let mut memory = vec![1; room];
             let mut buf = ReadBuf::new(&mut memory);
             frames.fill(&mut buf);
@@ -325,7 +387,7 @@ mod tests {
     async fn a_header_frame_that_is_far_too_long_is_not_read() {
         for (len, is_read) in [(2048, true), (2049, false)] {
             let sent = [PREFACE, &*frame(HEADERS, END_HEADERS, len)].concat();
-            let mut followed = Followed(Cursor::new(sent), Frames::new(1024));
+            let mut followed = Followed(Cursor::new(sent), frames(1024));
             let read = followed.read_to_end(&mut Vec::new()).await;
             assert_eq!(read.is_ok(), is_read, "{read:?}");
         }
@@ -336,7 +398,7 @@ mod tests {
         for other in [&b"PRI * HTTP/1"[..], b"GET / HTTP/1.1", &[0x16; 30]] {
             let sent = [other, &frame(HEADERS, 0, 100 * KIB)].concat();
             let mut read = Vec::new();
-            let mut followed = Followed(Cursor::new(sent.clone()), Frames::new(1));
+            let mut followed = Followed(Cursor::new(sent.clone()), frames(1));
             followed.read_to_end(&mut read).await.unwrap();
             assert!(read == sent);
         }
@@ -372,6 +434,11 @@ mod tests {
         frames
     }
 
+    /// Its clock goes on when nothing else does.
+    fn paused() -> tokio::runtime::Runtime {
+        tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap()
+    }
+
     /// Frames of some kind, each about twice as long as the one before, and short ones between.
     fn growing() -> impl Strategy<Value = Vec<u8>> {
         let one = |power: u32| {
@@ -402,16 +469,25 @@ mod tests {
         fn all_comes_as_it_was_sent_however_it_is_cut(
             frames in prop::collection::vec((0_u8..10, 0_u8..8, prop_oneof![0..40_usize, 7000..40_000_usize]), 1..12),
             pieces in prop::collection::vec(prop_oneof![1..100_usize, 1..30_000_usize], 1..10),
+            calls_burst_per_peer in 0..4_u32,
         ) {
             let sent: Vec<_> = frames.iter().map(|(kind, flags, len)| frame(*kind, *flags, *len)).collect();
             let io = Pieces(Cursor::new([PREFACE, &*sent.concat()].concat()), pieces.into_iter().cycle());
-            let mut followed = Followed(io, Frames::new(1 << 20));
-            let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
             let mut read = Vec::new();
-            runtime.block_on(followed.read_to_end(&mut read)).unwrap();
+            let took = paused().block_on(async {
+                let limits =
+                    ConnectionLimits { calls_per_peer: 10, calls_burst_per_peer, ..ConnectionLimits::default() };
+                let mut followed = Followed(io, Frames::new(1 << 20, Arc::new(Calls::new(&limits))));
+                let began = Instant::now();
+                followed.read_to_end(&mut read).await.unwrap();
+                began.elapsed().as_millis()
+            });
             prop_assert_eq!(&read[..PREFACE.len()], PREFACE);
             let read = without_filling(Bytes::from(read).slice(PREFACE.len()..));
             prop_assert!(read == sent);
+            let calls = frames.iter().filter(|(kind, ..)| *kind == HEADERS).count();
+            let waited = calls.saturating_sub(usize::try_from(calls_burst_per_peer).unwrap());
+            prop_assert_eq!(took, 100 * waited as u128);
         }
     }
 }

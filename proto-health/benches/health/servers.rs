@@ -20,8 +20,9 @@ pub(crate) const SERVICE: &str = "store";
 async fn listen() -> (Limited<TcpIncoming>, SocketAddr) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    // As many connections from one address as there are watchers to measure.
+    // As many connections from one address as there are watchers to measure, and all of their calls.
     let mut limits = ConnectionLimits::default();
+    limits.calls_per_peer = u32::MAX;
     (limits.connections, limits.connections_per_peer) = (usize::MAX, usize::MAX);
     (incoming_within(listener, limits), address)
 }
