@@ -11,6 +11,8 @@ mod support;
 
 use std::cell::Cell;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use certificates::{Ca, Issue};
@@ -18,7 +20,7 @@ use node::demo::processes::NodeProcess;
 use proto::common::checksum::crc64;
 use proto::common::connect::Connect as _;
 use proto::common::dial::{Dialer, NodeChannel};
-use proto::common::error::Error;
+use proto::common::error::{Code, Error};
 use proto::common::ids::{NodeId, ShardId, TransferId};
 use proto::common::limits::ConnectionLimits;
 use proto::common::slots::SlotRange;
@@ -30,9 +32,10 @@ use proto::node::split_snapshot_service_client::SplitSnapshotServiceClient;
 use proto::node::transfer_split_snapshot_request::{Chunk, File, Frame, Header, LaneHeader, Manifest};
 use proto::node::transfer_split_snapshot_response::Frame as Answer;
 use proto::node::{
-    Direction, GetNodeStatusRequest, GetTransferProgressRequest, MigrationSpec, MigrationState, NodeIdentity,
-    TransferMigrationDataRequest, TransferPhase, TransferSplitSnapshotRequest, TransferSplitSnapshotResponse,
-    WatchHealthRequest, WatchTransferProgressRequest, transfer_migration_data_request as migration,
+    Direction, GetMigrationProgressRequest, GetNodeStatusRequest, GetTransferProgressRequest,
+    ListTransfersRequest, MigrationSpec, MigrationState, NodeIdentity, TransferMigrationDataRequest,
+    TransferPhase, TransferSplitSnapshotRequest, TransferSplitSnapshotResponse, WatchHealthRequest,
+    WatchTransferProgressRequest, transfer_migration_data_request as migration,
     transfer_migration_data_response as migration_answer,
 };
 use proto::snapshot::sender::{SnapshotSender, SnapshotToSend};
@@ -42,7 +45,9 @@ use support::proxy::{self, Proxy, Ways};
 use support::{call, client, program, split_says, until};
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::{TcpSocket, TcpStream};
+use tokio::runtime::{Builder, Handle};
 use tokio::sync::mpsc;
+use tokio::task::{JoinHandle, JoinSet};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 
@@ -632,15 +637,15 @@ async fn a_hostile_client_gets_nowhere() {
     hostile(node, &nodes, Dialer::plaintext(), Dialer::plaintext()).await;
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_hostile_node_with_a_valid_certificate_gets_no_further() {
-    let directory = tempfile::tempdir().unwrap();
-    let nodes = directory.path().join("nodes");
+/// A node with a certificate, its data in `nodes` below `directory`, and what makes the connections of another one.
+async fn certified(directory: &Path) -> (NodeProcess, impl Fn(&str) -> Dialer + use<>) {
+    let nodes = directory.join("nodes");
     std::fs::create_dir(&nodes).unwrap();
     let ca = Ca::new("one");
     // In the cluster without a name, so that the same headers fit.
-    let issue = |id: &str| ca.issue(&Issue { uri: None, dns: vec![id.to_owned()], ..Issue::node(id) });
-    let (certificate, key) = issue("n1");
+    let issue =
+        |ca: &Ca, id: &str| ca.issue(&Issue { uri: None, dns: vec![id.to_owned()], ..Issue::node(id) });
+    let (certificate, key) = issue(&ca, "n1");
     let mut arguments = Vec::new();
     let files = [
         ("--tls-ca", "ca.crt", ca.pem()),
@@ -648,22 +653,143 @@ async fn a_hostile_node_with_a_valid_certificate_gets_no_further() {
         ("--tls-key", "n1.key", key),
     ];
     for (flag, name, text) in files {
-        let path = directory.path().join(name);
+        let path = directory.join(name);
         std::fs::write(&path, text).unwrap();
         arguments.extend([flag.to_owned(), path.display().to_string()]);
     }
     let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
     let node = NodeProcess::start_with(&program(), "n1", &nodes, "0-99", &arguments).await.unwrap();
-    let dialer = |id: &str| {
-        let (certificate, key) = issue(id);
+    let dialer = move |id: &str| {
+        let (certificate, key) = issue(&ca, id);
         let pem = TlsPem { ca: ca.pem().into(), certificate: certificate.into(), key: key.into() };
         Dialer::tls(Tls::from_pem(pem).unwrap())
     };
+    (node, dialer)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hostile_node_with_a_valid_certificate_gets_no_further() {
+    let directory = tempfile::tempdir().unwrap();
+    let (node, dialer) = certified(directory.path()).await;
     // In another's name it gets nothing at all.
     let as_other = Header { source_node_id: "n2".to_owned(), ..header("stolen", 1, 1, "a", 4) };
     let refused = refused(&channel(&node, &dialer(EVIL)).await, [Frame::Header(as_other)]).await;
     assert_eq!(refused.reason(), "PERMISSION_DENIED", "{refused:?}");
-    hostile(node, &nodes, dialer(EVIL), dialer("n2")).await;
+    hostile(node, &directory.path().join("nodes"), dialer(EVIL), dialer("n2")).await;
+}
+
+/// Calls without end, as fast as they are answered, on many connections at once and with many on each.
+struct Calls {
+    since: Instant,
+    answered: Arc<AtomicU64>,
+    calling: JoinHandle<()>,
+}
+
+impl Calls {
+    /// On the threads of `runtime`.
+    fn begin(
+        runtime: &Handle,
+        node: &NodeProcess,
+        evil: &Dialer,
+        connections: usize,
+        on_each: usize,
+    ) -> Self {
+        let (since, answered) = (Instant::now(), Arc::default());
+        let (to, count) = (evil.to(&node.addresses().grpc, None).unwrap(), Arc::clone(&answered));
+        let calling = runtime.spawn(async move {
+            let mut channels = Vec::new();
+            for _ in 0..connections {
+                channels.push(to.connect().await.unwrap());
+            }
+            let mut callers = JoinSet::new();
+            for number in 0..on_each {
+                for channel in &channels {
+                    callers.spawn(Self::call(channel.clone(), number, Arc::clone(&count)));
+                }
+            }
+            while let Some(ended) = callers.join_next().await {
+                ended.unwrap();
+            }
+        });
+        Self { since, answered, calling }
+    }
+
+    async fn call(channel: NodeChannel, number: usize, answered: Arc<AtomicU64>) {
+        let mut transfers = SplitSnapshotServiceClient::new(channel.clone());
+        let mut migrations = MigrationServiceClient::new(channel.clone());
+        let mut health = HealthServiceClient::new(channel);
+        for turn in number.. {
+            let answer = match turn % 3 {
+                0 => transfers.list_transfers(ListTransfersRequest::default()).await.err(),
+                1 => health.get_node_status(GetNodeStatusRequest::default()).await.err(),
+                _ => {
+                    let request = GetMigrationProgressRequest {
+                        migration_id: "none".to_owned(),
+                        ..GetMigrationProgressRequest::default()
+                    };
+                    migrations.get_migration_progress(request).await.err()
+                }
+            };
+            match answer.map(Error::from) {
+                None => {}
+                Some(error) if turn % 3 == 2 && error.code() == Code::NotFound => {}
+                // Heads of other calls come before the rest of this one, and each of them waits.
+                Some(error) if error.reason() == "IDLE_TIMEOUT" => {}
+                Some(error) => panic!("{error:?}"),
+            }
+            answered.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// How many were answered, and how many may have been.
+    fn answered(&self) -> (u64, f64) {
+        assert!(!self.calling.is_finished(), "it has failed");
+        let limits = ConnectionLimits::default();
+        let answered = self.answered.load(Ordering::Relaxed);
+        let of_rate = f64::from(limits.calls_per_peer) * self.since.elapsed().as_secs_f64();
+        (answered, f64::from(limits.calls_burst_per_peer) + of_rate)
+    }
+}
+
+impl Drop for Calls {
+    fn drop(&mut self) {
+        self.calling.abort();
+    }
+}
+
+/// How long a call of another peer takes.
+async fn status(channel: &NodeChannel) -> Duration {
+    let began = Instant::now();
+    HealthServiceClient::new(channel.clone()).get_node_status(GetNodeStatusRequest::default()).await.unwrap();
+    began.elapsed()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hostile_node_makes_no_more_calls_than_it_may_while_another_makes_its_own() {
+    let directory = tempfile::tempdir().unwrap();
+    let (node, dialer) = certified(directory.path()).await;
+    let good = dialer("n2");
+    let file = directory.path().join("snapshot");
+    std::fs::write(&file, vec![7; MIB]).unwrap();
+    let other = channel(&node, &good).await;
+    status(&other).await;
+    let calls = Calls::begin(&Handle::current(), &node, &dialer(EVIL), 24, 200);
+    let mut times = Vec::new();
+    until("the burst is used up, and as much again is made in turn", async || {
+        times.push(status(&other).await);
+        calls.answered().0 > 2 * u64::from(ConnectionLimits::default().calls_burst_per_peer)
+    })
+    .await;
+    let (answered, most) = calls.answered();
+    assert!(
+        u32::try_from(answered).is_ok_and(|answered| f64::from(answered) <= most),
+        "{answered} of {most}"
+    );
+    send(&node, &good, &file, 1).await;
+    times.sort();
+    println!("calls of another peer: {:?}, {:?} at most", median(times.clone()), times.last());
+    // It is behind none of those that wait, which take seconds.
+    assert!(median(times) < Duration::from_millis(500));
 }
 
 /// A node that owns nothing offers slots of others, and announces those of its victim.
@@ -796,5 +922,78 @@ async fn how_much_a_hostile_client_costs_others() {
         until("descriptors are given back", async || usage(&node).1 <= 64).await;
     }
     println!("{times}");
+    assert!(times.drop() < 0.2, "{times}");
+}
+
+/// Time of the processor that a process has taken.
+fn processor(pid: u32) -> Duration {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    // Behind the name, which may have spaces in it: of the process itself in user and in kernel mode, in hundredths of a second.
+    let (_, fields) = stat.rsplit_once(')').unwrap();
+    let ticks = fields.split_whitespace().skip(11).take(2).map(|field| field.parse::<u64>().unwrap());
+    Duration::from_millis(10 * ticks.sum::<u64>())
+}
+
+/// By how much another peer's rate drops while a node with a valid certificate calls on all of its connections, as fast as it can. What its own work takes of the
+/// processor is not the node's: its threads get what nobody else wants, as if they were on another machine, and as long as the calls come at their full
+/// rate all the same, the node has to do all that they can make it do.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "a measurement, which needs the machine for itself"]
+async fn how_much_calls_of_a_hostile_node_cost_others() {
+    const SIZE: usize = 256 * MIB;
+    const SENDS: usize = 7;
+    let directory = tempfile::tempdir().unwrap();
+    let (node, dialer) = certified(directory.path()).await;
+    let (evil, good) = (dialer(EVIL), dialer("n2"));
+    let file = directory.path().join("snapshot");
+    std::fs::write(&file, "x").unwrap();
+    let mut number = 0;
+    let mut rate = async || {
+        number += 1;
+        send(&node, &good, &file, number).await
+    };
+    // A list that is long.
+    for _ in 0..300 {
+        rate().await;
+    }
+    std::fs::write(&file, vec![7; SIZE]).unwrap();
+    for _ in 0..3 {
+        rate().await;
+    }
+    let least = || {
+        // Of this thread.
+        rustix::process::setpriority_process(None, 19).unwrap();
+    };
+    let elsewhere =
+        Builder::new_multi_thread().worker_threads(2).enable_all().on_thread_start(least).build().unwrap();
+    let other = channel(&node, &good).await;
+    let mut times = Times::default();
+    let (mut alone, mut beside) = (Vec::new(), Vec::new());
+    let pid = node.pid().unwrap();
+    for _ in 0..3 {
+        for _ in 0..SENDS {
+            times.alone.push(rate().await);
+            alone.push(status(&other).await);
+        }
+        let calls = Calls::begin(elsewhere.handle(), &node, &evil, 240, 300);
+        until("the burst is over", async || {
+            calls.answered().0 > u64::from(ConnectionLimits::default().calls_burst_per_peer)
+        })
+        .await;
+        let (taken, answered, began) = (processor(pid), calls.answered().0, Instant::now());
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        let (taken, answered) = (processor(pid) - taken, calls.answered().0 - answered);
+        println!("{answered} calls in {:?} took {taken:?} of the processor in the node", began.elapsed());
+        let (answered, began) = (calls.answered().0, Instant::now());
+        for _ in 0..SENDS {
+            times.beside.push(rate().await);
+            beside.push(status(&other).await);
+        }
+        println!("{} in {:?} beside another peer", calls.answered().0 - answered, began.elapsed());
+        drop(calls);
+        until("descriptors are given back", async || usage(&node).1 <= 64).await;
+    }
+    elsewhere.shutdown_background();
+    println!("{times}; a call: {:?} alone, {:?} beside", median(alone), median(beside));
     assert!(times.drop() < 0.2, "{times}");
 }
