@@ -17,7 +17,7 @@ pub struct ConnectionLimits {
     /// `SLOW_PREFACE`.
     pub preface: Duration,
     /// Silence after which a connection is closed. Default 90 s, three times [`KEEPALIVE_INTERVAL`](crate::tuning::KEEPALIVE_INTERVAL): a live peer
-    /// answers pings. Counted as `IDLE_CONNECTION`.
+    /// answers pings. Counted as `IDLE_CONNECTION`. In plaintext, what is left of a long frame, of up to [`FRAME_SIZE`](crate::tuning::FRAME_SIZE), counts when it is there as a whole.
     pub idle: Duration,
     /// Streams at once on one connection. Default 320: the 256 watches that a connection may have, and calls beside them. A client waits with
     /// more; one that does not is told `REFUSED_STREAM`, which is counted.
@@ -28,7 +28,8 @@ pub struct ConnectionLimits {
     /// what comes by HTTP/1, where a server takes that.
     pub calls_per_peer: u32,
     /// Calls that a peer may make at once when it has made none for a while, which is as long as that many calls take at
-    /// [`calls_per_peer`](Self::calls_per_peer). Default 2000: 200 transfers that begin at once, with 8 lanes each, are 1600, and some are left for other calls.
+    /// [`calls_per_peer`](Self::calls_per_peer). Default 2000: 200 transfers that begin at once, with 8 lanes each, are 1600, and some are left for other calls. A node that opens more than that
+    /// at once, thousands of watches say, waits for seconds.
     pub calls_burst_per_peer: u32,
     /// Headers of a request, in bytes, as HTTP/2 counts them. Default 16 KiB. More are answered with status 431, counted as
     /// `REQUEST_HEADER_FIELDS_TOO_LARGE`; far more, or a frame of twice as much, end the connection with `ENHANCE_YOUR_CALM`.

@@ -60,7 +60,7 @@ impl RemotePeer for TcpStream {
 /// Bytes of a long frame for which reading waits: all of the longest ([`FRAME_SIZE`](crate::tuning::FRAME_SIZE)). A socket that tells of each segment, 64 KiB on loopback, wakes the receiver up
 /// to eight times for a frame, which has two calls and a turn of the runtime for each, and a sender that wakes a sleeping processor pays, too. On loopback with 2 cores
 /// and one worker thread at each end, 1 GiB from memory to memory took 0.30 to 0.37 s without, and 0.25 to 0.31 with 256 KiB and with 512 KiB, where raw TCP took 0.24 to
-/// 0.30 (medians of three runs of 9 interleaved rounds), with 1.12 to 1.17 times the processor time without. With 128 KiB it was as fast once, and not at all faster the next time.
+/// 0.30 (medians of three runs of 9 interleaved rounds); without, it took 1.11 to 1.17 times the processor time. In one of two runs, 128 KiB gained nothing.
 /// On one core for both ends, 0.62 s without and with 256 KiB, 0.57 with 512 KiB, 0.49 by raw TCP.
 const LOW_WATER: usize = crate::tuning::FRAME_SIZE as usize;
 

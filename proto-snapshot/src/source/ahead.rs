@@ -20,8 +20,8 @@ const BATCH: usize = 128;
 /// Bytes of a batch at most, beside the first file. Two batches of each reader are in memory.
 const BATCH_BYTES: u64 = 512 << 10;
 /// The same of a batch that is read by whoever asks, between two turns of other tasks: some 0.3 ms. Of 100,000 files of 4 KiB in memory the
-/// transfer took 1.12 s, and 1.21 s where other threads read them; with batches of 128 it took no less. On
-/// another day 0.92, 0.92 and 0.91 s with 16, 64 and 256 of them, of 64 KiB, 256 KiB and 1 MiB.
+/// transfer took 1.12 s, and 1.21 s where other threads read them; with batches of 128 it took no less. In
+/// another run 0.92, 0.92 and 0.91 s with 16, 64 and 256 of them, of 64 KiB, 256 KiB and 1 MiB.
 const HERE: usize = 64;
 const HERE_BYTES: u64 = 256 << 10;
 /// Readers that are told apart: the streams that a receiver allows, and one that reads for checksums only.
