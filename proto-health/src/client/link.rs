@@ -6,6 +6,7 @@ use std::time::Duration;
 use proto_common::connect::{Connect, GrpcChannel};
 use proto_common::error::{Code, Error};
 use proto_common::retry::Backoff;
+use tokio::task::coop::cooperative;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::client::monitor::Shared;
@@ -17,6 +18,9 @@ use crate::v1::{
     GetNodeStatusRequest, HealthCheckRequest, NodeStatusSection, PeerState, WatchHealthRequest,
     WatchHealthResponse,
 };
+
+/// Between two frames of a watch. A peer sends one for each heartbeat and each change; what comes faster waits on its side.
+const PAUSE: Duration = Duration::from_millis(1);
 
 /// Pages of a peer's list of peers that are read; more would be more than anybody watches.
 const OPINION_PAGES: usize = 40;
@@ -112,7 +116,7 @@ async fn watch<T: GrpcChannel>(
     tokio::pin!(asking);
     loop {
         let next = tokio::select! {
-            next = timeout(options.stall(), frames.message()) => next,
+            next = timeout(options.stall(), cooperative(frames.message())) => next,
             never = &mut asking => never,
         };
         match next {
@@ -120,6 +124,7 @@ async fn watch<T: GrpcChannel>(
                 *heard = true;
                 let round_trip = round_trip.take().map(|asked| asked.elapsed());
                 shared.answered(address, Answer { origin, health, heartbeat: true, last_frame, round_trip });
+                sleep(PAUSE).await;
             }
             Ok(Ok(None)) => return Error::with_code(Code::Unavailable, "UNAVAILABLE", "its watch ended"),
             Ok(Err(status)) => return Error::from(&status),

@@ -6,6 +6,7 @@ use proto_common::bulk::{Outgoing, WithBody};
 use proto_common::connect::GrpcChannel;
 use proto_common::error::Error;
 use tokio::sync::{mpsc, watch};
+use tokio::task::coop::cooperative;
 use tokio::time::{sleep, timeout};
 use tokio_util::task::AbortOnDropHandle;
 
@@ -111,9 +112,10 @@ impl Link {
         let first = Ack { credit_limit: accepted.credit_limit, ..Ack::default() };
         let (acks, latest) = watch::channel(first);
         let (say, said) = mpsc::channel(ANSWERS);
+        // A target that answers without end keeps nobody else from a turn.
         let reader = tokio::spawn(async move {
             let end = loop {
-                let answer = match timeout(silence, answers.message()).await {
+                let answer = match timeout(silence, cooperative(answers.message())).await {
                     Err(_) => break idle(silence),
                     Ok(Err(status)) => break Error::from(status),
                     Ok(Ok(None)) => break broken(),

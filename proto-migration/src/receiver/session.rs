@@ -156,6 +156,10 @@ impl<T: MigrationTarget> Inner<T> {
                 frame = prompt::first(peer, next) => frame?,
                 () = self.stopping.cancelled() => return Err(shutting_down()),
             };
+            // A frame that is here counts before the time does.
+            if Instant::now() >= deadline {
+                return Err(idle(idle_after));
+            }
             match frame.0 {
                 Frame::Heartbeat(_) => {
                     let ack = Ack { credit_limit: accepted.credit_limit, ..Ack::default() };
@@ -338,6 +342,10 @@ impl<T: MigrationTarget> Reader<'_, T> {
                 }
                 frame = self.next(frames), if in_hand.is_none() && self.phase != Phase::Ending => {
                     let (frame, payload) = frame?;
+                    // Frames that come one behind the other would keep what is below from being looked at.
+                    if self.is_copying() && Instant::now() >= pace.due() {
+                        self.keeps_pace(&mut pace)?;
+                    }
                     *in_hand = self.take(frame, payload)?;
                     if self.phase == Phase::Decided {
                         frames.expect_small();
@@ -351,13 +359,21 @@ impl<T: MigrationTarget> Reader<'_, T> {
                 () = tokio::time::sleep_until(deadline), if in_hand.is_none() && self.phase != Phase::Ending => {
                     return Err(if self.is_like_a_request() { unended(idle_after) } else { idle(idle_after) });
                 }
-                () = tokio::time::sleep_until(pace.due()), if self.phase == Phase::Data && !self.checker.copied => {
-                    // What is not durable yet waits for the store, and a source without credit does, too.
-                    if !pace.look(self.checker.taken, self.flow.done().bytes) {
-                        return Err(too_slow(&pace.expected()));
-                    }
-                }
+                () = tokio::time::sleep_until(pace.due()), if self.is_copying() => self.keeps_pace(&mut pace)?,
             }
+        }
+    }
+
+    fn is_copying(&self) -> bool {
+        self.phase == Phase::Data && !self.checker.copied
+    }
+
+    /// Whether enough comes. What is not durable yet waits for the store, and a source without credit does, too.
+    fn keeps_pace(&self, pace: &mut Pace) -> Result<(), Error> {
+        if pace.look(self.checker.taken, self.flow.done().bytes) {
+            Ok(())
+        } else {
+            Err(too_slow(&pace.expected()))
         }
     }
 

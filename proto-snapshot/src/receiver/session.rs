@@ -381,7 +381,12 @@ impl<A: Staging> Session<'_, A> {
                     ack_at = (!told).then(|| Instant::now() + ACK_DELAY);
                 }
                 frame = self.frames.next(), if in_hand.is_empty() => {
-                    deadline = Instant::now() + self.limits.idle;
+                    let now = Instant::now();
+                    deadline = now + self.limits.idle;
+                    // Frames that come one behind the other would keep what is below from being looked at.
+                    if self.control && now >= pace.due() {
+                        keeps_pace(&mut pace, incoming, began)?;
+                    }
                     let (mut frame, before) = (frame?, begun.taken);
                     for more in (0..FRAMES).rev() {
                         if let ControlFlow::Break(totals) = self.take(frame, incoming, &mut begun, *credit, in_hand)? {
@@ -403,15 +408,7 @@ impl<A: Staging> Session<'_, A> {
                     }
                 }
                 () = tokio::time::sleep_until(deadline), if in_hand.is_empty() => return Err(idle(self.limits.idle)),
-                () = tokio::time::sleep_until(pace.due()), if self.control => {
-                    // What any stream has taken waits for the store, not for the sender.
-                    let (written, unwritten) = (incoming.wire_bytes(), incoming.ledger().unwritten_bytes());
-                    if incoming.is_reading(began.elapsed()) {
-                        pace.restart(written);
-                    } else if !pace.look(written.saturating_add(unwritten), written) {
-                        return Err(too_slow(&pace.expected()));
-                    }
-                }
+                () = tokio::time::sleep_until(pace.due()), if self.control => keeps_pace(&mut pace, incoming, began)?,
             }
         }
     }
@@ -587,6 +584,17 @@ fn owned(payload: Payload) -> Payload {
 }
 
 /// Writes what a session has checked, until its queue ends.
+/// Whether enough comes. What any stream has taken waits for the store, not for the sender.
+fn keeps_pace<A: Staging>(pace: &mut Pace, incoming: &Incoming<A>, began: Instant) -> Result<(), Error> {
+    let (written, unwritten) = (incoming.wire_bytes(), incoming.ledger().unwritten_bytes());
+    if incoming.is_reading(began.elapsed()) {
+        pace.restart(written);
+    } else if !pace.look(written.saturating_add(unwritten), written) {
+        return Err(too_slow(&pace.expected()));
+    }
+    Ok(())
+}
+
 async fn write_all<A: Staging>(
     incoming: Arc<Incoming<A>>,
     mut runs: mpsc::Receiver<Run>,

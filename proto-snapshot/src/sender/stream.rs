@@ -8,6 +8,7 @@ use proto_common::bulk::{Outgoing, WithBody};
 use proto_common::connect::GrpcChannel;
 use proto_common::error::Error;
 use tokio::sync::{mpsc, watch};
+use tokio::task::coop::cooperative;
 use tonic::Streaming;
 
 use super::missing::{Missing, Span};
@@ -178,7 +179,8 @@ pub(super) struct Inbound {
 
 impl Inbound {
     async fn next(&mut self) -> Result<Option<Answer>, Error> {
-        match self.answers.message().await? {
+        // A receiver that answers without end keeps nobody else from a turn.
+        match cooperative(self.answers.message()).await? {
             None => Ok(None),
             Some(TransferSplitSnapshotResponse { frame: Some(frame) }) => Ok(Some(frame)),
             Some(TransferSplitSnapshotResponse { frame: None }) => {
