@@ -117,6 +117,8 @@ struct Inner<S: SnapshotStore> {
     reuses: Reuses,
     budget: Arc<Budget>,
     slots: Mutex<HashMap<TransferId, Arc<Slot<S::Staging>>>>,
+    /// Whose turn it is to cancel a transfer.
+    cancelling: Turns<TransferId>,
     tasks: TaskTracker,
     stopping: CancellationToken,
 }
@@ -233,6 +235,7 @@ impl<S: SnapshotStore> SnapshotReceiverBuilder<S> {
             transfers,
             budget: Arc::default(),
             slots: Mutex::default(),
+            cancelling: Turns::default(),
             tasks: TaskTracker::new(),
             stopping: CancellationToken::new(),
         });

@@ -290,6 +290,25 @@ async fn a_node_cannot_cancel_what_another_one_is_about_to_begin() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn cancels_that_wait_end_with_their_calls() {
+    let target = tempfile::tempdir().unwrap();
+    let (server, opened, decide) = at_the_door(&target).await;
+    let tasks = || tokio::runtime::Handle::current().metrics().num_alive_tasks();
+    let before = tasks();
+    for _ in 0..100 {
+        let cancelling = pin!(cancel_as(server.receiver.clone(), "n1"));
+        assert!(cancelling.now_or_never().is_none(), "it waits for what is at the door");
+    }
+    // The first one goes on, whoever has hung up.
+    assert!(tasks() <= before + 1, "{} tasks, {before} before", tasks());
+    decide.send_replace(Some(true));
+    let cancelled = tokio::time::timeout(LONG, cancel_as(server.receiver.clone(), "n1")).await;
+    assert_eq!(cancelled.expect("a cancel returns").unwrap(), TransferPhase::Cancelled);
+    drop(opened);
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_node_cannot_cancel_what_this_one_begins_to_send_meanwhile() {
     let target = tempfile::tempdir().unwrap();
     let (server, mut opened, decide) = at_the_door(&target).await;

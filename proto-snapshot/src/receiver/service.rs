@@ -134,10 +134,14 @@ impl<S: SnapshotStore> SplitSnapshotService for SnapshotReceiver<S> {
         let id = transfer_id_of(&transfer_id)?;
         let direction = wanted(direction)?;
         self.inner.may_cancel(&caller, direction, &id)?;
+        let reason = proto_common::text::printable(&reason, MAX_CANCEL_REASON);
+        // Those that wait end with their calls. A removal that has begun goes on when its caller hangs up.
+        let turn = self.inner.cancelling.of(&id).lock_owned().await;
         let inner = Arc::clone(&self.inner);
-        // A removal that has begun goes on when the caller hangs up.
-        let cancelling =
-            self.inner.tasks.spawn(async move { inner.cancel(&caller, &id, direction, &reason).await });
+        let cancelling = self.inner.tasks.spawn(async move {
+            let _turn = turn;
+            inner.cancel(&caller, &id, direction, &reason).await
+        });
         let transfer = cancelling
             .await
             .map_err(|error| Reason::Internal.error("the cancellation panicked").caused_by(error))
@@ -242,9 +246,7 @@ impl<S: SnapshotStore> Inner<S> {
         let Some(incoming) = slot.get() else { return Ok(None) };
         may(&incoming)?;
         self.close(&incoming).await?;
-        let because = proto_common::text::printable(reason, MAX_CANCEL_REASON);
-        let message =
-            if because.is_empty() { "cancelled".to_owned() } else { format!("cancelled: {because}") };
+        let message = if reason.is_empty() { "cancelled".to_owned() } else { format!("cancelled: {reason}") };
         let error = Reason::TransferCancelled.error(message);
         self.end(&incoming, TransferPhase::Cancelled, Some(&error)).await.map(Some)
     }

@@ -64,9 +64,14 @@ pub(crate) async fn follow(node: Node, stop: CancellationToken) {
 fn ask_all(node: &Node, asked: &mut BTreeMap<NodeId, Asked>, answers: &mut JoinSet<Answer>) {
     let mut known = node.nodes();
     known.remove(node.id());
-    asked.retain(|id, asked| known.get(id).is_some_and(|addresses| addresses.grpc == asked.address));
+    asked.retain(|id, _| known.contains_key(id));
     for (id, NodeAddresses { grpc, .. }) in known {
-        let asked = asked.entry(id.clone()).or_insert_with(|| Asked::new(node, &id, grpc));
+        let asked = asked.entry(id.clone()).or_insert_with(|| Asked::new(node, &id, grpc.clone()));
+        if asked.address != grpc {
+            // The pause stays: a node that is said to be elsewhere, by itself as well, is asked no more often for it.
+            let (not_before, refused) = (asked.not_before, asked.refused);
+            *asked = Asked { not_before, refused, ..Asked::new(node, &id, grpc) };
+        }
         let ready = !asked.waiting && asked.not_before.is_none_or(|at| at <= Instant::now());
         let Some(channel) = asked.channel.clone().filter(|_| ready) else { continue };
         asked.waiting = true;
