@@ -342,11 +342,11 @@ impl<T: MigrationTarget> Reader<'_, T> {
                 }
                 frame = self.next(frames), if in_hand.is_none() && self.phase != Phase::Ending => {
                     let (frame, payload) = frame?;
+                    *in_hand = self.take(frame, payload)?;
                     // Frames that come one behind the other would keep what is below from being looked at.
                     if self.is_copying() && Instant::now() >= pace.due() {
                         self.keeps_pace(&mut pace)?;
                     }
-                    *in_hand = self.take(frame, payload)?;
                     if self.phase == Phase::Decided {
                         frames.expect_small();
                     }

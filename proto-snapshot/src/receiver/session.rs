@@ -383,10 +383,6 @@ impl<A: Staging> Session<'_, A> {
                 frame = self.frames.next(), if in_hand.is_empty() => {
                     let now = Instant::now();
                     deadline = now + self.limits.idle;
-                    // Frames that come one behind the other would keep what is below from being looked at.
-                    if self.control && now >= pace.due() {
-                        keeps_pace(&mut pace, incoming, began)?;
-                    }
                     let (mut frame, before) = (frame?, begun.taken);
                     for more in (0..FRAMES).rev() {
                         if let ControlFlow::Break(totals) = self.take(frame, incoming, &mut begun, *credit, in_hand)? {
@@ -398,6 +394,10 @@ impl<A: Staging> Session<'_, A> {
                         }
                         let Some(next) = self.frames.next().now_or_never() else { break };
                         frame = next?;
+                    }
+                    // Frames that come one behind the other would keep what is below from being looked at.
+                    if self.control && now >= pace.due() {
+                        keeps_pace(&mut pace, incoming, began)?;
                     }
                     // Most often there is room, and no need to wait for it.
                     if !in_hand.is_empty()
