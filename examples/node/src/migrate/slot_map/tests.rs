@@ -64,6 +64,25 @@ async fn a_node_that_is_silent_delays_no_question_to_others() {
     following.await.unwrap();
 }
 
+#[tokio::test]
+async fn a_node_that_is_elsewhere_now_has_its_pause_all_the_same() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = bare(dir.path());
+    let (mut asked, mut answers) = (BTreeMap::new(), JoinSet::new());
+    let questions = async |asked: &mut BTreeMap<_, Asked>, answers: &mut JoinSet<_>, port: u16| {
+        let grpc = format!("127.0.0.1:{port}");
+        node.put_nodes([(id("n2"), NodeAddresses { resp: grpc.clone(), grpc })].into()).await.unwrap();
+        ask_all(&node, asked, answers);
+        answers.len()
+    };
+    assert_eq!(questions(&mut asked, &mut answers, 1).await, 1);
+    asked.get_mut(&id("n2")).unwrap().not_before = Some(Instant::now() + Duration::from_secs(600));
+    assert_eq!(questions(&mut asked, &mut answers, 2).await, 1, "it is asked before its time");
+    assert_eq!(asked[&id("n2")].address, "127.0.0.1:2");
+    asked.get_mut(&id("n2")).unwrap().not_before = None;
+    assert_eq!(questions(&mut asked, &mut answers, 2).await, 2);
+}
+
 /// A node that answers `GetNodeStatus` like this.
 #[derive(Clone)]
 struct Tells(Arc<dyn Fn(&GetNodeStatusRequest) -> GetNodeStatusResponse + Send + Sync>);
