@@ -31,6 +31,13 @@ pub struct ConnectionLimits {
     /// [`calls_per_peer`](Self::calls_per_peer). Default 2000: 200 transfers that begin at once, with 8 lanes each, are 1600, and some are left for other calls. A node that opens more than that
     /// at once, thousands of watches say, waits for seconds.
     pub calls_burst_per_peer: u32,
+    /// Frames of one peer in a second that begin no call, over all of its connections, once [`frames_burst_per_peer`](Self::frames_burst_per_peer) came at once: pings, settings, window updates, resets, what
+    /// has no meaning, and data of less than 4 KiB in a frame. As many small frames of data as there are larger ones come on top. Default 20,000, which take a few hundredths of the time of a core. Those beyond them wait as calls do, counted as `TOO_MANY_FRAMES_OF_PEER`. 0 is as 1, and
+    /// [`u32::MAX`] no limit.
+    pub frames_per_peer: u32,
+    /// Such frames that come at once when there were none for a while. Default 40,000: a peer that sends messages of some bytes, each in a frame of its own, for as long as two
+    /// seconds has them taken as they come.
+    pub frames_burst_per_peer: u32,
     /// Headers of a request, in bytes, as HTTP/2 counts them. Default 16 KiB. More are answered with status 431, counted as
     /// `REQUEST_HEADER_FIELDS_TOO_LARGE`; far more, or a frame of twice as much, end the connection with `ENHANCE_YOUR_CALM`.
     pub header_bytes: u32,
@@ -52,6 +59,8 @@ impl Default for ConnectionLimits {
             streams_per_connection: 320,
             calls_per_peer: 1000,
             calls_burst_per_peer: 2000,
+            frames_per_peer: 20_000,
+            frames_burst_per_peer: 40_000,
             header_bytes: 16 << 10,
             pending_resets: 20,
             error_resets: 1024,

@@ -1,13 +1,13 @@
-//! Connections within limits: how many, from whom, how many calls each peer makes on them, and how long one may say nothing.
+//! Connections within limits: how many, from whom, how many calls and frames of no use come on them, and how long one may say nothing.
 //!
 //! [`Limited`] stands between whatever accepts connections (TCP, or TLS with its handshake) and tonic's `serve_with_incoming`. What HTTP/2
 //! then refuses by itself is counted here, too, by the name that RFC 9113 or, for its statuses, RFC 6585 has for it.
 
 mod block;
-mod calls;
 mod frames;
 #[cfg(target_os = "linux")]
 mod low_water;
+pub(crate) mod rates;
 mod refused;
 
 use std::collections::HashMap;
@@ -23,8 +23,8 @@ use tokio::time::{Instant, Sleep, sleep};
 use tokio_stream::Stream;
 use tonic::transport::server::Connected;
 
-use self::calls::Calls;
 use self::frames::{Frames, PREFACE};
+use self::rates::Rates;
 use self::refused::Refused;
 use crate::limits::ConnectionLimits;
 use crate::peer::{Peer, PeerKey};
@@ -103,18 +103,18 @@ impl AcceptPause {
 struct Open {
     all: usize,
     by_peer: HashMap<PeerKey, OfPeer>,
-    /// Peers without a connection that are remembered, since their calls are not paid for.
+    /// Peers without a connection that are remembered, since their buckets are not full.
     gone: usize,
 }
 
 #[derive(Debug)]
 struct OfPeer {
     connections: usize,
-    calls: Arc<Calls>,
+    rates: Arc<Rates>,
 }
 
 impl Open {
-    /// Peers without a connection that are remembered. Whoever is forgotten before its time has a burst of calls once more when it comes back.
+    /// Peers without a connection that are remembered. Whoever is forgotten before its time has a burst once more when it comes back.
     const MOST_GONE: usize = 1024;
 
     /// One connection of `peer` less.
@@ -126,7 +126,7 @@ impl Open {
             return;
         }
         let now = Instant::now();
-        if of_peer.calls.full() <= now {
+        if of_peer.rates.full() <= now {
             self.by_peer.remove(peer);
             return;
         }
@@ -134,9 +134,9 @@ impl Open {
         if self.gone <= Self::MOST_GONE {
             return;
         }
-        self.by_peer.retain(|_, peer| peer.connections > 0 || peer.calls.full() > now);
+        self.by_peer.retain(|_, peer| peer.connections > 0 || peer.rates.full() > now);
         let left = self.by_peer.iter().filter(|(_, peer)| peer.connections == 0);
-        let soonest = left.clone().min_by_key(|(_, peer)| peer.calls.full()).map(|(key, _)| key.clone());
+        let soonest = left.clone().min_by_key(|(_, peer)| peer.rates.full()).map(|(key, _)| key.clone());
         self.gone = left.count();
         if self.gone > Self::MOST_GONE
             && let Some(soonest) = soonest
@@ -169,15 +169,15 @@ impl<S> Limited<S> {
         if connections >= self.limits.connections_per_peer {
             return Err("TOO_MANY_CONNECTIONS_OF_PEER");
         }
-        let calls = match of_peer {
-            Some(of_peer) => Arc::clone(&of_peer.calls),
-            None => Arc::new(Calls::new(&self.limits)),
+        let rates = match of_peer {
+            Some(of_peer) => Arc::clone(&of_peer.rates),
+            None => Arc::new(Rates::new(&self.limits)),
         };
         open.gone -= usize::from(of_peer.is_some() && connections == 0);
-        let of_peer = OfPeer { connections: connections + 1, calls: Arc::clone(&calls) };
+        let of_peer = OfPeer { connections: connections + 1, rates: Arc::clone(&rates) };
         open.by_peer.insert(peer.clone(), of_peer);
         open.all += 1;
-        Ok(Place { open: Arc::clone(&self.open), peer, calls })
+        Ok(Place { open: Arc::clone(&self.open), peer, rates })
     }
 }
 
@@ -220,7 +220,7 @@ where
 struct Place {
     open: Arc<Mutex<Open>>,
     peer: PeerKey,
-    calls: Arc<Calls>,
+    rates: Arc<Rates>,
 }
 
 impl Drop for Place {
@@ -242,7 +242,7 @@ pub struct LimitedConnection<IO> {
     preface: usize,
     idle: Duration,
     deadline: Pin<Box<Sleep>>,
-    /// Or until when nothing is read, because of a call that has to wait: as long as that the peer has no way to be heard.
+    /// Or until when nothing is read, because of something that has to wait: as long as that the peer has no way to be heard.
     last_read: Instant,
     /// Since when the peer takes nothing of what is written. HTTP/2 does not read meanwhile.
     blocked: Option<Instant>,
@@ -256,7 +256,7 @@ impl<IO> LimitedConnection<IO> {
     fn new(io: IO, place: Place, limits: &ConnectionLimits) -> Self {
         let deadline = Box::pin(sleep(limits.preface));
         let last_read = Instant::now();
-        let frames = Frames::new(limits.header_bytes, Arc::clone(&place.calls));
+        let frames = Frames::new(limits.header_bytes, Arc::clone(&place.rates));
         Self {
             io,
             _place: place,
@@ -413,6 +413,7 @@ mod tests {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
     use tokio_stream::StreamExt as _;
 
+    use super::rates::Kind;
     use super::*;
     use crate::tuning::{KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, tune_server_within};
 
@@ -687,7 +688,7 @@ mod tests {
         for number in 1..=most + 1 {
             let place = server.enter(peer(number)).unwrap();
             for _ in 0..=number.abs_diff(most / 2) {
-                place.calls.take(Instant::now());
+                place.rates.of(Kind::Call).take(Instant::now());
             }
         }
         let known = || {
@@ -697,7 +698,7 @@ mod tests {
         assert_eq!(known(), (Open::MOST_GONE + 1, Open::MOST_GONE, false));
         // All but one are full again by then.
         tokio::time::sleep(Duration::from_millis(100) * (most / 2 + 1)).await;
-        server.enter(peer(most + 2)).unwrap().calls.take(Instant::now());
+        server.enter(peer(most + 2)).unwrap().rates.of(Kind::Call).take(Instant::now());
         assert_eq!(known(), (2 + 1, 2, false));
         drop(stays);
         assert_eq!(known(), (2, 2, false));

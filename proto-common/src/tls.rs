@@ -15,6 +15,7 @@
 //! short-lived.
 
 mod certificate;
+mod chain;
 mod error;
 mod files;
 
@@ -232,7 +233,7 @@ fn load(read: &Read) -> Result<Loaded, TlsError> {
         let mut server = rustls::ServerConfig::builder_with_provider(provider)
             .with_protocol_versions(&[&rustls::version::TLS13])
             .map_err(|error| read.names.ca_refused(&error.to_string()))?
-            .with_client_cert_verifier(verifier)
+            .with_client_cert_verifier(Arc::new(chain::ShortChains(verifier)))
             .with_cert_resolver(Arc::clone(&key) as Arc<dyn rustls::server::ResolvesServerCert>);
         server.alpn_protocols = vec![ALPN.to_vec()];
         server.session_storage = Arc::new(NoServerSessionStorage {});

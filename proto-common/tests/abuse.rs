@@ -462,6 +462,80 @@ async fn calls_beyond_those_that_a_peer_may_make_wait() {
     scene.others_go_on().await;
 }
 
+/// Each takes some work, and carries nothing.
+#[tokio::test]
+async fn frames_beyond_those_that_a_peer_may_send_wait() {
+    const BURST: u32 = 30;
+    const EVERY: Duration = Duration::from_millis(20);
+    const UNKNOWN: u8 = 0xfa;
+    for of_no_use in [
+        frame(PING, 1, 0, &[7; 8]),
+        frame(SETTINGS, 0, 0, &[]),
+        frame(WINDOW_UPDATE, 0, 0, &1_u32.to_be_bytes()),
+        frame(UNKNOWN, 0, 0, &[0; 5000]),
+        frame(DATA, 0, 1, b"x"),
+    ] {
+        let mut scene =
+            Scene::new(|limits| (limits.frames_per_peer, limits.frames_burst_per_peer) = (50, BURST)).await;
+        let began = Instant::now();
+        let mut streams = [hello(2, scene.address).await, hello(2, scene.address).await];
+        let open = frame(HEADERS, 4, 1, &block("/test.Test/Never", &[]));
+        let last = frame(PING, 0, 0, &[9; 8]);
+        let sent = [open, of_no_use.repeat(BURST as usize), last].concat();
+        for stream in &mut streams {
+            stream.write_all(&sent).await.unwrap();
+        }
+        let [first, second] = &mut streams;
+        let taken = async |stream: &mut TcpStream| {
+            let last = |kind, _, payload: &[u8]| (kind == PING && payload == [9; 8]).then_some(());
+            read_until(stream, last).await.unwrap();
+        };
+        // Each has no body, so with its hello it has sent three frames, or four.
+        let others = async {
+            for _ in 0..BURST / 4 {
+                scene.goes_on().await;
+            }
+        };
+        tokio::join!(taken(first), taken(second), others);
+        assert!(began.elapsed() >= EVERY * BURST, "{:?}", began.elapsed());
+        let refused = scene.refused();
+        assert!(refused.keys().eq(["TOO_MANY_FRAMES_OF_PEER"]), "{refused:?}");
+        // What a hello and its end have is not a burst.
+        assert!(refused.values().all(|times| (1..=u64::from(BURST + 10)).contains(times)), "{refused:?}");
+        scene.others_go_on().await;
+    }
+}
+
+/// However small the chunks are: what carries data pays for the frames that come with it.
+#[tokio::test]
+async fn frames_with_data_pay_for_as_many_without() {
+    const FRAMES: usize = 500;
+    let scene = Scene::new(|limits| (limits.frames_per_peer, limits.frames_burst_per_peer) = (1, 20)).await;
+    for (len, waits) in [(4096, false), (4095, true)] {
+        let (mut from_server, mut to_server) = hello(2, scene.address).await.into_split();
+        // The windows of the server hold once its settings are acknowledged.
+        read_until(&mut from_server, |kind, _, _| (kind == SETTINGS).then_some(())).await.unwrap();
+        to_server.write_all(&frame(SETTINGS, 1, 0, &[])).await.unwrap();
+        let open = frame(HEADERS, 4, 1, &block("/test.Test/Never", &[]));
+        let pair = [frame(DATA, 0, 1, &[1; 60]), frame(DATA, 0, 1, &vec![1; len])].concat();
+        let sending = tokio::spawn(async move {
+            let sent = [open, pair.repeat(FRAMES), frame(PING, 0, 0, &[9; 8])].concat();
+            to_server.write_all(&sent).await.map(|()| to_server)
+        });
+        let last = |kind, _, payload: &[u8]| (kind == PING && payload == [9; 8]).then_some(());
+        if waits {
+            let early =
+                tokio::time::timeout(Duration::from_secs(2), read_until(&mut from_server, last)).await;
+            assert!(early.is_err(), "{len}: 980 s have gone");
+            assert!(scene.refused().contains_key("TOO_MANY_FRAMES_OF_PEER"));
+        } else {
+            read_until(&mut from_server, last).await.unwrap();
+            assert_eq!(scene.refused(), BTreeMap::new());
+        }
+        sending.abort();
+    }
+}
+
 #[tokio::test]
 async fn large_headers_are_refused_on_their_stream_alone() {
     // hyper's own default is the same as ours.
@@ -589,8 +663,11 @@ fn resets(numbers: std::ops::Range<u32>) -> Vec<u8> {
 
 #[tokio::test]
 async fn rapid_resets_end_their_connection() {
-    // However many calls that are.
-    let mut scene = Scene::new(|limits| limits.calls_per_peer = u32::MAX).await;
+    // However many calls and frames that are.
+    let unlimited = |limits: &mut ConnectionLimits| {
+        (limits.calls_per_peer, limits.frames_per_peer) = (u32::MAX, u32::MAX);
+    };
+    let mut scene = Scene::new(unlimited).await;
     // Written in large pieces, as an attacker would.
     let pieces = || (0..400).map(|piece| resets(piece * 500..(piece + 1) * 500));
     let floods = scene.flood(pieces, Flood::GoneAway(ENHANCE_YOUR_CALM)).await;
@@ -637,7 +714,8 @@ async fn one_stream_more_than_allowed_is_reset_because_of_errors() {
 /// Neither is an error to HTTP/2: both are answered, and cost whoever sends them as much.
 #[tokio::test]
 async fn floods_of_pings_and_settings_are_in_nobodys_way() {
-    let mut scene = Scene::new(|_| {}).await;
+    // Whatever their number.
+    let mut scene = Scene::new(|limits| limits.frames_per_peer = u32::MAX).await;
     for kind in [PING, SETTINGS] {
         let one = frame(kind, 0, 0, if kind == PING { &[7; 8] } else { &[] });
         let piece: Vec<u8> = one.iter().copied().cycle().take(one.len() * 1000).collect();

@@ -22,7 +22,8 @@ use rustls::{AlertDescription, ClientConfig, RootCertStore, ServerConfig, Suppor
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::{Mutex, MutexGuard};
-use tokio::time::timeout;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, timeout};
 use tokio_rustls::client::TlsStream;
 use tokio_stream::StreamExt as _;
 
@@ -112,15 +113,20 @@ impl Stranger {
 
     /// Shakes hands over `stream`, trusting `ca`.
     async fn connect(self, ca: &Ca, stream: TcpStream) -> io::Result<TlsStream<TcpStream>> {
+        self.connect_trusting(&ca.pem(), stream).await
+    }
+
+    async fn connect_trusting(self, ca: &str, stream: TcpStream) -> io::Result<TlsStream<TcpStream>> {
         let mut roots = RootCertStore::empty();
-        roots.add(CertificateDer::from_pem_slice(ca.pem().as_bytes()).unwrap()).unwrap();
+        roots.add(CertificateDer::from_pem_slice(ca.as_bytes()).unwrap()).unwrap();
         let config = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
             .with_protocol_versions(&[self.version])
             .unwrap()
             .with_root_certificates(roots);
         let mut config = match self.shows {
             Some((certificate, key)) => {
-                let chain = vec![CertificateDer::from_pem_slice(certificate.as_bytes()).unwrap()];
+                let chain = CertificateDer::pem_slice_iter(certificate.as_bytes());
+                let chain = chain.collect::<Result<_, _>>().unwrap();
                 config
                     .with_client_auth_cert(chain, PrivateKeyDer::from_pem_slice(key.as_bytes()).unwrap())
                     .unwrap()
@@ -274,6 +280,53 @@ async fn one_handshake_more_than_allowed_ends_the_oldest_of_who_has_most() {
     // All places are taken by those that stall, and one of them has to go for each of the others.
     scene.others_go_on().await;
     scene.has_refused(&[("TOO_MANY_HANDSHAKES", 1)]);
+}
+
+/// Signatures of each would be checked.
+#[tokio::test]
+async fn a_certificate_comes_with_few_others() {
+    let mut scene = Scene::new(TlsLimits::default()).await;
+    let shows = |others| {
+        let (certificate, key) = scene.ca.issue(&Issue::node("n3"));
+        let shows = Some((certificate + &scene.ca.pem().repeat(others), key));
+        Stranger { version: &TLS13, alpn: &["h2"], shows }
+    };
+    let stream = TcpStream::connect(&scene.address).await.unwrap();
+    let mut taken = shows(4).connect(&scene.ca, stream).await.unwrap();
+    timeout(PATIENCE, taken.read_u8()).await.unwrap().unwrap();
+    shows(5).meets(&scene.ca, &scene.address).await;
+    scene.has_refused(&[("TLS_FAILED", 1)]);
+    scene.others_go_on().await;
+}
+
+#[tokio::test]
+async fn handshakes_of_an_address_beyond_those_that_it_may_make_wait() {
+    const BURST: u32 = 2;
+    const MORE: u32 = 4;
+    const EVERY: Duration = Duration::from_millis(250);
+    let mut limits = TlsLimits::default();
+    (limits.handshakes_each_second, limits.handshakes_burst) = (4, BURST);
+    let scene = Scene::new(limits).await;
+    let began = Instant::now();
+    let mut meeting = JoinSet::new();
+    for _ in 0..BURST + MORE {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind(([127, 0, 0, 7], 0).into()).unwrap();
+        let stream = socket.connect(scene.address.parse().unwrap()).await.unwrap();
+        let stranger =
+            Stranger { version: &TLS13, alpn: &["h2"], shows: Some(scene.ca.issue(&Issue::node("n3"))) };
+        let ca = scene.ca.pem();
+        meeting.spawn(async move { stranger.connect_trusting(&ca, stream).await.unwrap() });
+    }
+    // Of another address, on which there is one connection.
+    ask(&scene.other, &scene.address, None).await.unwrap();
+    let others = began.elapsed();
+    let done = timeout(PATIENCE, meeting.join_all()).await.unwrap();
+    assert_eq!(done.len(), (BURST + MORE) as usize);
+    assert!(began.elapsed() >= EVERY * MORE, "{:?}", began.elapsed());
+    println!("another address after {others:?}");
+    let counted = counts().get("TOO_MANY_HANDSHAKES_OF_ADDRESS").copied().unwrap_or_default();
+    assert!((1..=u64::from(MORE)).contains(&counted), "{counted}");
 }
 
 #[tokio::test]

@@ -10,8 +10,8 @@
 //! Where only a part of a head fits, that is what there is, and h2 asks for room for the rest of it. By then nothing else may be in the buffer, and it is used
 //! again: so what follows is the rest of that head, and once more frames that fill it up.
 //!
-//! Each `HEADERS` is a call, since a client of gRPC sends no trailers; no other frame begins one. Where its peer has made too many, what follows the head of that
-//! frame, without which it is nothing to h2, waits here, and all else in the socket.
+//! Each `HEADERS` is a call, since a client of gRPC sends no trailers; no other frame begins one. Every other frame but one with data enough takes some work as well, for nothing. Where a
+//! peer has sent too many of either, what follows the head of that frame, without which it is nothing to h2, waits here, and all else in the socket.
 
 use std::io;
 use std::pin::{Pin, pin};
@@ -22,7 +22,7 @@ use bytes::{Buf as _, Bytes};
 use tokio::io::{AsyncRead, AsyncReadExt as _, ReadBuf};
 use tokio::time::{Instant, Sleep, sleep_until};
 
-use super::calls::Calls;
+use super::rates::{Kind, Rates};
 use crate::refusals;
 
 /// What every HTTP/2 client sends first (RFC 9113, 3.4).
@@ -30,6 +30,7 @@ pub(super) const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 /// Length (3 bytes), type, flags, stream (RFC 9113, 4.1).
 const HEAD: usize = 9;
+const DATA: u8 = 0;
 const HEADERS: u8 = 1;
 const PUSH_PROMISE: u8 = 5;
 const CONTINUATION: u8 = 9;
@@ -41,6 +42,9 @@ const UNKNOWN: u8 = 0xfa;
 /// Frames that may share their buffer, in bytes: h2 begins with one of this size, which those of up to this size make no larger than twice that. With
 /// a long frame at its end it is at most that much larger than the frame.
 const SHORT: usize = 8 << 10;
+
+/// `DATA` of so many bytes takes no token, and gives one back: for the frame with the message's other fields before it, where each is one of its own.
+const WORTH_A_FRAME: usize = 4 << 10;
 
 /// Longest payload of a frame that fills up: what every HTTP/2 endpoint takes (RFC 9113, 4.2).
 const FILLING: usize = 16 << 10;
@@ -64,17 +68,17 @@ pub(super) struct Frames {
     header_frame: usize,
     /// Bytes that are left of the head of a frame that fills up.
     owed: usize,
-    calls: Arc<Calls>,
-    /// Until the call that has begun may be made.
-    hold: Option<Pin<Box<Sleep>>>,
+    rates: Arc<Rates>,
+    /// Until it is the turn of what has begun.
+    hold: Option<(Kind, Pin<Box<Sleep>>)>,
     /// What was read behind the head of one that had to wait: less than there was room for in the buffer, which is no larger than 32 KiB where a head is read.
     held: Bytes,
 }
 
 impl Frames {
     /// For headers of `header_bytes`, as HTTP/2 counts them, which is more than they have in a frame. What is a little too large is for h2 to refuse; a frame
-    /// of twice the size is not read. Each call takes one of `calls`.
-    pub(super) fn new(header_bytes: u32, calls: Arc<Calls>) -> Self {
+    /// of twice the size is not read. What comes takes tokens of `rates`.
+    pub(super) fn new(header_bytes: u32, rates: Arc<Rates>) -> Self {
         let header_frame = usize::try_from(header_bytes).unwrap_or(usize::MAX).saturating_mul(2);
         Self {
             preface: 0,
@@ -86,7 +90,7 @@ impl Frames {
             in_block: false,
             header_frame,
             owed: 0,
-            calls,
+            rates,
             hold: None,
             held: Bytes::new(),
         }
@@ -97,9 +101,9 @@ impl Frames {
         if self.is_http2 { self.rest.saturating_sub(self.held.len()) } else { 0 }
     }
 
-    /// Until when nothing is read because of a call that has to wait.
+    /// Until when nothing is read because of what has to wait.
     pub(super) fn held_until(&self) -> Option<Instant> {
-        self.hold.as_ref().map(|hold| hold.deadline())
+        self.hold.as_ref().map(|(_, hold)| hold.deadline())
     }
 
     /// Whether all of the preface has come.
@@ -107,7 +111,7 @@ impl Frames {
         self.preface == PREFACE.len()
     }
 
-    /// Reads from `io` as that does, and fills up `buf` behind the end of a long frame. Nothing is read before it is the turn of the call that was read last.
+    /// Reads from `io` as that does, and fills up `buf` behind the end of a long frame. Nothing is read before it is the turn of the frame whose head was read last.
     ///
     /// # Errors
     ///
@@ -118,7 +122,7 @@ impl Frames {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        if let Some(hold) = &mut self.hold {
+        if let Some((_, hold)) = &mut self.hold {
             ready!(hold.as_mut().poll(cx));
             self.hold = None;
         }
@@ -186,7 +190,7 @@ impl Frames {
         }
     }
 
-    /// Looks at what came; how much of it may be passed on before the next call has to wait.
+    /// Looks at what came; how much of it may be passed on before something has to wait.
     fn came(&mut self, came: &[u8]) -> io::Result<usize> {
         let mut bytes = came;
         while !bytes.is_empty() && self.is_http2 && self.hold.is_none() {
@@ -224,13 +228,19 @@ impl Frames {
                 return Err(io::Error::new(io::ErrorKind::InvalidData, "a header frame is too long"));
             }
         }
-        if kind == HEADERS {
-            let now = Instant::now();
-            let from = self.calls.take(now);
-            if from > now {
-                refusals::count("TOO_MANY_CALLS_OF_PEER");
-                self.hold = Some(Box::pin(sleep_until(from)));
+        let takes = match kind {
+            HEADERS => Kind::Call,
+            DATA if self.rest >= WORTH_A_FRAME => {
+                self.rates.of(Kind::Frame).give_back();
+                return Ok(());
             }
+            _ => Kind::Frame,
+        };
+        let now = Instant::now();
+        let from = self.rates.of(takes).take(now);
+        if from > now {
+            refusals::count(takes.reason());
+            self.hold = Some((takes, Box::pin(sleep_until(from))));
         }
         Ok(())
     }
@@ -239,8 +249,10 @@ impl Frames {
 impl Drop for Frames {
     /// Whoever leaves before its turn takes no time of those that stay: else one that comes and leaves again and again would have its peer wait ever longer.
     fn drop(&mut self) {
-        if self.held_until().is_some_and(|until| until > Instant::now()) {
-            self.calls.give_back();
+        if let Some((kind, hold)) = &self.hold
+            && hold.deadline() > Instant::now()
+        {
+            self.rates.of(*kind).give_back();
         }
     }
 }
@@ -275,7 +287,7 @@ mod tests {
     const KIB: usize = 1 << 10;
 
     fn frames(header_bytes: u32) -> Frames {
-        Frames::new(header_bytes, Arc::new(Calls::new(&ConnectionLimits::default())))
+        Frames::new(header_bytes, Arc::new(Rates::new(&ConnectionLimits::default())))
     }
 
     struct Followed<IO>(IO, Frames);
@@ -470,14 +482,20 @@ mod tests {
             frames in prop::collection::vec((0_u8..10, 0_u8..8, prop_oneof![0..40_usize, 7000..40_000_usize]), 1..12),
             pieces in prop::collection::vec(prop_oneof![1..100_usize, 1..30_000_usize], 1..10),
             calls_burst_per_peer in 0..4_u32,
+            frames_burst_per_peer in 0..4_u32,
         ) {
             let sent: Vec<_> = frames.iter().map(|(kind, flags, len)| frame(*kind, *flags, *len)).collect();
             let io = Pieces(Cursor::new([PREFACE, &*sent.concat()].concat()), pieces.into_iter().cycle());
             let mut read = Vec::new();
             let took = paused().block_on(async {
-                let limits =
-                    ConnectionLimits { calls_per_peer: 10, calls_burst_per_peer, ..ConnectionLimits::default() };
-                let mut followed = Followed(io, Frames::new(1 << 20, Arc::new(Calls::new(&limits))));
+                let limits = ConnectionLimits {
+                    calls_per_peer: 10,
+                    calls_burst_per_peer,
+                    frames_per_peer: 5,
+                    frames_burst_per_peer,
+                    ..ConnectionLimits::default()
+                };
+                let mut followed = Followed(io, Frames::new(1 << 20, Arc::new(Rates::new(&limits))));
                 let began = Instant::now();
                 followed.read_to_end(&mut read).await.unwrap();
                 began.elapsed().as_millis()
@@ -485,9 +503,44 @@ mod tests {
             prop_assert_eq!(&read[..PREFACE.len()], PREFACE);
             let read = without_filling(Bytes::from(read).slice(PREFACE.len()..));
             prop_assert!(read == sent);
-            let calls = frames.iter().filter(|(kind, ..)| *kind == HEADERS).count();
-            let waited = calls.saturating_sub(usize::try_from(calls_burst_per_peer).unwrap());
-            prop_assert_eq!(took, 100 * waited as u128);
+            let mut now = 0;
+            let (mut calls, mut others) =
+                (Level::full(100, calls_burst_per_peer), Level::full(200, frames_burst_per_peer));
+            for (kind, _, len) in frames {
+                match kind {
+                    HEADERS => now = calls.take(now),
+                    DATA if len >= WORTH_A_FRAME => others.add(200),
+                    _ => now = others.take(now),
+                }
+            }
+            prop_assert_eq!(took, u128::from(now.unsigned_abs()));
+        }
+    }
+
+    /// A bucket, by what is in it: as many milliseconds as it takes to come.
+    struct Level {
+        each: i64,
+        most: i64,
+        level: i64,
+        at: i64,
+    }
+
+    impl Level {
+        fn full(each: i64, burst: u32) -> Self {
+            let most = each * i64::from(burst);
+            Self { each, most, level: most, at: 0 }
+        }
+
+        fn add(&mut self, more: i64) {
+            self.level = self.most.min(self.level + more);
+        }
+
+        /// When it is there.
+        fn take(&mut self, now: i64) -> i64 {
+            self.add(now - self.at);
+            self.at = now;
+            self.level -= self.each;
+            now + 0.max(-self.level)
         }
     }
 }

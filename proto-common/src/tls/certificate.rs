@@ -6,6 +6,7 @@ use rustls::RootCertStore;
 use rustls::pki_types::{CertificateDer, UnixTime};
 use webpki::{EndEntityCert, KeyUsage};
 
+use super::chain::MAX_INTERMEDIATES;
 use super::error::{self, TlsError};
 use super::files::Names;
 use super::provider;
@@ -75,6 +76,9 @@ fn verify(
     usage: KeyUsage,
 ) -> Result<(), webpki::Error> {
     let Some((first, rest)) = chain.split_first() else { return Err(webpki::Error::BadDer) };
+    if rest.len() > MAX_INTERMEDIATES {
+        return Err(webpki::Error::MaximumPathDepthExceeded);
+    }
     let now = UnixTime::since_unix_epoch(now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default());
     let algorithms = provider().signature_verification_algorithms;
     EndEntityCert::try_from(first)?

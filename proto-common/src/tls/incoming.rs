@@ -5,6 +5,7 @@ use std::hash::Hash;
 use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -12,7 +13,7 @@ use rustls::CertificateError;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::{AbortHandle, Id, JoinSet};
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep_until, timeout};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_stream::Stream;
@@ -21,6 +22,7 @@ use tonic::transport::server::Connected;
 use super::{ALPN, Tls, certificate};
 use crate::error::{CommonReason, Reason as _};
 use crate::listen::AcceptPause;
+use crate::listen::rates::Bucket;
 use crate::peer::{Peer, PeerKey};
 use crate::refusals;
 
@@ -34,11 +36,21 @@ pub struct TlsLimits {
     pub handshakes: usize,
     /// Longest handshake. Default 10 s. After that the connection is closed; counted as `SLOW_HANDSHAKE`.
     pub handshake: Duration,
+    /// Handshakes with one address in a second, of IPv6 with a /64, behind the first [`handshakes_burst`](Self::handshakes_burst). Default 100: each takes some tenths of a millisecond of the
+    /// processor. One more waits for its turn in one of the [`handshakes`](Self::handshakes) under way; counted as `TOO_MANY_HANDSHAKES_OF_ADDRESS`. 0 is as 1.
+    pub handshakes_each_second: u32,
+    /// Handshakes with one address at once, when there were none for a while. Default 512: as many connections as two nodes may have.
+    pub handshakes_burst: u32,
 }
 
 impl Default for TlsLimits {
     fn default() -> Self {
-        Self { handshakes: 256, handshake: Duration::from_secs(10) }
+        Self {
+            handshakes: 256,
+            handshake: Duration::from_secs(10),
+            handshakes_each_second: 100,
+            handshakes_burst: 512,
+        }
     }
 }
 
@@ -63,6 +75,8 @@ pub struct TlsIncoming {
     limits: TlsLimits,
     handshakes: JoinSet<Result<TlsConnection, io::Error>>,
     pending: HashMap<Id, Handshake>,
+    /// By [`network`].
+    rates: HashMap<IpAddr, Arc<Bucket>>,
     next: u64,
     pause: AcceptPause,
     told: Told,
@@ -112,6 +126,7 @@ impl TlsIncoming {
             limits,
             handshakes: JoinSet::new(),
             pending: HashMap::new(),
+            rates: HashMap::new(),
             next: 0,
             pause: AcceptPause::default(),
             told: Told::new(),
@@ -122,10 +137,12 @@ impl TlsIncoming {
         while self.pending.len() >= self.limits.handshakes.max(1) {
             self.end_one();
         }
-        let acceptor = TlsAcceptor::from(std::sync::Arc::clone(&self.tls.current().server));
+        let turn = self.turn(address.ip());
+        let acceptor = TlsAcceptor::from(Arc::clone(&self.tls.current().server));
         let (number, limit) = (self.next, self.limits.handshake);
         self.next += 1;
         let abort = self.handshakes.spawn(async move {
+            turn.comes().await;
             let done = async {
                 stream.set_nodelay(true)?;
                 let stream = acceptor.accept(stream).await?;
@@ -149,6 +166,28 @@ impl TlsIncoming {
         self.pending.insert(abort.id(), Handshake { number, address, abort });
     }
 
+    /// When one more handshake with `address` may begin.
+    fn turn(&mut self, address: IpAddr) -> Turn {
+        let (network, now) = (network(address), Instant::now());
+        if self.rates.len() >= NETWORKS && !self.rates.contains_key(&network) {
+            self.rates.retain(|_, bucket| bucket.full() > now);
+            let soonest = self.rates.iter().min_by_key(|(_, bucket)| bucket.full());
+            if self.rates.len() >= NETWORKS
+                && let Some(soonest) = soonest.map(|(network, _)| *network)
+            {
+                self.rates.remove(&soonest);
+            }
+        }
+        let TlsLimits { handshakes_each_second, handshakes_burst, .. } = self.limits;
+        let new = || Arc::new(Bucket::new(handshakes_each_second, handshakes_burst));
+        let bucket = Arc::clone(self.rates.entry(network).or_insert_with(new));
+        let from = bucket.take(now);
+        if from > now {
+            refusals::count("TOO_MANY_HANDSHAKES_OF_ADDRESS");
+        }
+        Turn { bucket, from }
+    }
+
     /// Ends the oldest handshake of the address that has most, in the network that has most: neighbours of who stalls are in its way no more than others.
     fn end_one(&mut self) {
         let Some((most, _)) = most(&self.pending, network) else { return };
@@ -158,6 +197,30 @@ impl TlsIncoming {
             abort.abort();
             refusals::count("TOO_MANY_HANDSHAKES");
             tracing::debug!(peer = %address, "too many TLS handshakes at once; this one is ended");
+        }
+    }
+}
+
+/// Networks whose handshakes are remembered. Whoever is forgotten before its time has a burst once more.
+const NETWORKS: usize = 4096;
+
+/// A token of a bucket, given back by whoever leaves before its time comes: else those of one address that come and leave would have the next one wait ever longer.
+#[derive(Debug)]
+struct Turn {
+    bucket: Arc<Bucket>,
+    from: Instant,
+}
+
+impl Turn {
+    async fn comes(self) {
+        sleep_until(self.from).await;
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        if self.from > Instant::now() {
+            self.bucket.give_back();
         }
     }
 }
@@ -324,6 +387,29 @@ mod tests {
         let pem = TlsPem { ca: ca.pem().into(), certificate: certificate.into(), key: key.into() };
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         TlsIncoming::new(listener, Tls::from_pem(pem).unwrap(), TlsLimits::default())
+    }
+
+    #[tokio::test]
+    async fn only_so_many_addresses_are_remembered() {
+        let mut incoming = incoming().await;
+        for number in 0..2 * u32::try_from(NETWORKS).unwrap() {
+            let turn = incoming.turn(IpAddr::V4(number.into()));
+            assert!(turn.from <= Instant::now(), "each has its burst");
+            assert!(incoming.rates.len() <= NETWORKS);
+        }
+        assert_eq!(incoming.rates.len(), NETWORKS);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_leaves_before_its_turn_takes_no_time_of_others() {
+        let mut incoming = incoming().await;
+        (incoming.limits.handshakes_each_second, incoming.limits.handshakes_burst) = (1, 1);
+        let address = IpAddr::V4(1.into());
+        let wait = |turn: &Turn| turn.from.saturating_duration_since(Instant::now()).as_secs();
+        assert_eq!(wait(&incoming.turn(address)), 0);
+        for _ in 0..100 {
+            assert_eq!(wait(&incoming.turn(address)), 1);
+        }
     }
 
     #[tokio::test(start_paused = true)]
