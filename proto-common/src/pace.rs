@@ -1,4 +1,4 @@
-//! The least that a peer must bring to keep a place: silence is found by an idle timeout, a byte now and then is not.
+//! The least that a peer must bring to keep a place: silence is found by an idle timeout, a byte now and then is not. And the most signs of life that are worth reading.
 
 use std::num::NonZeroU64;
 use std::time::Duration;
@@ -82,9 +82,50 @@ impl Pace {
     }
 }
 
+/// Holds back who sends one sign of life behind the other. Honest peers send one when they have said nothing for seconds.
+#[derive(Debug, Default)]
+pub struct Signs {
+    last_was_one: bool,
+    rest: Option<Instant>,
+}
+
+impl Signs {
+    /// Behind the second sign of life on end, and each that follows on it, nothing is read for this long. What comes then may be urgent, as the last changes of a migration are, for which clients
+    /// wait; and whoever fills a connection with signs of life has 200 of them looked at in a second.
+    pub const REST: Duration = Duration::from_millis(5);
+
+    /// Until the next frame is to be read. Cancel safe.
+    pub async fn rest(&self) {
+        if let Some(until) = self.rest {
+            tokio::time::sleep_until(until).await;
+        }
+    }
+
+    /// A frame has come: a sign of life, or something else.
+    pub fn came(&mut self, is_sign: bool) {
+        self.rest = (is_sign && self.last_was_one).then(|| Instant::now() + Self::REST);
+        self.last_was_one = is_sign;
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn signs_of_life_on_end_are_held_back_and_nothing_else() {
+        let began = Instant::now();
+        let mut signs = Signs::default();
+        for (is_sign, waited) in
+            [(false, 0), (true, 0), (false, 0), (true, 0), (true, 0), (true, 5), (false, 10), (false, 10)]
+        {
+            signs.rest().await;
+            assert_eq!(began.elapsed().as_millis(), waited);
+            signs.came(is_sign);
+        }
+        signs.rest().await;
+        assert_eq!(began.elapsed().as_millis(), 10);
+    }
 
     #[tokio::test(start_paused = true)]
     async fn each_span_has_to_bring_its_share() {

@@ -66,8 +66,8 @@ async fn half_a_request_is_not_waited_for_and_a_large_one_not_at_all() {
     }
 }
 
-/// A header, and then heartbeats that are all there already: who reads them has nothing to wait for, for as long as `most`.
-fn without_a_pause(header: Header, most: Duration) -> Body {
+/// A header, and then heartbeats that are all there already: who reads them has nothing to wait for, for as long as `most`. How often 10,000 of them were taken is counted.
+fn without_a_pause(header: Header, most: Duration, taken: Arc<AtomicU64>) -> Body {
     let message = |frame| {
         let message = TransferMigrationDataRequest { frame: Some(frame) }.encode_to_vec();
         [&[0][..], &u32::try_from(message.len()).unwrap().to_be_bytes(), &message].concat()
@@ -75,7 +75,10 @@ fn without_a_pause(header: Header, most: Duration) -> Body {
     let first = Frame::data(message(Sent::Header(header)).into());
     let beats = bytes::Bytes::from(message(Sent::Heartbeat(Heartbeat::default())).repeat(10_000));
     let began = Instant::now();
-    let more = std::iter::from_fn(move || (began.elapsed() < most).then(|| Frame::data(beats.clone())));
+    let more = std::iter::from_fn(move || {
+        taken.fetch_add(1, Ordering::Relaxed);
+        (began.elapsed() < most).then(|| Frame::data(beats.clone()))
+    });
     let all = std::iter::once(first).chain(more).map(Ok::<_, Status>);
     // Tokio's own gives others a turn after some items.
     Body::new(StreamBody::new(futures::stream::iter(all)))
@@ -99,11 +102,12 @@ async fn frames_without_a_pause_keep_no_clock_and_nobody_else_from_a_turn() {
     // A migration that is not known here, and one whose rows are to come.
     for (header, reason) in [(resolve(1), "IDLE_TIMEOUT"), (header(1), "TOO_SLOW")] {
         let before = ticks.load(Ordering::Relaxed);
+        let taken = Arc::default();
         let began = Instant::now();
         let request =
             http::Request::post("http://n2/node.migration.v1.MigrationService/TransferMigrationData")
                 .header("content-type", "application/grpc")
-                .body(without_a_pause(header, Duration::from_secs(30)))
+                .body(without_a_pause(header, Duration::from_secs(30), Arc::clone(&taken)))
                 .unwrap();
         let response = node.receiver.clone().into_service().call(request).await.unwrap();
         let rest = response.into_body().collect().await.unwrap();
@@ -112,6 +116,8 @@ async fn frames_without_a_pause_keep_no_clock_and_nobody_else_from_a_turn() {
         assert!(began.elapsed() < Duration::from_secs(20), "whatever comes: {:?}", began.elapsed());
         let ticked = ticks.load(Ordering::Relaxed) - before;
         assert!(ticked > 100, "others had {ticked} turns of a millisecond in {:?}", began.elapsed());
+        // In 20 s, 4000 would be looked at.
+        assert_eq!(taken.load(Ordering::Relaxed), 1, "more than 10,000 were looked at");
     }
     ticking.abort();
 }

@@ -19,6 +19,7 @@ use bytes::Bytes;
 use proto_common::checksum::{combine, crc64};
 use proto_common::error::{Code, Error};
 use proto_common::ids::{NodeId, ShardId};
+use proto_common::pace::Signs;
 use proto_common::prompt::MAX_REQUEST_BYTES;
 use proto_common::refusals::counts;
 use proto_common::v1::{Direction, Fence};
@@ -994,6 +995,26 @@ async fn idle() {
         // Silence would be refused from here on.
         drop(control);
         Abuse::default().refused(refused.0, IDLE).refused(refused.1, IDLE).holds((silent, lane))
+    })
+    .await;
+}
+
+/// Who fills a connection with signs of life has few of them looked at.
+#[tokio::test(flavor = "multi_thread")]
+async fn signs_of_life_on_end() {
+    const SIGNS: u32 = 100;
+    let empty = Refusal { code: Code::InvalidArgument, reason: "EMPTY_CHUNK", ..TOO_MANY };
+    let case = Case::new(|_| {});
+    case.check(async |bench| {
+        let mut stream = bench.offender("x1").await;
+        let began = Instant::now();
+        for _ in 0..SIGNS {
+            stream.say(Frame::Heartbeat(Heartbeat {})).await;
+        }
+        stream.chunk(0, &Bytes::new()).await;
+        let refused = stream.refusal().await;
+        assert!(began.elapsed() >= Signs::REST * (SIGNS - 1), "{:?}", began.elapsed());
+        Abuse::default().refused(refused, empty).holds(stream)
     })
     .await;
 }

@@ -8,6 +8,7 @@ use proto_common::bulk::{BulkError, Incoming, Payload, Received};
 use proto_common::error::Error;
 use proto_common::fence::Fence;
 use proto_common::ids::{MigrationId, NodeId, RANDOM_ID_LEN};
+use proto_common::pace::Signs;
 use proto_common::peer::PeerKey;
 use proto_common::prompt::{self, MAX_REQUEST_BYTES};
 use proto_common::refusal::Refusal;
@@ -34,6 +35,7 @@ pub(super) const FIRST_FRAME: Duration = Duration::from_secs(30);
 /// The frames of one stream.
 pub(super) struct Frames {
     messages: Incoming<TransferMigrationDataRequest>,
+    signs: Signs,
     /// Largest message behind the header, in bytes.
     largest: usize,
 }
@@ -41,11 +43,13 @@ pub(super) struct Frames {
 impl Frames {
     /// Of a request whose batches have at most `batch_bytes` of payload.
     pub(super) fn new(request: Request<Streaming<TransferMigrationDataRequest>>, batch_bytes: u32) -> Self {
-        Self { messages: Incoming::new(request, MAX_REQUEST_BYTES), largest: largest_message(batch_bytes) }
+        let messages = Incoming::new(request, MAX_REQUEST_BYTES);
+        Self { messages, signs: Signs::default(), largest: largest_message(batch_bytes) }
     }
 
     /// The next frame, with its payload beside it; an end of the stream is an error, since only an end frame ends it well. Cancel safe.
     pub(super) async fn next(&mut self) -> Result<(Frame, Payload), Error> {
+        self.signs.rest().await;
         let next = self.messages.next().await.map_err(|error| match error {
             BulkError::TooLarge { .. } => refused(Refusal::TooLarge),
             BulkError::Compressed => refused(Refusal::Compressed { encoding: "unnamed".to_owned() }),
@@ -53,6 +57,7 @@ impl Frames {
             error => ended_early().caused_by(error),
         });
         let Received { message, payload } = next?.ok_or_else(ended_early)?;
+        self.signs.came(matches!(message.frame, Some(Frame::Heartbeat(_))));
         match message.frame {
             Some(frame) => Ok((frame, payload)),
             None => Err(Reason::UnknownFrame

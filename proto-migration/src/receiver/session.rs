@@ -352,8 +352,6 @@ impl<T: MigrationTarget> Reader<'_, T> {
                     }
                     if !self.is_like_a_request() {
                         deadline = Instant::now() + idle_after;
-                    } else if Instant::now() >= deadline {
-                        return Err(unended(idle_after));
                     }
                 }
                 () = tokio::time::sleep_until(deadline), if in_hand.is_none() && self.phase != Phase::Ending => {

@@ -6,6 +6,7 @@ use proto_common::bulk::{BulkError, Incoming, Payload, Received};
 use proto_common::error::Error;
 use proto_common::fence::Fence;
 use proto_common::ids::{NodeId, TransferId};
+use proto_common::pace::Signs;
 use proto_common::peer::PeerKey;
 use proto_common::prompt::{self, MAX_REQUEST_BYTES};
 use proto_common::refusal::Refusal;
@@ -26,6 +27,7 @@ const MAX_FEATURES: usize = 64;
 /// The frames of one stream, with the time that the peer has for each.
 pub(super) struct Frames {
     messages: Incoming<TransferSplitSnapshotRequest>,
+    signs: Signs,
 }
 
 /// A header whose every field was checked.
@@ -56,7 +58,7 @@ pub(super) struct CheckedLane {
 
 impl Frames {
     pub(super) fn new(request: Request<Streaming<TransferSplitSnapshotRequest>>) -> Self {
-        Self { messages: Incoming::new(request, MAX_REQUEST_BYTES) }
+        Self { messages: Incoming::new(request, MAX_REQUEST_BYTES), signs: Signs::default() }
     }
 
     /// The first frame, which has no payload. It is like a request: small, and counted while it is waited for. Pages of the manifest follow.
@@ -78,9 +80,11 @@ impl Frames {
 
     /// The next frame, with its payload beside it; `None` at the end of the stream. Cancel safe.
     pub(super) async fn next(&mut self) -> Result<Option<(Frame, Payload)>, Error> {
+        self.signs.rest().await;
         let Some(Received { message, payload }) = self.messages.next().await.map_err(broken)? else {
             return Ok(None);
         };
+        self.signs.came(matches!(message.frame, Some(Frame::Heartbeat(_))));
         match message.frame {
             Some(frame) => Ok(Some((frame, payload))),
             None => Err(Reason::UnknownFrame
