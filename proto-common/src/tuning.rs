@@ -20,13 +20,17 @@ pub const STREAM_WINDOW: u32 = 8 << 20;
 /// took 0.32 s with 8 and 32 MiB, and 0.34 with 16 (medians of 8 interleaved rounds that differ by more).
 pub const CONNECTION_WINDOW: u32 = 16 << 20;
 
-/// Largest HTTP/2 frame that we accept: 512 KiB, 32 times the default.
+/// Largest HTTP/2 frame that a server accepts: 512 KiB, 32 times the default.
 ///
 /// A frame is one system call at the sender and two or more at the receiver, each with its share of TCP's work and, where the peer
 /// sleeps, a wake-up: on loopback, with checksums at both ends and 2 cores, 2.8 GiB/s at 64 KiB, 3.2 at 256 KiB, 3.6 at 512 KiB, and 3.6 at 1 and 2 MiB
 /// (raw TCP in writes of 64 KiB, 256 KiB and 1 MiB: 2.7, 3.1 and 4.2). A connection that is in the middle of a frame has a buffer of its size, and an
 /// urgent frame waits for at most one: 4 ms at 1 Gbit/s.
 pub const FRAME_SIZE: u32 = 512 << 10;
+
+/// Largest HTTP/2 frame that a client accepts: 16 KiB, the least that there may be. What is large goes from clients to servers, and of a header block h2 keeps the buffer that it was read into,
+/// which is as large as frames make it: so a hundred headers of a server that means harm keep some 3 MiB for each connection, and not a hundred.
+pub const ANSWER_FRAME_SIZE: u32 = 16 << 10;
 
 /// A silent connection is probed with an HTTP/2 ping this often: with [`KEEPALIVE_TIMEOUT`], a peer that is gone is noticed after 40 s at most, and a node with
 /// 1000 idle connections answers some 30 pings a second. Streams notice sooner, by heartbeats of their own.
@@ -48,7 +52,7 @@ pub fn tune_endpoint(endpoint: tonic::transport::Endpoint) -> tonic::transport::
     endpoint
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
-        .max_frame_size(FRAME_SIZE)
+        .max_frame_size(ANSWER_FRAME_SIZE)
         .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
         .keep_alive_timeout(KEEPALIVE_TIMEOUT)
         .keep_alive_while_idle(true)

@@ -12,6 +12,7 @@ use std::time::Duration;
 use proto_common::connect::{Connect, connect_fn};
 use proto_common::error::{Code, CommonReason, Error};
 use proto_common::{tuning, v1};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Notify;
 use tokio::task::{AbortHandle, JoinSet};
@@ -261,4 +262,42 @@ async fn many_connections_may_wait_to_be_accepted() {
     assert_eq!(tuning::listen(address).unwrap_err().kind(), std::io::ErrorKind::AddrInUse);
     drop((listener, open));
     tuning::listen(address).unwrap();
+}
+
+/// What h2 keeps of a header block is as large as the longest frame before it makes it, a hundred times for each connection, and it is the server that sends both.
+#[tokio::test]
+async fn a_client_takes_no_long_frames() {
+    const PING: u8 = 6;
+    const GOAWAY: u8 = 7;
+    const UNKNOWN: u8 = 0xfa;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let endpoint = tuning::endpoint(&listener.local_addr().unwrap().to_string()).unwrap();
+    for (over, answer) in [(0, PING), (1, GOAWAY)] {
+        let connecting = tokio::spawn({
+            let endpoint = endpoint.clone();
+            async move { endpoint.connect().await.unwrap() }
+        });
+        let (mut server, _) = listener.accept().await.unwrap();
+        server.read_exact(&mut [0; 24]).await.unwrap();
+        let [_, a, b, c] = (tuning::ANSWER_FRAME_SIZE + over).to_be_bytes();
+        let settings = [0, 0, 0, 4, 0, 0, 0, 0, 0];
+        let long =
+            [&[a, b, c, UNKNOWN, 0, 0, 0, 0, 0][..], &[0; (16 << 10) + 1][..(16 << 10) + over as usize]];
+        let ping = [0, 0, 8, PING, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8];
+        server.write_all(&[&settings[..], &long.concat(), &ping].concat()).await.unwrap();
+        let answered = async {
+            loop {
+                let mut head = [0; 9];
+                server.read_exact(&mut head).await.unwrap();
+                let mut payload = vec![0; usize::from(head[2]) | usize::from(head[1]) << 8];
+                server.read_exact(&mut payload).await.unwrap();
+                if matches!(head[3], PING | GOAWAY) {
+                    break head[3];
+                }
+            }
+        };
+        let answered = tokio::time::timeout(Duration::from_secs(60), answered).await.unwrap();
+        assert_eq!(answered, answer, "{over}");
+        drop(connecting.await.unwrap());
+    }
 }

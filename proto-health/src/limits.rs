@@ -79,3 +79,7 @@ pub const PEER_PAGE: u32 = 400;
 /// Largest answer that a node takes of another one that it asks for one list, or for no list, in bytes: [`PEER_PAGE`] owners of slots, or peers, with identifiers, addresses and
 /// messages as long as they can be.
 pub const MAX_PEER_ANSWER_BYTES: usize = 512 << 10;
+
+/// Largest heartbeat, or answer to a check, that a node takes of another one, in bytes. It asks for no components, so an honest one has who answers and a message of
+/// [`message_bytes`](Limits::message_bytes). An empty component is 2 bytes, and takes more than a hundred in memory.
+pub const MAX_HEARTBEAT_BYTES: usize = 16 << 10;

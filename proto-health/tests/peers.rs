@@ -16,11 +16,13 @@ use proto_health::HealthRegistry;
 use proto_health::client::{
     Heartbeats, MonitorOptions, PeerChange, PeerEvent, PeerEvents, PeerMonitor, Told,
 };
+use proto_health::limits::MAX_HEARTBEAT_BYTES;
 use proto_health::server::{Facts, FactsFuture, NodeFacts, Sections};
 use proto_health::v1::health_service_server::{HealthService, HealthServiceServer};
 use proto_health::v1::{
-    ActiveTask, GetNodeStatusRequest, GetNodeStatusResponse, HealthCheckRequest, HealthCheckResponse,
-    NodeState, NodeStatus, PeerState, PeerStatus, ReplyOrigin, WatchHealthRequest, WatchHealthResponse,
+    ActiveTask, ComponentHealth, GetNodeStatusRequest, GetNodeStatusResponse, HealthCheckRequest,
+    HealthCheckResponse, HealthReport, HealthStatus, NodeState, NodeStatus, PeerState, PeerStatus,
+    ReplyOrigin, WatchHealthRequest, WatchHealthResponse,
 };
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -397,9 +399,10 @@ async fn a_network_that_is_cut_in_one_direction_shows_at_both_ends() {
     }
 }
 
-/// A node that is well, and says what it thinks of the observer on pages that hold so many tasks, which nobody asked for. How often it was asked.
-#[derive(Clone)]
+/// A node that is well, and says so with so many components; and what it thinks of the observer on pages that hold so many tasks. Nobody asked for either. How often it was asked.
+#[derive(Clone, Default)]
 struct Floods {
+    components: usize,
     tasks: usize,
     asked: Arc<AtomicUsize>,
 }
@@ -409,24 +412,39 @@ impl Floods {
         let identity = NodeIdentity { node_id: "f".into(), incarnation: 1, ..Default::default() };
         Some(ReplyOrigin { identity: Some(identity), state: NodeState::Running.into(), ..Default::default() })
     }
+
+    fn health(&self) -> Option<HealthReport> {
+        let components = vec![ComponentHealth::default(); self.components];
+        Some(HealthReport { status: HealthStatus::Healthy.into(), components, ..Default::default() })
+    }
+
+    /// At which address it answers.
+    async fn serve(&self) -> (String, tokio::task::JoinHandle<Result<(), tonic::transport::Error>>) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let server = tune_server(Server::builder()).add_service(HealthServiceServer::new(self.clone()));
+        (address, tokio::spawn(server.serve_with_incoming(TcpIncoming::from(listener))))
+    }
 }
 
 #[tonic::async_trait]
 impl HealthService for Floods {
-    type WatchHealthStream = tokio_stream::Empty<Result<WatchHealthResponse, tonic::Status>>;
+    type WatchHealthStream = tokio_stream::Once<Result<WatchHealthResponse, tonic::Status>>;
 
     async fn health_check(
         &self,
         _: tonic::Request<HealthCheckRequest>,
     ) -> Result<tonic::Response<HealthCheckResponse>, tonic::Status> {
-        Ok(tonic::Response::new(HealthCheckResponse { origin: Self::origin(), health: None }))
+        Ok(tonic::Response::new(HealthCheckResponse { origin: Self::origin(), health: self.health() }))
     }
 
     async fn watch_health(
         &self,
         _: tonic::Request<WatchHealthRequest>,
     ) -> Result<tonic::Response<Self::WatchHealthStream>, tonic::Status> {
-        Err(tonic::Status::unimplemented("it is polled"))
+        let (origin, health) = (Self::origin(), self.health());
+        let heartbeat = WatchHealthResponse { origin, health, ..Default::default() };
+        Ok(tonic::Response::new(tokio_stream::once(Ok(heartbeat))))
     }
 
     async fn get_node_status(
@@ -450,11 +468,8 @@ impl HealthService for Floods {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_answer_larger_than_any_honest_one_is_no_opinion() {
     for (tasks, believed) in [(1000, true), (180_000, false)] {
-        let floods = Floods { tasks, asked: Arc::default() };
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap().to_string();
-        let server = tune_server(Server::builder()).add_service(HealthServiceServer::new(floods.clone()));
-        let serving = tokio::spawn(server.serve_with_incoming(TcpIncoming::from(listener)));
+        let floods = Floods { tasks, ..Floods::default() };
+        let (address, serving) = floods.serve().await;
         let mut options = options();
         options.heartbeats = Heartbeats::Poll;
         let monitor = PeerMonitor::start(NodeId::new("observer").unwrap(), options);
@@ -465,6 +480,30 @@ async fn an_answer_larger_than_any_honest_one_is_no_opinion() {
         assert_eq!(opinion(), believed, "{tasks} tasks");
         monitor.stop().await;
         serving.abort();
+    }
+}
+
+/// Each empty component is two bytes of a heartbeat, and more than a hundred of memory.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_heartbeat_larger_than_any_honest_one_is_none() {
+    for heartbeats in [Heartbeats::Watch, Heartbeats::Poll] {
+        for (components, is_heard) in [(1000, true), (10_000, false)] {
+            let (address, serving) = Floods { components, ..Floods::default() }.serve().await;
+            let mut options = options();
+            (options.heartbeats, options.opinions_interval) = (heartbeats, None);
+            let monitor = PeerMonitor::start(NodeId::new("observer").unwrap(), options);
+            monitor.add(&address, None, endpoint(&address).unwrap()).unwrap();
+            let status = || monitor.statuses().remove(0);
+            if is_heard {
+                until("it is heard", || status().last_reply_unix_ms.is_some()).await;
+            } else {
+                let too_large = format!("the limit is: {MAX_HEARTBEAT_BYTES} bytes");
+                until("it is refused", || status().message.contains(&too_large)).await;
+                assert_eq!(status().last_reply_unix_ms, None, "{:?}", status());
+            }
+            monitor.stop().await;
+            serving.abort();
+        }
     }
 }
 

@@ -17,7 +17,7 @@ pub struct Limits {
     pub staged_per_peer: usize,
     /// Streams of one transfer, control stream included; fewer where [`receive_budget_bytes`](Self::receive_budget_bytes) has no chunk for each. Default 8.
     pub lanes: u32,
-    /// Payload of a chunk, in bytes. Default 1 MiB.
+    /// Payload of a chunk, in bytes. Default 1 MiB. Senders refuse less than [`MIN_CHUNK_BYTES`].
     pub chunk_bytes: u32,
     /// Files in a manifest. Default 131072.
     pub files: u64,
@@ -109,6 +109,9 @@ impl Default for Limits {
         }
     }
 }
+
+/// Least payload of a chunk that a receiver may ask for, in bytes: a sender reads, sums up and frames each for itself, so that one who asked for less would have it work for hours.
+pub const MIN_CHUNK_BYTES: u32 = 1 << 10;
 
 /// Largest message on a stream, in bytes, whatever [`Limits::chunk_bytes`] is. A receiver takes less: a page of [`MAX_PAGE_BYTES`] and, once it has accepted the
 /// transfer, a chunk and 16 KiB around it. What is larger is refused with `CHUNK_TOO_LARGE` before it is read.

@@ -23,7 +23,7 @@ use proto_common::error::{Code, Error};
 use proto_common::ids::NodeId;
 use proto_common::v1::{Direction, NodeIdentity};
 use proto_snapshot::Reason;
-use proto_snapshot::limits::MAX_PAGE_BYTES;
+use proto_snapshot::limits::{MAX_PAGE_BYTES, MIN_CHUNK_BYTES};
 use proto_snapshot::sender::{SenderOptions, SnapshotSender};
 use proto_snapshot::transfers::Transfers;
 use proto_snapshot::v1::split_snapshot_service_server::SplitSnapshotServiceServer;
@@ -243,6 +243,28 @@ async fn what_is_missing_is_believed_only_as_far_as_the_manifest_goes() {
         assert_eq!(error.violations()[0].field, "accepted.missing", "{name}");
         assert_eq!(handle.progress().unwrap().wire_bytes, 0, "{name}");
         assert_eq!(peer.streams(), 1, "{name}");
+    }
+}
+
+/// Who asks for a byte in each has the sender read, sum up and frame every one of them.
+#[tokio::test(start_paused = true)]
+async fn chunks_are_no_smaller_than_it_is_worth() {
+    for (max_chunk_bytes, sent) in [(MIN_CHUNK_BYTES, true), (MIN_CHUNK_BYTES - 1, false), (0, false)] {
+        let peer = Peer::new(move |mut call| async move {
+            call.header().await;
+            call.say(Answer::Accepted(Accepted { max_chunk_bytes, ..terms(vec![extent(0, 0, 10_000)]) }))
+                .await;
+            let (_, end) = call.take(8 * MIB).await;
+            call.say(installed(&end)).await;
+        });
+        match ends(peer.send(Zeros::new([10_000])).join()).await {
+            Ok(_) => assert!(sent, "{max_chunk_bytes}"),
+            Err(error) => {
+                assert!(!sent && error.is(Reason::InvalidField) && !error.is_retryable(), "{error:?}");
+                assert_eq!(error.violations()[0].field, "accepted.max_chunk_bytes");
+            }
+        }
+        assert_eq!(peer.streams(), 1);
     }
 }
 

@@ -12,7 +12,7 @@ use tokio::time::{Instant, sleep, timeout};
 use crate::client::monitor::Shared;
 use crate::client::options::Heartbeats;
 use crate::client::peer::{Answer, Opinion};
-use crate::limits::{MAX_PEER_ANSWER_BYTES, PEER_PAGE};
+use crate::limits::{MAX_HEARTBEAT_BYTES, MAX_PEER_ANSWER_BYTES, PEER_PAGE};
 use crate::v1::health_service_client::HealthServiceClient;
 use crate::v1::{
     GetNodeStatusRequest, HealthCheckRequest, NodeStatusSection, PeerState, WatchHealthRequest,
@@ -97,7 +97,8 @@ async fn watch<T: GrpcChannel>(
         omit_components: true,
     };
     let asked = Instant::now();
-    let opened = timeout(options.connect_timeout, client.clone().watch_health(request)).await;
+    let mut heartbeats = client.clone().max_decoding_message_size(MAX_HEARTBEAT_BYTES);
+    let opened = timeout(options.connect_timeout, heartbeats.watch_health(request)).await;
     let mut frames = match opened {
         Ok(Ok(answer)) => answer.into_inner(),
         Ok(Err(status)) => return Error::from(&status),
@@ -141,6 +142,7 @@ async fn poll<T: GrpcChannel>(
     heard: &mut bool,
 ) -> Error {
     let options = &shared.options;
+    let mut checks = client.clone().max_decoding_message_size(MAX_HEARTBEAT_BYTES);
     let mut next_opinion = options.opinions_interval.map(|interval| Instant::now() + interval);
     let mut due = Instant::now();
     loop {
@@ -154,7 +156,7 @@ async fn poll<T: GrpcChannel>(
         let asked = Instant::now();
         let answer = {
             let _place = shared.place().await;
-            timeout(options.stall(), client.health_check(request)).await
+            timeout(options.stall(), checks.health_check(request)).await
         };
         match answer {
             Ok(Ok(answer)) => {

@@ -13,7 +13,7 @@ use tonic::Streaming;
 
 use super::missing::{Missing, Span};
 use super::patience::Quiet;
-use crate::limits::{MAX_MESSAGE_BYTES, MAX_PAGE_BYTES, PAGE_BYTES};
+use crate::limits::{MAX_MESSAGE_BYTES, MAX_PAGE_BYTES, MIN_CHUNK_BYTES, PAGE_BYTES};
 use crate::reason::Reason;
 use crate::spec::Manifest;
 use crate::v1::split_snapshot_service_client::SplitSnapshotServiceClient;
@@ -202,8 +202,9 @@ impl Inbound {
                 Some(Answer::Accepted(page)) => {
                     missing.add(&page.missing, page.last)?;
                     if page.last {
-                        if page.max_chunk_bytes == 0 && !page.already_installed {
-                            return Err(Reason::InvalidField.field("accepted.max_chunk_bytes", "is 0"));
+                        if page.max_chunk_bytes < MIN_CHUNK_BYTES && !page.already_installed {
+                            let why = format!("is {}, less than {MIN_CHUNK_BYTES}", page.max_chunk_bytes);
+                            return Err(Reason::InvalidField.field("accepted.max_chunk_bytes", why));
                         }
                         if page.idle_timeout_ms > 0 {
                             self.idle = Duration::from_millis(page.idle_timeout_ms).min(MAX_IDLE);
