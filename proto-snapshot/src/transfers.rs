@@ -115,6 +115,17 @@ impl Transfers {
         }
     }
 
+    /// Asks an outgoing transfer that runs to stop, as `CancelTransfer` does, without waiting for what comes of it. Whether there is one.
+    pub fn cancel(&self, id: &TransferId) -> bool {
+        self.outgoing().get(id).inspect(|cancel| cancel.cancel()).is_some()
+    }
+
+    /// Whether an outgoing transfer that goes on was asked to stop: its receiver has not answered yet, or says that it is too late.
+    #[must_use]
+    pub fn is_cancelling(&self, id: &TransferId) -> bool {
+        self.outgoing().get(id).is_some_and(CancellationToken::is_cancelled)
+    }
+
     /// The switch of an outgoing transfer that runs.
     #[cfg(feature = "server")]
     pub(crate) fn outgoing_cancel(&self, id: &TransferId) -> Option<CancellationToken> {

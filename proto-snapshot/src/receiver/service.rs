@@ -2,6 +2,7 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures::Stream;
 use proto_common::access::Caller;
@@ -32,6 +33,8 @@ use crate::v1::{
 const ANSWERS: usize = 32;
 /// How much of a cancel's reason is kept, in bytes.
 const MAX_CANCEL_REASON: usize = 256;
+/// How long a cancel waits for the end of a transfer that this node sends: the sender waits for its receiver for 30 s, and knows then whether it came in time.
+const OUTGOING_PATIENCE: Duration = Duration::from_secs(35);
 
 type Answered<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
@@ -212,7 +215,9 @@ impl<S: SnapshotStore> Inner<S> {
             self.may_cancel(caller, Some(Direction::Out), id)?;
             cancel.cancel();
             let mut watch = self.transfers.registry().watch(Some(Direction::Out), id.as_str())?;
-            while watch.next().await.is_some() {}
+            // A receiver that says that it is too late may take as long as it likes to end it.
+            let _ = tokio::time::timeout(OUTGOING_PATIENCE, async { while watch.next().await.is_some() {} })
+                .await;
         }
         let transfer = self.get(direction, id)?;
         match transfer.phase() {

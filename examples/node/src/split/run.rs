@@ -80,10 +80,10 @@ async fn decide(splits: &Splits, begun: &Begun, resumed: Option<GateHold>) -> En
     }
     drop(resumed);
 
-    let sent = send(splits, begun, &closing).await;
-    match sent {
-        Ok(()) => commit(splits, begun, writes).await,
-        Err(error) => {
+    match unless_resolved(begun, send(splits, begun, &closing)).await {
+        Err(resolution) => settle(splits, begun, writes, resolution).await,
+        Ok(Ok(())) => commit(splits, begun, writes).await,
+        Ok(Err(error)) => {
             splits.failed(transfer, &error);
             if !was_resumed && error.before_sending() {
                 return undo(splits, begun, writes).await;
@@ -288,10 +288,11 @@ async fn settle(splits: &Splits, begun: &Begun, writes: GateHold, resolution: Re
 #[cfg(test)]
 mod tests {
     use proto::common::guard::RangeGuard;
+    use proto::common::ids::TransferId;
     use proto::common::text::hex;
     use proto::node::split_snapshot_service_server::{SplitSnapshotService, SplitSnapshotServiceServer};
     use proto::node::{
-        CancelTransferRequest, CancelTransferResponse, GetTransferProgressRequest,
+        CancelTransferRequest, CancelTransferResponse, Direction, GetTransferProgressRequest,
         GetTransferProgressResponse, ListTransfersRequest, ListTransfersResponse, NodeIdentity,
         TransferPhase, TransferProgress, TransferSplitSnapshotRequest, TransferSplitSnapshotResponse,
         WatchTransferProgressRequest, WatchTransferProgressResponse,
@@ -311,8 +312,9 @@ mod tests {
     use crate::split::SplitRequest;
     use crate::store::{Init, NodeAddresses, SplitIntent, StoreOptions};
 
-    /// A target that refuses the transfer of a split, tells of it when it may, and never answers who cancels it.
+    /// A target that refuses the transfer of a split, or takes it and never says anything, tells of it when it may, and never answers who cancels it, or says that it is too late.
     struct Hangs {
+        takes: bool,
         store: Vec<u8>,
         told: Option<TransferProgress>,
         asked: watch::Sender<bool>,
@@ -329,6 +331,9 @@ mod tests {
             &self,
             _: Request<Streaming<TransferSplitSnapshotRequest>>,
         ) -> Result<Response<Self::TransferSplitSnapshotStream>, Status> {
+            if self.takes {
+                std::future::pending::<()>().await;
+            }
             Err(Reason::SpecificationMismatch.error("it says").into())
         }
 
@@ -369,6 +374,10 @@ mod tests {
             _: Request<CancelTransferRequest>,
         ) -> Result<Response<CancelTransferResponse>, Status> {
             self.asked_to_cancel.send_replace(true);
+            if self.takes {
+                let too_late = Reason::TooLateToCancel.error("it says");
+                return Err(too_late.metadata("phase", TransferPhase::Installing.as_str_name()).into());
+            }
             std::future::pending().await
         }
     }
@@ -396,7 +405,8 @@ mod tests {
         let (tell, may_tell) = watch::channel(false);
         let asked_to_cancel = watch::Sender::new(false);
         let (grpc, serving) =
-            serve(Hangs { store: vec![7; 16], told: None, asked, may_tell, asked_to_cancel }).await;
+            serve(Hangs { takes: false, store: vec![7; 16], told: None, asked, may_tell, asked_to_cancel })
+                .await;
         let stop = CancellationToken::new();
         let splits =
             Splits::new(node.clone(), Transfers::default(), RangeGuard::new(), stop.clone()).unwrap();
@@ -426,14 +436,13 @@ mod tests {
         serving.abort();
     }
 
-    #[tokio::test]
-    async fn the_operator_decides_whatever_the_target_keeps_waiting_for() {
-        let dir = tempfile::tempdir().unwrap();
+    /// A split of slots 100-199 of n1 that was begun before this process, and a target that says that the transfer is in this phase.
+    async fn resumed(dir: &Path, takes: bool, phase: TransferPhase) -> Resumed {
         let range: SlotRange = "100-199".parse().unwrap();
-        let node = source(dir.path(), range);
+        let node = source(dir, range);
         let told = TransferProgress {
             transfer_id: "split-1".into(),
-            phase: TransferPhase::Transferring.into(),
+            phase: phase.into(),
             source_shard_id: "slots-100-199".into(),
             target_shard_id: "slots-100-199-n1".into(),
             source_node_id: "n1".into(),
@@ -442,11 +451,12 @@ mod tests {
             snapshot_term: 2,
             ..TransferProgress::default()
         };
-        let (asked_to_cancel, mut cancel) = watch::channel(false);
-        let (_tell, may_tell) = watch::channel(true);
+        let (asked_to_cancel, cancel) = watch::channel(false);
+        let (tell, may_tell) = watch::channel(true);
         let asked = watch::Sender::new(false);
         let (grpc, serving) =
-            serve(Hangs { store: vec![7; 16], told: Some(told), asked, may_tell, asked_to_cancel }).await;
+            serve(Hangs { takes, store: vec![7; 16], told: Some(told), asked, may_tell, asked_to_cancel })
+                .await;
         let intent = SplitIntent {
             transfer: "split-1".into(),
             start: range.start(),
@@ -460,22 +470,82 @@ mod tests {
             begun_unix_ms: 1,
             bytes_per_second: None,
         };
-
         node.store().put_split(intent).await.unwrap();
         let stop = CancellationToken::new();
         let transfers = Transfers::default();
-        let splits = Splits::new(node.clone(), transfers, RangeGuard::new(), stop.clone()).unwrap();
+        let splits = Splits::new(node.clone(), transfers.clone(), RangeGuard::new(), stop.clone()).unwrap();
         splits.resume().unwrap();
-        let minute = Duration::from_secs(60);
-        tokio::time::timeout(minute, cancel.wait_for(|asked| *asked)).await.unwrap().unwrap();
-        assert_eq!(node.gate().verdict(100, Access::Write), Verdict::Held);
-        // Well before it is not waited for any more.
-        let told = tokio::time::timeout(Duration::from_secs(15), splits.resolve("split-1", Resolution::Keep));
-        told.await.expect("the target is waited for").unwrap();
-        assert_eq!(splits.list()[0].phase, SplitPhase::Undone);
+        Resumed { node, transfers, splits, cancel, serving, stop, _tell: tell }
+    }
+
+    struct Resumed {
+        node: Node,
+        transfers: Transfers,
+        splits: Splits,
+        /// Whether the target was asked to cancel.
+        cancel: watch::Receiver<bool>,
+        serving: tokio::task::JoinHandle<()>,
+        stop: CancellationToken,
+        _tell: watch::Sender<bool>,
+    }
+
+    impl Resumed {
+        async fn is_cancelled(&mut self) {
+            let minute = Duration::from_secs(60);
+            tokio::time::timeout(minute, self.cancel.wait_for(|asked| *asked)).await.unwrap().unwrap();
+        }
+
+        /// Well before the target is not waited for any more, the slots are kept.
+        async fn keeps(self) {
+            assert_eq!(self.node.gate().verdict(100, Access::Write), Verdict::Held);
+            let told = self.splits.resolve("split-1", Resolution::Keep);
+            let told = tokio::time::timeout(Duration::from_secs(15), told);
+            told.await.expect("the target is waited for").unwrap();
+            assert_eq!(self.splits.list()[0].phase, SplitPhase::Undone);
+            self.stop.cancel();
+            self.splits.join().await;
+            self.serving.abort();
+        }
+    }
+
+    #[tokio::test]
+    async fn the_operator_decides_whatever_the_target_keeps_waiting_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut split = resumed(dir.path(), false, TransferPhase::Transferring).await;
+        split.is_cancelled().await;
+        let node = split.node.clone();
+        split.keeps().await;
         assert_eq!(node.gate().verdict(100, Access::Write), Verdict::Pass);
-        stop.cancel();
-        splits.join().await;
-        serving.abort();
+    }
+
+    #[tokio::test]
+    async fn the_operator_decides_where_a_target_neither_ends_a_transfer_nor_lets_it_be_cancelled() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut split = resumed(dir.path(), true, TransferPhase::Installing).await;
+        let id: TransferId = "split-1".parse().unwrap();
+        let sending = async {
+            while split.splits.list()[0].phase != SplitPhase::Sending
+                || split.transfers.registry().get(Some(Direction::Out), "split-1").is_none()
+            {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(60), sending).await.unwrap();
+        // Before it was cancelled, nobody is to decide what the target has not got yet.
+        let refused = split.splits.resolve("split-1", Resolution::Keep).await.unwrap_err();
+        assert!(refused.to_string().contains("cancel its transfer first"), "{refused}");
+        assert!(!split.transfers.is_cancelling(&id));
+        assert!(split.transfers.cancel(&id));
+        split.is_cancelled().await;
+        assert_eq!(split.splits.list()[0].phase, SplitPhase::Sending);
+        let (node, transfers) = (split.node.clone(), split.transfers.clone());
+        split.keeps().await;
+        assert!(!transfers.is_cancelling(&id), "it goes on");
+        let passes = async {
+            while node.gate().verdict(100, Access::Write) != Verdict::Pass {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(60), passes).await.expect("the slots stay held");
     }
 }
