@@ -69,8 +69,8 @@ fn ask_all(node: &Node, asked: &mut BTreeMap<NodeId, Asked>, answers: &mut JoinS
         let asked = asked.entry(id.clone()).or_insert_with(|| Asked::new(node, &id, grpc.clone()));
         if asked.address != grpc {
             // The pause stays: a node that is said to be elsewhere, by itself as well, is asked no more often for it.
-            let (not_before, refused) = (asked.not_before, asked.refused);
-            *asked = Asked { not_before, refused, ..Asked::new(node, &id, grpc) };
+            let (not_before, refused, leaps) = (asked.not_before, asked.refused, asked.leaps);
+            *asked = Asked { not_before, refused, leaps, ..Asked::new(node, &id, grpc) };
         }
         let ready = !asked.waiting && asked.not_before.is_none_or(|at| at <= Instant::now());
         let Some(channel) = asked.channel.clone().filter(|_| ready) else { continue };
@@ -101,8 +101,9 @@ async fn take(node: &Node, asked: &mut BTreeMap<NodeId, Asked>, (id, address, an
     let pause = PAGE_PAUSE * told.pages.saturating_sub(1);
     asked.not_before = Some(Instant::now() + pause);
     match learn(node, &id, &told).await {
-        Ok(claims) => {
-            asked.not_before = Some(Instant::now() + pause + CLAIM_PAUSE * claims);
+        Ok(learned) => {
+            learned.tell(&id, std::mem::replace(&mut asked.leaps, learned.leap.is_some()));
+            asked.not_before = Some(Instant::now() + pause + CLAIM_PAUSE * learned.claims);
             if told.read != Read::Part {
                 asked.revision = Some(told.revision);
             }
@@ -139,8 +140,9 @@ pub(crate) async fn ask_first(node: &Node) {
             }
             Err(Unusable::Unanswered) => continue,
         };
-        if let Err(error) = learn(node, &id, &told).await {
-            tracing::warn!(from = %id, %error, "the slot map cannot be saved");
+        match learn(node, &id, &told).await {
+            Ok(learned) => learned.tell(&id, false),
+            Err(error) => tracing::warn!(from = %id, %error, "the slot map cannot be saved"),
         }
     }
 }
@@ -156,13 +158,43 @@ struct Asked {
     revision: Option<(u64, u64)>,
     /// Its last answer could not be one.
     refused: bool,
+    /// Its last answer had epochs that are not believed.
+    leaps: bool,
+}
+
+/// What came of an answer.
+#[derive(Debug, Default)]
+struct Learned {
+    /// Claims that were taken over.
+    claims: u32,
+    /// How many were not believed, and the first of them.
+    leap: Option<(usize, Claim)>,
+}
+
+impl Learned {
+    /// What is not believed is told once, until the node gives an answer without that: it is asked a few times a second.
+    fn tell(&self, from: &NodeId, told_before: bool) {
+        if let Some((ignored, Claim { range, owner, epoch })) = &self.leap
+            && !told_before
+        {
+            tracing::warn!(%from, ignored, slots = %range, %owner, epoch, "epochs of slots are not believed, too far above what is known");
+        }
+    }
 }
 
 impl Asked {
     fn new(node: &Node, id: &NodeId, address: String) -> Self {
         let dial = node.trust().dialer().to(&address, Some(id));
         let channel = dial.ok().map(|dial| dial.connect_timeout(ANSWER).connect_lazy());
-        Self { address, channel, waiting: false, not_before: None, revision: None, refused: false }
+        Self {
+            address,
+            channel,
+            waiting: false,
+            not_before: None,
+            revision: None,
+            refused: false,
+            leaps: false,
+        }
     }
 }
 
@@ -326,12 +358,12 @@ pub(crate) async fn ask_whole(channel: NodeChannel, me: &NodeId) -> Result<(Vec<
     Ok((told.store, ownership))
 }
 
-/// Takes over what is newer, and where nodes are. Returns how many claims were.
-async fn learn(node: &Node, asked: &NodeId, told: &Told) -> Result<u32, crate::store::StoreError> {
+/// Takes over what is newer, and where nodes are.
+async fn learn(node: &Node, asked: &NodeId, told: &Told) -> Result<Learned, crate::store::StoreError> {
     if told.node_id != asked.as_str() {
         // Another node has this address now; what it says of itself is learned under its own name.
         tracing::debug!(asked = %asked, found = printable(&told.node_id, 128), "another node answers");
-        return Ok(0);
+        return Ok(Learned::default());
     }
     let known = node.nodes();
     let mut nodes = BTreeMap::new();
@@ -369,10 +401,7 @@ async fn learn(node: &Node, asked: &NodeId, told: &Told) -> Result<u32, crate::s
         }
         believed
     });
-    if let Some(Claim { range, owner, epoch }) = leap {
-        let ignored = told_of - claims.len();
-        tracing::warn!(from = %asked, ignored, slots = %range, %owner, epoch, "epochs of slots are not believed, too far above what is known");
-    }
+    let leap = leap.map(|first| (told_of - claims.len(), first));
     let mut after = (*ownership).clone();
     let claims = after.adopt_all(&claims);
     // Where somebody is counts of those alone to whom clients may have to be sent: names cost whoever tells them nothing.
@@ -390,12 +419,12 @@ async fn learn(node: &Node, asked: &NodeId, told: &Told) -> Result<u32, crate::s
         node.put_nodes(nodes).await?;
     }
     if claims.is_empty() {
-        return Ok(0);
+        return Ok(Learned { claims: 0, leap });
     }
     let learned = u32::try_from(claims.len()).unwrap_or(u32::MAX);
     tracing::info!(from = %asked, claims = learned, "learned of new owners of slots");
     node.change_ownership(move |store| async move { store.adopt(claims).await }).await?;
-    Ok(learned)
+    Ok(Learned { claims: learned, leap })
 }
 
 /// What `asked` claims for itself of the slots that `me` owns at the same or a higher epoch, or whom it takes for the owner at the same epoch, in words.

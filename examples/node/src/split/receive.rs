@@ -80,7 +80,13 @@ impl SplitHook {
             return Err(Reason::InstallRefused.error(sentence));
         }
         nodes.retain(|node, _| node == source);
-        let rows = self.node.import(path, spec.slots, claims, nodes).await.map_err(refused)?;
+        let rows = self.node.import(path, spec.slots, claims, nodes).await.map_err(|error| {
+            // Only here, where a snapshot has come for it: what does not fit before that, its sender may announce without end.
+            if let StoreError::NoSpace { .. } = &error {
+                tracing::warn!(transfer = %spec.transfer_id, %error, "a snapshot of rows does not fit");
+            }
+            refused(error)
+        })?;
         match rows {
             Some(rows) => {
                 tracing::info!(transfer = %spec.transfer_id, slots = %spec.slots, rows, "slots taken over");
@@ -130,7 +136,6 @@ fn refused(error: StoreError) -> Error {
     match &error {
         // For good: while it is repeated, clients of the source wait, and it has a room that others need.
         StoreError::NoSpace { needed, available, .. } => {
-            tracing::warn!(%error, "a snapshot of rows does not fit");
             Reason::InstallRefused
                 .error(format!(
                     "the receiver's disk has {available} bytes left, of {needed} that are needed, with those that stay free; make room there, then begin anew"

@@ -356,14 +356,14 @@ async fn an_epoch_that_leaps_is_not_believed() {
     let node = bare(dir.path());
     let tell = async |first: u64, second: u64| {
         let owners = vec![owner("n2", 1, first, ""), owner("n3", 2, second, "")];
-        learn(&node, &id("n2"), &told_by_n2(owners).unwrap()).await.unwrap();
+        let learned = learn(&node, &id("n2"), &told_by_n2(owners).unwrap()).await.unwrap();
         let epoch = |slot| node.gate().ownership().of(slot).map(|claim| claim.epoch);
-        (epoch(1), epoch(2))
+        (epoch(1), epoch(2), learned.leap.map(|(ignored, first)| (ignored, first.range.start())))
     };
-    assert_eq!(tell(u64::MAX, MAX_EPOCH_LEAP + 1).await, (None, None));
-    assert_eq!(tell(u64::MAX, 7).await, (None, Some(7)), "the rest is learned");
-    assert_eq!(tell(1, 8 + MAX_EPOCH_LEAP).await, (Some(1), Some(7)));
-    assert_eq!(tell(2, 7 + MAX_EPOCH_LEAP).await, (Some(2), Some(7 + MAX_EPOCH_LEAP)));
+    assert_eq!(tell(u64::MAX, MAX_EPOCH_LEAP + 1).await, (None, None, Some((2, 1))));
+    assert_eq!(tell(u64::MAX, 7).await, (None, Some(7), Some((1, 1))), "the rest is learned");
+    assert_eq!(tell(1, 8 + MAX_EPOCH_LEAP).await, (Some(1), Some(7), Some((1, 2))));
+    assert_eq!(tell(2, 7 + MAX_EPOCH_LEAP).await, (Some(2), Some(7 + MAX_EPOCH_LEAP), None));
 }
 
 #[tokio::test]
