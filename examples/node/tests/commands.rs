@@ -190,6 +190,9 @@ async fn scanning() {
             ("SCAN x", "-ERR invalid cursor"),
             ("SCAN 0 COUNT 0", "-ERR syntax error"),
             ("SCAN 0 MATCH", "-ERR syntax error"),
+            (&format!("SCAN 0 MATCH {}", "*".repeat(1025)), "-ERR the pattern has more than 1024 bytes"),
+            (&format!("CONFIG GET {}", "*".repeat(1025)), "-ERR the pattern has more than 1024 bytes"),
+            (&format!("CONFIG GET{}", " x".repeat(65)), "-ERR more than 64 patterns"),
             ("DBSIZE", ":1000"),
         ],
     )

@@ -1,5 +1,24 @@
 //! Patterns of keys, as Redis matches them: `*`, `?`, `[a-c]`, `[^a]`, and `\` before what is meant literally.
 
+use bytes::Bytes;
+
+use super::reply::Reply;
+
+/// Bytes of a pattern, at most: a text may have 64 KiB, for each of which all of it may be looked at.
+pub(super) const MAX_PATTERN: usize = 1024;
+
+/// `pattern`, unless it is too long.
+///
+/// # Errors
+///
+/// What its client is told.
+pub(super) fn checked(pattern: &Bytes) -> Result<Bytes, Reply> {
+    if pattern.len() > MAX_PATTERN {
+        return Err(Reply::error(format!("ERR the pattern has more than {MAX_PATTERN} bytes")));
+    }
+    Ok(pattern.clone())
+}
+
 /// Whether the whole of `text` matches. Takes at most `pattern.len() * text.len()` steps.
 pub(super) fn matches(pattern: &[u8], text: &[u8]) -> bool {
     let (mut p, mut t) = (0, 0);

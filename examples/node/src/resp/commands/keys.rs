@@ -232,7 +232,7 @@ pub(super) fn scan(_: &Arc<Context>, _: &mut Session, arguments: Arguments) -> P
     while let Some(option) = options.next() {
         let value = options.next().ok_or_else(syntax_error)?;
         match word(option).as_slice() {
-            b"MATCH" => scan.pattern = Some(value.clone()),
+            b"MATCH" => scan.pattern = Some(glob::checked(value)?),
             b"COUNT" => {
                 let count = super::parse_integer(value).ok_or_else(not_an_integer)?;
                 if count < 1 {
@@ -278,9 +278,16 @@ impl ScanCommand {
         let Ok(range) = SlotRange::new(slot, end) else { return Ok(Step::Held(slot)) };
         // A range that was given up meanwhile is left out.
         let position = if slot == first { position } else { ScanPosition::Slot(slot) };
-        let count = self.count;
-        let scanned =
-            node.store().read(ReadExtent::Bulk, move |reader| reader.scan(&position, range, count)).await?;
+        let (count, nothing, pattern) = (self.count, self.nothing, self.pattern.clone());
+        let wanted =
+            move |key: &Bytes| !nothing && pattern.as_ref().is_none_or(|pattern| glob::matches(pattern, key));
+        // Long keys take long to be compared, so that is done there, too.
+        let scan = move |reader: &Reader| {
+            let mut scanned = reader.scan(&position, range, count)?;
+            scanned.keys.retain(wanted);
+            Ok(scanned)
+        };
+        let scanned = node.store().read(ReadExtent::Bulk, scan).await?;
         let more = || node.own_ranges().into_iter().map(|own| own.end()).max() > Some(end);
         let next = scanned.next.or_else(|| more().then_some(ScanPosition::Slot(end)));
         let cursor = match next {
@@ -293,10 +300,7 @@ impl ScanCommand {
                 context.cursors.encode(next, slot)
             }
         };
-        let wanted = |key: &Bytes| {
-            !self.nothing && self.pattern.as_ref().is_none_or(|pattern| glob::matches(pattern, key))
-        };
-        let keys = scanned.keys.into_iter().filter(wanted).map(Reply::Bulk).collect();
+        let keys = scanned.keys.into_iter().map(Reply::Bulk).collect();
         Ok(Step::Done(Reply::Array(vec![Reply::text(cursor.to_string()), Reply::Array(keys)])))
     }
 }

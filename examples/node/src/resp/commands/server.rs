@@ -11,6 +11,9 @@ use crate::resp::glob;
 /// The version of Redis whose commands these are, for clients that ask before they use something.
 pub(super) const REDIS_VERSION: &str = "7.0.15";
 
+/// Patterns of one `CONFIG GET`: more than there are parameters.
+const MAX_CONFIG_PATTERNS: usize = 64;
+
 pub(super) fn dbsize(context: &Arc<Context>, _: &mut Session, _: Arguments) -> Parsed {
     Ok(Action::Reply(Reply::integer(context.node.key_count())))
 }
@@ -22,6 +25,13 @@ pub(super) fn config(_: &Arc<Context>, _: &mut Session, arguments: Arguments) ->
     if arguments.len() < 3 {
         return Err(wrong_arity("config|get"));
     }
+    if arguments.len() > 2 + MAX_CONFIG_PATTERNS {
+        return Err(Reply::error(format!("ERR more than {MAX_CONFIG_PATTERNS} patterns")));
+    }
+    let patterns: Vec<_> = arguments[2..]
+        .iter()
+        .map(|pattern| glob::checked(pattern).map(|pattern| pattern.to_ascii_lowercase()))
+        .collect::<Result<_, _>>()?;
     // What tools ask for before they start. Every write is durable when it is answered, as with
     // appendonly and appendfsync always.
     let known = [
@@ -33,9 +43,7 @@ pub(super) fn config(_: &Arc<Context>, _: &mut Session, arguments: Arguments) ->
         ("maxmemory", "0"),
         ("timeout", "0"),
     ];
-    let asked = |name: &str| {
-        arguments[2..].iter().any(|pattern| glob::matches(&pattern.to_ascii_lowercase(), name.as_bytes()))
-    };
+    let asked = |name: &str| patterns.iter().any(|pattern| glob::matches(pattern, name.as_bytes()));
     let found = known.iter().filter(|(name, _)| asked(name));
     Ok(Action::Reply(Reply::Map(
         found.map(|(name, value)| (Reply::text(*name), Reply::text(*value))).collect(),
