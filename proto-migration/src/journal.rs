@@ -352,7 +352,7 @@ fn id_of(record: &SourceRecord) -> Option<MigrationId> {
 }
 
 /// The slots of a record.
-fn slots_of(record: &SourceRecord) -> Option<SlotRange> {
+pub(crate) fn slots_of(record: &SourceRecord) -> Option<SlotRange> {
     SlotRange::from_wire(record.progress.as_ref()?.spec.as_ref()?.slots).ok()
 }
 

@@ -16,7 +16,7 @@ use proto_migration::hold::HoldMode;
 use proto_migration::journal::Journal;
 use proto_migration::{MigrationSource as _, Reason, v1};
 use support::memory_source::{Answer, MemorySource};
-use support::pair::{Pair, driver};
+use support::pair::{Pair, driver, id};
 
 /// A journal with the record of one migration of the slot of `held`, and that file's name.
 async fn journal_of_one() -> (tempfile::TempDir, String, Vec<u8>) {
@@ -118,6 +118,38 @@ async fn a_whole_record_that_cannot_be_gone_on_with_is_told_by_the_same_check() 
         assert_eq!(sorted(&dir, &MemorySource::default()).await, [(shown, Doubt::NotUnderstood)], "{how}");
         quarantined(&dir, &file, how).await;
     }
+}
+
+/// Puts the record of `file` under the same ID and other slots, as one that was restored may be; returns its file's name.
+async fn of_other_slots(dir: &tempfile::TempDir) -> String {
+    let (journal, recovered) = Journal::open(dir.path().join("source"), 10).unwrap();
+    let (id, mut record) = recovered.active.into_iter().next().unwrap();
+    let slots = SlotRange::new(0, 1).unwrap();
+    record.progress.as_mut().unwrap().spec.as_mut().unwrap().slots = Some(slots.into());
+    journal.save(&id, slots, &record).await.unwrap();
+    Journal::file_of(slots, &id)
+}
+
+#[tokio::test]
+async fn whole_records_with_one_id_are_all_in_doubt() {
+    let (dir, file, _) = journal_of_one().await;
+    let other = of_other_slots(&dir).await;
+    let shown = file.strip_prefix("source/").unwrap().to_owned();
+    let found = sorted(&dir, &MemorySource::default()).await;
+    assert_eq!(found, [(other.clone(), Doubt::Damaged), (shown, Doubt::Damaged)]);
+    quarantined(&dir, &format!("source/{other}"), "two of one ID").await;
+}
+
+#[tokio::test]
+async fn a_record_of_other_slots_does_not_stand_for_the_one_that_is_gone() {
+    let (dir, file, _) = journal_of_one().await;
+    let other = of_other_slots(&dir).await;
+    std::fs::remove_file(dir.path().join(&file)).unwrap();
+    let slot = slot_of(b"held");
+    let source = MemorySource::default();
+    source.open_log(&id(), SlotRange::new(slot, slot + 1).unwrap(), None).await.unwrap();
+    let shown = file.strip_prefix("source/").unwrap().to_owned();
+    assert_eq!(sorted(&dir, &source).await, [(shown, Doubt::Missing), (other, Doubt::Damaged)]);
 }
 
 #[tokio::test]

@@ -1,5 +1,6 @@
 //! What an earlier process left in the journal: gone on with where it can be, quarantined where it cannot.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use proto_common::error::Error;
@@ -11,7 +12,7 @@ use super::calls::given_away;
 use super::{Dial, Inner, acquire};
 use crate::Reason;
 use crate::hold::HoldMode;
-use crate::journal::{DamagedFile, Journal, Recovered, SourceRecord};
+use crate::journal::{DamagedFile, Journal, Recovered, SourceRecord, slots_of};
 use crate::limits::TaskLimits;
 use crate::source::MigrationSource;
 use crate::spec::MigrationSpec;
@@ -66,8 +67,9 @@ pub struct Sorted {
 /// Judges what an earlier process left, as [`start`](super::MigrationDriverBuilder::start) does; for tools that look at a node that does not run,
 /// too. `me` is the node; `logs` are the change logs that the store holds open ([`MigrationSource::logs`]); `guard` is that of the node, and of a tool a new one.
 ///
-/// Quarantined are damaged files, records that hold what no migration can be gone on with, or that are another node's, records whose slots somebody else has, and migrations
-/// whose log is open while no file is there that could be theirs: they began, and whether they handed over is not known.
+/// Quarantined are damaged files, records that hold what no migration can be gone on with, or that are another node's, records that have the ID of another one, or of a log
+/// of other slots, records whose slots somebody else has, and migrations whose log is open while no file is there that could be theirs: they began, and whether they handed
+/// over is not known.
 #[must_use]
 pub fn sort(
     recovered: Recovered,
@@ -86,34 +88,54 @@ pub fn sort(
     for (id, slots) in logs {
         let names =
             |other: &DamagedFile| other.migration_id().as_ref() == Some(id) && other.slots.contains(slots);
-        if !active.iter().any(|(other, _)| other == id) && !damaged.iter().any(names) {
+        let whole = |(other, record): &(_, _)| other == id && slots_of(record) == Some(*slots);
+        if !active.iter().any(whole) && !damaged.iter().any(names) {
             let problem = "is not there, while the store logs changes for it".to_owned();
-            let file = DamagedFile {
-                file: Journal::file_of(*slots, id),
-                slots: vec![*slots],
-                problem,
-                is_copy: false,
-            };
-            quarantine(file, Doubt::Missing);
+            quarantine(file_of(id, Some(*slots), problem), Doubt::Missing);
         }
     }
     for file in damaged {
         quarantine(file, Doubt::Damaged);
     }
+    let mut seen = BTreeSet::new();
+    let twice: BTreeSet<_> =
+        active.iter().filter(|(id, _)| !seen.insert(id)).map(|(id, _)| id.clone()).collect();
+    let mut single = Vec::new();
     for (id, record) in active {
+        let slots = slots_of(&record);
+        let logged = logs.iter().find(|(other, logged)| *other == id && Some(*logged) != slots);
+        let problem = match logged {
+            // Which of them is that of the migration is not known here.
+            _ if twice.contains(&id) => {
+                "has the ID of another file, too; one of them does not belong here".to_owned()
+            }
+            Some((_, logged)) => format!(
+                "is not that of the migration of this ID, for which the store logs changes of slots {logged}"
+            ),
+            None => {
+                single.push((id, record));
+                continue;
+            }
+        };
+        quarantine(file_of(&id, slots, problem), Doubt::Damaged);
+    }
+    for (id, record) in single {
         match check(&id, me, &record, guard) {
             Ok((spec, limits, range)) => {
                 sound.push(SoundRecord { id, spec, record, limits, range });
             }
             Err(Unfit { slots, doubt, error }) => {
-                let file = slots.map_or_else(|| id.to_string(), |slots| Journal::file_of(slots, &id));
-                let problem = format!("cannot be gone on with: {error}");
-                let slots = slots.into_iter().collect();
-                quarantine(DamagedFile { file, slots, problem, is_copy: false }, doubt);
+                quarantine(file_of(&id, slots, format!("cannot be gone on with: {error}")), doubt);
             }
         }
     }
     Sorted { sound, doubtful }
+}
+
+/// The file of one migration, and what is wrong with it.
+fn file_of(id: &MigrationId, slots: Option<SlotRange>, problem: String) -> DamagedFile {
+    let file = slots.map_or_else(|| id.to_string(), |slots| Journal::file_of(slots, id));
+    DamagedFile { file, slots: slots.into_iter().collect(), problem, is_copy: false }
 }
 
 /// For peers, clients and operators. Of the server's paths it names the file alone, without which an operator could not settle it.

@@ -115,3 +115,16 @@ async fn a_drop_that_was_cut_short_is_gone_on_with() {
     assert!(check(options(data, Some(FILE), false)).await.unwrap());
     assert_eq!(opened(data).open_logs(), []);
 }
+
+/// A log is the evidence of the record of its slots alone.
+#[tokio::test]
+async fn what_is_dropped_of_other_slots_leaves_the_log() {
+    let directory = tempfile::tempdir().unwrap();
+    let data = directory.path();
+    moving(data, &["0-8191"]).await;
+    let other = "active/08192-16383.m.task";
+    let [from, to] = [FILE, other].map(|file| data.join("migrations").join(file));
+    fs::rename(from, to).unwrap();
+    assert!(!check(options(data, Some(other), true)).await.unwrap(), "the record of the log is missing");
+    assert_eq!(opened(data).open_logs().len(), 1);
+}

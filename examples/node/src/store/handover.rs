@@ -65,7 +65,7 @@ impl Store {
             .await
     }
 
-    /// Ends the change log of a migration whose record is lost, if `id` is known, and gives up the rows of those of `ranges` that are known to be
+    /// Ends the change log of a migration whose record is lost, if `id` is known and the log is of one of `ranges`, and gives up the rows of those of `ranges` that are known to be
     /// another node's: nothing else would, as the outcome that the record would have led to is never found out. Slots that this node owns, or that
     /// nobody is known to own, stay as they are. Returns how many rows clients cannot get back here.
     ///
@@ -82,7 +82,9 @@ impl Store {
         let shared = Arc::clone(&self.inner.shared);
         self.writer()?
             .transact(move |txn, rows| {
-                if let Some(id) = id {
+                let logged = |id: &MigrationId| shared.leases.with(id, |lease| lease.slots());
+                // One of other slots is all that tells that their record is gone.
+                if let Some(id) = id.filter(|id| logged(id).is_some_and(|slots| ranges.contains(&slots))) {
                     rows.log().close_lease(&id)?;
                 }
                 let ownership = load(&txn.open_table(tables::OWNERSHIP)?)?;
