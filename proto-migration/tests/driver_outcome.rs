@@ -177,6 +177,7 @@ async fn slots_that_were_taken_back_are_free_after_a_crash_though_the_target_sta
     journal.save(&id(), SlotRange::FULL, &record).await.unwrap();
     pair.source = pair.source.restarted();
     pair.source_up().await;
+    pair.reaches(MigrationState::Cancelled).await;
     pair.source_serves().await;
 
     // Another migration of them begins, as soon as that is saved.

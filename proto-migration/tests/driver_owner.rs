@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use proto_common::error::Error;
 use proto_common::guard::RangeGuard;
-use proto_common::slots::SlotRange;
+use proto_common::slots::{RECLAIM_STEP, SlotRange};
 use proto_migration::MigrationDriver;
 use proto_migration::hold::HoldMode;
 use proto_migration::journal::Journal;
@@ -143,6 +143,29 @@ async fn what_an_operator_gave_away_stays_so_though_the_source_dies_over_it() {
         "RESOLVE_REFUSED",
         "it is decided"
     );
+}
+
+#[tokio::test]
+async fn what_an_operator_took_back_waits_for_the_store_and_keeps_no_node_from_starting() {
+    let mut pair = Pair::committing(100).await;
+    pair.target_dies();
+    pair.source.set_faults(Faults { full_disk: true, ..Faults::default() });
+    {
+        let mut deciding = std::pin::pin!(pair.resolve(MigrationDecision::Discarded, |_| {}));
+        let early = tokio::time::timeout(Duration::from_millis(200), &mut deciding).await;
+        assert!(early.is_err(), "it cannot be carried out yet: {early:?}");
+    }
+    pair.source_down().await;
+    pair.source = pair.source.restarted();
+    pair.source_up().await;
+    assert_eq!(pair.source.held(), Some(HoldMode::All), "nobody is served before it is done");
+    let last = |progress: &MigrationProgress| progress.incidents.last().map(|seen| seen.at_unix_ms);
+    let before = last(&pair.progress().await);
+    pair.until("it is tried again", |progress| last(progress) > before).await;
+    pair.source.set_faults(Faults::default());
+    let done = pair.reaches(MigrationState::Cancelled).await;
+    assert_eq!((done.slot_epoch, done.decision()), (RECLAIM_STEP, MigrationDecision::Discarded));
+    pair.source_serves().await;
 }
 
 /// Writes went on after the evidence was gone, until an operator gave the slots away.

@@ -12,6 +12,7 @@ use tokio::sync::oneshot;
 use super::dial::Dial;
 use super::task::{Halt, Task};
 use crate::Reason;
+use crate::journal::SourceRecord;
 use crate::limits::TaskLimits;
 use crate::service::{Resolution, shutting_down};
 use crate::source::MigrationSource;
@@ -190,20 +191,27 @@ impl<S: MigrationSource, D: Dial> Task<S, D> {
         self.record.claim_epoch = epoch;
         self.record.untold = true;
         self.save().await?;
-        self.keep(Some(epoch)).await?;
-        self.taken_back(epoch);
-        self.enter(MigrationState::Cancelled, MigrationGate::Open).await?;
-        self.open_gate();
-        Ok(())
+        self.claim_back().await
     }
 
-    /// The store has claimed the slots at `epoch`.
-    pub(super) fn taken_back(&mut self, epoch: u64) {
+    /// Carries out that an operator took the slots back, once it is saved.
+    pub(super) async fn claim_back(&mut self) -> Result<(), Halt> {
+        let epoch = self.record.claim_epoch;
+        self.keep(Some(epoch)).await?;
         let progress = self.change();
         progress.set_decision(MigrationDecision::Discarded);
         progress.slot_epoch = epoch;
         self.end_freeze(FreezeOutcome::Fenced, None);
+        self.enter(MigrationState::Cancelled, MigrationGate::Open).await?;
+        self.open_gate();
+        Ok(())
     }
+}
+
+/// Whether an operator took the slots back, and that is not carried out yet.
+pub(super) fn taken_back(record: &SourceRecord) -> bool {
+    let state = record.progress.as_ref().map(MigrationProgress::state).unwrap_or_default();
+    record.claim_epoch > 0 && state != MigrationState::Cancelled
 }
 
 /// Whether an operator decided COMMITTED, and the slots are not given up yet.

@@ -8,7 +8,7 @@ use proto_common::guard::{RangeGuard, RangeHold};
 use proto_common::ids::{MigrationId, NodeId};
 use proto_common::slots::SlotRange;
 
-use super::calls::given_away;
+use super::calls::{given_away, taken_back};
 use super::{Dial, Inner, acquire};
 use crate::Reason;
 use crate::hold::HoldMode;
@@ -236,6 +236,8 @@ impl<S: MigrationSource, D: Dial> Inner<S, D> {
 
     async fn take_up(self: &Arc<Self>, sound: SoundRecord) -> Result<(), Error> {
         let SoundRecord { id, spec, mut record, limits, range } = sound;
+        // An operator took the slots back, and the store may not have claimed them: nobody is served at the epoch from before.
+        let taken_back = taken_back(&record);
         let Some(progress) = record.progress.as_mut() else { return Ok(()) };
         progress.reporter = Some(self.identity.clone());
         progress.connected = false;
@@ -244,28 +246,17 @@ impl<S: MigrationSource, D: Dial> Inner<S, D> {
             progress.enter(MigrationState::CatchingUp);
             progress.set_gate(MigrationGate::Open);
         }
-        let state = progress.state();
-        let closed = state == MigrationState::Committing
+        let closed = progress.state() == MigrationState::Committing
             || progress.gate() == MigrationGate::Closed
-            || given_away(progress);
+            || given_away(progress)
+            || taken_back;
         let hold = if closed { Some(self.source.hold(spec.slots, HoldMode::All).await?) } else { None };
-        let claim = record.claim_epoch;
         let tracker = self.migrations.readopt(progress.clone())?;
         let mut task = self.task(id, spec, limits, record, tracker);
         (task.hold, task.range) = (hold, range);
-        let taking_back = claim > 0 && state != MigrationState::Cancelled;
         // Where clients are held still, it lasts.
-        if !closed && !taking_back {
+        if !closed {
             task.lose_freeze();
-        }
-        if taking_back {
-            // An operator took the slots back, and the crash came before that was recorded.
-            self.source.keep(&task.id, task.spec.slots, Some(claim)).await?;
-            task.taken_back(claim);
-            // Saved by the task, which gives the range back then.
-            task.change().enter(MigrationState::Cancelled);
-            task.change().set_gate(MigrationGate::Open);
-            task.open_gate();
         }
         task.show();
         self.tasks.spawn(task.run());

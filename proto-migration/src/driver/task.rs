@@ -20,7 +20,7 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::Inner;
-use super::calls::{Command, given_away};
+use super::calls::{Command, given_away, taken_back};
 use super::dial::Dial;
 use crate::Reason;
 use crate::failpoint::reached;
@@ -104,12 +104,9 @@ pub(super) fn another_node(error: &Error) -> bool {
 impl<S: MigrationSource, D: Dial> Task<S, D> {
     /// Runs until the migration has ended and the target knows, or the node stops.
     pub(super) async fn run(mut self) {
-        if self.state().is_final() && self.range.is_some() {
-            // Ended by what an earlier process had begun. Others may move the slots once that is saved, whether the target is there or not.
-            if self.save().await.is_err() {
-                return;
-            }
-            self.range = None;
+        // Begun by an earlier process. Others may move the slots once that is saved, whether the target is there or not.
+        if taken_back(&self.record) && self.claim_back().await.is_err() {
+            return;
         }
         loop {
             let ended = match self.state() {

@@ -71,7 +71,7 @@ pub struct Faults {
     pub slow_admit: Option<Arc<Semaphore>>,
     /// So many keys and bytes are estimated, whatever there is.
     pub estimate: Option<(u64, u64)>,
-    /// Nothing is given up.
+    /// Nothing is given up or claimed.
     pub full_disk: bool,
     /// The store panics when it is told who owns the slots now, and counts that.
     pub panics: Option<Arc<AtomicU64>>,
@@ -517,6 +517,9 @@ impl MigrationSource for MemorySource {
 
     async fn keep(&self, id: &MigrationId, _slots: SlotRange, claim: Option<u64>) -> Result<(), Error> {
         let mut state = self.shared.lock();
+        if state.faults.full_disk {
+            return Err(Reason::StorageFailed.error("the disk is full"));
+        }
         state.logs.remove(id);
         if let Some(claim) = claim {
             state.epoch = claim;
