@@ -8,7 +8,7 @@ use proto::common::durable::write_atomic;
 
 use crate::store::unix_ms;
 
-/// Beside the database, not in it: a start writes nothing there, so that a node whose disk is full serves reads.
+/// Beside the database, not in it: a start that is told nothing new writes nothing there, so that a node whose disk is full serves reads.
 const FILE: &str = "incarnation";
 
 /// The next one: the time of the start in milliseconds since the Unix epoch, or one more than the last one where the clock was set back. Where that cannot be

@@ -192,6 +192,20 @@ impl Node {
         Ok(())
     }
 
+    /// [`put_nodes`](Self::put_nodes) of what the command line says: known from now on in any case. Nothing is written where the database says the same.
+    ///
+    /// # Errors
+    ///
+    /// The next process does not know of it.
+    pub(crate) async fn meet(&self, mut nodes: BTreeMap<NodeId, NodeAddresses>) -> Result<(), StoreError> {
+        {
+            let mut known = self.inner.nodes.write().unwrap_or_else(PoisonError::into_inner);
+            nodes.retain(|id, addresses| known.get(id) != Some(addresses));
+            known.extend(nodes.clone());
+        }
+        if nodes.is_empty() { Ok(()) } else { self.inner.store.put_nodes(nodes).await }
+    }
+
     /// The slots that this node owns.
     #[must_use]
     pub fn own_ranges(&self) -> Vec<SlotRange> {
@@ -353,4 +367,26 @@ async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, StoreError> + Send + 'static,
 ) -> Result<T, StoreError> {
     tokio::task::spawn_blocking(work).await.map_err(|_| StoreError::Closed)?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_database_that_takes_no_writes_keeps_no_node_from_knowing_others() {
+        let directory = tempfile::tempdir().unwrap();
+        let init = Init { node: NodeId::new("n1").unwrap(), slots: None, others: Vec::new() };
+        let node = Node::open(directory.path(), &init, &StoreOptions::default()).unwrap();
+        let other = |port: u16| {
+            let resp = format!("127.0.0.1:{port}");
+            BTreeMap::from([(NodeId::new("n2").unwrap(), NodeAddresses { grpc: resp.clone(), resp })])
+        };
+        node.meet(other(1)).await.unwrap();
+        assert_eq!(node.store().nodes().unwrap(), other(1));
+        node.store().close();
+        node.meet(other(1)).await.unwrap();
+        node.meet(other(2)).await.unwrap_err();
+        assert_eq!((node.nodes(), node.store().nodes().unwrap()), (other(2), other(1)));
+    }
 }

@@ -162,7 +162,10 @@ pub async fn serve_with<H: InstallHook>(
     let mut nodes: BTreeMap<NodeId, NodeAddresses> =
         options.peers.into_iter().map(|peer| (peer.id, peer.addresses)).collect();
     nodes.insert(options.id.clone(), addresses.clone());
-    node.put_nodes(nodes).await?;
+    // A node whose disk is full serves what it has all the same.
+    if let Err(error) = node.meet(nodes).await {
+        tracing::error!(%error, "where nodes can be reached is known until the next start only");
+    }
     if node.is_fresh() && !node.own_ranges().is_empty() {
         migrate::slot_map::ask_first(&node).await;
     }
