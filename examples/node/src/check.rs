@@ -268,7 +268,9 @@ impl Stopped {
                 return "the file is whole, and is gone on with once nobody else has its slots: settle that first, as the problem says who".to_owned();
             }
             Doubt::NotUnderstood => "if another version of the program wrote it, start that one",
-            Doubt::Damaged | Doubt::Missing => "restore the file, with the database of the same time",
+            Doubt::Damaged | Doubt::Missing => {
+                "restore the file as it was when the node stopped, from no older copy"
+            }
         };
         match owned {
             Some(false) => {
