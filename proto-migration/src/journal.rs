@@ -365,7 +365,9 @@ fn parse_name(name: &str) -> Option<(SlotRange, MigrationId)> {
     let (first, last) = slots.split_once('-')?;
     let number = |text: &str| (text.len() == 5).then(|| text.parse::<u16>().ok()).flatten();
     let slots = SlotRange::new(number(first)?, number(last)?.checked_add(1)?).ok()?;
-    Some((slots, MigrationId::new(id).ok()?))
+    let id = MigrationId::new(id).ok()?;
+    // Under any other name, such as one with +0099, it is never saved or withdrawn.
+    (file_name(slots, &id) == name).then_some((slots, id))
 }
 
 fn read(path: &Path) -> Result<SourceRecord, String> {
@@ -558,6 +560,7 @@ mod tests {
         for (other, told) in [
             ("00300-00399.m1.task", vec![range(300, 400), slots()]),
             ("00100-00199.m9.task", vec![slots()]),
+            ("+0100-00199.m1.task", vec![slots()]),
             ("notes.txt", vec![slots()]),
             (".00100-00199.m1.task.swp", vec![slots()]),
             ("\u{1b}[2J.task", vec![slots()]),
