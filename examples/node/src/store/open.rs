@@ -15,7 +15,7 @@ pub(super) const DATABASE_FILE: &str = "node.redb";
 /// A database that is being made.
 const NEW_FILE: &str = "node.redb.new";
 /// What else a node keeps in its data directory, and never without a database.
-const BESIDE: [&str; 3] = ["migrations", "snapshots", "splits"];
+const BESIDE: [&str; 4] = ["migrations", "snapshots", "splits", "incarnation"];
 
 /// Opens the database in `directory`, and makes it where nothing is there yet.
 pub(super) fn open(
@@ -59,9 +59,14 @@ pub(super) fn open_existing(
 
 /// A crash leaves a whole database or none: a file that is empty or holds no identity is not taken for a new one.
 fn make(directory: &Path, file: &Path, init: &Init, options: &StoreOptions) -> Result<(), StoreError> {
-    if let Some(beside) = BESIDE.iter().find(|name| directory.join(name).exists()) {
-        let what = format!("it is missing, while {beside}/ beside it is there");
-        return Err(StoreError::DamagedFile { path: file.to_path_buf(), what });
+    for beside in BESIDE {
+        let path = directory.join(beside);
+        let there = path.try_exists();
+        // What cannot be looked at may be there.
+        if there.map_err(|error| StoreError::io(format!("cannot look at {}", path.display()), error))? {
+            let what = format!("it is missing, while {beside} beside it is there");
+            return Err(StoreError::DamagedFile { path: file.to_path_buf(), what });
+        }
     }
     let new = directory.join(NEW_FILE);
     let failed = |error| StoreError::io(format!("cannot make {}", file.display()), error);

@@ -186,3 +186,20 @@ async fn a_flipped_bit_after_a_crash_takes_no_decision_back() {
     assert!(harmless > 0 && told > 50, "{harmless} harmless, {told} told");
     assert_eq!(lost, 1);
 }
+
+/// Nor is what cannot be looked at taken for nothing.
+#[test]
+fn a_database_is_not_made_beside_what_a_node_leaves() {
+    let init = Init { node: NodeId::new("n1").unwrap(), slots: None, others: vec![] };
+    let refused = |lay: fn(&Path)| {
+        let directory = directory();
+        lay(directory.path());
+        let refused = Store::open(directory.path(), &init, &StoreOptions::default()).unwrap_err();
+        assert!(!directory.path().join(DATABASE_FILE).exists(), "{refused}");
+        refused.to_string()
+    };
+    let said = refused(|directory| fs::write(directory.join("incarnation"), "1\n").unwrap());
+    assert!(said.contains("it is missing, while incarnation beside it is there"), "{said}");
+    let said = refused(|directory| std::os::unix::fs::symlink("splits", directory.join("splits")).unwrap());
+    assert!(said.contains("cannot look at ") && said.contains("splits"), "{said}");
+}
