@@ -66,15 +66,14 @@ impl Node {
     /// See [`Store::open`].
     pub fn open(directory: &Path, init: &Init, options: &StoreOptions) -> Result<Self, StoreError> {
         let (store, identity) = Store::open(directory, init, options)?;
-        let Identity { node: id, store_id, ownership, fresh } = identity;
-        let nodes = RwLock::new(store.nodes()?);
+        let Identity { node: id, store_id, ownership, nodes, fresh } = identity;
         let gate = Gate::new(id.clone(), ownership, MAX_WAITING);
         let inner = Inner {
             id,
             store_id,
             store,
             gate,
-            nodes,
+            nodes: RwLock::new(nodes),
             changing: tokio::sync::Mutex::new(()),
             contested: Mutex::default(),
             fresh,

@@ -1,11 +1,12 @@
 //! Who the node of a data directory is. Made once; every later start is compared with it.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use redb::{Database, ReadableDatabase as _, WriteTransaction};
 
 use super::generations::{self, Generations};
-use super::ownership::{self, Claim, Ownership};
+use super::ownership::{self, Claim, NodeAddresses, Ownership};
 use super::{StoreError, counters, tables};
 use crate::common::{NodeId, SlotRange};
 
@@ -35,6 +36,8 @@ pub struct Identity {
     pub store_id: [u8; 16],
     /// Who owns which slots.
     pub ownership: Ownership,
+    /// Where nodes can be reached, as far as is known.
+    pub nodes: BTreeMap<NodeId, NodeAddresses>,
     /// The directory was made just now.
     pub fresh: bool,
 }
@@ -88,10 +91,11 @@ pub(super) fn load(database: &Database, directory: &Path, init: &Init) -> Result
             )));
         }
     }
+    let nodes = ownership::load_nodes(&txn.open_table(tables::NODES)?)?;
     let store_id = stored(KEY_STORE)?
         .and_then(|bytes| bytes.try_into().ok())
         .ok_or_else(|| StoreError::Damaged("it has no identity".into()))?;
-    Ok(Identity { node: init.node.clone(), store_id, ownership, fresh: false })
+    Ok(Identity { node: init.node.clone(), store_id, ownership, nodes, fresh: false })
 }
 
 /// Makes a database that of `init`, in one transaction.

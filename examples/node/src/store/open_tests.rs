@@ -10,7 +10,7 @@ use redb::{ReadableDatabase as _, ReadableTable as _};
 use super::*;
 use crate::common::{NodeId, SlotRange};
 use crate::store::test_store::{open as open_store, set};
-use crate::store::{Claim, Store, tables};
+use crate::store::{Claim, NodeAddresses, Store, tables};
 
 const PAGE: usize = 4096;
 /// What redb keeps before the first page: magic number, flags, layout, and two commits.
@@ -202,4 +202,29 @@ fn a_database_is_not_made_beside_what_a_node_leaves() {
     assert!(said.contains("it is missing, while incarnation beside it is there"), "{said}");
     let said = refused(|directory| std::os::unix::fs::symlink("splits", directory.join("splits")).unwrap());
     assert!(said.contains("cannot look at ") && said.contains("splits"), "{said}");
+}
+
+/// Without the comparison of all pages it is found where it is read, and the file is named all the same.
+#[tokio::test]
+async fn a_damaged_row_of_the_nodes_is_told_at_the_start() {
+    let directory = directory();
+    let (store, identity) = open_store(directory.path(), "n1", "none");
+    let written = br#"{"grpc":"a-name-that-nothing-else-has:1""#;
+    let address = NodeAddresses { grpc: "a-name-that-nothing-else-has:1".into(), resp: String::new() };
+    store.put_nodes([(identity.node.clone(), address)].into()).await.unwrap();
+    store.close();
+    drop(store);
+    let path = directory.path().join(DATABASE_FILE);
+    let mut file = fs::read(&path).unwrap();
+    let at: Vec<usize> =
+        (0..file.len() - written.len()).filter(|&at| file[at..].starts_with(written)).collect();
+    assert!(!at.is_empty());
+    for at in at {
+        file[at] ^= 1;
+    }
+    fs::write(&path, file).unwrap();
+    let init = Init { node: identity.node, slots: None, others: vec![] };
+    let options = StoreOptions { verify: false, ..StoreOptions::default() };
+    let error = Store::open(directory.path(), &init, &options).unwrap_err();
+    assert!(matches!(error, StoreError::DamagedFile { .. }), "{error:?}");
 }
