@@ -138,14 +138,18 @@ impl Journal {
             Ok((records, cut)) => (records, cut.map(|cut| cut.to_string())),
             Err(error) => (Vec::new(), Some(format!("cannot be read: {error}"))),
         };
-        recovered.damaged.extend(problem.map(|problem| DamagedFile {
+        recovered.finished =
+            records.iter().filter_map(|record| MigrationProgress::decode(record.as_slice()).ok()).collect();
+        let unread = records.len() - recovered.finished.len();
+        let unread = (unread > 0).then(|| {
+            format!("{unread} of {} records match their checksums, and are no migrations", records.len())
+        });
+        recovered.damaged.extend(problem.into_iter().chain(unread).map(|problem| DamagedFile {
             file: HISTORY.to_owned(),
             slots: Vec::new(),
             problem,
             is_copy: false,
         }));
-        recovered.finished =
-            records.iter().filter_map(|record| MigrationProgress::decode(record.as_slice()).ok()).collect();
         let names = fs::read_dir(&active)
             .and_then(|entries| entries.map(|entry| entry.map(|entry| entry.file_name())).collect());
         let mut names: Vec<_> = names.map_err(at(&active))?;
@@ -511,6 +515,21 @@ mod tests {
         journal.finish(&id("m1"), slots(), &progress("m1", 1)).await.unwrap();
         let (_, recovered) = Journal::open(dir.path(), 10).unwrap();
         assert_eq!((recovered.finished, recovered.damaged), (vec![progress("m1", 1)], vec![]));
+    }
+
+    #[test]
+    fn what_the_history_has_that_is_no_migration_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let history = History::new(dir.path().join(HISTORY), 10);
+        history.add(&progress("m1", 1).encode_to_vec()).unwrap();
+        history.add(b"\xff of something else").unwrap();
+        let (_, recovered) = Journal::open(dir.path(), 10).unwrap();
+        assert_eq!(recovered.finished, [progress("m1", 1)]);
+        let [file] = recovered.damaged.as_slice() else { panic!("{recovered:?}") };
+        assert_eq!(
+            (file.file.as_str(), file.problem.as_str()),
+            ("history", "1 of 2 records match their checksums, and are no migrations")
+        );
     }
 
     #[test]
