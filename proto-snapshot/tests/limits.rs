@@ -1003,7 +1003,7 @@ async fn idle() {
 #[tokio::test(flavor = "multi_thread")]
 async fn signs_of_life_on_end() {
     const SIGNS: u32 = 100;
-    let empty = Refusal { code: Code::InvalidArgument, reason: "EMPTY_CHUNK", ..TOO_MANY };
+    let empty = Refusal { field: Some("chunk.payload"), ..Refusal::invalid("EMPTY_CHUNK") };
     let case = Case::new(|_| {});
     case.check(async |bench| {
         let mut stream = bench.offender("x1").await;
