@@ -160,6 +160,8 @@ pub(crate) struct Shared {
     live: Mutex<HashSet<TransferId>>,
     /// Those of them whose staging area could not be read or removed: its name, and why.
     blocked: Mutex<HashMap<TransferId, (String, String)>>,
+    /// Shards whose record the last start found to be wrong, whatever it says: the file that is damaged, and how.
+    doubted: Mutex<HashMap<ShardId, (String, String)>>,
     /// What was found to be damaged and repaired before anything was read; `recover` tells.
     repaired: Mutex<Option<String>>,
     serials: AtomicU64,
@@ -225,6 +227,7 @@ impl FileSnapshotStore {
             trash: Trash::new(layout.trash()),
             live: Mutex::default(),
             blocked: Mutex::default(),
+            doubted: Mutex::default(),
             repaired: Mutex::new(repaired),
             serials: AtomicU64::new(0),
             settled: Mutex::default(),
@@ -440,6 +443,9 @@ impl Shared {
     fn read_shard(&self, shard: &ShardId) -> Result<Shard, StoreError> {
         let path = self.layout.current(shard);
         let damaged = |file, what| StoreError::ShardDamaged { shard: shard.clone(), file, what };
+        if let Some((file, what)) = lock(&self.doubted).get(shard).cloned() {
+            return Err(damaged(file, what));
+        }
         for dir in [self.layout.shard(shard), self.layout.installed_shard(shard)] {
             match no_link_at(&dir) {
                 Ok(()) => {}
@@ -478,7 +484,7 @@ impl Shared {
         }
     }
 
-    /// Transfers to `shard` that ended after they were put in place, by their manifests. Without a `CURRENT` there can be none: they become current, or nothing of
+    /// Snapshots of `shard` that are of no transfer under way, by their manifests. Without a `CURRENT` there can be none: they become current, or nothing of
     /// them is left.
     fn unclaimed(&self, shard: &ShardId) -> Result<impl Iterator<Item = TransferId>, StoreError> {
         let names = install::names(&self.layout.shard(shard))

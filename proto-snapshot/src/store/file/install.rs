@@ -317,7 +317,7 @@ impl Shared {
         if moved && exists(&dir).map_err(failed)? {
             sync_dir(dir).map_err(failed)?;
         }
-        if moved && known.state.current.is_none() {
+        if moved {
             // A manifest that is back after a power cut would tell of a lost record.
             sync_dir(self.layout.shard(shard)).map_err(failed)?;
         }

@@ -17,7 +17,7 @@ use crate::store::{Claim, Recovered, StagingState, StoreError};
 
 use super::install::names;
 use super::layout::{Area, MANIFEST_SUFFIX};
-use super::record::{self, ClaimRecord, Kind, PlanRecord, SealedRecord};
+use super::record::{self, ClaimRecord, Kind, PlanRecord, SealedRecord, Shard, ShardRecord};
 use super::runs::Durable;
 use super::space::Amount;
 use super::staging::{FileStaging, Parts, read_records};
@@ -91,6 +91,8 @@ impl Shared {
             lock(&self.live).insert(id.clone()).then_some(id)
         };
         let removed: HashSet<TransferId> = half.iter().filter_map(is_removed).collect();
+        // Before anything of a shard is removed.
+        self.doubt_shards(&ended, &mut damage)?;
         for (id, name) in half {
             if let Err(error) = self.finish_removal(&name, &removed) {
                 damage.push(self.block(&id, &name, &error));
@@ -291,6 +293,73 @@ impl Shared {
         Ok(())
     }
 
+    /// Finds shards whose record is whole and wrong. They are refused, and nothing of them is removed. What cannot be read is told of where the shard is recovered.
+    fn doubt_shards(&self, ended: &HashSet<TransferId>, damage: &mut Vec<String>) -> Result<(), StoreError> {
+        for name in self.names_in(&self.layout.shards_root())? {
+            let Ok(shard) = ShardId::new(&name) else { continue };
+            if no_link_at(&self.layout.shard(&shard)).is_err() {
+                continue;
+            }
+            let path = self.layout.current(&shard);
+            let found = record::read::<ShardRecord>(&self.layout, &path, Kind::Shard);
+            if let Some(known) = found.ok().flatten().and_then(|found| found.shard(&name)) {
+                self.doubt_old_record(&shard, &known, ended, damage);
+            }
+        }
+        Ok(())
+    }
+
+    /// A record from a backup, or one whose replacement was lost, is whole. What was installed after it lies beside it, and is neither under way nor of those that
+    /// ended here without becoming current.
+    fn doubt_old_record(
+        &self,
+        shard: &ShardId,
+        known: &Shard,
+        ended: &HashSet<TransferId>,
+        damage: &mut Vec<String>,
+    ) {
+        let Ok(unclaimed) = self.unclaimed(shard) else { return };
+        let counted =
+            |id: &TransferId| known.state.current.as_ref() == Some(id) || known.previous.contains(id);
+        for id in unclaimed.filter(|id| !ended.contains(id) && !counted(id)) {
+            let manifest = self.layout.shown(&self.layout.manifest(shard, &id));
+            let (file, what) = match self.read_manifest(shard, &id) {
+                Ok(Some((plan, _))) if Some(plan.spec.point) > known.state.high_water => {
+                    let current = self.layout.shown(&self.layout.current(shard));
+                    (current, format!("is older than {manifest} beside it"))
+                }
+                Ok(_) => continue,
+                // Nothing but the record tells of it then, and that is whole.
+                Err(error @ StoreError::Damaged { .. }) => {
+                    damage.push(format!("{error}; it is not that of the current snapshot"));
+                    continue;
+                }
+                Err(error) => (
+                    manifest,
+                    format!(
+                        "cannot be read, and may be newer than the record of its shard: {}",
+                        described(&error)
+                    ),
+                ),
+            };
+            let error = self.doubt(shard, file, what);
+            damage.push(format!(
+                "{error}; transfers to shard {shard} are refused until a start finds that repaired, or all of shards/{shard} removed"
+            ));
+            return;
+        }
+    }
+
+    /// Refuses `shard` from here on. Returns what it is refused with.
+    fn doubt(&self, shard: &ShardId, file: String, what: String) -> StoreError {
+        lock(&self.doubted).insert(shard.clone(), (file.clone(), what.clone()));
+        StoreError::ShardDamaged { shard: shard.clone(), file, what }
+    }
+
+    fn is_doubted(&self, shard: &ShardId) -> bool {
+        lock(&self.doubted).contains_key(shard)
+    }
+
     /// Indexes what is installed, and moves away what an interrupted removal left.
     fn recover_shard(
         &self,
@@ -299,6 +368,9 @@ impl Shared {
         damage: &mut Vec<String>,
     ) -> Result<(), StoreError> {
         let _shard = lock(self.shard_lock(shard));
+        if self.is_doubted(shard) {
+            return Ok(());
+        }
         if !exists(&self.layout.current(shard)).map_err(failed)? {
             // A first transfer that was placed, and whose staging area was damaged then: nothing of the shard was lost.
             for id in self.unclaimed(shard)?.filter(|id| ended.contains(id)) {
@@ -360,7 +432,7 @@ impl Shared {
 
     /// Without a `CURRENT` record nothing tells what is installed: a first transfer under way, or a lost record.
     fn report_unclaimed(&self, shard: &ShardId, damage: &mut Vec<String>) -> Result<(), StoreError> {
-        if exists(&self.layout.current(shard)).map_err(failed)? {
+        if self.is_doubted(shard) || exists(&self.layout.current(shard)).map_err(failed)? {
             return Ok(());
         }
         for name in names(&self.layout.installed_shard(shard)).map_err(failed)? {

@@ -264,12 +264,54 @@ async fn a_shard_whose_record_is_gone_is_refused_and_loses_nothing() {
     assert_eq!(store.shard(&shard()).await.unwrap(), crate::store::ShardState::default());
 }
 
-/// A first snapshot has no record before it is current: damage to its staging area costs that alone, and a crash in between nothing.
+/// As from a backup: it is whole, and would have the newer snapshot deleted, older ones taken and lower fences.
 #[tokio::test]
-async fn a_first_snapshot_that_was_placed_only_is_no_lost_record() {
-    for damaged in [false, true] {
+async fn a_shard_whose_record_is_older_than_what_is_installed_is_refused_and_loses_nothing() {
+    for first in [false, true] {
+        let dir = tempfile::tempdir_in(fast_dir()).unwrap();
+        let at = |path: &str| dir.path().join(path);
+        let (store, _) = open(dir.path()).await;
+        store.raise_fence(&shard(), Fence { epoch: 1, term: 1 }, &source()).await.unwrap();
+        let mut old = fs::read(at("shards/shard-1/CURRENT")).unwrap();
+        for (id, index) in [("t1", 1), ("t2", 2)] {
+            let staging = store.stage(&plan(id, index, &files())).await.unwrap();
+            fill(&staging, &files()).await;
+            install(&staging, &files()).await;
+            if index == 1 && !first {
+                old = fs::read(at("shards/shard-1/CURRENT")).unwrap();
+            }
+        }
+        drop(store);
+        let new = fs::read(at("shards/shard-1/CURRENT")).unwrap();
+        fs::write(at("shards/shard-1/CURRENT"), old).unwrap();
+        for _ in 0..2 {
+            let (store, recovered) = open(dir.path()).await;
+            let [told] = &recovered.damage[..] else { panic!("{:?}", recovered.damage) };
+            assert!(told.contains("shards/shard-1/CURRENT") && told.contains("older than"), "{told}");
+            assert!(told.contains("shards/shard-1/t2.manifest"), "{told}");
+            let refused = store.stage(&plan("t3", 3, &files())).await.unwrap_err();
+            assert!(matches!(refused, StoreError::ShardDamaged { .. }), "{refused:?}");
+            store.raise_fence(&shard(), Fence { epoch: 9, term: 9 }, &source()).await.unwrap_err();
+            assert_eq!(tree(&at("installed/shard-1/t2")), as_tree(&files()));
+        }
+        fs::write(at("shards/shard-1/CURRENT"), new).unwrap();
+        let (store, recovered) = open(dir.path()).await;
+        assert_eq!(recovered.damage, Vec::<String>::new());
+        assert_eq!(current(&store).await.unwrap().0.as_str(), "t2");
+    }
+}
+
+/// What is in place only is not in the record yet: damage to its staging area costs that alone, and a crash in between nothing.
+#[tokio::test]
+async fn a_snapshot_that_was_placed_only_is_no_lost_record() {
+    for (damaged, old) in [(false, false), (false, true), (true, false), (true, true)] {
         let dir = tempfile::tempdir_in(fast_dir()).unwrap();
         let (store, _) = open(dir.path()).await;
+        if old {
+            let staging = store.stage(&plan("old", 0, &files())).await.unwrap();
+            fill(&staging, &files()).await;
+            install(&staging, &files()).await;
+        }
         let staging = store.stage(&plan("first", 1, &files())).await.unwrap();
         fill(&staging, &files()).await;
         staging.seal(&totals(&files())).await.unwrap();
