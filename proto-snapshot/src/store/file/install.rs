@@ -2,6 +2,7 @@
 //! their steps is repaired by doing all of them again.
 
 use std::collections::HashSet;
+use std::ffi::OsString;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -339,16 +340,17 @@ impl Shared {
 
 /// The names in a directory, as far as they are UTF-8; none if there is no directory.
 pub(super) fn names(dir: &Path) -> io::Result<Vec<String>> {
+    Ok(all_names(dir)?.into_iter().filter_map(|name| name.into_string().ok()).collect())
+}
+
+/// The names in a directory; none if there is no directory.
+pub(super) fn all_names(dir: &Path) -> io::Result<Vec<OsString>> {
     let entries = match std::fs::read_dir(dir) {
         Ok(entries) => entries,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(error) => return Err(error),
     };
-    let mut names = Vec::new();
-    for entry in entries {
-        names.extend(entry?.file_name().into_string());
-    }
-    Ok(names)
+    entries.map(|entry| Ok(entry?.file_name())).collect()
 }
 
 /// Makes `dir` durably, if it is not there. Refuses a link in its place.

@@ -99,7 +99,7 @@ impl Layout {
     }
 
     pub(super) fn current(&self, shard: &ShardId) -> PathBuf {
-        self.shard(shard).join("CURRENT")
+        self.shard(shard).join(CURRENT)
     }
 
     pub(super) fn manifest(&self, shard: &ShardId, id: &TransferId) -> PathBuf {
@@ -117,6 +117,7 @@ impl Layout {
     }
 }
 
+pub(super) const CURRENT: &str = "CURRENT";
 pub(super) const MANIFEST_SUFFIX: &str = ".manifest";
 
 /// The files of one staging area.

@@ -11,7 +11,7 @@ use prost::{Message, encoding};
 use proto_common::checksum::Crc64Hasher;
 use proto_common::durable::write_atomic;
 use proto_common::fence::Fence;
-use proto_common::ids::{NodeId, TransferId};
+use proto_common::ids::{NodeId, ShardId, TransferId};
 
 use crate::extent::{Extent, ExtentRecord};
 use crate::spec::{FileTotal, Manifest, ManifestFile, SnapshotPoint, TransferPlan, TransferSpec};
@@ -302,6 +302,11 @@ impl ShardRecord {
             named_by: named_by.as_ref().map(ToString::to_string),
             installed_by: installed_by.as_ref().map(ToString::to_string),
         }
+    }
+
+    /// The shard that it is of.
+    pub(super) fn shard_id(&self) -> Option<ShardId> {
+        ShardId::new(&self.shard_id).ok()
     }
 
     pub(super) fn shard(self, shard_id: &str) -> Option<Shard> {

@@ -15,8 +15,8 @@ use proto_common::path::FileName;
 use crate::spec::TransferPlan;
 use crate::store::{Claim, Recovered, StagingState, StoreError};
 
-use super::install::names;
-use super::layout::{Area, MANIFEST_SUFFIX};
+use super::install::{all_names, names};
+use super::layout::{Area, CURRENT, MANIFEST_SUFFIX};
 use super::record::{self, ClaimRecord, Kind, PlanRecord, SealedRecord, Shard, ShardRecord};
 use super::runs::Durable;
 use super::space::Amount;
@@ -26,6 +26,9 @@ use super::{Shared, exists, lock, unix_ms};
 
 /// Damaged staging areas that are kept for a look at them, without their files.
 const QUARANTINED: usize = 16;
+
+/// Names that are nothing of the store's and told of one by one.
+const STRAYS: usize = 16;
 
 /// A staging area that cannot be used, and why.
 enum Unusable {
@@ -62,10 +65,7 @@ impl Shared {
                 half.push((id.to_owned(), name));
                 continue;
             }
-            let Ok(id) = TransferId::new(&name) else {
-                damage.push(format!("staging/{name:?} is nothing of the store's; it was left alone"));
-                continue;
-            };
+            let Ok(id) = TransferId::new(&name) else { continue };
             match self.recover_staging(&id, &mut damage) {
                 Ok(staging) => {
                     lock(&self.live).insert(id);
@@ -116,6 +116,13 @@ impl Shared {
             {
                 damage.push(format!("installed/{shard} cannot be read: {}", described(&error)));
             }
+        }
+        let strays = self.strays()?;
+        for stray in strays.iter().take(STRAYS) {
+            damage.push(format!("{stray:?} is nothing of the store's; it was left alone"));
+        }
+        if let Some(more) = strays.len().checked_sub(STRAYS).filter(|more| *more > 0) {
+            damage.push(format!("{more} more names in {:?} are nothing of the store's", self.layout.root()));
         }
         let (finished, cut) = self.history.load().unwrap_or_else(|error| {
             damage.push(format!("history cannot be read: {error}"));
@@ -295,14 +302,27 @@ impl Shared {
 
     /// Finds shards whose record is whole and wrong. They are refused, and nothing of them is removed. What cannot be read is told of where the shard is recovered.
     fn doubt_shards(&self, ended: &HashSet<TransferId>, damage: &mut Vec<String>) -> Result<(), StoreError> {
-        for name in self.names_in(&self.layout.shards_root())? {
-            let Ok(shard) = ShardId::new(&name) else { continue };
-            if no_link_at(&self.layout.shard(&shard)).is_err() {
+        let root = self.layout.shards_root();
+        for name in all_names(&root).map_err(|error| self.failed_at(&root, &error))? {
+            let dir = root.join(&name);
+            if no_link_at(&dir).is_err() {
                 continue;
             }
-            let path = self.layout.current(&shard);
+            let path = dir.join(CURRENT);
             let found = record::read::<ShardRecord>(&self.layout, &path, Kind::Shard);
-            if let Some(known) = found.ok().flatten().and_then(|found| found.shard(&name)) {
+            let Some((shard, found)) =
+                found.ok().flatten().and_then(|found| Some((found.shard_id()?, found)))
+            else {
+                continue;
+            };
+            if *name != *shard.as_str() {
+                // A flipped bit in the name of its directory leaves a shard without one: that would be a new shard.
+                let what = format!("is the record of shard {shard}, in the place of another");
+                let error = self.doubt(&shard, self.layout.shown(&path), what);
+                damage.push(format!(
+                    "{error}; transfers to shard {shard} are refused until a start finds it in shards/{shard}"
+                ));
+            } else if let Some(known) = found.shard(shard.as_str()) {
                 self.doubt_old_record(&shard, &known, ended, damage);
             }
         }
@@ -428,6 +448,45 @@ impl Shared {
             damage.push(format!("{manifest} is missing; files of that snapshot are not reused"));
         }
         Ok(())
+    }
+
+    /// What has a name that the store gives to nothing, by its path in it: a flipped bit makes one of what it has named.
+    fn strays(&self) -> Result<Vec<PathBuf>, StoreError> {
+        let is_shard = |name: &str| ShardId::new(name).is_ok();
+        let is_transfer = |name: &str| TransferId::new(name).is_ok();
+        let is_staging =
+            |name: &str| is_transfer(name) || name.starts_with(".new.") || name.starts_with(".gone.");
+        // With what a crash leaves of one that was being written.
+        let is_record = |name: &str| {
+            let name = name.strip_suffix(".tmp").unwrap_or(name);
+            name == CURRENT || name.strip_suffix(MANIFEST_SUFFIX).is_some_and(is_transfer)
+        };
+        let mut strays = Vec::new();
+        let mut look = |dir: &Path, is_known: &dyn Fn(&str) -> bool| -> io::Result<Vec<PathBuf>> {
+            let mut known = Vec::new();
+            for name in all_names(dir)? {
+                let path = dir.join(&name);
+                if name.to_str().is_some_and(is_known) {
+                    known.push(path);
+                } else {
+                    strays.push(path.strip_prefix(self.layout.root()).unwrap_or(&path).to_owned());
+                }
+            }
+            Ok(known)
+        };
+        let staging = self.layout.staging_root();
+        look(&staging, &is_staging).map_err(|error| self.failed_at(&staging, &error))?;
+        let roots: [(PathBuf, &dyn Fn(&str) -> bool); 2] =
+            [(self.layout.shards_root(), &is_record), (self.layout.installed_root(), &is_transfer)];
+        for (root, is_known) in roots {
+            for dir in look(&root, &is_shard).map_err(|error| self.failed_at(&root, &error))? {
+                // One that is a link, or cannot be read, is told of with its shard.
+                if no_link_at(&dir).is_ok() {
+                    let _ = look(&dir, is_known);
+                }
+            }
+        }
+        Ok(strays)
     }
 
     /// Without a `CURRENT` record nothing tells what is installed: a first transfer under way, or a lost record.

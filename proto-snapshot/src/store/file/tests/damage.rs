@@ -301,6 +301,56 @@ async fn a_shard_whose_record_is_older_than_what_is_installed_is_refused_and_los
     }
 }
 
+/// Without its directory the shard would be a new one, whatever the name has become.
+#[tokio::test]
+async fn a_shard_whose_record_lies_elsewhere_is_refused_with_the_one_whose_place_it_has() {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt as _;
+    for name in [&b"shard-3"[..], b"shard\x0d1", b"shard-\xb1"] {
+        let dir = populated().await;
+        let root = dir.path().join("shards");
+        fs::rename(root.join("shard-1"), root.join(OsStr::from_bytes(name))).unwrap();
+        for _ in 0..2 {
+            let (store, recovered) = open(dir.path()).await;
+            let told = "transfers to shard shard-1 are refused until a start finds it in shards/shard-1";
+            assert!(recovered.damage.iter().any(|damage| damage.contains(told)), "{:?}", recovered.damage);
+            for shard in [shard(), ShardId::new("shard-3").unwrap()] {
+                let refused = store.raise_fence(&shard, Fence { epoch: 1, term: 1 }, &source()).await;
+                let other = name != b"shard-3" && shard.as_str() == "shard-3";
+                assert_eq!(refused.is_ok(), other, "{shard}: {refused:?}");
+            }
+            assert_eq!(tree(&dir.path().join("installed/shard-1/done")), as_tree(&files()));
+        }
+    }
+}
+
+#[tokio::test]
+async fn names_that_the_store_does_not_give_are_told_of_in_bounds() {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt as _;
+    let dir = populated().await;
+    let at = |path: &str| dir.path().join(path);
+    let no_text = OsStr::from_bytes(b"\xff");
+    for path in ["staging", "shards", "installed", "shards/shard-1", "installed/shard-1"] {
+        fs::create_dir(at(path).join(no_text)).unwrap();
+        fs::create_dir(at(path).join("a b")).unwrap();
+        let seen = look(dir.path()).await.unwrap();
+        for name in ["\\xFF", "a b"] {
+            let told = format!("\"{path}/{name}\" is nothing of the store's");
+            assert!(seen.damage.contains(&format!("{told}; it was left alone")), "{told}: {:?}", seen.damage);
+        }
+        assert_eq!((seen.damage.len(), seen.staged.len(), seen.current), (2, 2, true), "{:?}", seen.damage);
+        fs::remove_dir(at(path).join(no_text)).unwrap();
+        fs::remove_dir(at(path).join("a b")).unwrap();
+    }
+    for number in 0..20 {
+        fs::write(at(&format!("shards/a {number}")), "").unwrap();
+    }
+    let seen = look(dir.path()).await.unwrap();
+    assert_eq!(seen.damage.len(), 17, "{:?}", seen.damage);
+    assert!(seen.damage[16].starts_with("4 more names"), "{:?}", seen.damage);
+}
+
 /// What is in place only is not in the record yet: damage to its staging area costs that alone, and a crash in between nothing.
 #[tokio::test]
 async fn a_snapshot_that_was_placed_only_is_no_lost_record() {
