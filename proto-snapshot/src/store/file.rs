@@ -167,6 +167,9 @@ pub(crate) struct Shared {
     serials: AtomicU64,
     /// Shards whose record is known to be durable as it is.
     settled: Mutex<HashSet<ShardId>>,
+    /// Shards whose record may be on the disk otherwise than it reads, as a sync failed: the system tells of that once, so the record is written again
+    /// before it is believed.
+    unsure: Mutex<HashSet<ShardId>>,
     /// How many shards are remembered of which nothing is installed, by the node that named them.
     named: Mutex<HashMap<NodeId, usize>>,
     /// Of how many shards something was installed, by the node whose snapshot was the first.
@@ -231,6 +234,7 @@ impl FileSnapshotStore {
             repaired: Mutex::new(repaired),
             serials: AtomicU64::new(0),
             settled: Mutex::default(),
+            unsure: Mutex::default(),
             named: Mutex::default(),
             installed: Mutex::default(),
             shard_locks: Default::default(),
@@ -461,7 +465,10 @@ impl Shared {
         if !lock(&self.settled).contains(shard) {
             match sync_dir(self.layout.shard(shard)) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Shard::default()),
-                result => result.map_err(|error| StoreError::io("sync the record of a shard", error))?,
+                result => result.map_err(|error| {
+                    lock(&self.unsure).insert(shard.clone());
+                    StoreError::io("sync the record of a shard", error)
+                })?,
             }
             lock(&self.settled).insert(shard.clone());
         }
@@ -476,9 +483,16 @@ impl Shared {
                     Err(damaged(self.layout.shown(&path), what))
                 }
             },
-            Ok(Some(found)) => found.shard(shard.as_str()).ok_or_else(|| {
-                damaged(self.layout.shown(&path), "is the record of another shard".to_owned())
-            }),
+            Ok(Some(found)) => {
+                let known = found.shard(shard.as_str()).ok_or_else(|| {
+                    damaged(self.layout.shown(&path), "is the record of another shard".to_owned())
+                })?;
+                let unsure = lock(&self.unsure).contains(shard);
+                if unsure {
+                    self.write_shard(shard, &known)?;
+                }
+                Ok(known)
+            }
             Err(StoreError::Damaged { file, what }) => Err(damaged(file, what)),
             Err(error) => Err(error),
         }
@@ -498,12 +512,20 @@ impl Shared {
     fn write_shard(&self, shard: &ShardId, known: &Shard) -> Result<(), StoreError> {
         let record = ShardRecord::new(shard.as_str(), known);
         lock(&self.settled).remove(shard);
-        let dir = self.layout.shard(shard);
+        let (dir, path) = (self.layout.shard(shard), self.layout.current(shard));
         install::make_dir(&dir)
             .map_err(|error| recover::at(&self.layout.shown(&dir), &error))
-            .and_then(|()| record::write(&self.layout.current(shard), Kind::Shard, &record))
-            .map_err(|error| StoreError::io("persist the record of a shard", error))?;
+            .and_then(|()| record::write(&path, Kind::Shard, &record))
+            .map_err(|error| {
+                // Where the old one is still there, as on a full disk, that is durable.
+                let found = record::read::<ShardRecord>(&self.layout, &path, Kind::Shard);
+                if !matches!(found, Ok(found) if found.as_ref() != Some(&record)) {
+                    lock(&self.unsure).insert(shard.clone());
+                }
+                StoreError::io("persist the record of a shard", error)
+            })?;
         lock(&self.settled).insert(shard.clone());
+        lock(&self.unsure).remove(shard);
         Ok(())
     }
 

@@ -74,13 +74,55 @@ async fn child_that_recovers() {
     drop(recovered);
 }
 
+/// Of the syncs of the shard's directory, the second fails.
+#[test]
+#[ignore = "is run by another test, in a process of its own"]
+fn child_whose_sync_fails() {
+    use std::os::unix::fs::MetadataExt as _;
+    let dir = std::env::var_os(DIR).unwrap();
+    let root = Path::new(&dir).join(STORE);
+    // They are counted by thread.
+    let runtime = tokio::runtime::Builder::new_current_thread().max_blocking_threads(1).build().unwrap();
+    runtime.block_on(async {
+        let (store, _) = open(&root).await;
+        let record = || fs::metadata(root.join("shards/shard-1/CURRENT")).unwrap().ino();
+        let (old, new) = (Fence { epoch: 1, term: 1 }, Fence { epoch: 1, term: 5 });
+        store.raise_fence(&shard(), old, &source()).await.unwrap();
+        let before = record();
+        store.raise_fence(&shard(), new, &source()).await.unwrap_err();
+        let failed = record();
+        assert_ne!(failed, before, "it was replaced");
+        assert_eq!(store.raise_fence(&shard(), new, &source()).await.unwrap(), new);
+        let repeated = record();
+        assert_ne!(repeated, failed, "what a failed sync left is not believed");
+        assert_eq!(store.raise_fence(&shard(), new, &source()).await.unwrap(), new);
+        assert_eq!(record(), repeated, "once it is durable, it is");
+    });
+}
+
+/// The system tells once that a sync failed; the next one succeeds, whatever is on the disk.
+#[test]
+fn a_fence_whose_directory_could_not_be_synced_is_written_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path().canonicalize().unwrap().join(STORE).join("shards/shard-1");
+    let fail = ["-P", at.to_str().unwrap(), "-e", "inject=fsync:error=EIO:when=2"];
+    let Some(lines) = trace_with("child_whose_sync_fails", dir.path(), &fail) else { return };
+    assert!(lines.iter().any(|line| line.contains("INJECTED")), "{lines:?}");
+}
+
 /// The calls of one of the above, in order; `None` where nothing can be traced.
 fn trace(function: &str, dir: &Path) -> Option<Vec<String>> {
+    trace_with(function, dir, &[])
+}
+
+fn trace_with(function: &str, dir: &Path, options: &[&str]) -> Option<Vec<String>> {
     let out = dir.join("trace");
     let calls =
         "trace=mkdir,mkdirat,rename,renameat,renameat2,openat,fsync,fdatasync,stat,lstat,newfstatat,statx";
     let ran = Command::new("strace")
-        .args(["-f", "-y", "-s", "4096", "-e", calls, "-o"])
+        .args(["-f", "-y", "-s", "4096", "-e", calls])
+        .args(options)
+        .arg("-o")
         .arg(&out)
         .arg(std::env::current_exe().unwrap())
         .args(["--exact", &format!("store::file::tests::syscalls::{function}"), "--ignored"])
