@@ -422,6 +422,16 @@ impl Shared {
             known.state.superseded.retain(|id| !forgotten(id));
             self.write_shard(shard, &known)?;
         }
+        if let Some(id) = &known.state.current {
+            let dir = self.layout.installed(shard, id);
+            // One whose files were discarded is empty.
+            if !exists(&dir).map_err(failed)? {
+                damage.push(format!(
+                    "{} is missing, and with it the files of the snapshot that is current",
+                    self.layout.shown(&dir)
+                ));
+            }
+        }
         let mut current = known.state.current.clone();
         for name in names(&self.layout.shard(shard)).map_err(failed)? {
             let Some(id) = name.strip_suffix(MANIFEST_SUFFIX).and_then(|id| TransferId::new(id).ok()) else {

@@ -884,3 +884,12 @@ async fn a_manifest_of_what_is_current_that_is_gone_is_told() {
     let told = |what: &String| what.contains("shards/shard-1/done.manifest is missing");
     assert!(recovered.damage.iter().any(told), "{:?}", recovered.damage);
 }
+
+#[tokio::test]
+async fn files_of_what_is_current_that_are_gone_as_a_whole_are_told() {
+    let dir = populated().await;
+    fs::remove_dir_all(dir.path().join("installed/shard-1/done")).unwrap();
+    let (_store, recovered) = open(dir.path()).await;
+    let [told] = &recovered.damage[..] else { panic!("{:?}", recovered.damage) };
+    assert!(told.starts_with("installed/shard-1/done is missing"), "{told}");
+}
