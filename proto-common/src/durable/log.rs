@@ -16,6 +16,9 @@ const HEADER_LEN: usize = 12;
 /// How much is compared with checksums to find a record behind one that cannot be read, in bytes. For 1 MiB of noise half of it is enough.
 const MAX_SEARCHED: usize = 256 << 20;
 
+/// How much of what is cut off is set aside, in bytes. A damaged size of a file may be anything.
+const MAX_SET_ASIDE: u64 = 64 << 20;
+
 /// What a disk writes as a whole, in bytes; a file system writes no less.
 const SECTOR: u64 = 512;
 
@@ -48,12 +51,15 @@ pub enum Damage {
         bytes: u64,
     },
     /// A record is there in its whole length and does not match its checksum, or has an impossible length, or one that reaches beyond the end while others
-    /// follow it. It and all that follows were moved to `<path>.damaged`: after a crash these are records that were not synced; otherwise the disk has lost data.
+    /// follow it. It and all that follows were cut off, and the first 64 MiB of that moved to `<path>.damaged`, if there was room: after a crash these are records that
+    /// were not synced; otherwise the disk has lost data.
     BadRecord {
         /// Where it began, in bytes from the start of the file.
         offset: u64,
-        /// How many bytes were moved away, from there to the end.
+        /// How many bytes were cut off, from there to the end.
         bytes: u64,
+        /// How many of them are in `<path>.damaged`; with 0, that is as it was before.
+        set_aside: u64,
     },
 }
 
@@ -63,7 +69,19 @@ impl std::fmt::Display for Damage {
             Self::TornTail { offset, bytes } => {
                 write!(f, "the last record, {bytes} bytes at {offset}, is not whole and was cut off")
             }
-            Self::BadRecord { offset, bytes } => {
+            Self::BadRecord { offset, bytes, set_aside: 0 } => {
+                write!(
+                    f,
+                    "damaged at {offset}; {bytes} bytes from there on were cut off, and there was no room to set them aside"
+                )
+            }
+            Self::BadRecord { offset, bytes, set_aside } if set_aside < bytes => {
+                write!(
+                    f,
+                    "damaged at {offset}; of {bytes} bytes from there on, the first {set_aside} were set aside as *.damaged, and the others cut off"
+                )
+            }
+            Self::BadRecord { offset, bytes, .. } => {
                 write!(f, "damaged at {offset}; {bytes} bytes from there on were set aside as *.damaged")
             }
         }
@@ -88,9 +106,8 @@ impl RecordLog {
             End::Clean => None,
             End::Torn => Some(Damage::TornTail { offset: len, bytes: total - len }),
             End::Bad => {
-                file.seek(SeekFrom::Start(len))?;
-                replace(&with_suffix(&path, ".damaged"), |copy| io::copy(&mut file, copy).map(drop))?;
-                Some(Damage::BadRecord { offset: len, bytes: total - len })
+                let set_aside = set_aside(&file, len, &with_suffix(&path, ".damaged"))?;
+                Some(Damage::BadRecord { offset: len, bytes: total - len, set_aside })
             }
         };
         if damage.is_some() {
@@ -182,6 +199,22 @@ impl RecordLog {
             return Err(io::Error::other("an earlier write failed; open the log again"));
         }
         Ok(())
+    }
+}
+
+/// Copies what `file` holds from `at` on to `place`, as far as it is kept; how much that is. A full disk does not keep a log from being opened.
+fn set_aside(mut file: &File, at: u64, place: &Path) -> io::Result<u64> {
+    file.seek(SeekFrom::Start(at))?;
+    let mut copied = 0;
+    let copy = replace(place, |copy| {
+        copied = io::copy(&mut file.take(MAX_SET_ASIDE), copy)?;
+        Ok(())
+    });
+    match copy {
+        Err(error) if matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) => {
+            Ok(0)
+        }
+        copy => copy.map(|_| copied),
     }
 }
 

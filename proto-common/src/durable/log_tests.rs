@@ -15,6 +15,11 @@ fn read(path: &Path) -> (Vec<Vec<u8>>, Option<Damage>) {
     (records, damage)
 }
 
+/// Of which all was set aside.
+fn bad_record(offset: u64, bytes: u64) -> Damage {
+    Damage::BadRecord { offset, bytes, set_aside: bytes }
+}
+
 #[test]
 fn appends_survive_reopening() {
     let dir = tempfile::tempdir().unwrap();
@@ -45,10 +50,46 @@ fn a_bad_record_in_the_middle_is_kept_for_inspection() {
     let (mut log, records, damage) = RecordLog::open(&path).unwrap();
     let lost = [bad, later].concat();
     assert_eq!(records, [b"good".to_vec()]);
-    assert_eq!(damage, Some(Damage::BadRecord { offset: length(&good), bytes: length(&lost) }));
+    assert_eq!(damage, Some(bad_record(length(&good), length(&lost))));
     assert_eq!(fs::read(dir.path().join("log.damaged")).unwrap(), lost);
     log.append(b"next").unwrap();
     assert_eq!(read(&path), (vec![b"good".to_vec(), b"next".to_vec()], None));
+}
+
+/// As with a damaged size.
+#[test]
+fn of_a_long_end_that_is_damaged_a_part_is_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("log");
+    fs::write(&path, frame(b"good")).unwrap();
+    let total = MAX_SET_ASIDE + (1 << 20);
+    OpenOptions::new().write(true).open(&path).unwrap().set_len(total).unwrap();
+    let (records, damage) = read(&path);
+    assert_eq!(records, [b"good".to_vec()]);
+    let bytes = total - 16;
+    let damage = damage.unwrap();
+    assert_eq!(damage, Damage::BadRecord { offset: 16, bytes, set_aside: MAX_SET_ASIDE });
+    assert!(
+        damage.to_string().contains(&format!("of {bytes} bytes from there on, the first {MAX_SET_ASIDE}"))
+    );
+    assert_eq!(fs::metadata(dir.path().join("log.damaged")).unwrap().len(), MAX_SET_ASIDE);
+    assert_eq!(read(&path), (vec![b"good".to_vec()], None));
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_log_is_cut_also_where_there_is_no_room_for_what_is_damaged() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("log");
+    fs::write(&path, [frame(b"good"), vec![0; 4096]].concat()).unwrap();
+    // Whatever is written there finds the disk full.
+    std::os::unix::fs::symlink("/dev/full", dir.path().join("log.damaged.tmp")).unwrap();
+    let (records, damage) = read(&path);
+    assert_eq!(records, [b"good".to_vec()]);
+    let damage = damage.unwrap();
+    assert_eq!(damage, Damage::BadRecord { offset: 16, bytes: 4096, set_aside: 0 });
+    assert!(damage.to_string().contains("there was no room"), "{damage}");
+    assert_eq!(read(&path), (vec![b"good".to_vec()], None));
 }
 
 /// Whether a crash may have left what is at the end of `file`, a last record that is as long as it says and starts at `start`.
@@ -105,7 +146,7 @@ fn damage_to_the_last_record_is_kept_and_what_a_crash_leaves_of_it_is_not() {
         flipped[start + 7] ^= 1;
         fs::write(&path, &flipped).unwrap();
         let bytes = length(&last);
-        assert_eq!(read(&path).1, Some(Damage::BadRecord { offset: length(&good), bytes }));
+        assert_eq!(read(&path).1, Some(bad_record(length(&good), bytes)));
         assert_eq!(fs::read(&damaged).unwrap(), flipped[start..]);
     }
 }
@@ -126,7 +167,7 @@ fn a_length_beyond_the_end_is_damage_where_records_follow() {
             fs::write(&path, [&good[..], &lost].concat()).unwrap();
             let (records, damage) = read(&path);
             assert_eq!(records, [b"good".to_vec()]);
-            assert_eq!(damage, Some(Damage::BadRecord { offset: length(&good), bytes: length(&lost) }));
+            assert_eq!(damage, Some(bad_record(length(&good), length(&lost))));
             assert_eq!(fs::read(dir.path().join("log.damaged")).unwrap(), lost);
         }
     }
@@ -150,7 +191,7 @@ fn a_long_torn_record_is_torn_and_not_searched_for_ever() {
     let torn = frame(&[0, 0, 8, 0].repeat(1 << 18));
     fs::write(&path, &torn[..torn.len() - 1]).unwrap();
     let bytes = length(&torn) - 1;
-    assert_eq!(read(&path), (vec![], Some(Damage::BadRecord { offset: 0, bytes })));
+    assert_eq!(read(&path), (vec![], Some(bad_record(0, bytes))));
 }
 
 #[test]
@@ -161,7 +202,7 @@ fn zeros_and_absurd_lengths_are_damage_and_allocate_nothing() {
         fs::write(&path, [frame(b"good"), tail].concat()).unwrap();
         let (records, damage) = read(&path);
         assert_eq!(records, [b"good".to_vec()]);
-        assert_eq!(damage, Some(Damage::BadRecord { offset: 16, bytes: 4096 }));
+        assert_eq!(damage, Some(bad_record(16, 4096)));
     }
 }
 
