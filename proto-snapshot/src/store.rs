@@ -102,7 +102,7 @@ pub enum StoreError {
         /// What is wrong with it.
         what: String,
     },
-    /// What is recorded of a shard is not what was written, or gone: which snapshot of it is current, nobody knows. No snapshot of it is taken until the record is
+    /// What is recorded of a shard is not what was written last, or gone: which snapshot of it is current, nobody knows. No snapshot of it is taken until the record is
     /// repaired, or all that is recorded of the shard is removed.
     #[error("{file} is damaged: it {what}; nothing else tells of shard {shard}")]
     ShardDamaged {
