@@ -486,9 +486,9 @@ impl Shared {
         };
         let staging = self.layout.staging_root();
         look(&staging, &is_staging).map_err(|error| self.failed_at(&staging, &error))?;
-        let roots: [(PathBuf, &dyn Fn(&str) -> bool); 2] =
-            [(self.layout.shards_root(), &is_record), (self.layout.installed_root(), &is_transfer)];
-        for (root, is_known) in roots {
+        let is_below: [&dyn Fn(&str) -> bool; 2] = [&is_record, &is_transfer];
+        let roots = [self.layout.shards_root(), self.layout.installed_root()];
+        for (root, is_known) in roots.into_iter().zip(is_below) {
             for dir in look(&root, &is_shard).map_err(|error| self.failed_at(&root, &error))? {
                 // One that is a link, or cannot be read, is told of with its shard.
                 if no_link_at(&dir).is_ok() {
