@@ -107,7 +107,10 @@ impl Trust {
     pub async fn follow(&self, stop: CancellationToken) {
         let Some(tls) = &self.tls else { return stop.cancelled().await };
         let told = |outcome: Result<(), _>| match outcome {
-            Ok(()) => tracing::info!(expires = ?tls.expires(), "new certificates are in use"),
+            Ok(()) => {
+                let expires = tls.expires().map(|at| humantime::format_rfc3339_seconds(at).to_string());
+                tracing::info!(expires, "new certificates are in use");
+            }
             Err(error) => tracing::error!(%error, "the new certificates cannot be used; the old ones stay"),
         };
         tokio::select! {
