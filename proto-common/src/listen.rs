@@ -688,7 +688,7 @@ mod tests {
         for number in 1..=most + 1 {
             let place = server.enter(peer(number)).unwrap();
             for _ in 0..=number.abs_diff(most / 2) {
-                place.rates.of(Kind::Call).take(Instant::now());
+                place.rates.of(Kind::Call).take(Instant::now(), 1);
             }
         }
         let known = || {
@@ -698,7 +698,7 @@ mod tests {
         assert_eq!(known(), (Open::MOST_GONE + 1, Open::MOST_GONE, false));
         // All but one are full again by then.
         tokio::time::sleep(Duration::from_millis(100) * (most / 2 + 1)).await;
-        server.enter(peer(most + 2)).unwrap().rates.of(Kind::Call).take(Instant::now());
+        server.enter(peer(most + 2)).unwrap().rates.of(Kind::Call).take(Instant::now(), 1);
         assert_eq!(known(), (2 + 1, 2, false));
         drop(stays);
         assert_eq!(known(), (2, 2, false));

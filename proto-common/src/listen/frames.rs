@@ -43,7 +43,7 @@ const UNKNOWN: u8 = 0xfa;
 /// a long frame at its end it is at most that much larger than the frame.
 const SHORT: usize = 8 << 10;
 
-/// `DATA` of so many bytes takes no token, and gives one back: for the frame with the message's other fields before it, where each is one of its own.
+/// `DATA` of so many bytes pays for a frame without: the one with the message's other fields, where each is one of its own.
 const WORTH_A_FRAME: usize = 4 << 10;
 
 /// Longest payload of a frame that fills up: what every HTTP/2 endpoint takes (RFC 9113, 4.2).
@@ -69,6 +69,8 @@ pub(super) struct Frames {
     /// Bytes that are left of the head of a frame that fills up.
     owed: usize,
     rates: Arc<Rates>,
+    /// Frames for which tokens were taken, and that have not come yet.
+    paid: u32,
     /// Until it is the turn of what has begun.
     hold: Option<(Kind, Pin<Box<Sleep>>)>,
     /// What was read behind the head of one that had to wait: less than there was room for in the buffer, which is no larger than 32 KiB where a head is read.
@@ -91,6 +93,7 @@ impl Frames {
             header_frame,
             owed: 0,
             rates,
+            paid: 0,
             hold: None,
             held: Bytes::new(),
         }
@@ -231,13 +234,20 @@ impl Frames {
         let takes = match kind {
             HEADERS => Kind::Call,
             DATA if self.rest >= WORTH_A_FRAME => {
-                self.rates.of(Kind::Frame).give_back();
+                self.paid = self.rates.at_once(Kind::Frame).min(self.paid + 1);
+                return Ok(());
+            }
+            _ if self.paid > 0 => {
+                self.paid -= 1;
                 return Ok(());
             }
             _ => Kind::Frame,
         };
-        let now = Instant::now();
-        let from = self.rates.of(takes).take(now);
+        let (now, count) = (Instant::now(), self.rates.at_once(takes));
+        let from = self.rates.of(takes).take(now, count);
+        if takes == Kind::Frame {
+            self.paid = count - 1;
+        }
         if from > now {
             refusals::count(takes.reason());
             self.hold = Some((takes, Box::pin(sleep_until(from))));
@@ -252,7 +262,10 @@ impl Drop for Frames {
         if let Some((kind, hold)) = &self.hold
             && hold.deadline() > Instant::now()
         {
-            self.rates.of(*kind).give_back();
+            self.rates.of(*kind).give_back(1);
+        }
+        if self.paid > 0 {
+            self.rates.of(Kind::Frame).give_back(self.paid);
         }
     }
 }
@@ -274,6 +287,7 @@ fn put_end(head: [u8; HEAD], left: usize, buf: &mut ReadBuf<'_>) -> usize {
 #[cfg(test)]
 mod tests {
     use std::io::Cursor;
+    use std::time::Duration;
 
     use bytes::{Bytes, BytesMut};
     use proptest::prelude::*;
@@ -405,6 +419,31 @@ mod tests {
         }
     }
 
+    #[tokio::test(start_paused = true)]
+    async fn frames_that_wait_come_several_at_once() {
+        const BURST: u32 = 4096;
+        let limits = ConnectionLimits {
+            frames_per_peer: 1000,
+            frames_burst_per_peer: BURST,
+            ..ConnectionLimits::default()
+        };
+        let rates = Arc::new(Rates::new(&limits));
+        let ping = frame(6, 0, 8);
+        let sent = [PREFACE, &*ping.repeat(BURST as usize + 9)].concat();
+        let mut followed = Followed(Cursor::new(sent), Frames::new(1 << 20, Arc::clone(&rates)));
+        let began = Instant::now();
+        followed.read_exact(&mut vec![0; PREFACE.len() + ping.len() * BURST as usize]).await.unwrap();
+        assert_eq!(began.elapsed().as_millis(), 0);
+        for millis in [4, 4, 4, 4, 8, 8, 8, 8, 12] {
+            followed.read_exact(&mut vec![0; ping.len()]).await.unwrap();
+            assert_eq!(began.elapsed().as_millis(), millis);
+        }
+        // Of the last four, three are for the next one.
+        let taken = rates.full() - began;
+        drop(followed);
+        assert_eq!(taken - (rates.full() - began), Duration::from_millis(3));
+    }
+
     #[tokio::test]
     async fn what_is_no_http2_is_as_it_came() {
         for other in [&b"PRI * HTTP/1"[..], b"GET / HTTP/1.1", &[0x16; 30]] {
@@ -506,10 +545,12 @@ mod tests {
             let mut now = 0;
             let (mut calls, mut others) =
                 (Level::full(100, calls_burst_per_peer), Level::full(200, frames_burst_per_peer));
+            let mut paid = false;
             for (kind, _, len) in frames {
                 match kind {
                     HEADERS => now = calls.take(now),
-                    DATA if len >= WORTH_A_FRAME => others.add(200),
+                    DATA if len >= WORTH_A_FRAME => paid = true,
+                    _ if paid => paid = false,
                     _ => now = others.take(now),
                 }
             }

@@ -181,7 +181,7 @@ impl TlsIncoming {
         let TlsLimits { handshakes_each_second, handshakes_burst, .. } = self.limits;
         let new = || Arc::new(Bucket::new(handshakes_each_second, handshakes_burst));
         let bucket = Arc::clone(self.rates.entry(network).or_insert_with(new));
-        let from = bucket.take(now);
+        let from = bucket.take(now, 1);
         if from > now {
             refusals::count("TOO_MANY_HANDSHAKES_OF_ADDRESS");
         }
@@ -220,7 +220,7 @@ impl Turn {
 impl Drop for Turn {
     fn drop(&mut self) {
         if self.from > Instant::now() {
-            self.bucket.give_back();
+            self.bucket.give_back(1);
         }
     }
 }
