@@ -583,7 +583,6 @@ fn owned(payload: Payload) -> Payload {
     bytes.freeze().into()
 }
 
-/// Writes what a session has checked, until its queue ends.
 /// Whether enough comes. What any stream has taken waits for the store, not for the sender.
 fn keeps_pace<A: Staging>(pace: &mut Pace, incoming: &Incoming<A>, began: Instant) -> Result<(), Error> {
     let (written, unwritten) = (incoming.wire_bytes(), incoming.ledger().unwritten_bytes());
@@ -595,6 +594,7 @@ fn keeps_pace<A: Staging>(pace: &mut Pace, incoming: &Incoming<A>, began: Instan
     Ok(())
 }
 
+/// Writes what a session has checked, until its queue ends.
 async fn write_all<A: Staging>(
     incoming: Arc<Incoming<A>>,
     mut runs: mpsc::Receiver<Run>,
