@@ -307,14 +307,14 @@ async fn handshakes_of_an_address_beyond_those_that_it_may_make_wait() {
     let mut limits = TlsLimits::default();
     (limits.handshakes_each_second, limits.handshakes_burst) = (4, BURST);
     let scene = Scene::new(limits).await;
+    let shows = scene.ca.issue(&Issue::node("n3"));
     let began = Instant::now();
     let mut meeting = JoinSet::new();
     for _ in 0..BURST + MORE {
         let socket = TcpSocket::new_v4().unwrap();
         socket.bind(([127, 0, 0, 7], 0).into()).unwrap();
         let stream = socket.connect(scene.address.parse().unwrap()).await.unwrap();
-        let stranger =
-            Stranger { version: &TLS13, alpn: &["h2"], shows: Some(scene.ca.issue(&Issue::node("n3"))) };
+        let stranger = Stranger { version: &TLS13, alpn: &["h2"], shows: Some(shows.clone()) };
         let ca = scene.ca.pem();
         meeting.spawn(async move { stranger.connect_trusting(&ca, stream).await.unwrap() });
     }

@@ -1,5 +1,6 @@
 //! How long the chain of a peer's certificate may be.
 
+#[cfg(feature = "listen")]
 use std::sync::Arc;
 
 use rustls::pki_types::CertificateDer;

@@ -36,10 +36,11 @@ pub struct TlsLimits {
     pub handshakes: usize,
     /// Longest handshake. Default 10 s. After that the connection is closed; counted as `SLOW_HANDSHAKE`.
     pub handshake: Duration,
-    /// Handshakes with one address in a second, of IPv6 with a /64, behind the first [`handshakes_burst`](Self::handshakes_burst). Default 100: each takes some tenths of a millisecond of the
-    /// processor. One more waits for its turn in one of the [`handshakes`](Self::handshakes) under way; counted as `TOO_MANY_HANDSHAKES_OF_ADDRESS`. 0 is as 1.
+    /// Handshakes with one address in a second, behind the first [`handshakes_burst`](Self::handshakes_burst). Default 100: each takes some tenths of a millisecond of the
+    /// processor. One more waits for its turn in one of the [`handshakes`](Self::handshakes) under way; counted as `TOO_MANY_HANDSHAKES_OF_ADDRESS`. All addresses of an IPv6 /64 have four times as many together, since
+    /// who has one address there has all. 0 is as 1.
     pub handshakes_each_second: u32,
-    /// Handshakes with one address at once, when there were none for a while. Default 512: as many connections as two nodes may have.
+    /// Handshakes with one address at once, when there were none for a while. Default 1024: as many connections as a server takes by default, should all of them come from one address.
     pub handshakes_burst: u32,
 }
 
@@ -49,7 +50,7 @@ impl Default for TlsLimits {
             handshakes: 256,
             handshake: Duration::from_secs(10),
             handshakes_each_second: 100,
-            handshakes_burst: 512,
+            handshakes_burst: 1024,
         }
     }
 }
@@ -75,8 +76,8 @@ pub struct TlsIncoming {
     limits: TlsLimits,
     handshakes: JoinSet<Result<TlsConnection, io::Error>>,
     pending: HashMap<Id, Handshake>,
-    /// By [`network`].
-    rates: HashMap<IpAddr, Arc<Bucket>>,
+    /// By address, and by [`network`] where that is another thing.
+    rates: HashMap<(IpAddr, bool), Arc<Bucket>>,
     next: u64,
     pause: AcceptPause,
     told: Told,
@@ -142,7 +143,7 @@ impl TlsIncoming {
         let (number, limit) = (self.next, self.limits.handshake);
         self.next += 1;
         let abort = self.handshakes.spawn(async move {
-            turn.comes().await;
+            turn.comes(&stream).await?;
             let done = async {
                 stream.set_nodelay(true)?;
                 let stream = acceptor.accept(stream).await?;
@@ -168,24 +169,35 @@ impl TlsIncoming {
 
     /// When one more handshake with `address` may begin.
     fn turn(&mut self, address: IpAddr) -> Turn {
-        let (network, now) = (network(address), Instant::now());
-        if self.rates.len() >= NETWORKS && !self.rates.contains_key(&network) {
+        let (address, now) = (address.to_canonical(), Instant::now());
+        let mut turn = Turn { buckets: vec![self.bucket((address, false), 1)], from: now };
+        if network(address) != address {
+            turn.buckets.push(self.bucket((network(address), true), NEIGHBOURS));
+        }
+        for bucket in &turn.buckets {
+            turn.from = turn.from.max(bucket.take(now, 1));
+        }
+        if turn.from > now {
+            refusals::count("TOO_MANY_HANDSHAKES_OF_ADDRESS");
+        }
+        turn
+    }
+
+    fn bucket(&mut self, of: (IpAddr, bool), times: u32) -> Arc<Bucket> {
+        if self.rates.len() >= ADDRESSES && !self.rates.contains_key(&of) {
+            let now = Instant::now();
             self.rates.retain(|_, bucket| bucket.full() > now);
             let soonest = self.rates.iter().min_by_key(|(_, bucket)| bucket.full());
-            if self.rates.len() >= NETWORKS
-                && let Some(soonest) = soonest.map(|(network, _)| *network)
+            if self.rates.len() >= ADDRESSES
+                && let Some(soonest) = soonest.map(|(of, _)| *of)
             {
                 self.rates.remove(&soonest);
             }
         }
         let TlsLimits { handshakes_each_second, handshakes_burst, .. } = self.limits;
-        let new = || Arc::new(Bucket::new(handshakes_each_second, handshakes_burst));
-        let bucket = Arc::clone(self.rates.entry(network).or_insert_with(new));
-        let from = bucket.take(now, 1);
-        if from > now {
-            refusals::count("TOO_MANY_HANDSHAKES_OF_ADDRESS");
-        }
-        Turn { bucket, from }
+        let (each_second, burst) =
+            (handshakes_each_second.saturating_mul(times), handshakes_burst.saturating_mul(times));
+        Arc::clone(self.rates.entry(of).or_insert_with(|| Arc::new(Bucket::new(each_second, burst))))
     }
 
     /// Ends the oldest handshake of the address that has most, in the network that has most: neighbours of who stalls are in its way no more than others.
@@ -201,26 +213,43 @@ impl TlsIncoming {
     }
 }
 
-/// Networks whose handshakes are remembered. Whoever is forgotten before its time has a burst once more.
-const NETWORKS: usize = 4096;
+/// Addresses and networks whose handshakes are remembered. Whoever is forgotten before its time has a burst once more.
+const ADDRESSES: usize = 4096;
 
-/// A token of a bucket, given back by whoever leaves before its time comes: else those of one address that come and leave would have the next one wait ever longer.
+/// How many times as many handshakes all of a /64 may make as one address in it: a stranger there is in its neighbours' way only where it has several addresses.
+const NEIGHBOURS: u32 = 4;
+
+/// A token of each bucket, given back by whoever leaves before its time comes: else those of one address that come and leave would have the next one wait ever longer.
 #[derive(Debug)]
 struct Turn {
-    bucket: Arc<Bucket>,
+    buckets: Vec<Arc<Bucket>>,
     from: Instant,
 }
 
 impl Turn {
-    async fn comes(self) {
-        sleep_until(self.from).await;
+    /// Waits, as long as the peer is there.
+    async fn comes(self, stream: &TcpStream) -> io::Result<()> {
+        let comes = sleep_until(self.from);
+        let leaves = async {
+            match stream.peek(&mut [0]).await {
+                Ok(0) => io::Error::from(io::ErrorKind::UnexpectedEof),
+                // It may leave later: that is found behind its turn.
+                Ok(_) => std::future::pending().await,
+                Err(error) => error,
+            }
+        };
+        tokio::select! {
+            biased;
+            () = comes => Ok(()),
+            left = leaves => Err(left),
+        }
     }
 }
 
 impl Drop for Turn {
     fn drop(&mut self) {
         if self.from > Instant::now() {
-            self.bucket.give_back(1);
+            self.buckets.iter().for_each(|bucket| bucket.give_back(1));
         }
     }
 }
@@ -375,6 +404,7 @@ mod certificates;
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::AsyncWriteExt as _;
     use tokio_stream::StreamExt as _;
 
     use super::certificates::{Ca, Issue};
@@ -389,15 +419,15 @@ mod tests {
         TlsIncoming::new(listener, Tls::from_pem(pem).unwrap(), TlsLimits::default())
     }
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn only_so_many_addresses_are_remembered() {
         let mut incoming = incoming().await;
-        for number in 0..2 * u32::try_from(NETWORKS).unwrap() {
+        for number in 0..u32::try_from(ADDRESSES).unwrap() + 50 {
             let turn = incoming.turn(IpAddr::V4(number.into()));
             assert!(turn.from <= Instant::now(), "each has its burst");
-            assert!(incoming.rates.len() <= NETWORKS);
+            assert!(incoming.rates.len() <= ADDRESSES);
         }
-        assert_eq!(incoming.rates.len(), NETWORKS);
+        assert_eq!(incoming.rates.len(), ADDRESSES);
     }
 
     #[tokio::test(start_paused = true)]
@@ -409,6 +439,46 @@ mod tests {
         assert_eq!(wait(&incoming.turn(address)), 0);
         for _ in 0..100 {
             assert_eq!(wait(&incoming.turn(address)), 1);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_neighbour_has_a_turn_until_all_of_a_network_have_made_too_many() {
+        let mut incoming = incoming().await;
+        (incoming.limits.handshakes_each_second, incoming.limits.handshakes_burst) = (1, 10);
+        let mut waits = |address: &str, count: usize| {
+            let turns: Vec<_> = (0..count).map(|_| incoming.turn(address.parse().unwrap())).collect();
+            let waits = turns.iter().map(|turn| turn.from.saturating_duration_since(Instant::now()));
+            let waits = waits.map(|wait| wait.as_millis()).collect::<Vec<_>>();
+            // Each is used.
+            turns.into_iter().for_each(std::mem::forget);
+            waits
+        };
+        assert_eq!(waits("2001:db8::1", 12)[9..], [0, 1000, 2000]);
+        assert_eq!(waits("2001:db8::2", 10), [0; 10]);
+        assert_eq!(waits("2001:db8::3", 10), [0; 10]);
+        assert_eq!(waits("2001:db8::4", 10)[7..], [0, 250, 500]);
+        assert_eq!(waits("2001:db8:0:1::4", 10), [0; 10]);
+        assert_eq!(waits("::ffff:10.0.0.1", 11)[9..], [0, 1000]);
+        assert_eq!(waits("10.0.0.1", 1), [2000]);
+        assert_eq!(waits("10.0.0.2", 10), [0; 10]);
+    }
+
+    #[tokio::test]
+    async fn who_hangs_up_before_its_turn_is_waited_for_no_longer() {
+        let mut incoming = incoming().await;
+        (incoming.limits.handshakes_each_second, incoming.limits.handshakes_burst) = (1, 0);
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        for says in [&b""[..], b"x"] {
+            let mut there = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+            let (here, address) = listener.accept().await.unwrap();
+            there.write_all(says).await.unwrap();
+            drop(there);
+            let began = Instant::now();
+            // Of whoever has said something it is not known before its turn.
+            let came = incoming.turn(address.ip()).comes(&here).await;
+            assert_eq!(came.is_ok(), !says.is_empty());
+            assert_eq!(began.elapsed() >= Duration::from_millis(900), !says.is_empty());
         }
     }
 
