@@ -38,8 +38,14 @@ pub struct Transfers {
 
 struct Inner {
     registry: Registry<TransferProgress>,
-    outgoing: Mutex<HashMap<TransferId, CancellationToken>>,
+    outgoing: Mutex<HashMap<TransferId, Outgoing>>,
     sink: OnceLock<Arc<dyn HistorySink>>,
+}
+
+struct Outgoing {
+    cancel: CancellationToken,
+    /// It was cancelled, and its receiver says that it is too late for that.
+    too_late: bool,
 }
 
 impl std::fmt::Debug for Transfers {
@@ -96,40 +102,48 @@ impl Transfers {
         }
     }
 
-    fn outgoing(&self) -> MutexGuard<'_, HashMap<TransferId, CancellationToken>> {
+    fn outgoing(&self) -> MutexGuard<'_, HashMap<TransferId, Outgoing>> {
         self.inner.outgoing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Lets `CancelTransfer` reach an outgoing transfer.
     #[cfg(feature = "client")]
     pub(crate) fn register_outgoing(&self, id: &TransferId, cancel: CancellationToken) {
-        self.outgoing().insert(id.clone(), cancel);
+        self.outgoing().insert(id.clone(), Outgoing { cancel, too_late: false });
     }
 
     /// The outgoing transfer that was registered with `cancel` has ended; another may have its ID by now.
     #[cfg(feature = "client")]
     pub(crate) fn forget_outgoing(&self, id: &TransferId, cancel: &CancellationToken) {
         let mut outgoing = self.outgoing();
-        if outgoing.get(id) == Some(cancel) {
+        if outgoing.get(id).is_some_and(|known| known.cancel == *cancel) {
             outgoing.remove(id);
+        }
+    }
+
+    /// The receiver of the transfer that was registered with `cancel` does not let it be cancelled any more.
+    #[cfg(feature = "client")]
+    pub(crate) fn is_too_late(&self, id: &TransferId, cancel: &CancellationToken) {
+        if let Some(known) = self.outgoing().get_mut(id).filter(|known| known.cancel == *cancel) {
+            known.too_late = true;
         }
     }
 
     /// Asks an outgoing transfer that runs to stop, as `CancelTransfer` does, without waiting for what comes of it. Whether there is one.
     pub fn cancel(&self, id: &TransferId) -> bool {
-        self.outgoing().get(id).inspect(|cancel| cancel.cancel()).is_some()
+        self.outgoing().get(id).inspect(|known| known.cancel.cancel()).is_some()
     }
 
-    /// Whether an outgoing transfer that goes on was asked to stop: its receiver has not answered yet, or says that it is too late.
+    /// Whether an outgoing transfer goes on although it was cancelled, since its receiver says that it is too late for that.
     #[must_use]
-    pub fn is_cancelling(&self, id: &TransferId) -> bool {
-        self.outgoing().get(id).is_some_and(CancellationToken::is_cancelled)
+    pub fn cannot_be_cancelled(&self, id: &TransferId) -> bool {
+        self.outgoing().get(id).is_some_and(|known| known.too_late)
     }
 
     /// The switch of an outgoing transfer that runs.
     #[cfg(feature = "server")]
     pub(crate) fn outgoing_cancel(&self, id: &TransferId) -> Option<CancellationToken> {
-        self.outgoing().get(id).cloned()
+        self.outgoing().get(id).map(|known| known.cancel.clone())
     }
 }
 

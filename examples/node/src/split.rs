@@ -335,7 +335,7 @@ impl Splits {
         self.known().values().map(|known| known.status.clone()).collect()
     }
 
-    /// Ends a split that waits for an answer of its target, or that the target does not let go of although its transfer was cancelled, as the operator says, and returns when that is durable. **Keeping slots that
+    /// Ends a split that waits for an answer of its target, or whose transfer the target does not let be cancelled any more, as the operator says, and returns when that is durable. **Keeping slots that
     /// the target serves, or giving up those that it does not, loses writes**: look first.
     ///
     /// # Errors
@@ -350,7 +350,7 @@ impl Splits {
             let known = known.get(&id).ok_or_else(unknown)?;
             match known.status.phase {
                 SplitPhase::Asking | SplitPhase::NeedsOperator => {}
-                SplitPhase::Sending if self.inner.transfers.is_cancelling(&id) => {}
+                SplitPhase::Sending if self.inner.transfers.cannot_be_cancelled(&id) => {}
                 phase @ (SplitPhase::Done | SplitPhase::Undone) => {
                     return refused(format!("the split is {} already", phase.as_str()));
                 }

@@ -157,6 +157,9 @@ impl<C: Connect, S: SnapshotSource> Task<C, S> {
             }
         };
         self.shared.hold.set(false);
+        if matches!(cancelled, Cancelled::TooLate) {
+            self.sender.transfers.is_too_late(&self.snapshot.transfer_id, &self.cancel);
+        }
         match (cancelled, pushed) {
             (Cancelled::Yes(error), _) => Err(error),
             (Cancelled::TooLate, Some(result)) => result,

@@ -534,13 +534,19 @@ mod tests {
         // Before it was cancelled, nobody is to decide what the target has not got yet.
         let refused = split.splits.resolve("split-1", Resolution::Keep).await.unwrap_err();
         assert!(refused.to_string().contains("cancel its transfer first"), "{refused}");
-        assert!(!split.transfers.is_cancelling(&id));
         assert!(split.transfers.cancel(&id));
         split.is_cancelled().await;
+        // Nor before the target has said what it makes of that.
+        let too_late = async {
+            while !split.transfers.cannot_be_cancelled(&id) {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(60), too_late).await.unwrap();
         assert_eq!(split.splits.list()[0].phase, SplitPhase::Sending);
         let (node, transfers) = (split.node.clone(), split.transfers.clone());
         split.keeps().await;
-        assert!(!transfers.is_cancelling(&id), "it goes on");
+        assert!(!transfers.cannot_be_cancelled(&id), "it goes on");
         let passes = async {
             while node.gate().verdict(100, Access::Write) != Verdict::Pass {
                 tokio::time::sleep(Duration::from_millis(5)).await;
