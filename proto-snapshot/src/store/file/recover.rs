@@ -315,7 +315,16 @@ impl Shared {
             else {
                 continue;
             };
-            if *name != *shard.as_str() {
+            let is_elsewhere = *name != *shard.as_str();
+            let own = is_elsewhere
+                .then(|| record::read::<ShardRecord>(&self.layout, &self.layout.current(&shard), Kind::Shard))
+                .and_then(|own| own.ok().flatten()?.shard(shard.as_str()));
+            if own.is_some() {
+                damage.push(format!(
+                    "{} is the record of shard {shard}, in the place of another; shard {shard} has its own, and goes by that",
+                    self.layout.shown(&path)
+                ));
+            } else if is_elsewhere {
                 // A flipped bit in the name of its directory leaves a shard without one: that would be a new shard.
                 let what = format!("is the record of shard {shard}, in the place of another");
                 let error = self.doubt(&shard, self.layout.shown(&path), what);
@@ -355,7 +364,7 @@ impl Shared {
                     continue;
                 }
                 Err(error) => (
-                    manifest,
+                    manifest.clone(),
                     format!(
                         "cannot be read, and may be newer than the record of its shard: {}",
                         described(&error)
@@ -364,7 +373,7 @@ impl Shared {
             };
             let error = self.doubt(shard, file, what);
             damage.push(format!(
-                "{error}; transfers to shard {shard} are refused until a start finds that repaired, or all of shards/{shard} removed"
+                "{error}; transfers to shard {shard} are refused until a start finds that repaired, or all of shards/{shard} removed, or {manifest} if what that tells of was never current"
             ));
             return;
         }

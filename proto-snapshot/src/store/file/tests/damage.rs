@@ -325,6 +325,20 @@ async fn a_shard_whose_record_lies_elsewhere_is_refused_with_the_one_whose_place
 }
 
 #[tokio::test]
+async fn a_copy_beside_a_shard_is_told_of_and_changes_nothing_of_it() {
+    let dir = populated().await;
+    let root = dir.path().join("shards");
+    fs::create_dir(root.join("shard-1.bak")).unwrap();
+    fs::copy(root.join("shard-1/CURRENT"), root.join("shard-1.bak/CURRENT")).unwrap();
+    let (store, recovered) = open(dir.path()).await;
+    let told = "shards/shard-1.bak/CURRENT is the record of shard shard-1, in the place of another";
+    assert!(recovered.damage.iter().any(|damage| damage.contains(told)), "{:?}", recovered.damage);
+    let fence = Fence { epoch: 1, term: 1 };
+    store.raise_fence(&shard(), fence, &source()).await.unwrap();
+    store.raise_fence(&ShardId::new("shard-1.bak").unwrap(), fence, &source()).await.unwrap_err();
+}
+
+#[tokio::test]
 async fn names_that_the_store_does_not_give_are_told_of_in_bounds() {
     use std::ffi::OsStr;
     use std::os::unix::ffi::OsStrExt as _;
