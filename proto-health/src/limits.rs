@@ -12,7 +12,7 @@ use std::time::Duration;
 pub struct Limits {
     /// Components of the node. Default 256.
     pub components: usize,
-    /// Message of a component, and of its last error, in bytes; longer ones are cut. Default 1024.
+    /// Message of a component, and of its last error, in bytes; longer ones are cut. Default 1024; [`MAX_HEARTBEAT_BYTES`] / 2 at most, whatever is set.
     pub message_bytes: usize,
     /// Watches that are open at once, of both protocols. Default 16384.
     pub watches: usize,

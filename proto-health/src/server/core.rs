@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::limits::Limits;
+use crate::limits::{Limits, MAX_HEARTBEAT_BYTES};
 use crate::server::asking::Asking;
 use crate::server::callers::Callers;
 use crate::server::component::Cell;
@@ -78,7 +78,7 @@ impl Inner {
             life: Life::new(),
             revision: 0,
             closed: false,
-            message_bytes: parts.limits.message_bytes,
+            message_bytes: parts.limits.message_bytes.min(MAX_HEARTBEAT_BYTES / 2),
         };
         let nothing = Snapshot {
             revision: 0,

@@ -102,7 +102,10 @@ async fn take(node: &Node, asked: &mut BTreeMap<NodeId, Asked>, (id, address, an
     asked.not_before = Some(Instant::now() + pause);
     match learn(node, &id, &told).await {
         Ok(learned) => {
-            learned.tell(&id, std::mem::replace(&mut asked.leaps, learned.leap.is_some()));
+            // A map that is as it was has no claims.
+            if told.read != Read::Known {
+                learned.tell(&id, std::mem::replace(&mut asked.leaps, learned.leap.is_some()));
+            }
             asked.not_before = Some(Instant::now() + pause + CLAIM_PAUSE * learned.claims);
             if told.read != Read::Part {
                 asked.revision = Some(told.revision);
