@@ -17,7 +17,7 @@ pub struct Limits {
     pub staged_per_peer: usize,
     /// Streams of one transfer, control stream included; fewer where [`receive_budget_bytes`](Self::receive_budget_bytes) has no chunk for each. Default 8.
     pub lanes: u32,
-    /// Payload of a chunk, in bytes. Default 1 MiB; [`MIN_CHUNK_BYTES`] at least, whatever is set.
+    /// Payload of a chunk, in bytes. Default 1 MiB. Senders of this crate refuse less than [`MIN_CHUNK_BYTES`], for good.
     pub chunk_bytes: u32,
     /// Files in a manifest. Default 131072.
     pub files: u64,

@@ -45,7 +45,7 @@ use self::incoming::{Incoming, Stage};
 use self::reuse::Reuses;
 use self::session::Budget;
 use crate::hook::{InstallHook, KeepFiles};
-use crate::limits::{Limits, MAX_MESSAGE_BYTES, MIN_CHUNK_BYTES};
+use crate::limits::{Limits, MAX_MESSAGE_BYTES};
 use crate::reason::Reason;
 use crate::store::{SnapshotStore, Staging, StagingState, StoreError};
 use crate::transfers::{HistorySink, Transfers};
@@ -212,8 +212,7 @@ impl<S: SnapshotStore> SnapshotReceiverBuilder<S> {
     ///
     /// When the store cannot be read.
     pub async fn start(self) -> Result<SnapshotReceiver<S>, StoreError> {
-        let Self { store, identity, mut limits, hook, transfers, access } = self;
-        limits.chunk_bytes = limits.chunk_bytes.max(MIN_CHUNK_BYTES);
+        let Self { store, identity, limits, hook, transfers, access } = self;
         let transfers = transfers.unwrap_or_else(|| Transfers::new(&limits));
         let store = Arc::new(store);
         let recovered = store.recover().await?;
