@@ -35,8 +35,8 @@ pub struct ConnectionLimits {
     /// has no meaning, and data of less than 4 KiB in a frame. As many small frames of data as there are larger ones come on top. Default 20,000, which take 0.05 to 0.06 of a core, on 240 connections and whatever they are. Those beyond them wait as calls do, counted as `TOO_MANY_FRAMES_OF_PEER`. 0 is as 1, and
     /// [`u32::MAX`] no limit.
     pub frames_per_peer: u32,
-    /// Such frames that come at once when there were none for a while. Default 40,000: a peer that sends messages of some bytes, each in a frame of its own, for as long as two
-    /// seconds has them taken as they come.
+    /// Such frames that come at once when there were none for a while. Default 40,000: messages of some bytes, each in a frame of its own, that come at twice
+    /// [`frames_per_peer`](Self::frames_per_peer) are taken as they come for two seconds.
     pub frames_burst_per_peer: u32,
     /// Headers of a request, in bytes, as HTTP/2 counts them. Default 16 KiB. More are answered with status 431, counted as
     /// `REQUEST_HEADER_FIELDS_TOO_LARGE`; far more, or a frame of twice as much, end the connection with `ENHANCE_YOUR_CALM`.

@@ -237,7 +237,6 @@ fn lock(open: &Mutex<Open>) -> MutexGuard<'_, Open> {
 #[derive(Debug)]
 pub struct LimitedConnection<IO> {
     io: IO,
-    _place: Place,
     /// Bytes that are still to come of the preface.
     preface: usize,
     idle: Duration,
@@ -250,6 +249,8 @@ pub struct LimitedConnection<IO> {
     refused: Refused,
     /// What [`RemotePeer::set_low_water`] was told last.
     low_water: usize,
+    /// Left behind `frames`, which gives back what it has taken and not used.
+    _place: Place,
 }
 
 impl<IO> LimitedConnection<IO> {

@@ -320,11 +320,9 @@ async fn handshakes_of_an_address_beyond_those_that_it_may_make_wait() {
     }
     // Of another address, on which there is one connection.
     ask(&scene.other, &scene.address, None).await.unwrap();
-    let others = began.elapsed();
     let done = timeout(PATIENCE, meeting.join_all()).await.unwrap();
     assert_eq!(done.len(), (BURST + MORE) as usize);
     assert!(began.elapsed() >= EVERY * MORE, "{:?}", began.elapsed());
-    println!("another address after {others:?}");
     let counted = counts().get("TOO_MANY_HANDSHAKES_OF_ADDRESS").copied().unwrap_or_default();
     assert!((1..=u64::from(MORE)).contains(&counted), "{counted}");
 }

@@ -111,25 +111,32 @@ async fn a_copy_does_not_begin_again_of_slots_that_are_of_another_node() {
     assert_eq!((error_of(&failed).reason(), failed.copy), ("NOT_SLOT_OWNER", 1), "{failed:?}");
 }
 
+/// The store takes no writes: what the operator says is tried for as long as it lasts.
+async fn cannot_be_carried_out(pair: &Pair, decision: MigrationDecision) {
+    let deciding = pair.resolve(decision, |_| {});
+    let early = tokio::time::timeout(Duration::from_millis(200), deciding).await;
+    assert!(early.is_err(), "it cannot be carried out yet: {early:?}");
+}
+
+async fn is_tried_again(pair: &Pair) {
+    let last = |progress: &MigrationProgress| progress.incidents.last().map(|seen| seen.at_unix_ms);
+    let before = last(&pair.progress().await);
+    pair.until("it is tried again", |progress| last(progress) > before).await;
+}
+
 #[tokio::test]
 async fn what_an_operator_gave_away_stays_so_though_the_source_dies_over_it() {
     let mut pair = Pair::committing(100).await;
     pair.target_dies();
     pair.source.set_faults(Faults { full_disk: true, ..Faults::default() });
-    {
-        let mut deciding = std::pin::pin!(pair.resolve(MigrationDecision::Committed, |_| {}));
-        let early = tokio::time::timeout(Duration::from_millis(200), &mut deciding).await;
-        assert!(early.is_err(), "it cannot be carried out yet: {early:?}");
-    }
+    cannot_be_carried_out(&pair, MigrationDecision::Committed).await;
     assert_eq!(pair.progress().await.state(), MigrationState::Committing);
     pair.source_down().await;
     pair.source = pair.source.restarted();
     pair.target_up(2).await;
     pair.source_up().await;
     assert_eq!(pair.source.held(), Some(HoldMode::All), "nobody is served before it is done");
-    let last = |progress: &MigrationProgress| progress.incidents.last().map(|seen| seen.at_unix_ms);
-    let before = last(&pair.progress().await);
-    pair.until("it is tried again", |progress| last(progress) > before).await;
+    is_tried_again(&pair).await;
     pair.source.set_faults(Faults::default());
     let done = pair.reaches(MigrationState::Completed).await;
     assert_eq!(done.resolved_reason.as_deref(), Some("the disk burnt"));
@@ -150,18 +157,12 @@ async fn what_an_operator_took_back_waits_for_the_store_and_keeps_no_node_from_s
     let mut pair = Pair::committing(100).await;
     pair.target_dies();
     pair.source.set_faults(Faults { full_disk: true, ..Faults::default() });
-    {
-        let mut deciding = std::pin::pin!(pair.resolve(MigrationDecision::Discarded, |_| {}));
-        let early = tokio::time::timeout(Duration::from_millis(200), &mut deciding).await;
-        assert!(early.is_err(), "it cannot be carried out yet: {early:?}");
-    }
+    cannot_be_carried_out(&pair, MigrationDecision::Discarded).await;
     pair.source_down().await;
     pair.source = pair.source.restarted();
     pair.source_up().await;
     assert_eq!(pair.source.held(), Some(HoldMode::All), "nobody is served before it is done");
-    let last = |progress: &MigrationProgress| progress.incidents.last().map(|seen| seen.at_unix_ms);
-    let before = last(&pair.progress().await);
-    pair.until("it is tried again", |progress| last(progress) > before).await;
+    is_tried_again(&pair).await;
     pair.source.set_faults(Faults::default());
     let done = pair.reaches(MigrationState::Cancelled).await;
     assert_eq!((done.slot_epoch, done.decision()), (RECLAIM_STEP, MigrationDecision::Discarded));
@@ -181,11 +182,7 @@ async fn nobody_is_served_before_what_an_operator_gave_away_while_the_gate_was_o
     let stopped = pair.reaches(MigrationState::NeedsOperator).await;
     assert_eq!((stopped.gate(), pair.source.held()), (MigrationGate::Open, None));
     pair.source.set_faults(Faults { full_disk: true, ..Faults::default() });
-    {
-        let mut deciding = std::pin::pin!(pair.resolve(MigrationDecision::Committed, |_| {}));
-        let early = tokio::time::timeout(Duration::from_millis(200), &mut deciding).await;
-        assert!(early.is_err(), "it cannot be carried out yet: {early:?}");
-    }
+    cannot_be_carried_out(&pair, MigrationDecision::Committed).await;
     pair.source_down().await;
     pair.source = pair.source.restarted();
     pair.source_up().await;

@@ -5,7 +5,7 @@ use bytes::Bytes;
 use super::reply::Reply;
 
 /// Bytes of a pattern, at most: a text may have 64 KiB, for each of which all of it may be looked at.
-pub(super) const MAX_PATTERN: usize = 1024;
+const MAX_PATTERN: usize = 1024;
 
 /// `pattern`, unless it is too long.
 ///
