@@ -166,7 +166,7 @@ pub async fn serve_with<H: InstallHook>(
     if let Err(error) = node.meet(nodes).await {
         tracing::error!(%error, "where nodes can be reached is known until the next start only");
     }
-    if node.is_fresh() && !node.own_ranges().is_empty() {
+    if node.is_fresh() {
         migrate::slot_map::ask_first(&node).await;
     }
 

@@ -306,6 +306,13 @@ async fn to_a_third(n3_is_told: bool) -> (Pair, NodeProcess) {
     let arguments: &[&str] = if n3_is_told { &["--peer", &peer] } else { &[] };
     let directory = pair.directory.path();
     let n3 = NodeProcess::start_with(&support::program(), "n3", directory, "none", arguments).await.unwrap();
+    if n3_is_told {
+        // It asks before it serves, but waits a second for the answer at most.
+        until("n3 knows the owner", async || {
+            call(&mut client(&n3).await, "GET foo").await.ends_with(&pair.n2.addresses().resp)
+        })
+        .await;
+    }
     begin(&pair.n1, request("again", &n3)).await.unwrap();
     (pair, n3)
 }

@@ -122,8 +122,8 @@ fn tell_refused(id: &NodeId, error: &Error, told_before: bool) {
     }
 }
 
-/// Asks each node that `node` knows once, before it serves anybody: an owner that comes back without its data would otherwise serve slots that
-/// are another one's by now, until it had asked. Who does not answer at once is not waited for.
+/// Asks each node that `node` knows once, before it serves anybody. Until it had asked, an owner that comes back without its data would serve slots that
+/// are another one's by now, and one that never had any would take them from whoever says that it owns them. Who does not answer at once is not waited for.
 pub(crate) async fn ask_first(node: &Node) {
     let mut known = node.nodes();
     known.remove(node.id());
