@@ -20,6 +20,7 @@ use proto_common::bulk::Payload;
 use proto_common::error::Error;
 use proto_common::fence::Fence;
 use proto_common::ids::{NodeId, ShardId, TransferId};
+use tokio_util::sync::CancellationToken;
 
 use crate::extent::{Extent, ExtentRecord};
 use crate::reason::Reason;
@@ -314,7 +315,13 @@ pub trait Staging: Send + Sync + std::fmt::Debug + 'static {
     /// Fills file number `file` from installed files by its BLAKE3 digest, verifying the digest while
     /// copying; it becomes durable with the next `sync`, as what `write` wrote does. Nothing of the file may be staged. Returns the CRC-64/NVME of the content, `None` when there is no such file (or the store does not reuse).
     /// The record of it is the caller's to `sync`.
-    fn reuse(&self, file: u32) -> impl Future<Output = Result<Option<u64>, StoreError>> + Send;
+    ///
+    /// Once `stop` is cancelled nobody needs the file any more, and a copy that is under way should end, with `None`: who cancels a transfer waits for it.
+    fn reuse(
+        &self,
+        file: u32,
+        stop: CancellationToken,
+    ) -> impl Future<Output = Result<Option<u64>, StoreError>> + Send;
 
     /// Nobody writes for now: closes what is held open for that, as far as nothing is lost by it. A process may have many more areas than
     /// open files. Somebody may have come back meanwhile, so it may be called beside any other method. A store that holds nothing open may do

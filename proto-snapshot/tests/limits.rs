@@ -33,7 +33,9 @@ use proto_snapshot::v1::transfer_split_snapshot_request::{
     File, Frame, Header, Heartbeat, LaneHeader, Manifest,
 };
 use proto_snapshot::v1::transfer_split_snapshot_response::{Extent, Frame as Answer};
-use proto_snapshot::v1::{TransferPhase, TransferProgress, WatchTransferProgressRequest};
+use proto_snapshot::v1::{
+    CancelTransferRequest, TransferPhase, TransferProgress, WatchTransferProgressRequest,
+};
 use refusals::{ALONE, Abuse, Refusal, counted, limits_of};
 use slow::{Brake, SlowStore};
 use stalled::{SIZE, Stalled};
@@ -856,6 +858,25 @@ async fn two_files_are_reused_at_once_and_one_of_each_node() {
         assert_eq!((reuses.now.len(), reuses.most, reuses.ever), (0, (2, 1), 5));
     }
     drop(streams);
+    server.stop().await;
+}
+
+/// Copying a large file takes minutes, in which the slots stay held.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancel_ends_a_copy_that_is_under_way() {
+    let _alone = ALONE.lock().await;
+    let brake = Brake::held();
+    let (server, _target) = reusing(brake.clone(), small_limits()).await;
+    let reuses = || {
+        let reuses = brake.reuses.lock().unwrap();
+        (reuses.now.len(), reuses.ever, reuses.stopped)
+    };
+    let _stream = Stalled::say_first(&server, with_digest(OFFENDER, "x1", 1)).await.unwrap();
+    until("it is copied", || reuses() == (1, 1, 0)).await;
+    let request = CancelTransferRequest { transfer_id: "x1".to_owned(), ..CancelTransferRequest::default() };
+    let channel = proto_common::tuning::endpoint(&server.uri()).unwrap().connect().await.unwrap();
+    SplitSnapshotServiceClient::new(channel).cancel_transfer(request).await.unwrap();
+    assert_eq!(reuses(), (0, 1, 1));
     server.stop().await;
 }
 

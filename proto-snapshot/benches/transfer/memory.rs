@@ -16,6 +16,7 @@ use proto_snapshot::store::{
     Claim, PlacedSnapshot, Recovered, ShardState, SnapshotStore, StagedChunk, Staging, StagingState,
     StoreError,
 };
+use tokio_util::sync::CancellationToken;
 
 use crate::payload::Payload;
 
@@ -207,7 +208,7 @@ impl Staging for DiscardStaging {
         unreachable!("nothing of an earlier process is here")
     }
 
-    async fn reuse(&self, _: u32) -> Result<Option<u64>, StoreError> {
+    async fn reuse(&self, _: u32, _: CancellationToken) -> Result<Option<u64>, StoreError> {
         Ok(None)
     }
 

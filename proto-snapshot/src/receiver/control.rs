@@ -720,10 +720,13 @@ impl<S: SnapshotStore> Inner<S> {
             incoming.looks_for(file);
             // Others of the node had their turn meanwhile.
             let Some(begun) = self.reuses.begin(node, &incoming.ticket, len) else { continue };
-            let mut reused = std::pin::pin!(incoming.staging.reuse(file));
+            // Not by a stream that takes over, which needs the file as well.
+            let halt = incoming.closed.child_token();
+            let mut reused = std::pin::pin!(incoming.staging.reuse(file, halt.clone()));
             let found = loop {
                 tokio::select! {
                     found = &mut reused => break found?,
+                    () = self.stopping.cancelled(), if !halt.is_cancelled() => halt.cancel(),
                     _ = alive.tick() => still_here(),
                 }
             };
@@ -733,6 +736,8 @@ impl<S: SnapshotStore> Inner<S> {
                         .ledger()
                         .reused(ExtentRecord { extent: Extent { file, offset: 0, len }, crc })?;
                 }
+                // Whoever has copies begun to end them has had their disk read all the same.
+                None if halt.is_cancelled() => {}
                 None => self.reuses.found_nothing(node, &begun),
             }
         }

@@ -64,6 +64,8 @@ pub(super) struct Incoming<A: Staging> {
     ended: Mutex<Option<TransferProgress>>,
     /// It is removed to make room for an attempt that starts anew. It has no end of its own.
     makes_room: AtomicBool,
+    /// Cancelled where it is closed: what is only done for it need not go on.
+    pub(super) closed: CancellationToken,
 }
 
 /// How far the transfer is, as far as concurrent calls are concerned.
@@ -207,6 +209,7 @@ impl<A: Staging> Incoming<A> {
             hold: Mutex::new(Some((hold, memory))),
             ended: Mutex::new(None),
             makes_room: AtomicBool::new(false),
+            closed: CancellationToken::new(),
         });
         incoming.show(|_| {});
         incoming
@@ -523,11 +526,13 @@ impl<A: Staging> Incoming<A> {
                 .error("the transfer is complete and being installed; it can no longer be cancelled")
                 .metadata("phase", TransferPhase::Installing.as_str_name()));
         }
+        self.closed.cancel();
         Ok(std::mem::replace(&mut state.stage, Stage::Closed))
     }
 
     /// The install was refused: nothing but the removal is left.
     pub(super) fn close_for_good(&self) {
+        self.closed.cancel();
         self.state().stage = Stage::Closed;
     }
 

@@ -392,22 +392,23 @@ impl Shared {
             lock(&self.live).remove(&id);
             return Err(StoreError::invalid(ACTION, "there is one of this ID"));
         }
-        let made = self.make_area(&plan, &new, &dir).and_then(|log| {
-            let parts = Parts {
-                plan,
-                area: Area::new(dir.clone()),
-                reservation,
-                state: StagingState::Open,
-                space,
-                dirs: HashSet::new(),
-                claim: Claim { attempt: 0, session: [0; 16] },
-                log: Some(log),
-                inherited: false,
-                durable: Durable::default(),
-                last_activity: unix_ms(),
-            };
-            FileStaging::open(self, parts)
-        });
+        let made =
+            self.was_never_current(&plan).and_then(|()| self.make_area(&plan, &new, &dir)).and_then(|log| {
+                let parts = Parts {
+                    plan,
+                    area: Area::new(dir.clone()),
+                    reservation,
+                    state: StagingState::Open,
+                    space,
+                    dirs: HashSet::new(),
+                    claim: Claim { attempt: 0, session: [0; 16] },
+                    log: Some(log),
+                    inherited: false,
+                    durable: Durable::default(),
+                    last_activity: unix_ms(),
+                };
+                FileStaging::open(self, parts)
+            });
         if made.is_err() {
             // Both are of this call: nobody else uses the ID, and there was none of it. What cannot be removed now is found at the next start.
             let _ = std::fs::remove_dir_all(&new);
@@ -415,6 +416,18 @@ impl Shared {
             lock(&self.live).remove(&id);
         }
         made
+    }
+
+    /// A staging area that is new is that of a snapshot that never was current, whatever its ID was for: it may have been that of another one, which is gone.
+    fn was_never_current(&self, plan: &TransferPlan) -> Result<(), StoreError> {
+        let (shard, id) = (&plan.spec.target_shard, &plan.spec.transfer_id);
+        let _shard = lock(self.shard_lock(shard));
+        let mut known = self.read_shard(shard)?;
+        if known.state.superseded.contains(id) {
+            known.state.superseded.retain(|superseded| superseded != id);
+            self.write_shard(shard, &known)?;
+        }
+        Ok(())
     }
 
     /// Makes an empty staging area at `dir`, by way of `new`: after a crash it is there as a whole or not at all.

@@ -18,6 +18,7 @@ use proto_snapshot::store::{
     StoreError,
 };
 use tokio::time::sleep;
+use tokio_util::sync::CancellationToken;
 
 use crate::trace::Trace;
 
@@ -273,7 +274,7 @@ impl Staging for MemoryStaging {
         Ok(())
     }
 
-    async fn reuse(&self, _: u32) -> Result<Option<u64>, StoreError> {
+    async fn reuse(&self, _: u32, _: CancellationToken) -> Result<Option<u64>, StoreError> {
         Ok(None)
     }
 

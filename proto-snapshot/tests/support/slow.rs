@@ -14,6 +14,7 @@ use proto_snapshot::store::{
     Staging, StagingState, StoreError,
 };
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
 /// What holds the writes of a [`SlowStore`].
 #[derive(Debug, Clone)]
@@ -42,6 +43,8 @@ pub struct Reuses {
     /// Most at once: of all, and of one source node.
     pub most: (usize, usize),
     pub ever: usize,
+    /// Those that were stopped while they were held.
+    pub stopped: usize,
 }
 
 impl Brake {
@@ -186,7 +189,7 @@ impl Staging for SlowStaging {
         self.staging.reset_records(records).await
     }
 
-    async fn reuse(&self, file: u32) -> Result<Option<u64>, StoreError> {
+    async fn reuse(&self, file: u32, stop: CancellationToken) -> Result<Option<u64>, StoreError> {
         let plan = self.staging.plan();
         let source = plan.spec.source_node.to_string();
         {
@@ -196,8 +199,11 @@ impl Staging for SlowStaging {
             let of_it = reuses.now.iter().filter(|now| **now == source).count();
             reuses.most = (reuses.most.0.max(reuses.now.len()), reuses.most.1.max(of_it));
         }
-        self.brake.pass(plan).await;
-        let found = self.staging.reuse(file).await;
+        tokio::select! {
+            () = self.brake.pass(plan) => {}
+            () = stop.cancelled() => self.brake.reuses.lock().unwrap().stopped += 1,
+        }
+        let found = self.staging.reuse(file, stop).await;
         let mut reuses = self.brake.reuses.lock().unwrap();
         let at = reuses.now.iter().position(|now| *now == source).unwrap();
         reuses.now.remove(at);

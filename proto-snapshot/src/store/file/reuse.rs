@@ -10,6 +10,7 @@ use std::io::{self, Read as _, Write as _};
 use std::path::{Path, PathBuf};
 
 use proto_common::checksum::Crc64Hasher;
+use tokio_util::sync::CancellationToken;
 
 use crate::extent::Extent;
 use crate::store::StoreError;
@@ -20,7 +21,6 @@ use super::staging::Inner;
 use super::write::{READ_LEN, no_link, no_link_at, open_file};
 
 struct Copied {
-    len: u64,
     blake3: [u8; 32],
     crc: u64,
 }
@@ -33,11 +33,13 @@ enum Copy {
     Later,
     /// It could not be read to its end, or changed meanwhile.
     Failed,
+    /// Nobody needs it any more.
+    Stopped,
     Done(Copied),
 }
 
 impl Inner {
-    pub(super) fn reuse(&self, number: u32) -> Result<Option<u64>, StoreError> {
+    pub(super) fn reuse(&self, number: u32, stop: &CancellationToken) -> Result<Option<u64>, StoreError> {
         let file = self.file(number)?;
         let (Some(digest), Some(size)) = (file.blake3.as_deref().copied(), file.size) else {
             return Ok(None);
@@ -49,9 +51,10 @@ impl Inner {
         let index = &self.shared.index;
         let mut last = None;
         while let Some(source) = index.with_digest(&digest, size, last.as_ref()) {
-            match self.copy_any(number, &source.path(), size)? {
+            match self.copy_any(number, &source.path(), size, stop)? {
                 Copy::None | Copy::Failed => index.correct(&source, &digest, None),
                 Copy::Later => {}
+                Copy::Stopped => return Ok(None),
                 Copy::Done(copied) if copied.blake3 == digest => {
                     self.move_in(number, size)?;
                     return Ok(Some(copied.crc));
@@ -65,7 +68,11 @@ impl Inner {
         }
         while let Some(source) = index.take_unknown(&file.name, size) {
             // The bytes are read to learn the digest; if it is the right one, the file is there with that.
-            let Copy::Done(found) = self.copy_any(number, &source.path(), size)? else { continue };
+            let found = match self.copy_any(number, &source.path(), size, stop)? {
+                Copy::Done(found) => found,
+                Copy::Stopped => return Ok(None),
+                Copy::None | Copy::Later | Copy::Failed => continue,
+            };
             index.learn(&source, found.blake3);
             if found.blake3 == digest {
                 self.move_in(number, size)?;
@@ -77,7 +84,13 @@ impl Inner {
     }
 
     /// Copies `source` beside the tree, if it has `size` bytes.
-    fn copy_any(&self, number: u32, source: &Path, size: u64) -> Result<Copy, StoreError> {
+    fn copy_any(
+        &self,
+        number: u32,
+        source: &Path,
+        size: u64,
+        stop: &CancellationToken,
+    ) -> Result<Copy, StoreError> {
         let mut from = match open_file(source) {
             Ok(from) => from,
             Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::InvalidInput) => {
@@ -95,13 +108,11 @@ impl Inner {
             made => made.map_err(failed)?,
         }
         let path = self.copy_path(number);
-        match copy(&mut from, &path, size) {
-            Ok(Some(copied)) if copied.len == size => Ok(Copy::Done(copied)),
-            result => {
-                self.discard_copy(number);
-                result.map(|_| Copy::Failed).map_err(failed)
-            }
+        let copied = copy(&mut from, &path, size, stop);
+        if !matches!(copied, Ok(Copy::Done(_))) {
+            self.discard_copy(number);
         }
+        copied.map_err(failed)
     }
 
     fn copy_path(&self, number: u32) -> PathBuf {
@@ -135,8 +146,8 @@ impl Inner {
     }
 }
 
-/// Copies `from` to a new file at `path`, at most `size` bytes. `None` if `from` cannot be read.
-fn copy(from: &mut File, path: &Path, size: u64) -> io::Result<Option<Copied>> {
+/// Copies `from`, which should have `size` bytes, to a new file at `path`, until `stop`.
+fn copy(from: &mut File, path: &Path, size: u64, stop: &CancellationToken) -> io::Result<Copy> {
     let mut to = no_link().read(true).write(true).create(true).truncate(true).open(path)?;
     let cloned = clone(&to, from);
     let mut blake3 = blake3::Hasher::new();
@@ -146,11 +157,14 @@ fn copy(from: &mut File, path: &Path, size: u64) -> io::Result<Option<Copied>> {
     // Of a clone, what counts is what is in the clone.
     let mut source = if cloned { to.try_clone()? } else { from.try_clone()? };
     while len <= size {
+        if stop.is_cancelled() {
+            return Ok(Copy::Stopped);
+        }
         let read = match source.read(&mut buffer) {
             Ok(0) => break,
             Ok(read) => read,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(_) => return Ok(None),
+            Err(_) => return Ok(Copy::Failed),
         };
         let bytes = &buffer[..read];
         if !cloned {
@@ -160,7 +174,10 @@ fn copy(from: &mut File, path: &Path, size: u64) -> io::Result<Option<Copied>> {
         crc.update(bytes);
         len += u64::try_from(read).unwrap_or(u64::MAX);
     }
-    Ok(Some(Copied { len, blake3: blake3.finalize().into(), crc: crc.finish() }))
+    if len != size {
+        return Ok(Copy::Failed);
+    }
+    Ok(Copy::Done(Copied { blake3: blake3.finalize().into(), crc: crc.finish() }))
 }
 
 /// Makes `to` share the blocks of `from`, if the file system can.

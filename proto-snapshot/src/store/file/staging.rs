@@ -9,6 +9,7 @@ use std::sync::{
 };
 
 use proto_common::durable::RecordLog;
+use tokio_util::sync::CancellationToken;
 
 use crate::extent::{Extent, ExtentRecord};
 use crate::spec::{FileTotal, ManifestFile, TransferPlan};
@@ -275,10 +276,10 @@ impl Staging for FileStaging {
         .await
     }
 
-    async fn reuse(&self, file: u32) -> Result<Option<u64>, StoreError> {
+    async fn reuse(&self, file: u32, stop: CancellationToken) -> Result<Option<u64>, StoreError> {
         self.run("copy an installed file", move |inner| {
             let _open = inner.open_for_writing()?;
-            inner.reuse(file)
+            inner.reuse(file, &stop)
         })
         .await
     }

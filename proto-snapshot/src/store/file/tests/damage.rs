@@ -6,6 +6,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use proto_common::fence::Fence;
 use proto_common::ids::ShardId;
+use tokio_util::sync::CancellationToken;
 
 use super::super::FileSnapshotStore;
 use super::super::recover::described;
@@ -788,7 +789,7 @@ async fn links_that_appear_while_a_transfer_runs_are_not_followed() {
     }
     staging.checksum(crate::extent::Extent { file: 1, offset: 0, len: 8 }).await.unwrap_err();
     for file in [0, 1] {
-        staging.reuse(file).await.unwrap_err();
+        staging.reuse(file, CancellationToken::new()).await.unwrap_err();
         assert_eq!(tree(outside.path()), before, "{file}");
     }
     // A file that is too long is cut when it is sealed.
@@ -836,7 +837,10 @@ async fn neither_a_format_nor_an_installed_file_that_is_a_pipe_keeps_anybody_wai
     let staging = store.stage(&plan_with_digests("next", 2, &files())).await.unwrap();
     make_pipe(&dir.path().join("installed/shard-1/base/c"));
     let soon = std::time::Duration::from_secs(20);
-    let reused = tokio::time::timeout(soon, staging.reuse(1)).await.expect("in time").unwrap();
+    let reused = tokio::time::timeout(soon, staging.reuse(1, CancellationToken::new()))
+        .await
+        .expect("in time")
+        .unwrap();
     assert_eq!(reused, None);
     drop((base, staging, store));
     make_pipe(&dir.path().join("FORMAT"));

@@ -320,6 +320,27 @@ async fn a_second_store_on_the_directory_is_refused() {
     FileSnapshotStore::open(dir.path(), options()).unwrap();
 }
 
+/// The record of what was current goes by IDs, and one of another shard may have the same.
+#[tokio::test]
+async fn what_is_staged_anew_under_an_id_that_was_current_is_installed() {
+    let dir = tempfile::tempdir_in(fast_dir()).unwrap();
+    let (store, _) = open(dir.path()).await;
+    installed(&store, "older", 1).await;
+    let mut elsewhere = plan("older", 1, &files(1));
+    elsewhere.spec.target_shard = proto_common::ids::ShardId::new("shard-2").unwrap();
+    let elsewhere = store.stage(&elsewhere).await.unwrap();
+    installed(&store, "newer", 2).await;
+    assert_eq!(store.shard(&shard()).await.unwrap().superseded.len(), 1, "it may still ask");
+    elsewhere.remove().await.unwrap();
+    let again = filled(&store, "older", 3).await;
+    assert_eq!(store.shard(&shard()).await.unwrap().superseded, []);
+    for at in 0..4 {
+        step(&again, at, 3).await;
+    }
+    let (id, files_now) = current(&store).await.unwrap();
+    assert_eq!((id.as_str(), files_now), ("older", as_tree(&files(3))));
+}
+
 /// A crash before the removal, and somebody else is quicker after the restart.
 #[tokio::test]
 async fn what_was_current_is_not_stale_when_it_asks_again() {

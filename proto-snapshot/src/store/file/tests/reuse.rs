@@ -9,6 +9,7 @@ use crate::store::file::{FileSnapshotStore, FileStaging, FileStoreOptions};
 use crate::store::{SnapshotStore as _, Staging as _};
 use proto_common::checksum::crc64;
 use proto_common::ids::{NodeId, ShardId};
+use tokio_util::sync::CancellationToken;
 
 fn files() -> Files {
     vec![
@@ -37,7 +38,7 @@ async fn base(store: &FileSnapshotStore, with_digests: bool) {
 async fn reuse_and_install(store: &FileSnapshotStore, staging: &FileStaging, files: &Files) -> Vec<bool> {
     let mut reused = Vec::new();
     for (number, (_, content)) in (0_u32..).zip(files) {
-        let found = staging.reuse(number).await.unwrap();
+        let found = staging.reuse(number, CancellationToken::new()).await.unwrap();
         reused.push(found.is_some());
         let extent = Extent { file: number, offset: 0, len: content.len() as u64 };
         match found {
@@ -92,11 +93,27 @@ async fn a_changed_source_is_not_used_and_does_no_harm() {
     fs::write(installed.join("same"), content).unwrap();
     fs::remove_file(installed.join("dir/moved")).unwrap();
     let staging = store.stage(&plan_with_digests("next", 2, &next())).await.unwrap();
-    assert_eq!(staging.reuse(0).await.unwrap(), None);
-    assert_eq!(staging.reuse(1).await.unwrap(), None);
+    assert_eq!(staging.reuse(0, CancellationToken::new()).await.unwrap(), None);
+    assert_eq!(staging.reuse(1, CancellationToken::new()).await.unwrap(), None);
     assert_eq!(fs::read_dir(dir.path().join("staging/next/reuse")).unwrap().count(), 0);
     assert!(!dir.path().join("staging/next/tree").exists(), "what was copied is not in the tree");
     assert_eq!(reuse_and_install(&store, &staging, &next()).await, [false; 4]);
+}
+
+#[tokio::test]
+async fn a_copy_that_nobody_needs_any_more_ends() {
+    for with_digests in [true, false] {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, _) = open(dir.path()).await;
+        base(&store, with_digests).await;
+        let staging = store.stage(&plan_with_digests("next", 2, &next())).await.unwrap();
+        let stop = CancellationToken::new();
+        stop.cancel();
+        assert_eq!(staging.reuse(0, stop).await.unwrap(), None);
+        assert_eq!(fs::read_dir(dir.path().join("staging/next/reuse")).unwrap().count(), 0);
+        let found = staging.reuse(0, CancellationToken::new()).await.unwrap();
+        assert_eq!(found.is_some(), with_digests, "one whose digest is known is not given up for that");
+    }
 }
 
 #[tokio::test]
@@ -138,10 +155,10 @@ async fn a_file_that_is_not_what_was_claimed_is_read_for_that_once() {
     };
     assert_eq!((found(&claimed[0].1), found(&true_ones[0].1)), (1, 0));
     let staging = store.stage(&plan_with_digests("next", 2, &claimed)).await.unwrap();
-    assert_eq!(staging.reuse(0).await.unwrap(), None);
+    assert_eq!(staging.reuse(0, CancellationToken::new()).await.unwrap(), None);
     assert_eq!((found(&claimed[0].1), found(&true_ones[0].1)), (0, 1));
     // What it is can be had, and so can the other one.
-    assert!(staging.reuse(1).await.unwrap().is_some());
+    assert!(staging.reuse(1, CancellationToken::new()).await.unwrap().is_some());
     let staging = store.stage(&plan_with_digests("third", 3, &true_ones)).await.unwrap();
     assert_eq!(reuse_and_install(&store, &staging, &true_ones).await, [true, true]);
 }
@@ -205,9 +222,9 @@ async fn a_claim_of_a_file_of_another_size_is_not_looked_at() {
     plan.manifest = Manifest::new(files).unwrap();
     let staging = store.stage(&plan).await.unwrap();
     std::os::unix::fs::symlink(&gone, &gone).unwrap();
-    assert_eq!(staging.reuse(0).await.unwrap(), None);
+    assert_eq!(staging.reuse(0, CancellationToken::new()).await.unwrap(), None);
     assert!(found(100).is_some(), "a loop of links is not opened, whoever asks");
     std::fs::remove_file(&gone).unwrap();
-    assert_eq!(staging.reuse(0).await.unwrap(), None);
+    assert_eq!(staging.reuse(0, CancellationToken::new()).await.unwrap(), None);
     assert!(found(100).is_none());
 }
