@@ -80,6 +80,9 @@ pub struct Limits {
     /// Records of cancelled migrations from one source node that are kept for so long at the target. Default 64. Before one more migration begins, the oldest
     /// of what is beyond is dropped; the history knows of it. Streams about such records are ended for that, and until they are, nothing begins.
     pub cancelled_per_peer: usize,
+    /// Migrations from one source node that are committed at the target and that their source has not taken note of. Default 64. Such a record stays until it
+    /// does, or an operator resolves it; with so many, nothing else of that source begins.
+    pub committed_per_peer: usize,
     /// Migrations that ended and are remembered. Default 1000.
     pub history: usize,
     /// Open watches of the node. Default 1024.
@@ -107,6 +110,7 @@ impl Default for Limits {
             slowest_time: Duration::from_secs(600),
             record_kept: Duration::from_secs(3600),
             cancelled_per_peer: 64,
+            committed_per_peer: 64,
             history: 1000,
             watchers: 1024,
             watchers_per_peer: 256,

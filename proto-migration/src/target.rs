@@ -8,7 +8,7 @@ use std::future::Future;
 use bytes::Bytes;
 use proto_common::error::Error;
 use proto_common::fence::Fence;
-use proto_common::ids::MigrationId;
+use proto_common::ids::{MigrationId, NodeId};
 use proto_common::slots::SlotRange;
 
 use crate::digest::SlotDigest;
@@ -59,6 +59,8 @@ pub struct Takeover<'a> {
     pub id: &'a MigrationId,
     /// The slots.
     pub slots: SlotRange,
+    /// Whose they were. Where another node has become known as their owner since it was prepared, nothing is taken over.
+    pub source_node: &'a NodeId,
     /// The epoch at which this node owns them from now on.
     pub slot_epoch: u64,
 }
@@ -169,7 +171,8 @@ pub trait MigrationTarget: Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// `STORAGE_FAILED`: it is called again until it succeeds; the requests for the slots are held meanwhile.
+    /// `STORAGE_FAILED`: it is called again until it succeeds; the requests for the slots are held meanwhile. `STALE_SLOT_EPOCH` where a slot is known to be of
+    /// another node than the source by now, or at that epoch or a higher one: then it is no longer prepared.
     fn commit(
         &self,
         takeover: &Takeover<'_>,

@@ -556,6 +556,35 @@ async fn cancelled_per_peer() {
     .await;
 }
 
+/// What is committed stays until its source knows of it: one that never takes note has no more than its share of such records.
+#[tokio::test]
+async fn committed_per_peer() {
+    let full = Refusal { facts: &[("limit", Some("2")), ("peer", Some(OFFENDER))], ..TOO_MANY };
+    let case = Case::new(|limits| limits.committed_per_peer = 2);
+    case.check(async |bench| {
+        let commits = async |number| {
+            let mut source = bench.accept(offered(number)).await;
+            source.bulk(Vec::new(), true).await;
+            source.prepare_of(&format!("x{number}"), 1, &bench.node.target).await;
+            let prepared = source.answer().await.unwrap();
+            assert!(matches!(prepared, Answer::Prepared(_)), "{prepared:?}");
+            source.send(COMMIT).await;
+            assert!(matches!(source.answer().await.unwrap(), Answer::Committed(_)));
+        };
+        commits(1).await;
+        commits(2).await;
+        let abuse = Abuse::default().refused(bench.refuses(offered(3)).await, full);
+        // One that takes note may begin another one.
+        let mut source = bench.accept(again(1, 2)).await;
+        source.send(Frame::Forget(Forget {})).await;
+        assert!(matches!(source.answer().await.unwrap(), Answer::Forgotten(_)));
+        source.end().await;
+        commits(3).await;
+        abuse.refused(bench.refuses(offered(4)).await, full)
+    })
+    .await;
+}
+
 /// Nor does it by streams that it holds open about each of them.
 #[tokio::test]
 async fn streams_about_cancelled_migrations_keep_no_more_records_than_there_may_be() {
@@ -650,7 +679,23 @@ async fn streams_per_peer() {
         let last = prepare(51, source.watermark, &bench.node.target.disk().staged[&x1()]);
         source.send(Frame::Prepare(last)).await;
         assert!(matches!(source.answer().await.unwrap(), Answer::Prepared(_)));
-        abuse.holds((source, held))
+        source.send(Frame::Release(Release { freeze: 51 })).await;
+        // One that does not wait longer each time has 64 of them refused, and then its stream.
+        for freeze in 52.. {
+            let prepare = prepare(freeze, source.watermark, &bench.node.target.disk().staged[&x1()]);
+            source.send(Frame::Prepare(prepare)).await;
+            match source.answer().await {
+                Ok(Answer::PrepareRefused(_)) => refused += 1,
+                Ok(_) => source.send(Frame::Release(Release { freeze })).await,
+                Err(error) => {
+                    abuse = abuse.refused(error, often);
+                    break;
+                }
+            }
+            assert!(refused <= 64, "it goes on");
+        }
+        assert_eq!(refused, 64);
+        abuse.holds(held)
     })
     .await;
 }

@@ -78,10 +78,12 @@ fn failed(error: StoreError) -> Error {
             .error(sentence)
             .metadata("slot", slot.to_string())
             .metadata("size", bytes.to_string()),
-        StoreError::Outdated { slot, epoch } => Reason::StaleSlotEpoch
-            .error(sentence)
-            .metadata("slot", slot.to_string())
-            .metadata("slot_epoch", epoch.to_string()),
+        StoreError::Outdated { slot, epoch } | StoreError::NotTheirs { slot, epoch, .. } => {
+            Reason::StaleSlotEpoch
+                .error(sentence)
+                .metadata("slot", slot.to_string())
+                .metadata("slot_epoch", epoch.to_string())
+        }
         StoreError::NoSpace { needed, available, .. } => Reason::InsufficientDisk
             .error(format!("the disk has {available} bytes left, of {needed} that are needed"))
             .metadata("needed_bytes", needed.to_string())

@@ -1,6 +1,6 @@
 //! What a stream brought, applied in the order in which it came: batches, and what the source asks to be done.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -26,6 +26,10 @@ use crate::v1::{MigrationState, SlotMismatch};
 
 /// Batches that are gathered at most, however small they are: what the applier holds beside their bytes is bounded by it. For 1 GiB of rows 16 are as fast.
 const GATHERED: usize = 1024;
+
+/// Freezes of one stream that are refused because they come too often. A source waits longer with each that is refused; one that does not would have the record
+/// copied and the refusal logged as fast as it sends.
+const TOO_OFTEN: u32 = 64;
 
 /// Something to do.
 #[derive(Debug)]
@@ -102,6 +106,8 @@ pub(super) struct Applier<T: MigrationTarget> {
     pub(super) attempt: u64,
     pub(super) flow: Arc<Flow>,
     pub(super) answers: Answers,
+    /// Freezes that came too often.
+    pub(super) too_often: AtomicU32,
 }
 
 impl<T: MigrationTarget> Applier<T> {
@@ -245,7 +251,16 @@ impl<T: MigrationTarget> Applier<T> {
         let answer = {
             let mut state = self.slot.state.lock().await;
             let incoming = self.receiving(&mut state)?;
-            let answer = match self.try_prepare(incoming, &wanted).await {
+            // Not waited for: writes are held at the source.
+            let turn = self.inner.freezes.take(&incoming.record.spec.source_node, Duration::ZERO);
+            let prepared = match turn {
+                Ok(_) => self.try_prepare(incoming, &wanted).await,
+                Err(error) if self.too_often.fetch_add(1, Ordering::Relaxed) >= TOO_OFTEN => {
+                    return Err(error);
+                }
+                Err(error) => Err((error, None)),
+            };
+            let answer = match prepared {
                 Ok(()) => Answer::Prepared(Prepared {
                     freeze,
                     final_seq: wanted.at.final_seq,
@@ -284,8 +299,6 @@ impl<T: MigrationTarget> Applier<T> {
         let PreparedAt { final_seq, new_slot_epoch, .. } = wanted.at;
         let (target, id) = (&self.inner.target, &self.slot.id);
         let mut next = incoming.record.clone();
-        // Not waited for: writes are held at the source.
-        self.inner.freezes.take(&next.spec.source_node, Duration::ZERO).map_err(|error| (error, None))?;
         let slots = next.spec.slots;
         let watermark = next.kept.through_seq;
         if !next.kept.copied || watermark != final_seq {

@@ -239,7 +239,14 @@ impl<T: MigrationTarget> Inner<T> {
         self.introduce(&mut record, header);
         begin_copy(&mut record, header);
         // First: what began without being shown would be nobody's until the next start.
-        let tracker = self.migrations.insert(record.progress.clone())?;
+        let tracker = match self.migrations.insert(record.progress.clone()) {
+            Ok(tracker) => tracker,
+            Err(error) => {
+                // What was admitted counts at the store.
+                guarded(async { self.target.forget(&slot.id).await }).await?;
+                return Err(error);
+            }
+        };
         let mut incoming = Incoming::new(record.clone(), Staged::default());
         let begun = self.begin(slot, &mut incoming, record).await;
         if let Err(error) = &begun

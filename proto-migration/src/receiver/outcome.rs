@@ -70,7 +70,13 @@ impl<T: MigrationTarget> Inner<T> {
             ..FreezeAttempt::default()
         });
         next.enter(MigrationState::Committed);
-        let takeover = Takeover { id: &slot.id, slots: next.spec.slots, slot_epoch: prepared.new_slot_epoch };
+        let spec = next.spec.clone();
+        let takeover = Takeover {
+            id: &slot.id,
+            slots: spec.slots,
+            source_node: &spec.source_node,
+            slot_epoch: prepared.new_slot_epoch,
+        };
         reached("take_over.before", next.state());
         let mut wait = COMMIT_BACKOFF.0;
         while let Err(error) = guarded(async { self.target.commit(&takeover, next.encode()).await }).await {

@@ -200,17 +200,30 @@ impl<T: MigrationTarget> Inner<T> {
 
     /// Drops the oldest records of cancelled migrations from `source`, beyond those that are kept for a node, before one more begins: whoever begins and
     /// cancels, again and again, fills neither the store nor the memory. Streams about such records are ended, and where that takes a while, it has to come back.
+    /// What is committed cannot be dropped before its source knows of it: with too many such records, nothing begins.
     pub(super) async fn make_room(&self, source: &NodeId) -> Result<(), Error> {
         let slots: Vec<_> = self.slots().values().cloned().collect();
-        let mut ended = Vec::new();
+        let (mut ended, mut committed) = (Vec::new(), 0);
         for slot in slots {
             let found = slot.state.try_lock().ok().and_then(|state| {
-                let incoming = state.as_ref()?;
-                let is_one = incoming.state() == MigrationState::Cancelled
-                    && incoming.record.spec.source_node == *source;
+                let incoming =
+                    state.as_ref().filter(|incoming| incoming.record.spec.source_node == *source)?;
+                committed += usize::from(incoming.state() == MigrationState::Committed);
+                let is_one = incoming.state() == MigrationState::Cancelled;
                 is_one.then(|| (slot.has_stream(), incoming.last_stream, discarded(incoming)))
             });
             ended.extend(found.map(|found| (found, slot)));
+        }
+        let limit = self.limits.committed_per_peer;
+        if committed >= limit {
+            return Err(Reason::TooManyMigrations
+                .error(format!(
+                    "{committed} migrations from node {source} are committed here without its having taken note of it; it has to, or an operator has to \
+                     resolve them, before one more begins"
+                ))
+                .metadata("limit", limit.to_string())
+                .metadata("peer", source.as_str())
+                .retry_after(COME_BACK));
         }
         let limit = self.limits.cancelled_per_peer;
         let beyond = ended.len().saturating_sub(limit);

@@ -3,7 +3,7 @@
 //! It ends in a fixed order: the applier finishes what it has, the right to write is given up, and the source is told.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use proto_common::access::Caller;
@@ -202,6 +202,7 @@ impl<T: MigrationTarget> Inner<T> {
             attempt: permit.attempt,
             flow: Arc::clone(&flow),
             answers: answers.clone(),
+            too_often: AtomicU32::new(0),
         };
         let mut applying = tokio::spawn(applier.run(work));
         let credit = accepted.credit_limit;

@@ -53,17 +53,19 @@ impl Room {
         let missing = offer.missing_bytes.unwrap_or(0);
         store.check_space(missing).map_err(failed)?;
         let mut parts = self.parts();
+        let is_new = !parts.contains_key(offer.id);
         let part = parts.entry(offer.id.clone()).or_default();
         part.source = Some(offer.spec.source_node.clone());
         // It comes instead of what was announced before.
-        part.announced = 0;
-        let is_new = part.staged() == 0;
+        let before = std::mem::take(&mut part.announced);
         let admitted = self.check_share(&parts, store, offer.id, missing);
         match parts.get_mut(offer.id) {
             Some(part) if admitted.is_ok() => part.announced = part.staged().saturating_add(missing),
             // Or one who is refused could fill the memory with names.
-            _ if is_new => drop(parts.remove(offer.id)),
-            _ => {}
+            None => {}
+            Some(_) if is_new => drop(parts.remove(offer.id)),
+            // The stream that there is goes on with what it was let in for.
+            Some(part) => part.announced = before,
         }
         admitted
     }

@@ -126,11 +126,13 @@ impl MigrationTarget for NodeTarget {
     }
 
     async fn commit(&self, takeover: &Takeover<'_>, record: Bytes) -> Result<(), Error> {
-        let &Takeover { id, slots, slot_epoch } = takeover;
+        let &Takeover { id, slots, source_node, slot_epoch } = takeover;
         let claim = Claim { range: slots, owner: self.node.id().clone(), epoch: slot_epoch };
-        let taken = id.clone();
+        let (taken, source) = (id.clone(), source_node.clone());
         self.node
-            .change_ownership(move |store| async move { store.take_over(&taken, claim, record).await })
+            .change_ownership(
+                move |store| async move { store.take_over(&taken, &source, claim, record).await },
+            )
             .await
             .map_err(failed)?;
         self.room.ended(id);

@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use crate::common::NodeId;
+
 /// Why the store could not do what it was asked for.
 ///
 /// Cheap to clone: one failed commit answers every request of its batch.
@@ -62,6 +64,18 @@ pub enum StoreError {
         slot: u16,
         /// Its epoch.
         epoch: u64,
+    },
+    /// A slot is known to be of another node than the one that wants to give it away.
+    #[error("slot {slot} is known to be of node {owner} at epoch {epoch}, not of {source_node}")]
+    NotTheirs {
+        /// The slot.
+        slot: u16,
+        /// Its owner.
+        owner: NodeId,
+        /// Its epoch.
+        epoch: u64,
+        /// Who wants to give it away.
+        source_node: NodeId,
     },
     /// The change log does not reach back so far.
     #[error("{0}")]

@@ -178,7 +178,8 @@ async fn a_flipped_bit_after_a_crash_takes_no_decision_back() {
     let before = believed(&store);
     let (id, range) = (MigrationId::new("m1").unwrap(), "8192-16383".parse().unwrap());
     let claim = Claim { range, owner: NodeId::new("n1").unwrap(), epoch: 2 };
-    store.take_over(&id, claim, Bytes::from_static(b"committed")).await.unwrap();
+    let source = NodeId::new("n2").unwrap();
+    store.take_over(&id, &source, claim, Bytes::from_static(b"committed")).await.unwrap();
     let now = believed(&store);
     assert_ne!(now, before);
     let file = crashed(store, directory.path());

@@ -17,7 +17,7 @@ use super::tables::{self, Place, Row};
 use super::txn::RowsTxn;
 use super::writer::{Phases, Slice};
 use super::{Store, StoreError};
-use crate::common::{SlotRange, slot_of};
+use crate::common::{NodeId, SlotRange, slot_of};
 
 /// A row of table `migrations`.
 #[derive(Debug, Clone, Default)]
@@ -187,14 +187,16 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// [`StoreError::Refused`] if nothing is staged, [`StoreError::Outdated`] if a slot is claimed at a higher epoch.
+    /// [`StoreError::Refused`] if nothing is staged, [`StoreError::Outdated`] if a slot is claimed at a higher epoch, [`StoreError::NotTheirs`] if it is of neither
+    /// `source` nor the owner of `claim`, at whatever epoch.
     pub(crate) async fn take_over(
         &self,
         id: &MigrationId,
+        source: &NodeId,
         claim: Claim,
         record: Bytes,
     ) -> Result<Ownership, StoreError> {
-        let id = id.clone();
+        let (id, source) = (id.clone(), source.clone());
         self.writer()?
             .transact(move |txn, rows| {
                 let stored = Stored::get(txn, &id)?.unwrap_or_default();
@@ -206,6 +208,15 @@ impl Store {
                     }
                     Stored { record, ..stored }.put(txn, &id)?;
                     return Ok(present);
+                }
+                let third = |other: &&Claim| other.owner != source && other.owner != claim.owner;
+                if let Some(Claim { range, owner, epoch }) = present.overlapping(claim.range).find(third) {
+                    return Err(StoreError::NotTheirs {
+                        slot: range.start().max(claim.range.start()),
+                        owner: owner.clone(),
+                        epoch: *epoch,
+                        source_node: source.clone(),
+                    });
                 }
                 let ownership = adopt_all(txn, std::slice::from_ref(&claim))?;
                 if let Some((slot, epoch)) = ownership.against(&claim) {

@@ -1,5 +1,7 @@
 //! The target: what is staged is invisible until the commit, and whole after a crash.
 
+use std::sync::LazyLock;
+
 use bytes::Bytes;
 use proto::common::error::Error;
 use proto::common::fence::Fence;
@@ -53,7 +55,8 @@ fn counted(entries: &[Entry]) -> SlotDigests {
 }
 
 fn takeover(id: &MigrationId, slot_epoch: u64) -> Takeover<'_> {
-    Takeover { id, slots: moving(), slot_epoch }
+    static SOURCE: LazyLock<NodeId> = LazyLock::new(|| NodeId::new("n1").unwrap());
+    Takeover { id, slots: moving(), source_node: &SOURCE, slot_epoch }
 }
 
 fn exported(node: &TestNode) -> Vec<u8> {
@@ -345,8 +348,14 @@ async fn what_the_node_cannot_take_is_refused() {
     b.target.apply(&id, many(5, 3, "x"), Bytes::new()).await.unwrap();
     let refused = b.target.commit(&takeover(&id, 7), Bytes::new()).await.unwrap_err();
     assert_eq!((refused.reason(), refused.get("slot")), ("STALE_SLOT_EPOCH", Some("5000")));
+    // Nor at a higher epoch, where they became another node's after it was prepared.
+    let third = b.target.commit(&takeover(&id, 8), Bytes::new()).await.unwrap_err();
+    assert_eq!((third.reason(), third.get("slot")), ("STALE_SLOT_EPOCH", Some("5000")));
+    assert!(third.message().contains("of node n3 at epoch 7, not of n1"), "{third}");
     assert_eq!((b.node.own_ranges(), b.node.key_count()), (vec![range("0-100")], 0));
-    b.target.commit(&takeover(&id, 8), Bytes::new()).await.unwrap();
+    let n3 = NodeId::new("n3").unwrap();
+    let takeover = Takeover { source_node: &n3, ..takeover(&id, 8) };
+    b.target.commit(&takeover, Bytes::new()).await.unwrap();
     assert_eq!(b.node.key_count(), 3);
 }
 
@@ -382,6 +391,13 @@ async fn the_migrations_of_one_node_leave_room_to_those_of_others() {
     assert!(refused.is_retryable(), "{refused:?}");
     assert_eq!((refused.reason(), refused.get("peer")), ("INSUFFICIENT_DISK", Some("n1")));
     assert_eq!(refused.get("needed_bytes"), Some((120 * MIB).to_string().as_str()));
+    // One that comes back with more than that is refused, and counts as before: what it has begun goes on within its share.
+    let more = offer(&first, &one, 160 * MIB).await.unwrap_err();
+    assert_eq!((more.reason(), more.get("peer")), ("INSUFFICIENT_DISK", Some("n1")));
+    assert_eq!(
+        offer(&second, &two, 60 * MIB).await.unwrap_err().get("available_bytes"),
+        refused.get("available_bytes")
+    );
     // It may come again, and another node may come with as much.
     offer(&first, &one, 120 * MIB).await.unwrap();
     offer(&other, &three, 60 * MIB).await.unwrap();
