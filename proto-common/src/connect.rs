@@ -41,7 +41,7 @@ where
 
 /// Makes connections to one peer.
 ///
-/// `tonic::transport::Endpoint` is one (feature `channel`), [`connect_fn`] turns a closure into one. An `Arc` of one is one too.
+/// `dial::Dial`, which knows TLS, and `tonic::transport::Endpoint` are some (feature `channel`), [`connect_fn`] turns a closure into one. An `Arc` of one is one too.
 pub trait Connect: Send + Sync + 'static {
     /// What a generated client is made of.
     type Channel: GrpcChannel;
@@ -70,14 +70,15 @@ impl Connect for tonic::transport::Endpoint {
     type Channel = tonic::transport::Channel;
 
     async fn connect(&self) -> Result<Self::Channel, Error> {
-        tonic::transport::Endpoint::connect(self).await.map_err(|error| {
-            let address = self.uri().authority().map_or_else(String::new, ToString::to_string);
-            let message = format!("cannot connect to {address}: {}", deepest(&error));
-            Error::new(crate::error::CommonReason::Unavailable, message)
-                .metadata("address", address)
-                .caused_by(error)
-        })
+        tonic::transport::Endpoint::connect(self).await.map_err(|error| no_connection(self, error))
     }
+}
+
+#[cfg(feature = "channel")]
+pub(crate) fn no_connection(to: &tonic::transport::Endpoint, error: tonic::transport::Error) -> Error {
+    let address = to.uri().authority().map_or_else(String::new, ToString::to_string);
+    let message = format!("cannot connect to {address}: {}", deepest(&error));
+    Error::new(crate::error::CommonReason::Unavailable, message).metadata("address", address).caused_by(error)
 }
 
 /// What happened: tonic's own text is only "transport error".

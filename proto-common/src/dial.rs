@@ -8,9 +8,10 @@ use tonic::codegen::http::HeaderValue;
 use tonic::codegen::{Service, http};
 use tonic::transport::{Channel, Endpoint};
 
-use crate::connect::Connect;
+use crate::connect::{Connect, no_connection};
 use crate::error::{CommonReason, Error};
 use crate::ids::{ClusterId, NodeId};
+use crate::near::TcpConnector;
 use crate::peer::CLUSTER_METADATA;
 use crate::tuning::{CONNECT_TIMEOUT, endpoint};
 
@@ -128,7 +129,7 @@ impl Dial {
             let connector = crate::tls::connect::TlsConnector::new(tls.clone(), expected.clone(), self.limit);
             return self.named(endpoint.connect_with_connector_lazy(connector));
         }
-        self.named(endpoint.connect_lazy())
+        self.named(endpoint.connect_with_connector_lazy(TcpConnector::new(self.limit)))
     }
 
     fn named(&self, channel: Channel) -> NodeChannel {
@@ -177,6 +178,7 @@ impl Connect for Dial {
                 })
             });
         }
-        Connect::connect(&endpoint).await.map(|channel| self.named(channel))
+        let channel = endpoint.connect_with_connector(TcpConnector::new(self.limit)).await;
+        channel.map(|channel| self.named(channel)).map_err(|error| no_connection(&endpoint, error))
     }
 }

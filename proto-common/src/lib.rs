@@ -29,6 +29,8 @@ pub mod limits;
 pub mod listen;
 #[cfg(feature = "_rpc")]
 pub mod meter;
+#[cfg(all(feature = "client", feature = "channel"))]
+mod near;
 #[cfg(feature = "_rpc")]
 pub mod pace;
 pub mod path;

@@ -154,14 +154,14 @@ pub struct TransferHandle {
 }
 
 #[cfg(feature = "channel")]
-impl SnapshotSender<tonic::transport::Endpoint> {
+impl SnapshotSender<proto_common::dial::Dial> {
     /// A sender to `address` (`host:port` or a URI), over connections tuned for bulk. Nothing is connected yet.
     ///
     /// # Errors
     ///
     /// `INVALID_FIELD` when the address cannot be one.
     pub fn connect(address: &str) -> Result<Self, Error> {
-        Ok(Self::new(proto_common::tuning::endpoint(address)?))
+        Ok(Self::new(proto_common::dial::Dialer::plaintext().to(address, None)?))
     }
 }
 

@@ -93,7 +93,7 @@ async fn child_sender() {
     std::io::stdout().flush().unwrap();
 }
 
-fn sender(address: &str) -> SnapshotSender<tonic::transport::Endpoint> {
+fn sender(address: &str) -> SnapshotSender<proto_common::dial::Dial> {
     let mut options = SenderOptions::default();
     options.backoff.initial = Duration::from_millis(5);
     options.backoff.max = Duration::from_millis(50);

@@ -31,7 +31,7 @@ fn options(change: impl FnOnce(&mut SenderOptions)) -> SenderOptions {
     options
 }
 
-fn sender(address: &str) -> SnapshotSender<tonic::transport::Endpoint> {
+fn sender(address: &str) -> SnapshotSender<proto_common::dial::Dial> {
     SnapshotSender::connect(address).unwrap().options(options(|_| {}))
 }
 

@@ -66,6 +66,7 @@ impl TlsConnector {
             .await
             .map_err(|error| unavailable(address, &error.to_string()))?;
         stream.set_nodelay(true).map_err(|error| unavailable(address, &error.to_string()))?;
+        crate::near::tune(&stream);
         let loaded = self.tls.current();
         let name = ServerName::try_from(bare.to_owned())
             .map_err(|_| unavailable(address, "its name is neither an IP address nor a DNS name"))?;

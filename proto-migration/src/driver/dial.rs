@@ -41,15 +41,20 @@ pub struct TcpDial;
 
 #[cfg(feature = "channel")]
 impl Dial for TcpDial {
-    type Channel = tonic::transport::Channel;
+    type Channel = proto_common::dial::NodeChannel;
 
     async fn dial(&self, _node: &NodeId, address: &str) -> Result<Self::Channel, Error> {
-        proto_common::connect::Connect::connect(&proto_common::tuning::endpoint(address)?).await
+        proto_common::connect::Connect::connect(&plaintext(address)?).await
     }
 
     fn check(&self, address: &str) -> Result<(), Error> {
-        proto_common::tuning::endpoint(address).map(drop)
+        plaintext(address).map(drop)
     }
+}
+
+#[cfg(feature = "channel")]
+fn plaintext(address: &str) -> Result<proto_common::dial::Dial, Error> {
+    proto_common::dial::Dialer::plaintext().to(address, None)
 }
 
 /// In plaintext or by TLS; by TLS whoever answers has to be that node.
