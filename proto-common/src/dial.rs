@@ -67,7 +67,8 @@ impl Dialer {
             Error::new(CommonReason::InvalidField, format!("{}: {why}", endpoint.uri()))
                 .violation("address", why.to_owned())
         };
-        match (address.split_once("://").map(|(scheme, _)| scheme), self.is_encrypted()) {
+        let scheme = address.split_once("://").map(|(scheme, _)| scheme.to_ascii_lowercase());
+        match (scheme.as_deref(), self.is_encrypted()) {
             (Some("https"), false) => {
                 return Err(refuse(
                     "https takes a certificate, a key and a CA; write host:port for plaintext",

@@ -100,7 +100,8 @@ mod linux {
 
     /// A buffer that is set no longer grows, so that of a longer way is left alone.
     pub(super) fn apply(socket: &impl AsFd, rtt: Duration) -> nix::Result<()> {
-        if rtt > NEAR { Ok(()) } else { setsockopt(socket, SndBuf, &NEAR_SEND_BUFFER) }
+        // Without a sample, as where the first segment was sent twice, it is 0.
+        if rtt.is_zero() || rtt > NEAR { Ok(()) } else { setsockopt(socket, SndBuf, &NEAR_SEND_BUFFER) }
     }
 }
 
@@ -121,8 +122,10 @@ mod tests {
         let buffer = || getsockopt(&socket, SndBuf).unwrap();
         let untouched = buffer();
         assert!(untouched > 2 * NEAR_SEND_BUFFER, "{untouched}");
-        linux::apply(&socket, NEAR + Duration::from_micros(1)).unwrap();
-        assert_eq!(buffer(), untouched);
+        for rtt in [NEAR + Duration::from_micros(1), Duration::ZERO] {
+            linux::apply(&socket, rtt).unwrap();
+            assert_eq!(buffer(), untouched);
+        }
         linux::apply(&socket, NEAR).unwrap();
         let max: usize =
             std::fs::read_to_string("/proc/sys/net/core/wmem_max").unwrap().trim().parse().unwrap();

@@ -59,8 +59,9 @@ pub struct Takeover<'a> {
     pub id: &'a MigrationId,
     /// The slots.
     pub slots: SlotRange,
-    /// Whose they were. Where another node has become known as their owner since it was prepared, nothing is taken over.
-    pub source_node: &'a NodeId,
+    /// Whose they have to be as far as anybody is known to own them: a node that has lost them since it was prepared cannot give them away. `None` where others have
+    /// decided, an operator or [`Decisions`](crate::decisions::Decisions): then the epoch alone counts, and what is known of a third node may be out of date.
+    pub from: Option<&'a NodeId>,
     /// The epoch at which this node owns them from now on.
     pub slot_epoch: u64,
 }
@@ -171,8 +172,8 @@ pub trait MigrationTarget: Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// `STORAGE_FAILED`: it is called again until it succeeds; the requests for the slots are held meanwhile. `STALE_SLOT_EPOCH` where a slot is known to be of
-    /// another node than the source by now, or at that epoch or a higher one: then it is no longer prepared.
+    /// `STORAGE_FAILED`: it is called again until it succeeds; the requests for the slots are held meanwhile. `STALE_SLOT_EPOCH` where a slot is known at
+    /// that epoch or a higher one, or to be of another node than it has to be: then it is no longer prepared, unless `Decisions` have decided, where it is tried again.
     fn commit(
         &self,
         takeover: &Takeover<'_>,

@@ -22,7 +22,7 @@ const COMMIT_BACKOFF: (Duration, Duration) = (Duration::from_millis(10), Duratio
 impl<T: MigrationTarget> Inner<T> {
     /// Makes the slots those of this node, as was prepared: tried until it succeeds or the node stops. Requests are held meanwhile.
     ///
-    /// `STALE_SLOT_EPOCH` if another owner has become known since: no retry helps, and nothing is prepared any more, unless others have
+    /// `STALE_SLOT_EPOCH` if another owner has become known since: nothing is prepared any more, unless others have
     /// decided that it commits.
     pub(super) async fn commit(
         &self,
@@ -74,7 +74,7 @@ impl<T: MigrationTarget> Inner<T> {
         let takeover = Takeover {
             id: &slot.id,
             slots: spec.slots,
-            source_node: &spec.source_node,
+            from: (operator.is_none() && self.decisions.is_none()).then_some(&spec.source_node),
             slot_epoch: prepared.new_slot_epoch,
         };
         reached("take_over.before", next.state());

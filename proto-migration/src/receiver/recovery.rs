@@ -208,7 +208,9 @@ impl<T: MigrationTarget> Inner<T> {
             let found = slot.state.try_lock().ok().and_then(|state| {
                 let incoming =
                     state.as_ref().filter(|incoming| incoming.record.spec.source_node == *source)?;
-                committed += usize::from(incoming.state() == MigrationState::Committed);
+                // What an operator has committed nobody may come back for.
+                let waits = incoming.record.progress.resolved_reason.is_none();
+                committed += usize::from(waits && incoming.state() == MigrationState::Committed);
                 let is_one = incoming.state() == MigrationState::Cancelled;
                 is_one.then(|| (slot.has_stream(), incoming.last_stream, discarded(incoming)))
             });

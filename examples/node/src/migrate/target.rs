@@ -126,13 +126,13 @@ impl MigrationTarget for NodeTarget {
     }
 
     async fn commit(&self, takeover: &Takeover<'_>, record: Bytes) -> Result<(), Error> {
-        let &Takeover { id, slots, source_node, slot_epoch } = takeover;
+        let &Takeover { id, slots, from, slot_epoch } = takeover;
         let claim = Claim { range: slots, owner: self.node.id().clone(), epoch: slot_epoch };
-        let (taken, source) = (id.clone(), source_node.clone());
+        let (taken, from) = (id.clone(), from.cloned());
         self.node
-            .change_ownership(
-                move |store| async move { store.take_over(&taken, &source, claim, record).await },
-            )
+            .change_ownership(move |store| async move {
+                store.take_over(&taken, from.as_ref(), claim, record).await
+            })
             .await
             .map_err(failed)?;
         self.room.ended(id);

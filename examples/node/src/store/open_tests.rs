@@ -179,7 +179,7 @@ async fn a_flipped_bit_after_a_crash_takes_no_decision_back() {
     let (id, range) = (MigrationId::new("m1").unwrap(), "8192-16383".parse().unwrap());
     let claim = Claim { range, owner: NodeId::new("n1").unwrap(), epoch: 2 };
     let source = NodeId::new("n2").unwrap();
-    store.take_over(&id, &source, claim, Bytes::from_static(b"committed")).await.unwrap();
+    store.take_over(&id, Some(&source), claim, Bytes::from_static(b"committed")).await.unwrap();
     let now = believed(&store);
     assert_ne!(now, before);
     let file = crashed(store, directory.path());

@@ -187,16 +187,16 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// [`StoreError::Refused`] if nothing is staged, [`StoreError::Outdated`] if a slot is claimed at a higher epoch, [`StoreError::NotTheirs`] if it is of neither
-    /// `source` nor the owner of `claim`, at whatever epoch.
+    /// [`StoreError::Refused`] if nothing is staged, [`StoreError::Outdated`] if a slot is claimed at a higher epoch, [`StoreError::NotTheirs`] if `from` is told
+    /// and it is of neither that node nor the owner of `claim`, at whatever epoch.
     pub(crate) async fn take_over(
         &self,
         id: &MigrationId,
-        source: &NodeId,
+        from: Option<&NodeId>,
         claim: Claim,
         record: Bytes,
     ) -> Result<Ownership, StoreError> {
-        let (id, source) = (id.clone(), source.clone());
+        let (id, from) = (id.clone(), from.cloned());
         self.writer()?
             .transact(move |txn, rows| {
                 let stored = Stored::get(txn, &id)?.unwrap_or_default();
@@ -209,13 +209,16 @@ impl Store {
                     Stored { record, ..stored }.put(txn, &id)?;
                     return Ok(present);
                 }
-                let third = |other: &&Claim| other.owner != source && other.owner != claim.owner;
-                if let Some(Claim { range, owner, epoch }) = present.overlapping(claim.range).find(third) {
+                let third =
+                    |other: &&Claim| Some(&other.owner) != from.as_ref() && other.owner != claim.owner;
+                if let Some(from) = &from
+                    && let Some(Claim { range, owner, epoch }) = present.overlapping(claim.range).find(third)
+                {
                     return Err(StoreError::NotTheirs {
                         slot: range.start().max(claim.range.start()),
                         owner: owner.clone(),
                         epoch: *epoch,
-                        source_node: source.clone(),
+                        source_node: from.clone(),
                     });
                 }
                 let ownership = adopt_all(txn, std::slice::from_ref(&claim))?;

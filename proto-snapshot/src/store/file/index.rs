@@ -305,6 +305,18 @@ impl Index {
         found
     }
 
+    /// Nobody has read what was [taken out](Self::take_unknown).
+    pub(super) fn put_back(&self, file: &Installed) {
+        let mut maps = lock(&self.maps);
+        let number = file.snapshot.number;
+        if maps.found.contains_key(&number)
+            && let Some(line) = file.snapshot.manifest.get(file.file)
+        {
+            let hash = maps.names.hash_one(&line.name);
+            maps.unknown.insert((hash, number, file.file));
+        }
+    }
+
     /// `file` has this digest.
     pub(super) fn learn(&self, file: &Installed, digest: [u8; 32]) {
         lock(&self.maps).learn(file, digest);

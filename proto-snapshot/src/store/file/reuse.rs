@@ -70,7 +70,10 @@ impl Inner {
             // The bytes are read to learn the digest; if it is the right one, the file is there with that.
             let found = match self.copy_any(number, &source.path(), size, stop)? {
                 Copy::Done(found) => found,
-                Copy::Stopped => return Ok(None),
+                Copy::Stopped => {
+                    index.put_back(&source);
+                    return Ok(None);
+                }
                 Copy::None | Copy::Later | Copy::Failed => continue,
             };
             index.learn(&source, found.blake3);

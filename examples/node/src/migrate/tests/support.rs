@@ -272,8 +272,7 @@ impl Mover {
         to.target.check_epoch(slots, slot_epoch).await.unwrap();
         let held = to.target.hold(slots);
         let all = from.source.hold(slots, HoldMode::All).await.unwrap();
-        let source_node = from.node.id();
-        let takeover = Takeover { id, slots, source_node, slot_epoch };
+        let takeover = Takeover { id, slots, from: Some(from.node.id()), slot_epoch };
         to.target.commit(&takeover, bytes("committed")).await.unwrap();
         drop(held);
         let owner = to.node.id().clone();

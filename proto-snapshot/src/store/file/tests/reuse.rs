@@ -111,8 +111,7 @@ async fn a_copy_that_nobody_needs_any_more_ends() {
         stop.cancel();
         assert_eq!(staging.reuse(0, stop).await.unwrap(), None);
         assert_eq!(fs::read_dir(dir.path().join("staging/next/reuse")).unwrap().count(), 0);
-        let found = staging.reuse(0, CancellationToken::new()).await.unwrap();
-        assert_eq!(found.is_some(), with_digests, "one whose digest is known is not given up for that");
+        assert!(staging.reuse(0, CancellationToken::new()).await.unwrap().is_some());
     }
 }
 
