@@ -68,7 +68,7 @@ impl<C: Connect> Clone for SnapshotSender<C> {
 #[non_exhaustive]
 pub struct SenderOptions {
     /// Streams, each on its own connection; the receiver may allow fewer. 0, the default, leaves the choice to the sender, which takes 1: more
-    /// are for where one connection is what limits, such as a long path or TLS on a fast one.
+    /// are for where one connection is what limits, such as a long path, or TLS on a fast one where cores are free.
     pub lanes: u32,
     /// Payload bytes per second at most, over all lanes. Default: what the receiver asks for.
     pub bytes_per_second: Option<NonZeroU64>,

@@ -126,7 +126,7 @@ impl<T: MigrationTarget> Applier<T> {
             };
             match work {
                 Work::Batch(first) => {
-                    let mut bytes = first.payload;
+                    let mut bytes = first.held();
                     let mut waited_for = first.is_waited_for();
                     let mut batches = vec![first];
                     while next.is_none() && bytes < limits.apply_bytes && batches.len() < GATHERED {
@@ -137,8 +137,10 @@ impl<T: MigrationTarget> Applier<T> {
                             Err(_) => timeout_at(due, queue.recv()).await.unwrap_or(None),
                         };
                         match more {
-                            Some(Work::Batch(more)) if bytes + more.payload <= limits.apply_bytes => {
-                                bytes += more.payload;
+                            Some(Work::Batch(more))
+                                if bytes.saturating_add(more.held()) <= limits.apply_bytes =>
+                            {
+                                bytes += more.held();
                                 waited_for |= more.is_waited_for();
                                 batches.push(more);
                             }

@@ -1,6 +1,6 @@
 //! One batch of rows or changes: everything that is checked before any of it is applied.
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use proto_common::bulk::Payload;
 use proto_common::error::Error;
 use proto_common::slots::{SlotRange, slot_of};
@@ -14,6 +14,10 @@ use crate::v1::transfer_migration_data_request::{Bulk, Delta, Frame};
 
 /// Longest cursor, in bytes.
 const MAX_CURSOR_BYTES: usize = 65 << 10;
+/// A payload below this size gets memory of its own, and so does each cursor: as slices of the HTTP/2 frames that they came in, of up to 512 KiB, they keep all of these, whatever
+/// else was in there, until they are applied, and credit would not bound it. A longer payload keeps at most the frames at its two ends, four times its size. To copy
+/// 256 KiB takes some 30 µs; a page that is full has 512 KiB.
+const OWNED: usize = 256 << 10;
 
 /// What a batch changes beside its entries.
 #[derive(Debug)]
@@ -37,6 +41,12 @@ pub(super) struct Batch {
 }
 
 impl Batch {
+    /// Bytes that it holds until it is applied, beside what its entries take.
+    pub(super) fn held(&self) -> u64 {
+        let cursor = if let Moves::Copy { cursor, .. } = &self.moves { cursor.len() } else { 0 };
+        self.payload.saturating_add(cursor as u64)
+    }
+
     /// Whether somebody waits for it to be durable, or for what can begin once it is.
     pub(super) fn is_waited_for(&self) -> bool {
         self.urgent.is_some() || matches!(self.moves, Moves::Copy { last: true, .. })
@@ -82,6 +92,7 @@ impl Checker {
             let problem = format!("has {} bytes; the limit is {MAX_CURSOR_BYTES}", cursor.len());
             return Err(Reason::InvalidField.field("bulk.cursor", problem));
         }
+        let cursor = Bytes::copy_from_slice(&cursor);
         let bytes = payload.len() as u64;
         let entries = self.open("bulk", number, entry_count, crc64nvme, payload, credit)?;
         self.copied = last;
@@ -155,7 +166,7 @@ impl Checker {
                 format!("is {declared_crc:#018x}, the payload has {actual:#018x}; nothing of it was stored");
             return Err(Reason::BatchChecksumMismatch.field(&field("crc64nvme"), problem));
         }
-        let entries = decode(payload.reader(), entry_count, self.slots, path)?;
+        let entries = decode(owned(payload).reader(), entry_count, self.slots, path)?;
         let largest = u64::from(self.batch_bytes).saturating_sub(ENTRY_OVERHEAD as u64);
         if let Some((index, entry)) = entries.iter().enumerate().find(|(_, entry)| entry.bytes() > largest) {
             let problem = format!("has {} bytes of key and value; the limit is {largest}", entry.bytes());
@@ -172,5 +183,37 @@ impl Checker {
         self.taken += payload;
         self.largest = self.largest.max(payload);
         Batch { number, payload, entries, moves, urgent: None }
+    }
+}
+
+/// Without the frames that it came in, if it is small; see [`OWNED`].
+fn owned(payload: Payload) -> Payload {
+    if payload.len() >= OWNED {
+        return payload;
+    }
+    let mut own = BytesMut::with_capacity(payload.len());
+    for slice in payload.slices() {
+        own.extend_from_slice(slice);
+    }
+    own.freeze().into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_small_payload_keeps_nothing_of_the_frame_that_it_came_in() {
+        let frame = Bytes::from(vec![7; 4 * OWNED]);
+        let is_of_it = |payload: &Payload| {
+            payload.slices().iter().any(|slice| frame.as_ptr_range().contains(&slice.as_ptr()))
+        };
+        for (len, stays) in [(1, false), (OWNED - 1, false), (OWNED, true)] {
+            let payload = Payload::from(frame.slice(64..64 + len));
+            assert!(is_of_it(&payload));
+            let payload = owned(payload);
+            assert_eq!((payload.len(), is_of_it(&payload)), (len, stays));
+            assert_eq!(payload.into_bytes(), frame.slice(..len));
+        }
     }
 }

@@ -744,7 +744,14 @@ impl<S: SnapshotStore> Inner<S> {
         if let Some(stop) = permit.stopped() {
             return Err(stop);
         }
-        incoming.flush().await
+        // Of all that was copied: it takes as long as the disk does.
+        let mut flushed = std::pin::pin!(incoming.flush());
+        loop {
+            tokio::select! {
+                flushed = &mut flushed => return flushed,
+                _ = alive.tick() => still_here(),
+            }
+        }
     }
 }
 

@@ -3,6 +3,8 @@
 //! A chunk is *claimed* when it is accepted from a stream (so that no other stream brings it too), *written* when the
 //! store has taken it, *durable* after a sync. What is missing is what is not claimed.
 
+use std::collections::HashSet;
+
 use proto_common::error::Error;
 
 use crate::books::Books;
@@ -381,6 +383,7 @@ impl Ledger {
 
     fn durable_without(&self, damaged: &[Extent]) -> Books {
         let mut durable = self.durable.clone();
+        let damaged: HashSet<&Extent> = damaged.iter().collect();
         for record in self.inherited.iter().filter(|record| !damaged.contains(&record.extent)) {
             let fits = insert(&mut durable, *record);
             debug_assert!(fits, "inherited and durable overlap: {record:?}");
