@@ -105,7 +105,8 @@ mod linux {
     }
 }
 
-#[cfg(all(test, target_os = "linux"))]
+#[cfg(test)]
+#[cfg(target_os = "linux")]
 mod tests {
     use nix::sys::socket::getsockopt;
     use nix::sys::socket::sockopt::SndBuf;
@@ -127,8 +128,31 @@ mod tests {
             assert_eq!(buffer(), untouched);
         }
         linux::apply(&socket, NEAR).unwrap();
-        let max: usize =
-            std::fs::read_to_string("/proc/sys/net/core/wmem_max").unwrap().trim().parse().unwrap();
-        assert_eq!(buffer(), 2 * NEAR_SEND_BUFFER.min(max));
+        assert_eq!(buffer(), granted());
+    }
+
+    /// What Linux makes of the small one.
+    fn granted() -> usize {
+        let max = std::fs::read_to_string("/proc/sys/net/core/wmem_max").unwrap();
+        2 * NEAR_SEND_BUFFER.min(max.trim().parse().unwrap())
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_is_dialled_has_it() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let uri: Uri = format!("http://{}", listener.local_addr().unwrap()).parse().unwrap();
+        let mut connector = TcpConnector::new(Duration::from_secs(60));
+        // One of them is made without the machine doing something else meanwhile.
+        for _ in 0..100 {
+            std::future::poll_fn(|cx| connector.poll_ready(cx)).await.unwrap();
+            let socket = connector.call(uri.clone()).await.unwrap();
+            let socket = socket.inner();
+            assert!(socket.nodelay().unwrap());
+            if linux::rtt(socket).unwrap() <= NEAR {
+                assert_eq!(getsockopt(socket, SndBuf).unwrap(), granted());
+                return;
+            }
+        }
+        panic!("no connection on loopback was near");
     }
 }

@@ -44,8 +44,6 @@ use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-#[cfg(feature = "channel")]
-pub use dial::TcpDial;
 pub use dial::{Dial, DialFn, dial_fn};
 pub use recovery::{Doubt, Doubtful, Sorted, SoundRecord, sort};
 

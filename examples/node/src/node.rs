@@ -215,8 +215,7 @@ impl Node {
     /// moment ago: the slot map is learned within a second.
     pub(crate) fn third_owner(&self, range: SlotRange, source: &NodeId) -> Option<(NodeId, String)> {
         let ownership = self.inner.gate.ownership();
-        let third = |claim: &&Claim| claim.owner != *source && claim.owner != self.inner.id;
-        let Claim { range: slots, owner, .. } = ownership.overlapping(range).find(third)?;
+        let Claim { range: slots, owner, .. } = ownership.of_neither(range, source, &self.inner.id)?;
         let sentence = format!("slots {slots} of {range} are known to be of node {owner}, not of {source}");
         Some((owner.clone(), sentence))
     }

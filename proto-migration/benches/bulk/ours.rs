@@ -2,10 +2,11 @@
 
 use std::time::{Duration, Instant};
 
+use proto_common::dial::Dialer;
 use proto_common::slots::SlotRange;
 use proto_common::tuning::{incoming, tune_server};
 use proto_common::v1::{Direction, NodeIdentity};
-use proto_migration::driver::{MigrationDriver, TcpDial};
+use proto_migration::driver::MigrationDriver;
 use proto_migration::journal::Journal;
 use proto_migration::limits::Limits;
 use proto_migration::receiver::MigrationReceiver;
@@ -49,7 +50,8 @@ pub async fn send(side: &Side, address: &str, page: Option<usize>) -> Sent {
     let source = MemorySource::new(Payload::new(), side.bytes / side.chunk as u64, side.chunk);
     let mut limits = Limits::default();
     limits.sent_batch_bytes = page.unwrap_or(limits.sent_batch_bytes);
-    let driver = MigrationDriver::builder(identity("n1", 1), source, journal, TcpDial).limits(limits);
+    let driver =
+        MigrationDriver::builder(identity("n1", 1), source, journal, Dialer::plaintext()).limits(limits);
     let driver = driver.start(recovered).await.unwrap();
     let mut client = MigrationServiceClient::new(driver.node().into_service());
     let request = StartMigrationRequest {

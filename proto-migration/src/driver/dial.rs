@@ -8,7 +8,7 @@ use proto_common::ids::NodeId;
 
 /// Opens connections to other nodes by their address.
 ///
-/// [`TcpDial`] and [`Dialer`](proto_common::dial::Dialer) are some (feature `channel`), [`dial_fn`] turns a closure into one.
+/// [`Dialer`](proto_common::dial::Dialer) is one (feature `channel`), [`dial_fn`] turns a closure into one.
 pub trait Dial: Send + Sync + 'static {
     /// What a generated client is made of.
     type Channel: GrpcChannel;
@@ -32,29 +32,6 @@ pub trait Dial: Send + Sync + 'static {
         let _ = address;
         Ok(())
     }
-}
-
-/// A TCP connection, tuned for bulk.
-#[cfg(feature = "channel")]
-#[derive(Debug, Clone, Copy, Default)]
-pub struct TcpDial;
-
-#[cfg(feature = "channel")]
-impl Dial for TcpDial {
-    type Channel = proto_common::dial::NodeChannel;
-
-    async fn dial(&self, _node: &NodeId, address: &str) -> Result<Self::Channel, Error> {
-        proto_common::connect::Connect::connect(&plaintext(address)?).await
-    }
-
-    fn check(&self, address: &str) -> Result<(), Error> {
-        plaintext(address).map(drop)
-    }
-}
-
-#[cfg(feature = "channel")]
-fn plaintext(address: &str) -> Result<proto_common::dial::Dial, Error> {
-    proto_common::dial::Dialer::plaintext().to(address, None)
 }
 
 /// In plaintext or by TLS; by TLS whoever answers has to be that node.

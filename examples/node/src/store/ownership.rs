@@ -93,6 +93,11 @@ impl Ownership {
         self.claims[first..].iter().take_while(move |claim| claim.range.overlaps(range))
     }
 
+    /// The first claim that holds a slot of `range` and is of neither node.
+    pub fn of_neither(&self, range: SlotRange, one: &NodeId, other: &NodeId) -> Option<&Claim> {
+        self.overlapping(range).find(|claim| claim.owner != *one && claim.owner != *other)
+    }
+
     /// The first slot of `range` that has this epoch or a higher one; and the epoch.
     #[must_use]
     pub fn at_least(&self, range: SlotRange, epoch: u64) -> Option<(u16, u64)> {

@@ -209,10 +209,9 @@ impl Store {
                     Stored { record, ..stored }.put(txn, &id)?;
                     return Ok(present);
                 }
-                let third =
-                    |other: &&Claim| Some(&other.owner) != from.as_ref() && other.owner != claim.owner;
                 if let Some(from) = &from
-                    && let Some(Claim { range, owner, epoch }) = present.overlapping(claim.range).find(third)
+                    && let Some(Claim { range, owner, epoch }) =
+                        present.of_neither(claim.range, from, &claim.owner)
                 {
                     return Err(StoreError::NotTheirs {
                         slot: range.start().max(claim.range.start()),
