@@ -89,6 +89,14 @@ pub trait MigrationTarget: Send + Sync + 'static {
     /// (metadata `holder`) if this node owns a slot of the range itself, knows of another owner than the source, or cannot take it for another reason that passes.
     fn admit(&self, offer: &Offer<'_>) -> impl Future<Output = Result<(), Error>> + Send;
 
+    /// Why the source of a migration that is staged here cannot give its slots away any more, as far as this node knows: that another one owns some of them. Where it says
+    /// so at two looks in a row, some seconds apart, and the migration is still RECEIVING, it is cancelled, so that whoever owns the slots does not find them busy here. What
+    /// is PREPARED stays, whatever is known: it may be the only copy that is left. `None`, the default: nothing is known. Does not wait.
+    fn lost_by_source(&self, spec: &MigrationSpec) -> Option<String> {
+        let _ = spec;
+        None
+    }
+
     /// Starts staging for `id` from nothing: what was staged for it before becomes invisible garbage, deleted in the background.
     ///
     /// # Errors

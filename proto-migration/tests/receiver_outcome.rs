@@ -354,6 +354,51 @@ async fn records_that_nobody_needs_are_dropped_and_others_are_not() {
     assert_eq!(discarded.reason, "enough");
 }
 
+/// Whoever owns the slots now would find them busy for as long as the one that has lost them likes.
+#[tokio::test(start_paused = true)]
+async fn what_its_source_has_lost_is_cancelled_when_that_was_seen_twice() {
+    let node = Node::start().await;
+    let (mut source, _) = node.accept(header(1)).await;
+    source.bulk(vec![row(10, "a")], false).await;
+    source.durable().await;
+    let other = Header { migration_id: "m2".into(), ..header(1) };
+    assert_eq!(node.refused(other.clone()).await.reason(), "RANGE_BUSY");
+    drop(source);
+    let looks = || node.target.calls("lost_by_source");
+    let looked = async || {
+        let before = looks();
+        eventually("it looks again", || looks() > before).await;
+    };
+    // What is known is a second old.
+    looked().await;
+    node.target.lose(Some("slots 3 are of n3"));
+    looked().await;
+    node.target.lose(None);
+    looked().await;
+    node.target.lose(Some("slots 3 are of n3"));
+    looked().await;
+    let (mut source, _) = node.accept(header(2)).await;
+    looked().await;
+    let Answer::Discarded(discarded) = source.answer().await.unwrap() else { panic!() };
+    assert_eq!(discarded.reason, "slots 3 are of n3");
+    source.end().await;
+    assert_eq!(node.progress().state(), MigrationState::Cancelled);
+    node.target.lose(None);
+    node.accept(other).await;
+}
+
+/// The source may be gone for good, and who says that it owns the slots may lie.
+#[tokio::test(start_paused = true)]
+async fn what_is_prepared_stays_whoever_is_said_to_own_the_slots() {
+    let node = Node::start().await;
+    let source = node.prepared(1).await;
+    node.target.lose(Some("slots 3 are of n3"));
+    tokio::time::sleep(Duration::from_secs(300)).await;
+    assert_eq!((node.progress().state(), node.target.holds()), (MigrationState::Prepared, 1));
+    assert!(!node.target.disk().staged.is_empty());
+    drop(source);
+}
+
 /// It gave up before it was accepted, and cannot tell.
 #[tokio::test(start_paused = true)]
 async fn a_source_that_never_heard_that_it_was_accepted_has_the_slots_for_a_minute() {

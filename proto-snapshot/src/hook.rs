@@ -39,6 +39,14 @@ pub trait InstallHook: Send + Sync + 'static {
         self.admit(plan)
     }
 
+    /// Why the source of a transfer that is staged here cannot give its slots away any more, as far as this node knows: that another one owns some of them. Where it says so
+    /// at two looks in a row, up to a minute apart, and the transfer does not have all its data yet, it ends as FAILED with `INSTALL_REFUSED`, so that what
+    /// [`admit`](Self::admit) holds for it is free again. `None`, the default: nothing is known. Does not wait. A hook that wraps another has to forward this, too.
+    fn lost_by_source(&self, plan: &TransferPlan) -> Option<String> {
+        let _ = plan;
+        None
+    }
+
     /// Merges a complete, verified snapshot into the state machine. It lies in its final place but is
     /// not the shard's current one until this returns `Ok`; the sender sees the phase INSTALLING.
     ///
@@ -79,6 +87,10 @@ impl<H: InstallHook + ?Sized> InstallHook for Arc<H> {
 
     fn readmit<'a>(&'a self, plan: &'a TransferPlan) -> HookFuture<'a, Hold> {
         (**self).readmit(plan)
+    }
+
+    fn lost_by_source(&self, plan: &TransferPlan) -> Option<String> {
+        (**self).lost_by_source(plan)
     }
 
     fn install<'a>(&'a self, snapshot: &'a PlacedSnapshot) -> HookFuture<'a, ()> {

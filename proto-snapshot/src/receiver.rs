@@ -389,6 +389,7 @@ impl<S: SnapshotStore> Inner<S> {
                 }
                 continue;
             }
+            self.end_lost(&incoming).await;
             let expired = incoming.expires_unix_ms().is_some_and(|at| at <= now);
             if !expired
                 || incoming.has_streams()
@@ -402,6 +403,25 @@ impl<S: SnapshotStore> Inner<S> {
             if let Err(error) = self.end(&incoming, TransferPhase::Expired, None).await {
                 tracing::warn!(transfer_id = %incoming.plan.spec.transfer_id, error = %error, "cannot collect");
             }
+        }
+    }
+
+    /// Ends a transfer whose source has lost the slots to another node: it could not be installed, and what is held for it would keep that one off them. Seen twice,
+    /// since what the hook knows of owners may be out of date. The caller holds the transfer's attach lock.
+    async fn end_lost(&self, incoming: &Arc<Incoming<S::Staging>>) {
+        let open = incoming.stage() == Stage::Open;
+        let lost = open.then(|| self.hook.lost_by_source(&incoming.plan)).flatten();
+        let before = incoming.lost(lost.is_some());
+        let Some(reason) = lost.filter(|_| before) else { return };
+        let id = &incoming.plan.spec.transfer_id;
+        tracing::warn!(transfer_id = %id, reason, "ended: its source has lost the slots");
+        let error = Reason::InstallRefused.error(reason);
+        let ended = async {
+            self.close(incoming, &error).await?;
+            self.end(incoming, TransferPhase::Failed, Some(&error)).await
+        };
+        if let Err(error) = ended.await {
+            tracing::warn!(transfer_id = %id, error = %error, "cannot be ended; it is tried again");
         }
     }
 

@@ -6,6 +6,7 @@
 mod slow;
 mod support;
 
+use std::collections::VecDeque;
 use std::num::NonZeroU64;
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -237,6 +238,45 @@ impl InstallHook for Door {
     fn install<'a>(&'a self, _: &'a PlacedSnapshot) -> HookFuture<'a, ()> {
         Box::pin(async { Ok(()) })
     }
+}
+
+/// Whether another node is known to own the slots, look by look.
+#[derive(Default)]
+struct Lost {
+    looks: Mutex<VecDeque<bool>>,
+}
+
+impl InstallHook for Lost {
+    fn lost_by_source(&self, _: &TransferPlan) -> Option<String> {
+        let lost = self.looks.lock().unwrap().pop_front().unwrap_or(false);
+        lost.then(|| "slots 3 are of n3".to_owned())
+    }
+
+    fn install<'a>(&'a self, _: &'a PlacedSnapshot) -> HookFuture<'a, ()> {
+        Box::pin(async { Ok(()) })
+    }
+}
+
+/// Whoever owns the slots now would find them busy for as long as the one that has lost them likes.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_its_source_has_lost_ends_when_that_was_seen_twice() {
+    let (source, target) = (source(), tempfile::tempdir().unwrap());
+    let mut limits = small_limits();
+    limits.stale_after = Duration::from_millis(400);
+    let hook = Arc::new(Lost::default());
+    let server = Server::start(builder(target.path()).limits(limits).hook(Arc::clone(&hook))).await;
+    let mut handle = send(&server.uri(), snapshot("t"), &source, 1 << 20);
+    until("a part is durable", || durable(&server, "t") > 0).await;
+    hook.looks.lock().unwrap().extend([true, false, true, true, false]);
+    let error = tokio::time::timeout(LONG, handle.join()).await.expect("it ends").unwrap_err();
+    assert!(error.is(Reason::InstallRefused), "{error:?}");
+    assert!(error.message().contains("slots 3 are of n3"), "{error}");
+    until("it has failed", || phase(&server, "t") == Some(TransferPhase::Failed)).await;
+    assert_eq!(*hook.looks.lock().unwrap(), [false], "one look in doubt is not enough");
+    let shown = shown(&server, "t").unwrap().progress.unwrap().error.unwrap();
+    assert_eq!((&*shown.reason, &*shown.message), ("INSTALL_REFUSED", "slots 3 are of n3"));
+    assert!(!target.path().join("staging").join("t").exists());
+    server.stop().await;
 }
 
 /// A receiver where a transfer `t` of node n1 waits to be admitted, its stream, and what decides.

@@ -110,7 +110,8 @@ impl<T: MigrationTarget> Inner<T> {
         Ok(incoming.record.progress.clone())
     }
 
-    async fn cancel_here(
+    /// Cancels what is not committed, for a caller that holds the migration.
+    pub(super) async fn cancel_here(
         &self,
         slot: &Slot,
         incoming: &mut Incoming,

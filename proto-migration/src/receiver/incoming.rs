@@ -166,6 +166,8 @@ pub(super) struct Incoming {
     pub(super) meter: Meter,
     /// When its last stream ended, or when this process found it.
     pub(super) last_stream: tokio::time::Instant,
+    /// At the last look, its source could not give the slots away any more.
+    pub(super) lost: bool,
 }
 
 impl Incoming {
@@ -181,6 +183,7 @@ impl Incoming {
             doubt: false,
             meter: Meter::default(),
             last_stream: tokio::time::Instant::now(),
+            lost: false,
         }
     }
 

@@ -182,7 +182,7 @@ impl<T: MigrationTarget> Inner<T> {
         Ok(())
     }
 
-    /// Drops records that nobody comes back for, until the node stops.
+    /// Drops records that nobody comes back for, and cancels what has lost its sense, until the node stops.
     pub(super) async fn collect(&self) {
         let every = COLLECT_INTERVAL.min(self.unused_kept() / 4).max(Duration::from_millis(50));
         loop {
@@ -192,6 +192,7 @@ impl<T: MigrationTarget> Inner<T> {
             }
             let slots: Vec<_> = self.slots().values().cloned().collect();
             for slot in slots {
+                self.cancel_lost(&slot).await;
                 self.collect_one(&slot, self.limits.record_kept).await;
                 self.remove_empty(&slot);
             }
@@ -257,6 +258,22 @@ impl<T: MigrationTarget> Inner<T> {
     /// to give them back. One that does come begins anew.
     fn unused_kept(&self) -> Duration {
         self.limits.record_kept.min(self.idle().saturating_mul(2))
+    }
+
+    /// Cancels a migration whose source has lost the slots to another node: nothing of it can be committed, and it would keep that one off them. Seen twice, since
+    /// what this node knows of owners may be a second old.
+    async fn cancel_lost(&self, slot: &Slot) {
+        let Ok(_attach) = slot.attach.try_lock() else { return };
+        let Ok(mut state) = slot.state.try_lock() else { return };
+        let Some(incoming) = state.as_mut() else { return };
+        let receiving = incoming.state() == MigrationState::Receiving && !incoming.doubt;
+        let lost = receiving.then(|| self.target.lost_by_source(&incoming.record.spec)).flatten();
+        let before = std::mem::replace(&mut incoming.lost, lost.is_some());
+        let Some(reason) = lost.filter(|_| before) else { return };
+        tracing::warn!(migration_id = %slot.id, reason, "cancelled: its source has lost the slots");
+        if let Err(error) = self.cancel_here(slot, incoming, &reason, false).await {
+            tracing::warn!(migration_id = %slot.id, error = %error, "cannot be cancelled; it is tried again");
+        }
     }
 
     /// Drops a record that nobody came back for: of one that was cancelled, within `kept`.

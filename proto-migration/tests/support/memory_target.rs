@@ -8,6 +8,7 @@ use bytes::Bytes;
 use proto_common::error::Error;
 use proto_common::ids::MigrationId;
 use proto_common::slots::SlotRange;
+use proto_migration::MigrationSpec;
 use proto_migration::Reason;
 use proto_migration::digest::{SlotDigest, SlotDigests};
 use proto_migration::entry::{Entry, Image};
@@ -46,6 +47,7 @@ pub struct MemoryTarget {
     calls: Arc<Mutex<BTreeMap<&'static str, usize>>>,
     holds: Arc<AtomicUsize>,
     hurried: Arc<AtomicBool>,
+    lost: Arc<Mutex<Option<String>>>,
 }
 
 struct Counted(Arc<AtomicUsize>);
@@ -78,6 +80,11 @@ impl MemoryTarget {
 
     pub fn calls(&self, call: &str) -> usize {
         self.calls.lock().unwrap().get(call).copied().unwrap_or(0)
+    }
+
+    /// From now on, the source of all that is staged cannot give its slots away, for this reason; or can again.
+    pub fn lose(&self, reason: Option<&str>) {
+        *self.lost.lock().unwrap() = reason.map(str::to_owned);
     }
 
     /// Whether it is to hurry now.
@@ -150,6 +157,11 @@ impl MigrationTarget for MemoryTarget {
 
     async fn admit(&self, _: &Offer<'_>) -> Result<(), Error> {
         self.call("admit", |_| Ok(())).await
+    }
+
+    fn lost_by_source(&self, _: &MigrationSpec) -> Option<String> {
+        *self.calls.lock().unwrap().entry("lost_by_source").or_default() += 1;
+        self.lost.lock().unwrap().clone()
     }
 
     async fn begin(&self, id: &MigrationId, slots: SlotRange, record: Bytes) -> Result<(), Error> {

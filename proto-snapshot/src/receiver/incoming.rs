@@ -64,6 +64,8 @@ pub(super) struct Incoming<A: Staging> {
     ended: Mutex<Option<TransferProgress>>,
     /// It is removed to make room for an attempt that starts anew. It has no end of its own.
     makes_room: AtomicBool,
+    /// At the last look, its source could not give the slots away any more.
+    lost: AtomicBool,
     /// Cancelled where it is closed: what is only done for it need not go on.
     pub(super) closed: CancellationToken,
 }
@@ -209,6 +211,7 @@ impl<A: Staging> Incoming<A> {
             hold: Mutex::new(Some((hold, memory))),
             ended: Mutex::new(None),
             makes_room: AtomicBool::new(false),
+            lost: AtomicBool::new(false),
             closed: CancellationToken::new(),
         });
         incoming.show(|_| {});
@@ -550,6 +553,11 @@ impl<A: Staging> Incoming<A> {
     /// Whether it was closed so. With the lock of its slot, it means that the removal failed.
     pub(super) fn makes_room(&self) -> bool {
         self.makes_room.load(Ordering::Relaxed)
+    }
+
+    /// Takes note of whether its source has lost the slots, and says whether it had at the last look.
+    pub(super) fn lost(&self, lost: bool) -> bool {
+        self.lost.swap(lost, Ordering::Relaxed)
     }
 
     /// The end that was written to the history.

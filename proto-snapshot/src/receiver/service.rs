@@ -244,22 +244,22 @@ impl<S: SnapshotStore> Inner<S> {
         };
         if let Some(incoming) = slot.get() {
             may(&incoming)?;
-            self.close(&incoming).await?;
+            self.close(&incoming, &cancelled()).await?;
         }
         // Whoever attaches has this; then there is something to cancel, or there is not.
         let _attach = slot.attach.lock().await;
         let Some(incoming) = slot.get() else { return Ok(None) };
         may(&incoming)?;
-        self.close(&incoming).await?;
+        self.close(&incoming, &cancelled()).await?;
         let message = if reason.is_empty() { "cancelled".to_owned() } else { format!("cancelled: {reason}") };
         let error = Reason::TransferCancelled.error(message);
         self.end(&incoming, TransferPhase::Cancelled, Some(&error)).await.map(Some)
     }
 
-    /// Closes a transfer and waits until nobody works on it.
-    async fn close(&self, incoming: &Incoming<S::Staging>) -> Result<(), Error> {
+    /// Closes a transfer, tells its streams why, and waits until nobody works on it.
+    pub(super) async fn close(&self, incoming: &Incoming<S::Staging>, why: &Error) -> Result<(), Error> {
         let before = incoming.close()?;
-        incoming.stop_streams(&cancelled()).await;
+        incoming.stop_streams(why).await;
         if before == Stage::Verifying {
             // The check stops by itself when it sees that it was closed.
             let _ = incoming.outcome().wait_for(Option::is_some).await;

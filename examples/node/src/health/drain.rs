@@ -130,11 +130,93 @@ impl<H: InstallHook> InstallHook for WhileUp<H> {
         self.hook.admit(plan)
     }
 
+    fn readmit<'a>(&'a self, plan: &'a TransferPlan) -> HookFuture<'a, Hold> {
+        self.hook.readmit(plan)
+    }
+
+    fn lost_by_source(&self, plan: &TransferPlan) -> Option<String> {
+        self.hook.lost_by_source(plan)
+    }
+
     fn install<'a>(&'a self, snapshot: &'a PlacedSnapshot) -> HookFuture<'a, ()> {
         self.hook.install(snapshot)
     }
 
     fn keeps_files(&self, plan: &TransferPlan) -> bool {
         self.hook.keeps_files(plan)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use proto::common::ids::{ShardId, TransferId};
+    use proto::snapshot::spec::{Manifest, ManifestFile, SnapshotPoint, TransferSpec};
+
+    use super::*;
+
+    /// Tells what it is asked.
+    #[derive(Default)]
+    struct Asked(Mutex<Vec<&'static str>>);
+
+    impl Asked {
+        fn put(&self, what: &'static str) {
+            self.0.lock().unwrap().push(what);
+        }
+    }
+
+    impl InstallHook for Asked {
+        fn admit<'a>(&'a self, _: &'a TransferPlan) -> HookFuture<'a, Hold> {
+            self.put("admit");
+            Box::pin(async { Ok(Box::new(()) as Hold) })
+        }
+
+        fn readmit<'a>(&'a self, _: &'a TransferPlan) -> HookFuture<'a, Hold> {
+            self.put("readmit");
+            Box::pin(async { Ok(Box::new(()) as Hold) })
+        }
+
+        fn lost_by_source(&self, _: &TransferPlan) -> Option<String> {
+            self.put("lost_by_source");
+            Some("lost".to_owned())
+        }
+
+        fn install<'a>(&'a self, _: &'a PlacedSnapshot) -> HookFuture<'a, ()> {
+            self.put("install");
+            Box::pin(async { Ok(()) })
+        }
+
+        fn keeps_files(&self, _: &TransferPlan) -> bool {
+            self.put("keeps_files");
+            false
+        }
+    }
+
+    #[tokio::test]
+    async fn nothing_but_what_is_new_is_kept_from_the_hook() {
+        let file = ManifestFile { name: "a".parse().unwrap(), size: Some(1), blake3: None };
+        let spec = TransferSpec {
+            transfer_id: TransferId::new("t1").unwrap(),
+            source_shard: ShardId::new("s1").unwrap(),
+            target_shard: ShardId::new("s2").unwrap(),
+            source_node: "n1".parse().unwrap(),
+            slots: "0-99".parse().unwrap(),
+            point: SnapshotPoint { term: 1, index: 1 },
+            content_version: String::new(),
+        };
+        let plan = TransferPlan { spec, manifest: Manifest::new(vec![file]).unwrap() };
+        let (asked, draining) = (Arc::new(Asked::default()), CancellationToken::new());
+        let hook = WhileUp::new(Arc::clone(&asked), draining.clone());
+        hook.admit(&plan).await.unwrap();
+        draining.cancel();
+        let Err(refused) = hook.admit(&plan).await else { panic!("it is admitted") };
+        assert!(refused.is(Reason::ShuttingDown), "{refused:?}");
+        hook.readmit(&plan).await.unwrap();
+        assert_eq!(hook.lost_by_source(&plan).as_deref(), Some("lost"));
+        assert!(!hook.keeps_files(&plan));
+        hook.install(&PlacedSnapshot { path: None, plan: plan.clone() }).await.unwrap();
+        let all = ["admit", "readmit", "lost_by_source", "keeps_files", "install"];
+        assert_eq!(*asked.0.lock().unwrap(), all);
     }
 }

@@ -4,6 +4,7 @@ use bytes::Bytes;
 use proto::common::error::Error;
 use proto::common::ids::MigrationId;
 use proto::common::slots::SlotRange;
+use proto::migration::MigrationSpec;
 use proto::migration::digest::SlotDigest;
 use proto::migration::entry::Entry;
 use proto::migration::hold::Hold;
@@ -73,6 +74,10 @@ impl MigrationTarget for NodeTarget {
             fence.check(highest.map_err(failed)?, shard)?;
         }
         self.room.admit(store, offer)
+    }
+
+    fn lost_by_source(&self, spec: &MigrationSpec) -> Option<String> {
+        Some(self.node.third_owner(spec.slots, &spec.source_node)?.1)
     }
 
     async fn begin(&self, id: &MigrationId, slots: SlotRange, record: Bytes) -> Result<(), Error> {

@@ -221,6 +221,11 @@ impl InstallHook for SplitHook {
         Box::pin(async move { self.hold(plan).map(held) })
     }
 
+    fn lost_by_source(&self, plan: &TransferPlan) -> Option<String> {
+        let TransferSpec { slots, source_node, .. } = &plan.spec;
+        has_rows(plan).then(|| self.node.third_owner(*slots, source_node))?.map(|(_, sentence)| sentence)
+    }
+
     fn install<'a>(&'a self, snapshot: &'a PlacedSnapshot) -> HookFuture<'a, ()> {
         Box::pin(async move { if has_rows(&snapshot.plan) { self.merge(snapshot).await } else { Ok(()) } })
     }
@@ -335,11 +340,17 @@ mod tests {
         let (node, snapshot) = (node(&dir.path().join("n2"), "none"), placed(dir.path(), "100-199", 12));
         let hook = SplitHook::new(node.clone(), RangeGuard::new());
         let _hold = hook.admit(&snapshot.plan).await.unwrap();
+        assert_eq!(hook.lost_by_source(&snapshot.plan), None);
         let learned = vec![claim("150-150", "n3"), claim("0-99", "n4")];
         node.change_ownership(|store| async move { store.adopt(learned).await }).await.unwrap();
         let refused = hook.install(&snapshot).await.unwrap_err();
         assert!(refused.is(Reason::InstallRefused) && !refused.is_retryable(), "{refused:?}");
         let why = "slots 150 of 100-199 are known to be of node n3, not of n1";
+        assert_eq!(hook.lost_by_source(&snapshot.plan).as_deref(), Some(why));
+        let mut files = snapshot.plan.clone();
+        let file = ManifestFile { name: "a".parse().unwrap(), size: Some(1), blake3: None };
+        files.manifest = Manifest::new(vec![file]).unwrap();
+        assert_eq!(hook.lost_by_source(&files), None, "files take no slots over");
         assert!(refused.message().contains(why), "{refused}");
         assert_eq!(node.own_ranges(), []);
         // The sender hears the same if it begins again, and may try until this node has learned better.

@@ -341,8 +341,15 @@ async fn what_the_node_cannot_take_is_refused() {
         third.message().contains("slots 5000-5009 of 4096-12287 are known to be of node n3, not of n1"),
         "{third}"
     );
-    offer(&spec(range("4096-4999"))).await.unwrap();
-    offer(&MigrationSpec { source_node: NodeId::new("n3").unwrap(), ..good.clone() }).await.unwrap();
+    // What was begun before has lost its sense.
+    assert_eq!(b.target.lost_by_source(&good).as_deref(), Some(third.message()));
+    for (what, offered) in [
+        ("other slots", spec(range("4096-4999"))),
+        ("another source", MigrationSpec { source_node: NodeId::new("n3").unwrap(), ..good.clone() }),
+    ] {
+        offer(&offered).await.unwrap();
+        assert_eq!(b.target.lost_by_source(&offered), None, "{what}");
+    }
 
     b.target.begin(&id, moving(), Bytes::new()).await.unwrap();
     b.target.apply(&id, many(5, 3, "x"), Bytes::new()).await.unwrap();

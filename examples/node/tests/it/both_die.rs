@@ -1,16 +1,13 @@
 //! Both nodes are killed at once, in each state of a migration, while clients write; both come back, and it ends by itself.
 
-#![allow(clippy::unwrap_used)]
-
-#[allow(dead_code, unreachable_pub)]
-mod support;
-
 use std::time::Duration;
 
+use crate::support::migration::{
+    ID, Pair, Slow, begin, complete, limits, manual, progress, reaches, request,
+};
+use crate::support::proxy::{Frame, Ways};
+use crate::support::{at_once, until};
 use proto::node::{Direction, FreezeOutcome, MigrationState, StartMigrationRequest};
-use support::migration::{ID, Pair, Slow, begin, complete, limits, manual, progress, reaches, request};
-use support::proxy::{Frame, Ways};
-use support::{at_once, until};
 
 /// Both die while rows or changes flow, and a manual migration is completed afterwards.
 async fn before_the_freeze(state: MigrationState) {

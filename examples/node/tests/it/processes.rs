@@ -1,14 +1,11 @@
 //! Nodes as real processes: killed, restarted, split.
 
-#![allow(clippy::unwrap_used)]
-
-#[allow(dead_code, unreachable_pub)]
-mod support;
-
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
+use crate::support::proxy::{Frame, Proxy, Ways};
+use crate::support::{call, client, program, show, split_says, start, until};
 use node::common::NodeId;
 use node::demo::load_gen::{LoadGenerator, judge};
 use node::demo::processes::NodeProcess;
@@ -23,8 +20,6 @@ use proto::snapshot::sender::SnapshotToSend;
 use proto::snapshot::spec::{FileTotal, Manifest, ManifestFile, SnapshotPoint, TransferPlan, TransferSpec};
 use proto::snapshot::store::{FileStoreOptions, SnapshotStore as _, Staging as _};
 use proto::snapshot::{FileSnapshotStore, FileSource, SnapshotSender};
-use support::proxy::{Frame, Proxy, Ways};
-use support::{call, client, program, show, split_says, start, until};
 
 fn split_command(target: &NodeProcess, rate: Option<u64>) -> String {
     split_command_by(&target.addresses().grpc, target, rate)

@@ -1,22 +1,17 @@
 //! What is between the nodes fails: connections are cut, one direction swallows what is sent, answers get lost and commits arrive late.
 
-#![allow(clippy::unwrap_used)]
-
-#[allow(dead_code, unreachable_pub)]
-mod support;
-
 use std::time::Duration;
 
+use crate::support::migration::{
+    ID, Pair, Slow, begin, complete, limits, manual, progress, reaches, request, service,
+};
+use crate::support::proxy::{Frame, Way, Ways};
+use crate::support::{at_once, call, client, until};
 use node::demo::processes::NodeProcess;
 use proto::node::{
     CompleteMigrationRequest, Direction, FreezeOutcome, MigrationGate, MigrationProgress, MigrationState,
     StartMigrationRequest,
 };
-use support::migration::{
-    ID, Pair, Slow, begin, complete, limits, manual, progress, reaches, request, service,
-};
-use support::proxy::{Frame, Way, Ways};
-use support::{at_once, call, client, until};
 
 const FRAMES_LOST: Ways = Ways { there: Way::Swallow, back: Way::Pass };
 

@@ -1,12 +1,7 @@
 //! Every command against a running node. The expected replies are those of Redis 7.0.
 
-#![allow(clippy::unwrap_used)]
-
-#[allow(dead_code, unreachable_pub)]
-mod support;
-
+use crate::support::{call, client, show, start, until};
 use node::demo::client::Client;
-use support::{call, client, show, start, until};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 /// Runs commands and compares what is replied.

@@ -1,20 +1,16 @@
 //! What nodes refuse, before anything is moved and in the middle of it: each says why, nothing is lost, and what can go on goes on.
 
-#![allow(clippy::unwrap_used)]
-
-#[allow(dead_code, unreachable_pub)]
-mod support;
-
+use crate::support;
+use crate::support::migration::{
+    ID, Pair, Slow, begin, cancel, complete, limits, manual, progress, reaches, request, state,
+};
+use crate::support::{start, until};
 use node::demo::processes::NodeProcess;
 use proto::common::error::Error;
 use proto::node::{
     Direction, MigrationLimits, MigrationProgress, MigrationSpec, MigrationState, SlotRange,
     StartMigrationRequest,
 };
-use support::migration::{
-    ID, Pair, Slow, begin, cancel, complete, limits, manual, progress, reaches, request, state,
-};
-use support::{start, until};
 
 /// Of slots that few keys have, so that many fit beside each other.
 fn small(id: &str, to: &NodeProcess, first: u32, slots: u32) -> StartMigrationRequest {

@@ -1,17 +1,15 @@
 //! What a bad disk does to a node while slots and snapshots move, with real processes: damage does no harm, or is told with the name of the
 //! file; slots that it leaves in doubt are refused with that reason, and the rest is served.
 
-#![allow(clippy::unwrap_used, clippy::expect_used)]
-
-#[allow(dead_code, unreachable_pub)]
-mod support;
-
+use crate::support;
 use std::collections::BTreeMap;
 use std::fs;
 use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::support::migration::{ID, Pair, Slow, begin, limits, reaches, request, resolve};
+use crate::support::{call, client, fill, start, until};
 use node::demo::processes::NodeProcess;
 use proto::common::ids::{NodeId, ShardId, TransferId};
 use proto::common::slots::SlotRange;
@@ -23,8 +21,6 @@ use proto::snapshot::sender::{SenderOptions, SnapshotSender, SnapshotToSend};
 use proto::snapshot::source::FileSource;
 use proto::snapshot::spec::SnapshotPoint;
 use redb::{ReadableDatabase as _, ReadableTable as _, TableDefinition};
-use support::migration::{ID, Pair, Slow, begin, limits, reaches, request, resolve};
-use support::{call, client, fill, start, until};
 
 /// How a file is damaged: its new content.
 fn damages(content: &[u8], offsets: impl IntoIterator<Item = usize>) -> Vec<(String, Vec<u8>)> {

@@ -1,19 +1,14 @@
 //! What clients can do in each state of a migration: keys expire and counters grow in all of them, but where requests have to wait.
 
-#![allow(clippy::unwrap_used)]
-
-#[allow(dead_code, unreachable_pub)]
-mod support;
-
 use std::ops::Range;
 use std::time::Duration;
 
+use crate::support::checker::{self, Act, Answer, Event};
+use crate::support::load::Load;
+use crate::support::migration::{ID, Pair, Slow, begin, complete, limits, manual, reaches};
+use crate::support::proxy::{Frame, Way, Ways};
+use crate::support::until;
 use proto::node::{Direction, MigrationState, StartMigrationRequest};
-use support::checker::{self, Act, Answer, Event};
-use support::load::Load;
-use support::migration::{ID, Pair, Slow, begin, complete, limits, manual, reaches};
-use support::proxy::{Frame, Way, Ways};
-use support::until;
 
 /// Long enough for keys to be written and to expire in it.
 const WINDOW: Duration = Duration::from_millis(900);

@@ -1,13 +1,14 @@
 //! A node comes back with another store than the one that the migration began with, or not at all: nobody guesses, an operator decides,
 //! either way and at either node.
 
-#![allow(clippy::unwrap_used)]
-
-#[allow(dead_code, unreachable_pub)]
-mod support;
-
+use crate::support;
 use std::time::Duration;
 
+use crate::support::migration::{
+    ID, Pair, Slow, begin, cancel, limits, manual, progress, reaches, request, resolve, slots,
+};
+use crate::support::proxy::{Frame, Proxy, Ways};
+use crate::support::{call, checker, client, until};
 use node::demo::client::Client;
 use node::demo::processes::NodeProcess;
 use proto::common::error::Error;
@@ -17,11 +18,6 @@ use proto::node::{
     Direction, HealthCheckRequest, HealthStatus, MigrationDecision, MigrationGate, MigrationProgress,
     MigrationState,
 };
-use support::migration::{
-    ID, Pair, Slow, begin, cancel, limits, manual, progress, reaches, request, resolve, slots,
-};
-use support::proxy::{Frame, Proxy, Ways};
-use support::{call, checker, client, until};
 
 /// Leads a migration to where the source waits for the answer to `Commit`.
 async fn committing(pair: &Pair, ways: Ways) -> Proxy {

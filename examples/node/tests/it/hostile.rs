@@ -1,21 +1,16 @@
 //! A client that knows the `.proto`s and means harm, against a real node, while another peer sends snapshots: it gets nowhere, the other one
 //! goes on, and what it made the node take is given back. In plaintext, and with a valid certificate of a node.
 
-#![allow(clippy::unwrap_used, clippy::expect_used)]
-
-#[path = "../../../proto-common/tests/support/certificates.rs"]
-#[allow(dead_code, reason = "not every test needs all of it")]
-mod certificates;
-#[allow(dead_code, unreachable_pub)]
-mod support;
-
+use crate::support;
 use std::cell::Cell;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use certificates::{Ca, Issue};
+use crate::certificates::{Ca, Issue};
+use crate::support::proxy::{self, Proxy, Ways};
+use crate::support::{call, client, program, split_says, until};
 use node::demo::processes::NodeProcess;
 use proto::common::checksum::crc64;
 use proto::common::connect::Connect as _;
@@ -41,8 +36,6 @@ use proto::node::{
 use proto::snapshot::sender::{SnapshotSender, SnapshotToSend};
 use proto::snapshot::source::FileSource;
 use proto::snapshot::spec::SnapshotPoint;
-use support::proxy::{self, Proxy, Ways};
-use support::{call, client, program, split_says, until};
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::runtime::{Builder, Handle};

@@ -1,25 +1,21 @@
 //! The disk is full for one of the nodes, at the worst moments of a migration, while clients write: it says so and refuses, the other one goes on as far as it
 //! can, and once the node is restarted with room the migration ends by itself.
 
-#![cfg(target_os = "linux")]
-#![allow(clippy::unwrap_used)]
-
-#[allow(dead_code, unreachable_pub)]
-mod support;
-
 use std::time::Duration;
 
+use crate::support::disk::{full_at, program_without_signal};
+use crate::support::load::Load;
+use crate::support::migration::{
+    ID, Pair, Slow, begin, complete, limits, manual, progress, reaches, request,
+};
+use crate::support::proxy::{Frame, Proxy, Ways};
+use crate::support::{call, client, until};
 use node::demo::processes::NodeProcess;
 use proto::node::health_service_client::HealthServiceClient;
 use proto::node::{
     Direction, FreezeOutcome, HealthCheckRequest, HealthStatus, MigrationGate, MigrationLimits,
     MigrationProgress, MigrationState, StartMigrationRequest,
 };
-use support::disk::{full_at, program_without_signal};
-use support::load::Load;
-use support::migration::{ID, Pair, Slow, begin, complete, limits, manual, progress, reaches, request};
-use support::proxy::{Frame, Proxy, Ways};
-use support::{call, client, until};
 
 /// Waits until a node tells that its store failed, and returns what it says of it.
 async fn storage_failed(node: &NodeProcess, direction: Direction) -> String {

@@ -1,21 +1,17 @@
 //! Slots migrate between real nodes while clients write.
 
-#![allow(clippy::unwrap_used)]
-
-#[allow(dead_code, unreachable_pub)]
-mod support;
-
+use crate::support;
 use std::time::Duration;
 
+use crate::support::load::Load;
+use crate::support::migration::{begin, cancel, complete, manual, progress, reaches, request, slots, state};
+use crate::support::{call, checker, client, load, show, start, until};
 use node::common::slot_of;
 use node::demo::processes::NodeProcess;
 use node::store::MAX_ROW_BYTES;
 use proto::migration::entry::MAX_KEY_BYTES;
 use proto::node::health_service_client::HealthServiceClient;
 use proto::node::{Direction, GetNodeStatusRequest, MigrationProgress, MigrationState, NodeStatus};
-use support::load::Load;
-use support::migration::{begin, cancel, complete, manual, progress, reaches, request, slots, state};
-use support::{call, checker, client, load, show, start, until};
 
 async fn completed(from: &NodeProcess, to: &NodeProcess, id: &str) -> MigrationProgress {
     until("both ends say COMPLETED", async || {

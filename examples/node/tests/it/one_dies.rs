@@ -1,19 +1,14 @@
 //! What README of proto-migration says of each state in its table "What a crash leads to": one node is killed there, and kept from the other one when it is back, so
 //! that it shows what it does by itself; then it ends as it should.
 
-#![allow(clippy::unwrap_used)]
-
-#[allow(dead_code, unreachable_pub)]
-mod support;
-
+use crate::support::crash::{Source, Target, Victim};
+use crate::support::migration::{ID, Pair, Slow, begin, cancel, complete, limits, manual, reaches, request};
+use crate::support::proxy::{Frame, Proxy, Way, Ways};
+use crate::support::{at_once, fill, until};
 use proto::node::{
     Direction, FreezeOutcome, MigrationGate, MigrationLimits, MigrationProgress, MigrationState,
     StartMigrationRequest,
 };
-use support::crash::{Source, Target, Victim};
-use support::migration::{ID, Pair, Slow, begin, cancel, complete, limits, manual, reaches, request};
-use support::proxy::{Frame, Proxy, Way, Ways};
-use support::{at_once, fill, until};
 
 /// Nothing gets through.
 const SILENT: Ways = Ways { there: Way::Swallow, back: Way::Swallow };

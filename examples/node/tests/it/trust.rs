@@ -1,19 +1,12 @@
 //! Real nodes by TLS: certificates that are replaced while data moves, and callers that may not do what they try.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
-
-#[path = "../../../proto-common/tests/support/certificates.rs"]
-#[allow(dead_code, reason = "not every test needs all of it")]
-mod certificates;
-#[path = "../../../proto-common/tests/support/secret.rs"]
-mod secret;
-#[allow(dead_code, unreachable_pub)]
-mod support;
-
+use crate::certificates;
 use std::path::Path;
 use std::time::Duration;
 
-use certificates::{Ca, Issue};
+use crate::certificates::{Ca, Issue};
+use crate::secret::Secret;
+use crate::support::{call, client, load, program, until};
 use node::demo::processes::NodeProcess;
 use node::store::NodeAddresses;
 use prost::Message as _;
@@ -32,8 +25,6 @@ use proto::node::{
     MigrationSpec, MigrationState, NodeIdentity, SlotRange, StartMigrationRequest,
     TransferMigrationDataRequest, TransferPhase, TransferSplitSnapshotRequest,
 };
-use secret::Secret;
-use support::{call, client, load, program, until};
 
 /// Puts a file in its place, whole at every moment.
 fn put(path: &Path, text: &str) {

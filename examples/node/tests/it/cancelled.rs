@@ -1,14 +1,9 @@
 //! A migration is cancelled in each of its states, at either node, while clients write: the source goes on serving, or it is too late.
 
-#![allow(clippy::unwrap_used)]
-
-#[allow(dead_code, unreachable_pub)]
-mod support;
-
+use crate::support::at_once;
+use crate::support::migration::{ID, Pair, Slow, begin, cancel, limits, manual, reaches, request};
+use crate::support::proxy::{Frame, Way, Ways};
 use proto::node::{Direction, FreezeOutcome, MigrationGate, MigrationState};
-use support::at_once;
-use support::migration::{ID, Pair, Slow, begin, cancel, limits, manual, reaches, request};
-use support::proxy::{Frame, Way, Ways};
 
 /// At the source, in a state in which it stays long enough.
 async fn cancelled_in(state: MigrationState) {

@@ -1,16 +1,12 @@
 //! The receiving node is killed with SIGKILL exactly while it is INSTALLING: before the rows are merged, and after that, when clients write
 //! to them already.
 
-#![allow(clippy::unwrap_used)]
-
-#[allow(dead_code, unreachable_pub)]
-mod support;
-
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use crate::support::{call, client, start, until};
 use clap::Parser as _;
 use node::cli::{Cli, Command as CliCommand};
 use node::demo::client::Client;
@@ -21,7 +17,6 @@ use proto::node::{GetTransferProgressRequest, TransferPhase};
 use proto::snapshot::hook::{Hold, HookFuture, InstallHook};
 use proto::snapshot::spec::TransferPlan;
 use proto::snapshot::store::PlacedSnapshot;
-use support::{call, client, start, until};
 
 const CHILD: &str = "NODE_TEST_CHILD";
 /// While this file is there, an install stops before the merge, or after it.
@@ -60,6 +55,10 @@ impl InstallHook for Held {
 
     fn readmit<'a>(&'a self, plan: &'a TransferPlan) -> HookFuture<'a, Hold> {
         self.hook.readmit(plan)
+    }
+
+    fn lost_by_source(&self, plan: &TransferPlan) -> Option<String> {
+        self.hook.lost_by_source(plan)
     }
 
     fn install<'a>(&'a self, snapshot: &'a PlacedSnapshot) -> HookFuture<'a, ()> {
@@ -113,7 +112,7 @@ impl Target {
         ];
         std::fs::write(directory.join("arguments"), arguments.join("\n")).unwrap();
         let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "child_node", "--nocapture", "--include-ignored"])
+            .args(["--exact", "installing::child_node", "--nocapture", "--include-ignored"])
             .env(CHILD, directory)
             .stdout(Stdio::piped())
             .spawn()

@@ -1,12 +1,11 @@
 //! What a node tells of itself, as processes: its status, and its end.
 
-#![allow(clippy::unwrap_used)]
-
-#[allow(dead_code, unreachable_pub)]
-mod support;
-
+use crate::support;
 use std::time::{Duration, Instant};
 
+use crate::support::migration::{ID, Pair, begin, progress, reaches, request, resolve};
+use crate::support::proxy::{Frame, Ways};
+use crate::support::{call, client, load, program, start, until};
 use node::demo::load_gen::LoadGenerator;
 use node::demo::processes::NodeProcess;
 use proto::common::error::Error;
@@ -22,9 +21,6 @@ use proto::node::{
 use proto::snapshot::sender::{SenderOptions, SnapshotToSend};
 use proto::snapshot::spec::SnapshotPoint;
 use proto::snapshot::{FileSource, SnapshotSender};
-use support::migration::{ID, Pair, begin, progress, reaches, request, resolve};
-use support::proxy::{Frame, Ways};
-use support::{call, client, load, program, start, until};
 use tonic::transport::Channel;
 
 async fn channel(node: &NodeProcess) -> Channel {

@@ -1,15 +1,9 @@
 //! The checker of histories finds every kind of fault that is planted in a toy store, and nothing in a store without one.
 
-#![allow(clippy::unwrap_used)]
-
-#[allow(unreachable_pub)]
-#[path = "support/checker.rs"]
-mod checker;
-
 use std::collections::HashMap;
 use std::time::Duration;
 
-use checker::{Act, Answer, Event, Kind, check};
+use crate::support::checker::{Act, Answer, Event, Kind, check};
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 
