@@ -30,6 +30,26 @@ const QUARANTINED: usize = 16;
 /// Names that are nothing of the store's and told of one by one.
 const STRAYS: usize = 16;
 
+/// Damaged files and records of a staging area that are told of one by one: there may be 131,072, and the rest of the log is needed, too.
+const WRONG: usize = 16;
+
+/// What is wrong with a staging area that can be used all the same.
+#[derive(Default)]
+struct Wrong {
+    named: Vec<String>,
+    more: usize,
+}
+
+impl Wrong {
+    fn put(&mut self, what: String) {
+        if self.named.len() < WRONG {
+            self.named.push(what);
+        } else {
+            self.more += 1;
+        }
+    }
+}
+
 /// A staging area that cannot be used, and why.
 enum Unusable {
     /// Its files are damaged.
@@ -199,17 +219,21 @@ impl Shared {
         // The log of a placed snapshot no longer matters, but it is there. Opening it syncs the directory: the tree, the claim and the
         // seal, too, may have been there in memory only, and what is acknowledged from here on needs them.
         let (mut log, records, cut) = RecordLog::open(area.records()).map_err(failed)?;
+        let (mut wrong, in_log) = (Wrong::default(), shown(&area.records()));
         if let Some(cut) = cut {
-            damage.push(format!("{}: {cut}", shown(&area.records())));
+            wrong.put(format!("{in_log}: {cut}"));
         }
-        let mut durable =
-            read_records(&plan, &records, |what| damage.push(format!("{}: {what}", shown(&area.records()))));
+        let mut durable = read_records(&plan, &records, |what| wrong.put(format!("{in_log}: {what}")));
         let found = Found::look(&plan, &area).map_err(failed)?;
         if !placed
-            && found.drop_missing(&plan, &mut durable, |what| damage.push(format!("staging/{id}: {what}")))
+            && found.drop_missing(&plan, &mut durable, |what| wrong.put(format!("staging/{id}: {what}")))
         {
             let all = durable.records();
             log.rewrite(record::encode_extents(&all)).map_err(failed)?;
+        }
+        damage.append(&mut wrong.named);
+        if wrong.more > 0 {
+            damage.push(format!("staging/{id}: {} more of its files or records are damaged", wrong.more));
         }
         let state = self.recover_state(&area, &plan, placed, &found, damage)?;
         let current = self
@@ -570,7 +594,7 @@ impl Found {
         Ok(found)
     }
 
-    /// Drops records of bytes that are not there; whether there were any.
+    /// Drops records of bytes that are not there, and says so of each file; whether there were any.
     fn drop_missing(
         &self,
         plan: &TransferPlan,

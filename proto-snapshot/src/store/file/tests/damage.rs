@@ -366,6 +366,27 @@ async fn names_that_the_store_does_not_give_are_told_of_in_bounds() {
     assert!(seen.damage[16].starts_with("4 more names"), "{:?}", seen.damage);
 }
 
+/// One bad disk, and 131,072 files.
+#[tokio::test]
+async fn damaged_files_of_one_transfer_are_told_of_in_bounds() {
+    let dir = tempfile::tempdir_in(fast_dir()).unwrap();
+    let files: Files = (0..20).map(|number| (format!("f{number:02}"), vec![number; 100])).collect();
+    let (store, _) = open(dir.path()).await;
+    let staging = store.stage(&plan("t1", 1, &files)).await.unwrap();
+    fill(&staging, &files).await;
+    drop((staging, store));
+    for number in 0..20 {
+        let file =
+            fs::OpenOptions::new().write(true).open(dir.path().join(format!("staging/t1/tree/f{number:02}")));
+        file.unwrap().set_len(99).unwrap();
+    }
+    let (_store, recovered) = open(dir.path()).await;
+    assert_eq!(recovered.damage.len(), 17, "{:?}", recovered.damage);
+    assert!(recovered.damage[..16].iter().all(|damage| damage.contains("staging/t1: tree/f")));
+    assert_eq!(recovered.damage[16], "staging/t1: 4 more of its files or records are damaged");
+    assert_eq!(recovered.staged[0].records(), [], "all of them are asked for again");
+}
+
 /// What is in place only is not in the record yet: damage to its staging area costs that alone, and a crash in between nothing.
 #[tokio::test]
 async fn a_snapshot_that_was_placed_only_is_no_lost_record() {
