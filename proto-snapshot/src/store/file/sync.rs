@@ -100,6 +100,25 @@ fn without(lost: Extent, offset: u64, end: u64) -> impl Iterator<Item = Extent> 
 /// took as long with 1 byte and with 1 MiB.
 const UNCACHED_RUN: u64 = 128 << 10;
 
+/// The kernel is to begin to write as soon as so many bytes are there. A disk that has nothing to do until a sync comes has more to do then: 1 GiB to a file on ext4
+/// was 1.12, 1.20 and 1.11 times as fast as `cp` and a sync with it, and 1.14, 0.95 and 1.01 times without (medians of 4 rounds, by turns); with 512 KiB and with 8 MiB 0.98 to
+/// 1.16 times.
+const WRITE_BACK: u64 = 2 << 20;
+
+/// Has the kernel begin to write the pieces of [`WRITE_BACK`] that end in `offset..end`. Does not wait for them; what becomes of them, the next sync tells.
+pub(super) fn begin_to_write_back(file: &File, offset: u64, end: u64) {
+    let complete = ending_in(offset, end);
+    if !complete.is_empty() {
+        // The advice begins to write what is dirty; only what is clean leaves the cache.
+        dont_need(file, complete.start, complete.end - complete.start);
+    }
+}
+
+/// The pieces of [`WRITE_BACK`] that end in `offset..end`, so that each is found once where chunks come in order.
+fn ending_in(offset: u64, end: u64) -> std::ops::Range<u64> {
+    offset / WRITE_BACK * WRITE_BACK..end / WRITE_BACK * WRITE_BACK
+}
+
 impl Inner {
     /// Makes durable all that was written and created by calls that returned before this one.
     ///
@@ -270,6 +289,15 @@ mod tests {
     fn only_file_systems_that_are_known_are_synced_as_a_whole() {
         let is_known = |path| syncs_as_a_whole(&File::open(path).unwrap());
         assert_eq!((is_known("/dev/shm"), is_known("/proc")), (true, false));
+    }
+
+    #[test]
+    fn pieces_begin_to_be_written_once_and_when_they_are_complete() {
+        const CHUNK: u64 = WRITE_BACK / 4;
+        let chunks = (0..12).map(|chunk| ending_in(chunk * CHUNK, (chunk + 1) * CHUNK));
+        let begun: Vec<_> = chunks.filter(|pieces| !pieces.is_empty()).collect();
+        assert_eq!(begun, [0..WRITE_BACK, WRITE_BACK..2 * WRITE_BACK, 2 * WRITE_BACK..3 * WRITE_BACK]);
+        assert_eq!(ending_in(1, 3 * WRITE_BACK + 1), 0..3 * WRITE_BACK, "a chunk may be long");
     }
 
     #[test]

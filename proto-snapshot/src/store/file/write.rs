@@ -19,7 +19,7 @@ use crate::store::{StagedChunk, StoreError};
 use super::small::Maker;
 use super::space::Amount;
 use super::staging::{Inner, State};
-use super::sync::dont_need;
+use super::sync::{begin_to_write_back, dont_need};
 
 /// Files of at least this size get their blocks when they are created: they end up in few runs, and a full disk shows before the bytes
 /// have been sent. Below, there is little to keep together. 512 files of 1 MiB took 0.62 s on ext4 with it and 0.61 without.
@@ -131,6 +131,9 @@ impl Inner {
         let consumed = state.space_of(*number).map_or(0, |space| space.consume(file.size, len));
         drop(state);
         self.reservation.consume(Amount { bytes: consumed, files: 0 });
+        if self.is_too_large_for_the_cache(end) {
+            begin_to_write_back(&handle, *offset, end);
+        }
         written
     }
 
