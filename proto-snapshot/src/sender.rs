@@ -8,7 +8,7 @@
 //! | who sends which bytes, and with which checksums? | `sender/work.rs`, `sender/pump.rs`, `sender/checksums.rs` |
 //! | what do others see of it? | `sender/shown.rs` |
 
-use std::num::NonZeroU64;
+use std::num::{NonZeroU64, NonZeroUsize};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -67,8 +67,8 @@ impl<C: Connect> Clone for SnapshotSender<C> {
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct SenderOptions {
-    /// Streams, each on its own connection; the receiver may allow fewer. 0, the default, leaves the choice to the sender, which takes 1: more
-    /// are for where one connection is what limits, such as a long path, or TLS on a fast one where cores are free.
+    /// Streams, each on its own connection; the receiver may allow fewer. 0, the default, leaves the choice to the sender: one for every four cores and
+    /// every 256 MiB that there are, 1 to 4. More are for where one connection is what limits, such as a long path.
     pub lanes: u32,
     /// Payload bytes per second at most, over all lanes. Default: what the receiver asks for.
     pub bytes_per_second: Option<NonZeroU64>,
@@ -87,20 +87,39 @@ pub struct SenderOptions {
     pub target_store: Option<bytes::Bytes>,
 }
 
-/// Streams where nobody asks for a number.
+/// Streams where nobody asks for a number, at most; [`automatic_lanes`] takes fewer where there are few cores.
 ///
 /// One connection moves what one core at each end can push through a socket, 30 Gbit/s on the machine where this was measured, and with
 /// more of them the same bytes take more of the processor: from memory to memory on loopback with 2 cores, 3.8 GiB/s and 0.43 CPU seconds per GiB at both
-/// ends together with one, 3.75 and 0.49 with two, 3.7 and 0.49 with four; on another day 3.2 and 0.48, 3.2 and 0.50, 2.1 and 0.69. A node has other work for
-/// its other cores.
+/// ends together with one, 3.75 and 0.49 with two, 3.7 and 0.49 with four; on another day 3.2 and 0.48, 3.2 and 0.50, 2.1 and 0.69. So on few cores there is one. Four are more
+/// than 100 Gbit/s.
 ///
 /// On a long path, the credit of a stream limits, and lanes have one each: 256 MiB moved at 461, 684 and 839 MiB/s with one, two and four lanes over 10 ms there and back, at 116,
 /// 182 and 278 MiB/s over 50 ms (medians of 3, through a process that holds everything back for so long). Nodes of one store are closer to each other.
-const AUTOMATIC_LANES: u32 = 1;
+const MAX_AUTOMATIC_LANES: u64 = 4;
+
+/// A lane keeps a core busy, and a node has other work for its cores: a quarter of them is for one transfer. With more than two cores this was not measured.
+const CORES_PER_LANE: u64 = 4;
+
+/// What one lane moves in 0.1 s, so that to connect, which takes a millisecond, is nothing beside it.
+const BYTES_PER_LANE: u64 = 256 << 20;
+
+/// Streams for a snapshot of so many bytes, where they are known, on a machine with so many cores.
+fn automatic_lanes(total_bytes: Option<u64>, cores: usize) -> u32 {
+    let by_cores = u64::try_from(cores).unwrap_or(u64::MAX) / CORES_PER_LANE;
+    let lanes = by_cores.min(total_bytes.unwrap_or(0) / BYTES_PER_LANE);
+    u32::try_from(lanes.clamp(1, MAX_AUTOMATIC_LANES)).unwrap_or(1)
+}
 
 impl SenderOptions {
-    fn streams(&self) -> u32 {
-        if self.lanes == 0 { AUTOMATIC_LANES } else { self.lanes }
+    fn streams(&self, total_bytes: Option<u64>) -> u32 {
+        match self.lanes {
+            0 => automatic_lanes(
+                total_bytes,
+                std::thread::available_parallelism().map_or(1, NonZeroUsize::get),
+            ),
+            lanes => lanes,
+        }
     }
 }
 
@@ -275,5 +294,31 @@ impl Drop for TransferHandle {
         if let Some(task) = &self.task {
             task.abort();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lanes_are_chosen_by_size_and_cores() {
+        const GIB: u64 = 1 << 30;
+        for (bytes, cores, lanes) in [
+            (Some(8 * GIB), 1, 1),
+            (Some(8 * GIB), 2, 1),
+            (Some(8 * GIB), 7, 1),
+            (Some(8 * GIB), 8, 2),
+            (Some(8 * GIB), 16, 4),
+            (Some(u64::MAX), usize::MAX, 4),
+            (Some(GIB / 2), 64, 2),
+            (Some(GIB / 2 - 1), 64, 1),
+            (Some(0), 64, 1),
+            (None, 64, 1),
+        ] {
+            assert_eq!(automatic_lanes(bytes, cores), lanes, "{bytes:?} bytes, {cores} cores");
+        }
+        let asked = SenderOptions { lanes: 7, ..SenderOptions::default() };
+        assert_eq!(asked.streams(Some(1)), 7);
     }
 }

@@ -211,7 +211,7 @@ impl<C: Connect, S: SnapshotSource> Task<C, S> {
             file_count: described.manifest.file_count(),
             name_bytes: described.manifest.name_bytes(),
             total_bytes: described.manifest.total_bytes(),
-            lanes: self.sender.options.streams(),
+            lanes: self.sender.options.streams(described.manifest.total_bytes()),
             discard_staged: claimed.discard_staged && claimed.generation == 1,
             required_features: vec!["crc64nvme".to_owned()],
             supported_features: FEATURES.map(str::to_owned).to_vec(),
@@ -237,7 +237,7 @@ impl<C: Connect, S: SnapshotSource> Task<C, S> {
         let mut lanes = JoinSet::new();
         // What is read once, or has no known end, has one reader; and where nothing is missing, a lane could only fail.
         let many = self.shared.source.can_seek() && manifest.total_bytes().is_some() && !work.is_empty();
-        let wanted = if many { self.sender.options.streams() } else { 1 };
+        let wanted = if many { self.sender.options.streams(manifest.total_bytes()) } else { 1 };
         let count = wanted.min(accepted.max_lanes.max(1));
         self.shown.show(|transfer| transfer.lanes = count);
         for lane in 1..count {
